@@ -1,0 +1,48 @@
+"""Errors a person can act on: one line that says what is wrong, where, and the way out.
+
+Everything a user can cause raises a `ThreefoldError`; anything else that escapes is a bug and keeps its traceback.
+"""
+
+
+class ThreefoldError(Exception):
+    """Base of every error with a cause the user can mend. The CLI prints it as one line and exits with status 2."""
+
+    def _render_traceback_(self) -> list[str]:
+        """IPython's hook: in a notebook the error is its one line, not a page of frames."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class ConfigError(ThreefoldError):
+    """A preset, key, parameter or value that cannot be meant."""
+
+
+class SourceError(ThreefoldError):
+    """A data source or model that could not be found, read or matched with its pinned revision."""
+
+
+class DataError(ThreefoldError):
+    """A row, file or split whose content is not what its reader expects."""
+
+
+class MissingInput(ThreefoldError):
+    """A stage's input does not exist yet; the message names the notebook that makes it."""
+
+
+class CheckpointError(ThreefoldError):
+    """A checkpoint with missing, extra or misshapen weights, or one that no standard class can hold."""
+
+
+class TrainingError(ThreefoldError):
+    """Training cannot go on: a non-finite loss or gradient, or no memory."""
+
+
+class EvaluationError(ThreefoldError):
+    """An evaluation that would not mean what its name says."""
+
+
+class RecordError(ThreefoldError):
+    """A notebook or record that cannot be read as a result."""
+
+
+class ReportError(ThreefoldError):
+    """A report whose sources do not hold together."""
