@@ -1,10 +1,23 @@
 """Presets: TOML files read strictly into frozen dataclasses.
 
 Precedence: dataclass default < preset file < `--set a.b=c` / papermill `-p`. `-1` means "off" or "all" throughout.
+Whatever cannot be meant (unknown key, wrong type, impossible value) raises one `ConfigError` that names the file, the key,
+what is allowed and the near miss.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+import difflib
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from threefold import paths
+from threefold.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -157,3 +170,464 @@ class Preset:
     baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     ablations: AblationConfig = field(default_factory=AblationConfig)
+
+
+OWN_MODELS = ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")  # the comparison's rows, in the report's order
+TRAINED = ("pretrain", "gpt2", "distilgpt2", "sft", "dpo")  # sections of a preset that are one TrainConfig each
+LENGTHS = ("steps", "tokens", "epochs")  # the three ways to say how long a stage trains
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(path.stem for path in paths.PRESETS.glob("*.toml"))
+
+
+def load_preset(name_or_path: str | Path, overrides: Mapping[str, object] | Iterable[str] = ()) -> Preset:
+    """The preset of that name (or of that `.toml` file) with overrides applied, checked.
+
+    Overrides are `{"a.b": value}` or `["a.b=c", ...]`, see `override`.
+    Raises ConfigError: unknown preset, unreadable TOML, unknown key, wrong type or impossible value.
+    """
+    text = str(name_or_path)
+    if text.endswith(".toml") or "/" in text:
+        path = Path(text)
+        if not path.is_file():
+            raise ConfigError(f"preset {text}: no such file; presets by name: {', '.join(preset_names())}")
+    else:
+        path = paths.PRESETS / f"{text}.toml"
+        if text not in preset_names():
+            raise ConfigError(
+                f"unknown preset {text!r}{_hint(text, preset_names())}; "
+                f"allowed: {', '.join(preset_names())}, or a path that ends in .toml"
+            )
+    preset = _read(path)
+    overrides = _as_pairs(overrides)
+    if overrides:
+        return override(preset, overrides, origin=f"{path.name} with overrides")
+    return validate(preset, path.name)
+
+
+def from_toml(path: str | Path) -> Preset:
+    """A preset from a TOML file, checked like any other; without a name of its own it takes the file's."""
+    path = Path(path)
+    return validate(_read(path), path.name)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A preset, or one section of it, as plain dicts, lists and scalars: what JSON and TOML can hold."""
+    return _plain(asdict(config))
+
+
+def to_toml(preset: Preset) -> str:
+    """The whole preset, defaults included, as TOML that `from_toml` reads back equal."""
+    return tomli_w.dumps(to_dict(preset))
+
+
+def override(preset: Preset, overrides: Mapping[str, object] | Iterable[str], *, origin: str = "override") -> Preset:
+    """The preset with some keys replaced, checked.
+
+    Overrides are `{"sft.learning_rate": 1e-4}` or `["sft.learning_rate=1e-4"]`. A text is read by the type of its key:
+    as it stands for a string, as a TOML value otherwise (`3e-4`, `true`, `[0, 3]`, `{source = "x"}`; `0,3` for a list).
+    `data.pretrain.0.max_examples` reaches into a list. None leaves the preset's value. One of steps, tokens and epochs
+    replaces whichever of the three the preset has.
+    """
+    table = to_dict(preset)
+    lengths: dict[str, set[str]] = {}
+    for key, value, raw in _as_pairs(overrides):
+        if value is None:
+            continue
+        holder, last, kind = _locate(table, key, origin)
+        holder[last] = _from_text(kind, value, raw) if isinstance(value, str) else _plain(value)
+        section, _, name = key.rpartition(".")
+        if name in LENGTHS and set(LENGTHS) <= set(holder):
+            lengths.setdefault(section, set()).add(name)
+    for section, named in lengths.items():
+        holder, last, _ = _locate(table, section, origin)
+        train = holder[last]
+        if any(isinstance(train[name], int | float) and train[name] > 0 for name in named):
+            train.update({name: -1 for name in LENGTHS if name not in named})
+    return validate(_build(Preset, table, "", origin), origin)
+
+
+def split_overrides(text: str) -> list[str]:
+    """`"a.b=c; d.e=[1; 2]"` -> `["a.b=c", "d.e=[1; 2]"]`: parts between semicolons that no quote or bracket encloses."""
+    parts, depth, quote = [""], 0, ""
+    for char in text:
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "\"'":
+            quote = char
+        elif char in "[{":
+            depth += 1
+        elif char in "]}":
+            depth -= 1
+        elif char == ";" and depth == 0:
+            parts.append("")
+            continue
+        parts[-1] += char
+    return [part.strip() for part in parts if part.strip()]
+
+
+def model_names(preset: Preset) -> list[str]:
+    """Every model the run evaluates, in the report's order: the random control, baselines, our stages, externals."""
+    return [*OWN_MODELS, *(external.name for external in preset.baselines.external)]
+
+
+def check_name(name: str, what: str) -> str:
+    """The name, if it can be a file name everywhere and cannot leave its folder; else ConfigError."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{what} {name!r}: a name has only A-Z a-z 0-9 . _ - and starts with a letter or digit")
+    return name
+
+
+def near_miss(name: str, allowed: Iterable[str]) -> str | None:
+    """The allowed name most like this one, or None when none is near."""
+    found = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _read(path: Path) -> Preset:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path.name}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path.name}: no TOML: {error}") from error
+    if not table.get("name"):
+        table["name"] = path.stem
+    return _build(Preset, table, "", path.name)
+
+
+def _hint(name: str, allowed: Iterable[str]) -> str:
+    miss = near_miss(name, allowed)
+    return f", did you mean {miss}?" if miss else ""
+
+
+def _unknown(key: str, cls: type, origin: str) -> ConfigError:
+    prefix, _, last = key.rpartition(".")
+    allowed = [entry.name for entry in fields(cls)]
+    miss = near_miss(last, allowed)
+    if miss:
+        miss = f"{prefix}.{miss}" if prefix else miss
+    else:  # a key of another section, or one whose section was left out
+        miss = near_miss(key, all_keys())
+    hint = f", did you mean {miss}?" if miss else ""
+    where = f" in [{prefix}]" if prefix else ""
+    return ConfigError(f"{origin}: unknown key {key}{hint} (allowed{where}: {', '.join(allowed)})")
+
+
+def all_keys(cls: type = Preset, prefix: str = "") -> list[str]:
+    """Every dotted key of a preset, outermost first."""
+    keys = []
+    for name, kind in get_type_hints(cls).items():
+        keys.append(f"{prefix}{name}")
+        if is_dataclass(kind):
+            keys += all_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def _build(cls: type, table: Mapping[str, Any], where: str, origin: str) -> Any:
+    kinds = get_type_hints(cls)
+    values = {}
+    for name, value in table.items():
+        key = f"{where}.{name}" if where else name
+        if name not in kinds:
+            raise _unknown(key, cls, origin)
+        values[name] = _value(kinds[name], value, key, origin)
+    return cls(**values)
+
+
+def _value(kind: Any, value: Any, key: str, origin: str) -> Any:
+    """The value as its field's type, or ConfigError. A whole number will do for a float; nothing else is converted."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        return _build(kind, value, key, origin)
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(_value(get_args(kind)[0], item, f"{key}.{index}", origin) for index, item in enumerate(value))
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
+    if kind is float and number and math.isfinite(value):
+        return float(value)
+    if kind is int and number and isinstance(value, int):
+        return value
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    hint = _hint(value, get_args(kind)) if get_origin(kind) is Literal and isinstance(value, str) else ""
+    raise ConfigError(f"{origin}: {key} = {_show(value)}: expected {_describe(kind)}{hint}")
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"a list, each item {_describe(get_args(kind)[0])}"
+    if is_dataclass(kind):
+        return "a table with " + ", ".join(entry.name for entry in fields(kind))
+    return {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}[kind]
+
+
+def _show(value: Any) -> str:
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# Overrides ----------------------------------------------------------------------------------------------------------
+
+
+def _as_pairs(overrides: Any) -> list[tuple[str, object, bool]]:
+    """(key, value, whether the value is raw text in which a string may stand in quotes) of each override."""
+    if isinstance(overrides, Mapping):
+        return [(key, value, False) for key, value in overrides.items()]
+    pairs: list[tuple[str, object, bool]] = []
+    for item in split_overrides(overrides) if isinstance(overrides, str) else overrides:
+        if isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 3:
+            pairs.append(tuple(item))  # came from here
+            continue
+        if not isinstance(item, str) or "=" not in item:
+            raise ConfigError(f"override {item!r}: expected key=value, for example sft.learning_rate=1e-4")
+        key, _, text = item.partition("=")
+        pairs.append((key.strip(), text.strip(), True))
+    return pairs
+
+
+def _locate(table: dict[str, Any], key: str, origin: str) -> tuple[Any, Any, Any]:
+    """(container, index in it, type there) of a dotted key inside a preset's table."""
+    holder, last, kind, seen = None, None, Preset, []
+    node: Any = table
+    for part in key.split("."):
+        if is_dataclass(kind):
+            kinds = get_type_hints(kind)
+            if part not in kinds:
+                raise _unknown(".".join([*seen, part]), kind, origin)
+            holder, last, kind = node, part, kinds[part]
+        elif get_origin(kind) is tuple:
+            if not part.isdecimal() or int(part) >= len(node):
+                raise ConfigError(f"{origin}: {key}: {'.'.join(seen)} is a list of {len(node)}, its items count from 0")
+            holder, last, kind = node, int(part), get_args(kind)[0]
+        else:
+            raise ConfigError(f"{origin}: {key}: {'.'.join(seen)} is a value ({_describe(kind)}), it has no keys")
+        node = holder[last]
+        seen.append(part)
+    return holder, last, kind
+
+
+def _from_text(kind: Any, text: str, raw: bool) -> Any:
+    """A text as the TOML value its field wants; a text that is none is returned as it is, for `_value` to refuse."""
+    if kind is str or get_origin(kind) is Literal:
+        parsed = _toml_value(text) if raw and text[:1] in ("'", '"') else text
+        return parsed if isinstance(parsed, str) else text
+    if kind is float:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    if get_origin(kind) is tuple and not text.startswith("["):
+        return [_from_text(get_args(kind)[0], item.strip(), raw) for item in text.split(",") if item.strip()]
+    return _toml_value(text)
+
+
+def _toml_value(text: str) -> Any:
+    if "\n" in text:
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+# Validation ---------------------------------------------------------------------------------------------------------
+
+Rule = tuple[str, Callable[[Any], bool]]
+
+
+def _least(low: float) -> Rule:
+    return f"at least {low}", lambda value: value >= low
+
+
+def _above(low: float) -> Rule:
+    return f"more than {low}", lambda value: value > low
+
+
+def _between(low: float, high: float) -> Rule:
+    return f"from {low} to {high}", lambda value: low <= value <= high
+
+
+def _below_one() -> Rule:
+    return "at least 0 and less than 1", lambda value: 0 <= value < 1
+
+
+def _off_or(rule: Rule) -> Rule:
+    text, holds = rule
+    return f"-1 or {text}", lambda value: value == -1 or holds(value)
+
+
+_RULES: dict[type, dict[str, Rule]] = {
+    ModelConfig: {
+        **dict.fromkeys(("n_layer", "d_model", "n_head", "d_ff"), _least(1)),
+        **dict.fromkeys(("n_kv_head", "vocab_size"), _off_or(_least(1))),
+        "context": _least(2),
+        "sinks": _least(0),
+        **dict.fromkeys(("rope_theta", "norm_eps"), _above(0)),
+    },
+    SourceConfig: {"max_examples": _off_or(_least(1)), "skip_examples": _least(0)},
+    TrainConfig: {
+        **dict.fromkeys(("steps", "tokens", "checkpoint_every", "evaluate_every"), _off_or(_least(1))),
+        **dict.fromkeys(("epochs", "clip"), _off_or(_above(0))),
+        **dict.fromkeys(("batch_size", "accumulate"), _least(1)),
+        **dict.fromkeys(("learning_rate", "muon_learning_rate", "beta", "distill_temperature"), _above(0)),
+        "weight_decay": _least(0),
+        **dict.fromkeys(("beta1", "beta2", "replay"), _below_one()),
+        **dict.fromkeys(("warmup", "decay", "final_lr_ratio", "distill_weight"), _between(0, 1)),
+    },
+    EvaluationConfig: {
+        "window": _least(2),
+        **dict.fromkeys(
+            (
+                *("stride", "sentiment_templates", "sentiment_draws", "problem_new_tokens", "instruction_new_tokens"),
+                *("batch_tokens", "speed_prompt", "speed_new_tokens", "speed_repeats", "bootstrap"),
+            ),
+            _least(1),
+        ),
+        "strided_documents": _off_or(_least(1)),
+        "problem_shots": _least(0),
+        "instruction_generations": _off_or(_least(0)),
+        "sentiment_shots": ("numbers of at least 0", lambda shots: all(shot >= 0 for shot in shots)),
+        "speed_batch_sizes": ("numbers of at least 1", lambda sizes: all(size >= 1 for size in sizes)),
+    },
+    AblationConfig: {"steps": _off_or(_least(1)), "seeds": _least(1)},
+    Preset: {"seed": _between(0, 2**32 - 1)},
+}
+
+
+def validate(preset: Preset, origin: str = "preset") -> Preset:
+    """The same preset, if every value of it is possible; else ConfigError with the key and what is allowed."""
+    check_name(preset.name, f"{origin}: name")
+    _check_rules(preset, "", origin)
+    _check_model(preset.model, "model", origin)
+    _check_sources(preset.data, origin)
+    if preset.tokenizer.kind == "train":
+        least = 256 + max(preset.model.sinks, 0) + 1
+        if preset.tokenizer.vocab_size < least:
+            raise ConfigError(
+                f"{origin}: tokenizer.vocab_size = {preset.tokenizer.vocab_size}: expected at least {least} "
+                "(256 bytes, the end-of-text token and the sinks)"
+            )
+    for name in TRAINED:
+        pretrained = getattr(preset.baselines, name, "train") != "train"  # a baseline that is loaded is not trained
+        _check_train(getattr(preset, name), name, origin, least=0 if pretrained else 1)
+    _check_train(preset.ablations.train, "ablations.train", origin, least=0)
+    _check_externals(preset.baselines, origin)
+    if preset.evaluation.stride > preset.evaluation.window:
+        raise ConfigError(
+            f"{origin}: evaluation.stride = {preset.evaluation.stride}: "
+            f"expected at most evaluation.window = {preset.evaluation.window}, or tokens would be left out"
+        )
+    for variant in preset.ablations.variants:
+        ablated(preset, variant, origin)
+    return preset
+
+
+def ablated(preset: Preset, variant: str, origin: str = "ablations.variants") -> Preset:
+    """The preset with one ablation's model, as `ablations.variants` writes it: `ffn=gelu`, or `norm=layer,bias=true`."""
+    table = to_dict(preset)
+    for part in variant.split(","):
+        key, equals, text = part.strip().partition("=")
+        if not equals:
+            raise ConfigError(f"{origin}: ablations.variants: {variant!r}: expected key=value with a key of [model]")
+        holder, last, kind = _locate(table, f"model.{key.strip()}", origin)
+        holder[last] = _from_text(kind, text.strip(), True)
+    table["ablations"]["variants"] = []
+    changed = _build(Preset, table, "", f"{origin}: ablations.variants: {variant!r}")
+    _check_rules(changed.model, "model", f"{origin}: ablations.variants: {variant!r}")
+    _check_model(changed.model, "model", f"{origin}: ablations.variants: {variant!r}")
+    return changed
+
+
+def _check_rules(config: Any, where: str, origin: str) -> None:
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        key = f"{where}.{entry.name}" if where else entry.name
+        text, holds = _RULES.get(type(config), {}).get(entry.name, ("", lambda _: True))
+        if not holds(value):
+            raise ConfigError(f"{origin}: {key} = {_show(value)}: expected {text}")
+        if is_dataclass(value):
+            _check_rules(value, key, origin)
+        elif isinstance(value, tuple):
+            for index, item in enumerate(value):
+                if is_dataclass(item):
+                    _check_rules(item, f"{key}.{index}", origin)
+
+
+def _check_model(model: ModelConfig, where: str, origin: str) -> None:
+    if model.d_model % model.n_head:
+        raise ConfigError(
+            f"{origin}: {where}.d_model = {model.d_model}: expected a multiple of {where}.n_head = {model.n_head}"
+        )
+    if model.n_kv_head != -1 and model.n_head % model.n_kv_head:
+        raise ConfigError(
+            f"{origin}: {where}.n_kv_head = {model.n_kv_head}: expected -1 or a divisor of {where}.n_head = {model.n_head}"
+        )
+    head = model.d_model // model.n_head
+    if model.position == "rope" and head % 2:
+        raise ConfigError(
+            f"{origin}: {where}.d_model / {where}.n_head = {head}: expected an even number, rotary positions turn pairs"
+        )
+    if model.context <= model.sinks + 1:
+        raise ConfigError(
+            f"{origin}: {where}.context = {model.context}: expected at least {model.sinks + 2}, "
+            f"two positions beside {where}.sinks = {model.sinks}"
+        )
+
+
+def _check_train(train: TrainConfig, where: str, origin: str, least: int) -> None:
+    named = [name for name in LENGTHS if getattr(train, name) != -1]
+    if not least <= len(named) <= 1:
+        what = " and ".join(named) + " are" if named else "none is"
+        raise ConfigError(f"{origin}: {where}: exactly one of steps, tokens and epochs is to be set, {what}")
+    if train.schedule == "wsd" and train.warmup + train.decay > 1:
+        raise ConfigError(
+            f"{origin}: {where}.decay = {train.decay}: expected at most {1 - train.warmup:g}, "
+            f"warmup and decay are shares of the same steps"
+        )
+
+
+def _check_sources(data: DataConfig, origin: str) -> None:
+    for entry in fields(data):
+        for index, source in enumerate(getattr(data, entry.name)):
+            if bool(source.source) == bool(source.path):
+                raise ConfigError(
+                    f"{origin}: data.{entry.name}.{index}: expected either source (a name in data/sources.toml) or path"
+                )
+            if source.path and not source.reader:
+                raise ConfigError(
+                    f"{origin}: data.{entry.name}.{index}: a path needs a reader: text, wikitext, stories, "
+                    "instructions, preferences, sentiment or problems"
+                )
+
+
+def _check_externals(baselines: BaselinesConfig, origin: str) -> None:
+    seen = set(OWN_MODELS)
+    for index, external in enumerate(baselines.external):
+        key = f"baselines.external.{index}"
+        check_name(external.name, f"{origin}: {key}.name")
+        if external.name in seen:
+            raise ConfigError(f"{origin}: {key}.name = {external.name!r}: that model is there already; rename this one")
+        if not external.location:
+            raise ConfigError(
+                f"{origin}: {key}.location: expected a folder, a hub id or package:NAME/FILE.gguf, it is empty"
+            )
+        seen.add(external.name)
+    for name in ("gpt2", "distilgpt2"):
+        if not getattr(baselines, name):
+            raise ConfigError(f"{origin}: baselines.{name}: expected train, a folder or a hub id, it is empty")

@@ -3,9 +3,10 @@
 import os
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parent
+PROJECT = PACKAGE.parents[1]
 NOTEBOOKS = PROJECT / "notebooks"
 DATA = PROJECT / "data"
 REPORT = PROJECT / "report"
-PRESETS = Path(__file__).resolve().parent / "presets"
-RUNS = Path(os.environ.get("THREEFOLD_RUNS", PROJECT / "runs")).resolve()
+PRESETS = PACKAGE / "presets"
+RUNS = Path(os.environ.get("THREEFOLD_RUNS") or PROJECT / "runs").resolve()

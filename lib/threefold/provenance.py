@@ -1,0 +1,326 @@
+"""Where a result comes from: hashes, fingerprints, atomic files, and the machine and versions behind a stage."""
+
+import ast
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from threefold import paths
+from threefold.errors import RecordError
+
+# Packages whose version can change a stage's numbers.
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "numpy", "pandas", "scipy")
+
+
+# Hashes -------------------------------------------------------------------------------------------------------------
+
+
+def sha256_bytes(data: bytes) -> str:
+    """SHA-256 of bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hex, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_tree(folder: str | Path) -> dict[str, str]:
+    """{path relative to the folder, with /: SHA-256} of every file under it, sorted by path."""
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON: equal values hash equal, whatever the order of their keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return sha256_bytes(text.encode())
+
+
+# Atomic files -------------------------------------------------------------------------------------------------------
+
+
+def atomic_write(path: str | Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part. Makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill that takes its place, replacing what stood there, only if the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        replace_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Move a finished folder into place. The one it replaces is set aside first and removed last, so that at every
+    moment a whole one is on the disk; `recover_folder` puts it back after a crash between the two renames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(path)
+    aside = _aside(path)
+    if path.exists():
+        os.rename(path, aside)
+    try:
+        os.rename(new, path)
+    except OSError:
+        recover_folder(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Undo what a crash inside `replace_folder` left: put the folder set aside back, or remove it if it was replaced."""
+    aside = _aside(path)
+    if not aside.exists():
+        return
+    if path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.rename(aside, path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.previous")
+
+
+# Code ---------------------------------------------------------------------------------------------------------------
+
+
+def code_fingerprint(*module_names: str) -> str:
+    """SHA-256 over the code of these threefold modules and of everything of threefold that they import.
+
+    Imports are followed statically, those inside functions too. The code is the syntax tree without docstrings, so
+    comments, docstrings and layout do not count.
+    Raises ValueError for a name that is no module of threefold.
+    """
+    for name in module_names:
+        if _module_file(name) is None:
+            raise ValueError(f"{name} is no module of threefold")
+    waiting, trees = list(module_names), {}
+    while waiting:
+        name = waiting.pop()
+        file = _module_file(name)
+        if name in trees or file is None:
+            continue
+        stat = file.stat()
+        trees[name], imported = _parsed(name, file, stat.st_mtime_ns, stat.st_size)
+        waiting += imported
+        waiting += [name.rpartition(".")[0]] if "." in name else []  # its package's __init__ runs too
+    return sha256_json(trees)
+
+
+def _module_file(name: str) -> Path | None:
+    """The source of a threefold module; None for what is not one (another package, or a name inside a module)."""
+    package, *parts = name.split(".")
+    if package != "threefold":
+        return None
+    base = paths.PACKAGE.joinpath(*parts)
+    for candidate in (base / "__init__.py", base.with_suffix(".py")):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+@lru_cache(maxsize=512)
+def _parsed(name: str, file: Path, _mtime: int, _size: int) -> tuple[str, tuple[str, ...]]:
+    """(hash of the module's syntax tree, what it imports of threefold); the times are there for the cache."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    imported = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], *([base] if base else [])])
+            imported += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
+                node.body = node.body[1:]
+    return sha256_bytes(ast.dump(tree).encode()), tuple(name for name in imported if name.split(".")[0] == "threefold")
+
+
+# Surroundings -------------------------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a stage's numbers."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """The machine without its name: CPU model, cores this process may use, memory in GiB, GPUs.
+
+    GPUs are those that torch sees; a process that has not loaded torch used none.
+    """
+    torch = sys.modules.get("torch")
+    gpus = []
+    if torch is not None and torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": gpus,
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def git_state() -> dict[str, Any]:
+    """{"commit", "dirty"} of the project's own repository; both None where there is none (an unpacked archive)."""
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != paths.PROJECT:
+        return {"commit": None, "dirty": None}
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changed is None else changed != ""}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(paths.PROJECT), *arguments], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+# Fingerprint --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Everything a stage's result depends on; equal digests mean that running it again would make the same."""
+
+    stage: str
+    config: dict[str, Any]  # the preset's sections the stage reads, by name
+    code: str  # code_fingerprint of the modules it uses
+    data: dict[str, str]  # source -> fingerprint
+    parents: dict[str, str]  # stage -> hash of what this one takes from it
+    versions: dict[str, str]
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        stage: str,
+        preset_sections: Mapping[str, Any],
+        modules: tuple[str, ...],
+        data: Mapping[str, str],
+        parents: Mapping[str, str],
+        seed: int,
+    ) -> "Fingerprint":
+        """The fingerprint of a stage about to run: code and versions are looked up here.
+
+        `preset_sections`: name -> config dataclass, dict or scalar, e.g. {"model": preset.model, "sft": preset.sft}.
+        """
+        config = {name: asdict(part) if is_dataclass(part) else part for name, part in preset_sections.items()}
+        config = json.loads(json.dumps(config, allow_nan=False))  # tuples become lists, as they come back from run.json
+        return cls(stage, config, code_fingerprint(*modules), dict(data), dict(parents), versions(), seed)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all components."""
+        return sha256_json(asdict(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What run.json keeps: the digest and every component."""
+        return {"digest": self.digest, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Fingerprint":
+        """The fingerprint in a run.json. Raises RecordError if a component is missing or the digest is not theirs."""
+        names = [entry.name for entry in fields(cls)]
+        missing = [name for name in [*names, "digest"] if name not in values]
+        if missing:
+            raise RecordError(f"fingerprint without {', '.join(missing)}: the stage is to be run again")
+        fingerprint = cls(**{name: values[name] for name in names})
+        if fingerprint.digest != values["digest"]:
+            raise RecordError("fingerprint whose digest is not that of its components: run.json was changed by hand")
+        return fingerprint
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """What changed from this fingerprint to the other, one short line an input; empty when their digests agree.
+
+        For example ["config: sft.learning_rate 0.003 -> 0.001", "parent pretrain", "code", "version torch 2.12 -> 2.13"].
+        """
+        lines = [f"stage {self.stage} -> {other.stage}"] if self.stage != other.stage else []
+        lines += [
+            f"config: {key} {old} -> {new}" for key, old, new in _changed(_flat(self.config), _flat(other.config))
+        ]
+        lines += ["code"] if self.code != other.code else []
+        lines += [f"data {key}" for key, _, _ in _changed(self.data, other.data)]
+        lines += [f"parent {key}" for key, _, _ in _changed(self.parents, other.parents)]
+        lines += [f"version {key} {old} -> {new}" for key, old, new in _changed(self.versions, other.versions)]
+        lines += [f"seed {self.seed} -> {other.seed}"] if self.seed != other.seed else []
+        return lines
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(value, dict | list) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for name, item in items for k, v in _flat(item, f"{key}.{name}" if key else str(name)).items()}
+    return {key: value}
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    def show(values: Mapping[str, Any], key: str) -> str:
+        return json.dumps(values[key]).strip('"') if key in values else "(none)"
+
+    absent = object()
+    keys = [*old, *(key for key in new if key not in old)]
+    return [(key, show(old, key), show(new, key)) for key in keys if old.get(key, absent) != new.get(key, absent)]

@@ -1,0 +1,402 @@
+"""The run folder, and the door through which a notebook enters it.
+
+    runs/<run>/config.toml              the resolved preset
+    runs/<run>/tokenizer/
+    runs/<run>/<stage>/                 checkpoint or results, metrics.jsonl, run.json (evaluation/<model>/ for evaluations)
+    runs/<run>/.<stage>.partial/        a stage at work, kept for resuming
+    runs/<run>/notebooks/               executed notebooks
+
+A notebook opens its stage with `stage = open_stage("sft", globals())`, takes inputs with `stage.require("pretrain")`, works
+in `folder = stage.begin(fingerprint)` and ends with `stage.finish(tokens=...)`.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from threefold import config, paths, provenance
+from threefold.config import Preset
+from threefold.errors import ConfigError, MissingInput, RecordError
+from threefold.provenance import Fingerprint
+
+RUN_FILE = "run.json"
+DOOR = ("preset", "run", "data_dir", "overrides")  # parameters every notebook takes
+
+# stage -> (notebook, section of the preset whose fields are the notebook's parameters)
+_STAGES = {
+    "data": ("00_data", "data"),
+    "pretrain": ("01_pretrain", "pretrain"),
+    "gpt2": ("01_pretrain", "gpt2"),
+    "distilgpt2": ("01_pretrain", "distilgpt2"),
+    "sft": ("02_sft", "sft"),
+    "dpo": ("03_dpo", "dpo"),
+    "evaluate": ("04_evaluate", "evaluation"),
+    "ablations": ("05_ablations", "ablations"),
+    "compare": ("06_compare", "evaluation"),
+}
+_PRETRAINED = ("pretrain", "gpt2", "distilgpt2")  # the stages of notebook 01, by its parameter `model`
+_FACTS = ("stage", "fingerprint", "git", "hardware", "outputs", "started", "finished")  # not for the caller to say
+
+
+@dataclass(frozen=True)
+class StageNotebook:
+    """Which notebook makes a stage, with which parameters, and the name it is executed under."""
+
+    source: str  # stem in notebooks/
+    executed: str  # stem in runs/<run>/notebooks/
+    parameters: dict[str, str]
+
+
+def stage_names(preset: Preset) -> list[str]:
+    """Every stage of a run, in an order in which each comes after what it needs."""
+    evaluations = [f"evaluate-{model}" for model in config.model_names(preset)]
+    return ["data", *_PRETRAINED, "sft", "dpo", *evaluations, "ablations", "compare"]
+
+
+def stage_notebook(stage: str) -> StageNotebook:
+    """The notebook behind a stage: "gpt2" -> 01_pretrain with model=gpt2, executed as 01_pretrain-gpt2."""
+    kind, _, model = stage.partition("-")
+    if kind not in _STAGES or (kind == "evaluate") != bool(model):
+        raise ConfigError(f"unknown stage {stage!r}{_hint(stage, _STAGES)}; allowed: {_stage_list()}")
+    source = _STAGES[kind][0]
+    model = model or (kind if kind in _PRETRAINED[1:] else "")
+    return StageNotebook(source, f"{source}-{model}" if model else source, {"model": model} if model else {})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder and the resolved preset it belongs to."""
+
+    name: str
+    path: Path
+    preset: Preset
+    data_dir: str = ""  # absolute, or "" when there is no local data folder
+    asked: dict[str, str] = field(default_factory=dict)  # the parameters that open this run again
+
+    @classmethod
+    def open(
+        cls,
+        preset: str | Path = "smoke",
+        run: str = "",
+        overrides: Mapping[str, object] | Iterable[str] = (),
+        data_dir: str | Path = "",
+        *,
+        create: bool = True,
+    ) -> "Run":
+        """The run of that name (default: the preset's), with its config.toml written if absent or changed.
+
+        preset: a name, a path to a .toml file, or "" for the config.toml that the run has.
+        overrides: as in `config.override`; one string may hold several between semicolons.
+        data_dir: local data folder; relative to the current folder or else to the project; default $THREEFOLD_DATA.
+        create: False only looks, and writes nothing.
+        Raises ConfigError.
+        """
+        if run:
+            config.check_name(run, "run")
+        if isinstance(overrides, str):
+            overrides = config.split_overrides(overrides)
+        if not preset:
+            if not run or not (paths.RUNS / run / "config.toml").is_file():
+                raise ConfigError(
+                    f"run {run!r} has no config.toml yet: name a preset ({_listed(config.preset_names())})"
+                )
+            resolved = config.load_preset(paths.RUNS / run / "config.toml", overrides)
+        else:
+            resolved = config.load_preset(preset, overrides)
+        name = run or resolved.name
+        path = paths.RUNS / name
+        asked = {"preset": str(preset)} if preset else {}
+        asked |= {"run": name} if name != resolved.name or not preset else {}
+        asked |= {"data_dir": str(data_dir)} if data_dir else {}
+        asked |= {"overrides": _joined(overrides)} if overrides else {}
+        opened = cls(name, path, resolved, _data_folder(str(data_dir)), asked)
+        if create:
+            text = config.to_toml(resolved)
+            file = path / "config.toml"
+            if not file.is_file() or file.read_text(encoding="utf-8") != text:
+                provenance.atomic_write(file, text)
+        return opened
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.path / "tokenizer"
+
+    def stage_folder(self, stage: str) -> Path:
+        """Where a finished stage lies: runs/<run>/<stage>, evaluations in runs/<run>/evaluation/<model>."""
+        stage_notebook(stage)
+        kind, _, model = stage.partition("-")
+        return self.path / "evaluation" / config.check_name(model, "model") if kind == "evaluate" else self.path / stage
+
+    def partial_folder(self, stage: str) -> Path:
+        """Where a stage works until it is finished."""
+        stage_notebook(stage)
+        return self.path / f".{stage}.partial"
+
+    def notebook(self, name: str) -> Path:
+        """Where an executed notebook lies, by its stem (see `stage_notebook(stage).executed`)."""
+        return self.path / "notebooks" / f"{name}.ipynb"
+
+    def command(self, stage: str) -> str:
+        """The papermill command that makes this stage of this run, from the project's folder."""
+        notebook = stage_notebook(stage)
+        out = self.notebook(notebook.executed)
+        try:
+            out = out.relative_to(paths.PROJECT)
+        except ValueError:  # $THREEFOLD_RUNS lies outside
+            pass
+        words = ["papermill", f"notebooks/{notebook.source}.ipynb", str(out)]
+        for name, value in {**self.asked, **notebook.parameters}.items():
+            words += ["-p", name, value]
+        return shlex.join(words)
+
+    def finished(self, stage: str) -> dict[str, Any] | None:
+        """The run.json of a finished stage, None when it has not been made. Raises RecordError if it is damaged."""
+        folder = self.stage_folder(stage)
+        provenance.recover_folder(folder)
+        return read_run_file(folder)
+
+    def identity(self, stage: str) -> str:
+        """Hash of what a finished stage made, as its children's `Fingerprint.parents` take it: its weights if it has
+        any, otherwise its fingerprint and outputs. Raises MissingInput."""
+        facts = self.require(stage)
+        weights = facts["outputs"].get("model.safetensors")
+        return weights or provenance.sha256_json([facts["fingerprint"]["digest"], facts["outputs"]])
+
+    def require(self, stage: str) -> dict[str, Any]:
+        """The run.json of a finished stage; MissingInput names the command that makes it."""
+        facts = self.finished(stage)
+        if facts is None:
+            begun = " was begun but is not finished" if self.partial_folder(stage).exists() else " is not there yet"
+            raise MissingInput(f"stage {stage} of run {self.name}{begun}: run `{self.command(stage)}`")
+        return facts
+
+
+def read_run_file(folder: Path) -> dict[str, Any] | None:
+    """The run.json in a folder, None when there is none. Raises RecordError if it is damaged."""
+    file = folder / RUN_FILE
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise RecordError(f"{_shown(file)} is damaged ({error}); remove the folder and run the stage again") from error
+    if not isinstance(facts, dict) or not {"stage", "fingerprint", "outputs"} <= facts.keys():
+        raise RecordError(f"{_shown(file)} lacks stage, fingerprint or outputs; remove the folder and run it again")
+    return facts
+
+
+@dataclass
+class Stage:
+    """One stage of a run, as a notebook works on it."""
+
+    name: str
+    run: Run
+    config: Any  # its section of the preset: TrainConfig, EvaluationConfig, ...
+    folder: Path  # where it lies once finished
+    _fingerprint: Fingerprint | None = None
+    _clock: float = 0.0
+
+    @property
+    def preset(self) -> Preset:
+        return self.run.preset
+
+    @property
+    def model(self) -> str:
+        """Which model a stage of notebook 01 or 04 is about: "gpt2" of "gpt2", "sft" of "evaluate-sft"."""
+        return self.name.removeprefix("evaluate-")
+
+    @property
+    def partial(self) -> Path:
+        return self.run.partial_folder(self.name)
+
+    def require(self, stage: str) -> Path:
+        """Folder of a finished stage this one builds on. MissingInput names the notebook that makes it."""
+        self.run.require(stage)
+        return self.run.stage_folder(stage)
+
+    def parents(self, *stages: str) -> dict[str, str]:
+        """{stage: hash of what it made} of finished stages, for `Fingerprint.of(parents=...)`. Raises MissingInput."""
+        return {stage: self.run.identity(stage) for stage in stages}
+
+    def is_fresh(self, fingerprint: Fingerprint) -> bool:
+        """Whether the finished stage was made from exactly these inputs."""
+        facts = self.run.finished(self.name)
+        return facts is not None and facts["fingerprint"].get("digest") == fingerprint.digest
+
+    def begin(self, fingerprint: Fingerprint) -> Path:
+        """The folder to work in. What an interrupted attempt with the same fingerprint left there is kept, so that the
+        work can be resumed; anything else is removed first."""
+        if fingerprint.stage != self.name:
+            raise ValueError(f"fingerprint of stage {fingerprint.stage} given to stage {self.name}")
+        folder = self.partial
+        if not self._resumable(fingerprint):
+            shutil.rmtree(folder, ignore_errors=True)
+            started = {"stage": self.name, "fingerprint": fingerprint.to_dict(), "outputs": {}, "started": _now()}
+            provenance.atomic_write(folder / RUN_FILE, _json(started))
+        self._fingerprint = fingerprint
+        self._clock = time.monotonic()
+        return folder
+
+    def finish(self, **facts: Any) -> dict[str, Any]:
+        """Write run.json, move the work folder into place (a folder there before is replaced at once), return run.json.
+
+        Facts: `tokens` trained on, `device_seconds`, and any more that are finite JSON. `wall_seconds` is the time
+        since `begin` unless given; `weights_sha256` the hash of model.safetensors unless given.
+        """
+        if self._fingerprint is None:
+            raise RuntimeError(f"stage {self.name}: finish without begin")
+        taken = [name for name in _FACTS if name in facts]
+        if taken:
+            raise ValueError(f"finish() finds {', '.join(taken)} itself")
+        folder = self.partial
+        begun = read_run_file(folder) or {}
+        outputs = {path: digest for path, digest in provenance.sha256_tree(folder).items() if path != RUN_FILE}
+        content = {
+            "stage": self.name,
+            "fingerprint": self._fingerprint.to_dict(),
+            "git": provenance.git_state(),
+            "hardware": provenance.hardware(),
+            "wall_seconds": round(time.monotonic() - self._clock, 3),
+            "device_seconds": None,
+            "tokens": None,
+            "weights_sha256": outputs.get("model.safetensors"),
+            "outputs": outputs,
+            "started": begun.get("started"),
+            "finished": _now(),
+            **facts,
+        }
+        provenance.atomic_write(folder / RUN_FILE, _json(content))
+        provenance.replace_folder(folder, self.folder)
+        self._fingerprint = None
+        return json.loads(_json(content))
+
+    def _resumable(self, fingerprint: Fingerprint) -> bool:
+        try:
+            begun = read_run_file(self.partial)
+        except RecordError:
+            return False
+        return begun is not None and begun["fingerprint"].get("digest") == fingerprint.digest
+
+
+def open_stage(stage: str, namespace: Mapping[str, Any]) -> Stage:
+    """The stage a notebook is about, from the parameters among the notebook's `globals()`.
+
+    Parameters are the public names that hold None, a string, a number or a truth value: preset, run, data_dir, overrides
+    ("a.b=c; d.e=f", or a list), `model` (notebooks 01 and 04), and every field of the stage's section of the preset; None
+    means the preset's value. An unknown one stops: papermill only warns of it, and a typo would run for hours.
+    When a notebook opens its stage again in the same kernel, names that came after the first time are its own variables.
+
+    stage: "sft", ...; "pretrain" with model=gpt2 is stage "gpt2", "evaluate" with model=sft is "evaluate-sft".
+    Raises ConfigError.
+    """
+    given = _parameters(namespace)
+    given.pop("stage", None)
+    kind = stage.partition("-")[0]
+    if kind not in _STAGES:
+        raise ConfigError(f"unknown stage {stage!r}{_hint(stage, _STAGES)}; allowed: {_stage_list()}")
+    takes_model = kind in _PRETRAINED or kind == "evaluate"
+    model = given.pop("model", None) if takes_model else None
+    if stage == "pretrain" and model:
+        if model not in _PRETRAINED:
+            raise ConfigError(f"model {model!r}{_hint(model, _PRETRAINED)}; allowed: {', '.join(_PRETRAINED)}")
+        kind = stage = model
+    if stage == "evaluate":
+        stage = f"evaluate-{model or 'pretrain'}"
+
+    section = _STAGES[kind][1]
+    door = {name: given.pop(name) for name in DOOR if given.get(name) is not None}
+    known = {entry.name for entry in fields(type(getattr(Preset(), section)))}
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        allowed = [*DOOR, *(["model"] if takes_model else []), *sorted(known)]
+        raise ConfigError(
+            f"unknown parameter {unknown[0]}{_hint(unknown[0], allowed)}; notebook {_STAGES[kind][0]} takes: "
+            f"{', '.join(allowed)} (other keys: overrides='section.key=value')"
+        )
+    overrides = door.pop("overrides", ())
+    overrides = config.split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
+    overrides += [f"{section}.{name}={_text(value)}" for name, value in given.items() if value is not None]
+    for name, value in door.items():
+        if not isinstance(value, str | Path):
+            raise ConfigError(f"parameter {name} = {value!r}: expected a string")
+    run = Run.open(**door, overrides=overrides)
+    if kind == "evaluate":
+        allowed = config.model_names(run.preset)
+        name = stage.partition("-")[2]
+        if name not in allowed:
+            raise ConfigError(f"model {name!r}{_hint(name, allowed)}; allowed in this preset: {', '.join(allowed)}")
+    folder = run.stage_folder(stage)
+    provenance.recover_folder(folder)
+    return Stage(stage, run, getattr(run.preset, section), folder)
+
+
+_SEEN = "_threefold_parameters"  # kept in the notebook's globals: names that stood there when it first opened its stage
+_IPYTHON = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+
+
+def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters among a notebook's globals."""
+    found = {
+        name: value
+        for name, value in list(namespace.items())
+        if not name.startswith("_")
+        and name not in _IPYTHON
+        and (value is None or isinstance(value, str | int | float) or name == "overrides")
+    }
+    return found
+
+
+def _text(value: Any) -> str:
+    """A parameter as an override's right-hand side."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _joined(overrides: Mapping[str, object] | Iterable[str]) -> str:
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={_text(value)}" for key, value in overrides.items() if value is not None]
+    return "; ".join(overrides)
+
+
+def _data_folder(given: str) -> str:
+    """The local data folder as an absolute path, "" when none is named. ConfigError when it is not there."""
+    text = given or os.environ.get("THREEFOLD_DATA", "")
+    if not text:
+        return ""
+    path = Path(text).expanduser()
+    for folder in (path, paths.PROJECT / path):
+        if folder.is_dir():
+            return str(folder.resolve())
+    origin = "data_dir" if given else "$THREEFOLD_DATA"
+    raise ConfigError(f"{origin} = {text!r}: no such folder, neither from here nor from the project's folder")
+
+
+def _hint(name: str, allowed: Iterable[str]) -> str:
+    miss = config.near_miss(name, allowed)
+    return f", did you mean {miss}?" if miss else ""
+
+
+def _stage_list() -> str:
+    return _listed(f"{name}-<model>" if name == "evaluate" else name for name in _STAGES)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _shown(file: Path) -> str:
+    return file.relative_to(paths.RUNS).as_posix() if file.is_relative_to(paths.RUNS) else file.name
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
