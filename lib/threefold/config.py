@@ -1,15 +1,15 @@
 """Presets: TOML files read strictly into frozen dataclasses.
 
 Precedence: dataclass default < preset file < `--set a.b=c` / papermill `-p`. `-1` means "off" or "all" throughout.
-Whatever cannot be meant (unknown key, wrong type, impossible value) raises one `ConfigError` that names the file, the key,
-what is allowed and the near miss.
+Whatever cannot be meant (unknown key, wrong type, impossible value) raises one `ConfigError` that names the file, the
+key, what is allowed and the near miss.
 """
 
 import difflib
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -102,7 +102,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ExternalConfig:
-    """A further model to evaluate: a transformers folder, a hub id, or `package:NAME/FILE.gguf` inside an installed package."""
+    """A further model to evaluate: a transformers folder, a hub id, or a package's file `package:NAME/FILE.gguf`."""
 
     name: str = ""
     location: str = ""
@@ -190,8 +190,8 @@ def load_preset(name_or_path: str | Path, overrides: Mapping[str, object] | Iter
     """
     text = str(name_or_path)
     if text.endswith(".toml") or "/" in text:
-        path = Path(text)
-        if not path.is_file():
+        path = next((path for path in (Path(text), paths.PROJECT / text) if path.is_file()), None)
+        if path is None:
             raise ConfigError(f"preset {text}: no such file; presets by name: {', '.join(preset_names())}")
     else:
         path = paths.PRESETS / f"{text}.toml"
@@ -250,7 +250,7 @@ def override(preset: Preset, overrides: Mapping[str, object] | Iterable[str], *,
 
 
 def split_overrides(text: str) -> list[str]:
-    """`"a.b=c; d.e=[1; 2]"` -> `["a.b=c", "d.e=[1; 2]"]`: parts between semicolons that no quote or bracket encloses."""
+    """`"a.b=c; d.e=[1; 2]"` -> `["a.b=c", "d.e=[1; 2]"]`: the parts between semicolons outside quotes and brackets."""
     parts, depth, quote = [""], 0, ""
     for char in text:
         if quote:
@@ -312,10 +312,8 @@ def _unknown(key: str, cls: type, origin: str) -> ConfigError:
     prefix, _, last = key.rpartition(".")
     allowed = [entry.name for entry in fields(cls)]
     miss = near_miss(last, allowed)
-    if miss:
-        miss = f"{prefix}.{miss}" if prefix else miss
-    else:  # a key of another section, or one whose section was left out
-        miss = near_miss(key, all_keys())
+    here = f"{prefix}.{miss}" if prefix and miss else miss
+    miss = here or near_miss(key, all_keys())  # perhaps a key of another section, or one whose section was left out
     hint = f", did you mean {miss}?" if miss else ""
     where = f" in [{prefix}]" if prefix else ""
     return ConfigError(f"{origin}: unknown key {key}{hint} (allowed{where}: {', '.join(allowed)})")
@@ -513,9 +511,11 @@ _RULES: dict[type, dict[str, Rule]] = {
 def validate(preset: Preset, origin: str = "preset") -> Preset:
     """The same preset, if every value of it is possible; else ConfigError with the key and what is allowed."""
     check_name(preset.name, f"{origin}: name")
-    _check_rules(preset, "", origin)
+    for key, part in _parts(preset):
+        _check_rules(part, key, origin)
+        if isinstance(part, SourceConfig):
+            _check_source(part, key, origin)
     _check_model(preset.model, "model", origin)
-    _check_sources(preset.data, origin)
     if preset.tokenizer.kind == "train":
         least = 256 + max(preset.model.sinks, 0) + 1
         if preset.tokenizer.vocab_size < least:
@@ -525,8 +525,12 @@ def validate(preset: Preset, origin: str = "preset") -> Preset:
             )
     for name in TRAINED:
         pretrained = getattr(preset.baselines, name, "train") != "train"  # a baseline that is loaded is not trained
-        _check_train(getattr(preset, name), name, origin, least=0 if pretrained else 1)
-    _check_train(preset.ablations.train, "ablations.train", origin, least=0)
+        _check_train(getattr(preset, name), name, origin, needs_length=not pretrained)
+    _check_train(preset.ablations.train, "ablations.train", origin, needs_length=False)
+    if preset.ablations.steps != -1 and any(getattr(preset.ablations.train, name) != -1 for name in LENGTHS):
+        raise ConfigError(
+            f"{origin}: ablations.train: leave out steps, tokens and epochs, ablations.steps says how long"
+        )
     _check_externals(preset.baselines, origin)
     if preset.evaluation.stride > preset.evaluation.window:
         raise ConfigError(
@@ -534,39 +538,45 @@ def validate(preset: Preset, origin: str = "preset") -> Preset:
             f"expected at most evaluation.window = {preset.evaluation.window}, or tokens would be left out"
         )
     for variant in preset.ablations.variants:
-        ablated(preset, variant, origin)
+        ablated(preset, variant, f"{origin}: ablations.variants")
     return preset
 
 
-def ablated(preset: Preset, variant: str, origin: str = "ablations.variants") -> Preset:
-    """The preset with one ablation's model, as `ablations.variants` writes it: `ffn=gelu`, or `norm=layer,bias=true`."""
+def ablated(preset: Preset, variant: str, origin: str = "variant") -> Preset:
+    """The preset with one ablation's model, as `ablations.variants` writes it: `ffn=gelu` or `norm=layer,bias=true`."""
     table = to_dict(preset)
+    origin = f"{origin}: {variant!r}"
     for part in variant.split(","):
         key, equals, text = part.strip().partition("=")
         if not equals:
-            raise ConfigError(f"{origin}: ablations.variants: {variant!r}: expected key=value with a key of [model]")
+            raise ConfigError(f"{origin}: expected key=value with a key of [model]")
         holder, last, kind = _locate(table, f"model.{key.strip()}", origin)
         holder[last] = _from_text(kind, text.strip(), True)
-    table["ablations"]["variants"] = []
-    changed = _build(Preset, table, "", f"{origin}: ablations.variants: {variant!r}")
-    _check_rules(changed.model, "model", f"{origin}: ablations.variants: {variant!r}")
-    _check_model(changed.model, "model", f"{origin}: ablations.variants: {variant!r}")
+    changed = _build(Preset, table, "", origin)
+    _check_rules(changed.model, "model", origin)
+    _check_model(changed.model, "model", origin)
     return changed
 
 
-def _check_rules(config: Any, where: str, origin: str) -> None:
+def _parts(config: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, config) of a config and of every config inside it."""
+    yield where, config
     for entry in fields(config):
         value = getattr(config, entry.name)
         key = f"{where}.{entry.name}" if where else entry.name
-        text, holds = _RULES.get(type(config), {}).get(entry.name, ("", lambda _: True))
-        if not holds(value):
-            raise ConfigError(f"{origin}: {key} = {_show(value)}: expected {text}")
         if is_dataclass(value):
-            _check_rules(value, key, origin)
+            yield from _parts(value, key)
         elif isinstance(value, tuple):
             for index, item in enumerate(value):
                 if is_dataclass(item):
-                    _check_rules(item, f"{key}.{index}", origin)
+                    yield from _parts(item, f"{key}.{index}")
+
+
+def _check_rules(config: Any, where: str, origin: str) -> None:
+    for name, (text, holds) in _RULES.get(type(config), {}).items():
+        value = getattr(config, name)
+        if not holds(value):
+            raise ConfigError(f"{origin}: {where}{'.' if where else ''}{name} = {_show(value)}: expected {text}")
 
 
 def _check_model(model: ModelConfig, where: str, origin: str) -> None:
@@ -576,7 +586,7 @@ def _check_model(model: ModelConfig, where: str, origin: str) -> None:
         )
     if model.n_kv_head != -1 and model.n_head % model.n_kv_head:
         raise ConfigError(
-            f"{origin}: {where}.n_kv_head = {model.n_kv_head}: expected -1 or a divisor of {where}.n_head = {model.n_head}"
+            f"{origin}: {where}.n_kv_head = {model.n_kv_head}: expected -1 or a divisor of n_head = {model.n_head}"
         )
     head = model.d_model // model.n_head
     if model.position == "rope" and head % 2:
@@ -590,9 +600,9 @@ def _check_model(model: ModelConfig, where: str, origin: str) -> None:
         )
 
 
-def _check_train(train: TrainConfig, where: str, origin: str, least: int) -> None:
+def _check_train(train: TrainConfig, where: str, origin: str, *, needs_length: bool) -> None:
     named = [name for name in LENGTHS if getattr(train, name) != -1]
-    if not least <= len(named) <= 1:
+    if len(named) > 1 or (needs_length and not named):
         what = " and ".join(named) + " are" if named else "none is"
         raise ConfigError(f"{origin}: {where}: exactly one of steps, tokens and epochs is to be set, {what}")
     if train.schedule == "wsd" and train.warmup + train.decay > 1:
@@ -602,18 +612,16 @@ def _check_train(train: TrainConfig, where: str, origin: str, least: int) -> Non
         )
 
 
-def _check_sources(data: DataConfig, origin: str) -> None:
-    for entry in fields(data):
-        for index, source in enumerate(getattr(data, entry.name)):
-            if bool(source.source) == bool(source.path):
-                raise ConfigError(
-                    f"{origin}: data.{entry.name}.{index}: expected either source (a name in data/sources.toml) or path"
-                )
-            if source.path and not source.reader:
-                raise ConfigError(
-                    f"{origin}: data.{entry.name}.{index}: a path needs a reader: text, wikitext, stories, "
-                    "instructions, preferences, sentiment or problems"
-                )
+def _check_source(source: SourceConfig, where: str, origin: str) -> None:
+    if source == SourceConfig() and where.startswith("evaluation."):
+        return  # not set: the protocol that needs it says so
+    if bool(source.source) == bool(source.path):
+        raise ConfigError(f"{origin}: {where}: expected either source (a name in data/sources.toml) or path, not both")
+    if source.path and not source.reader:
+        raise ConfigError(
+            f"{origin}: {where}: a path needs a reader: text, wikitext, stories, instructions, preferences, "
+            "sentiment or problems"
+        )
 
 
 def _check_externals(baselines: BaselinesConfig, origin: str) -> None:

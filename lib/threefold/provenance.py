@@ -87,7 +87,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def replace_folder(new: Path, path: Path) -> None:
     """Move a finished folder into place. The one it replaces is set aside first and removed last, so that at every
-    moment a whole one is on the disk; `recover_folder` puts it back after a crash between the two renames."""
+    moment a whole one is on the disk; `recover_folder` puts it back after a crash between the two renames. Not for two
+    writers at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
     aside = _aside(path)
@@ -102,7 +103,7 @@ def replace_folder(new: Path, path: Path) -> None:
 
 
 def recover_folder(path: Path) -> None:
-    """Undo what a crash inside `replace_folder` left: put the folder set aside back, or remove it if it was replaced."""
+    """Undo what a crash inside `replace_folder` left: put the folder set aside back, or remove it if replaced."""
     aside = _aside(path)
     if not aside.exists():
         return
@@ -296,7 +297,7 @@ class Fingerprint:
     def differences(self, other: "Fingerprint") -> list[str]:
         """What changed from this fingerprint to the other, one short line an input; empty when their digests agree.
 
-        For example ["config: sft.learning_rate 0.003 -> 0.001", "parent pretrain", "code", "version torch 2.12 -> 2.13"].
+        For example "config: sft.learning_rate 0.003 -> 0.001", "code", "parent pretrain", "version torch 2.12 -> 2.13".
         """
         lines = [f"stage {self.stage} -> {other.stage}"] if self.stage != other.stage else []
         lines += [

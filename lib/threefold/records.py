@@ -10,7 +10,7 @@ import math
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -88,10 +88,12 @@ def bundle(
 
 
 def finite(value: Any, where: str) -> Any:
-    """The value as finite JSON. Raises RecordError that names the place of a NaN, an infinity or what JSON cannot hold."""
-    if value is None or isinstance(value, bool | int) or type(value) is str:
+    """The value as finite JSON. RecordError names the place of a NaN, an infinity or anything that JSON cannot hold."""
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, str):
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            raise RecordError(f"record {where}: half of a surrogate pair, which no file can hold")
         return str(value)
     if isinstance(value, float):
         if not math.isfinite(value):
@@ -147,7 +149,9 @@ def table(
         if missing:
             raise RecordError(f"table row {index} has no column {missing[0]!r}; it has {', '.join(map(str, row))}")
         cells.append([_cell(row[name], (formats or {}).get(name), f"{name}[{index}]") for name in headings])
-    right = [bool(rows) and all(_is_number(row[name]) for row in rows) and _any(rows, name) for name in headings]
+    right = [
+        all(_is_number(row[name]) for row in rows) and any(row[name] is not None for row in rows) for name in headings
+    ]
     lines = [[escape(heading) for heading in headings.values()], *cells]
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(headings))]
 
@@ -158,15 +162,8 @@ def table(
         ]
         return "| " + " | ".join(padded) + " |"
 
-    rule = (
-        "|"
-        + "|".join(
-            f" {'-' * (width - 1)}: " if align else f" {'-' * width} "
-            for width, align in zip(widths, right, strict=True)
-        )
-        + "|"
-    )
-    return "\n".join([render(lines[0]), rule, *map(render, lines[1:])]) + "\n"
+    rule = [f"{'-' * (width - 1)}:" if align else "-" * width for width, align in zip(widths, right, strict=True)]
+    return "\n".join(map(render, [lines[0], rule, *lines[1:]])) + "\n"
 
 
 def number(value: float, decimals: int | None = None) -> str:
@@ -186,12 +183,12 @@ def number(value: float, decimals: int | None = None) -> str:
     return f"{value:,.{max(0, 2 - math.floor(math.log10(size)))}f}"
 
 
-_SPECIAL = re.compile(r"[\\`*_\[\]{}#$@~^|!]")
+_SPECIAL = re.compile(r"[\\`*_\[\]{}#$@~^|]")
 
 
 def escape(text: str) -> str:
-    """Text of any origin as literal Markdown in one line: no HTML, link, code, mathematics, citation, table cell or Quarto
-    shortcode can come of it."""
+    """Text of any origin as literal Markdown, for a table cell or inside a line: no HTML, link, code, mathematics,
+    citation, further cell or Quarto shortcode can come of it."""
     text = "".join(char if char.isprintable() else " " for char in text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _SPECIAL.sub(lambda match: "\\" + match.group(), text)
@@ -228,18 +225,15 @@ def _cell(value: Any, form: int | str | Callable[[Any], str] | None, where: str)
     return escape(str(value))
 
 
-_NUMERIC = re.compile(r"\s*[-+−±<>≈]?\s*\d.*", re.DOTALL)
+# "0.91", "-3", "1,319", "12%", "253M", "0.91 [0.88, 0.94]", "0.91 (n 872)", "0.91 ± 0.02", "12/20"
+_NUMERIC = re.compile(r"[-+−±<>≈]?\s*\d[\d.,]*(e[-+]?\d+)?\s*[%×kMGTB]?(\s*(\[.*\]|\(.*\)|±.*|[/–]\s*\d.*))?")
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a cell reads as a number: a number, a text that begins with one ("0.91 [0.88, 0.94]"), or nothing."""
-    if isinstance(value, bool):
-        return False
-    return value is None or (bool(_NUMERIC.fullmatch(value)) if isinstance(value, str) else hasattr(value, "__float__"))
-
-
-def _any(rows: Iterable[Mapping[str, Any]], name: str) -> bool:
-    return any(row[name] is not None for row in rows)
+    """Whether a cell reads as a number: a number, a text that begins with one, or nothing."""
+    if isinstance(value, str):
+        return value == "–" or _NUMERIC.fullmatch(value) is not None
+    return value is None or (not isinstance(value, bool) and hasattr(value, "__float__"))
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -269,9 +263,8 @@ def read(notebook_path: str | Path) -> dict[str, Record]:
             if MIME in data:
                 record = _record(data, path.name, index)
                 if record.name in records:
-                    raise RecordError(
-                        f"{path.name}: record {record.name} stands in cell {records[record.name].cell} and in cell {index}"
-                    )
+                    first = records[record.name].cell
+                    raise RecordError(f"{path.name}: record {record.name} stands in cell {first} and in cell {index}")
                 records[record.name] = record
     return records
 

@@ -2,12 +2,12 @@
 
     runs/<run>/config.toml              the resolved preset
     runs/<run>/tokenizer/
-    runs/<run>/<stage>/                 checkpoint or results, metrics.jsonl, run.json (evaluation/<model>/ for evaluations)
+    runs/<run>/<stage>/                 checkpoint or results, run.json (evaluations: evaluation/<model>/)
     runs/<run>/.<stage>.partial/        a stage at work, kept for resuming
     runs/<run>/notebooks/               executed notebooks
 
-A notebook opens its stage with `stage = open_stage("sft", globals())`, takes inputs with `stage.require("pretrain")`, works
-in `folder = stage.begin(fingerprint)` and ends with `stage.finish(tokens=...)`.
+A notebook opens its stage with `stage = open_stage("sft", globals())`, takes inputs with `stage.require("pretrain")`,
+works in `folder = stage.begin(fingerprint)` and ends with `stage.finish(tokens=...)`.
 """
 
 import json
@@ -42,7 +42,16 @@ _STAGES = {
     "compare": ("06_compare", "evaluation"),
 }
 _PRETRAINED = ("pretrain", "gpt2", "distilgpt2")  # the stages of notebook 01, by its parameter `model`
-_FACTS = ("stage", "fingerprint", "git", "hardware", "outputs", "started", "finished")  # not for the caller to say
+_FACTS = (
+    "stage",
+    "fingerprint",
+    "git",
+    "hardware",
+    "outputs",
+    "attempts",
+    "started",
+    "finished",
+)  # not for the caller to say
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,7 @@ class Run:
             file = path / "config.toml"
             if not file.is_file() or file.read_text(encoding="utf-8") != text:
                 provenance.atomic_write(file, text)
+            opened.notebook("").parent.mkdir(exist_ok=True)  # papermill does not make its output's folder
         return opened
 
     @property
@@ -147,10 +157,8 @@ class Run:
         """The papermill command that makes this stage of this run, from the project's folder."""
         notebook = stage_notebook(stage)
         out = self.notebook(notebook.executed)
-        try:
+        if out.is_relative_to(paths.PROJECT):  # not so with $THREEFOLD_RUNS
             out = out.relative_to(paths.PROJECT)
-        except ValueError:  # $THREEFOLD_RUNS lies outside
-            pass
         words = ["papermill", f"notebooks/{notebook.source}.ipynb", str(out)]
         for name, value in {**self.asked, **notebook.parameters}.items():
             words += ["-p", name, value]
@@ -158,9 +166,7 @@ class Run:
 
     def finished(self, stage: str) -> dict[str, Any] | None:
         """The run.json of a finished stage, None when it has not been made. Raises RecordError if it is damaged."""
-        folder = self.stage_folder(stage)
-        provenance.recover_folder(folder)
-        return read_run_file(folder)
+        return read_run_file(self.stage_folder(stage))
 
     def identity(self, stage: str) -> str:
         """Hash of what a finished stage made, as its children's `Fingerprint.parents` take it: its weights if it has
@@ -173,8 +179,8 @@ class Run:
         """The run.json of a finished stage; MissingInput names the command that makes it."""
         facts = self.finished(stage)
         if facts is None:
-            begun = " was begun but is not finished" if self.partial_folder(stage).exists() else " is not there yet"
-            raise MissingInput(f"stage {stage} of run {self.name}{begun}: run `{self.command(stage)}`")
+            state = " was begun but is not finished" if self.partial_folder(stage).exists() else " is not there yet"
+            raise MissingInput(f"stage {stage} of run {self.name}{state}: run `{self.command(stage)}`")
         return facts
 
 
@@ -236,10 +242,15 @@ class Stage:
         if fingerprint.stage != self.name:
             raise ValueError(f"fingerprint of stage {fingerprint.stage} given to stage {self.name}")
         folder = self.partial
-        if not self._resumable(fingerprint):
-            shutil.rmtree(folder, ignore_errors=True)
-            started = {"stage": self.name, "fingerprint": fingerprint.to_dict(), "outputs": {}, "started": _now()}
-            provenance.atomic_write(folder / RUN_FILE, _json(started))
+        begun = self._interrupted(fingerprint)
+        if begun is None:
+            if folder.exists():
+                shutil.rmtree(folder)
+            begun = {"stage": self.name, "fingerprint": fingerprint.to_dict(), "outputs": {}, "started": _now()}
+        for leftover in folder.rglob(".*.tmp"):  # of an atomic write that was interrupted
+            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
+        begun["attempts"] = begun.get("attempts", 0) + 1
+        provenance.atomic_write(folder / RUN_FILE, _json(begun))
         self._fingerprint = fingerprint
         self._clock = time.monotonic()
         return folder
@@ -268,6 +279,7 @@ class Stage:
             "tokens": None,
             "weights_sha256": outputs.get("model.safetensors"),
             "outputs": outputs,
+            "attempts": begun.get("attempts", 1),  # more than one: resumed, and wall_seconds is the last one's
             "started": begun.get("started"),
             "finished": _now(),
             **facts,
@@ -277,80 +289,82 @@ class Stage:
         self._fingerprint = None
         return json.loads(_json(content))
 
-    def _resumable(self, fingerprint: Fingerprint) -> bool:
+    def _interrupted(self, fingerprint: Fingerprint) -> dict[str, Any] | None:
+        """The run.json of an attempt with the same fingerprint that did not end, if there is one."""
         try:
             begun = read_run_file(self.partial)
-        except RecordError:
-            return False
-        return begun is not None and begun["fingerprint"].get("digest") == fingerprint.digest
+        except RecordError:  # nothing to resume from; the folder is emptied
+            return None
+        return begun if begun and begun["fingerprint"].get("digest") == fingerprint.digest else None
 
 
-def open_stage(stage: str, namespace: Mapping[str, Any]) -> Stage:
+def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
     """The stage a notebook is about, from the parameters among the notebook's `globals()`.
 
-    Parameters are the public names that hold None, a string, a number or a truth value: preset, run, data_dir, overrides
-    ("a.b=c; d.e=f", or a list), `model` (notebooks 01 and 04), and every field of the stage's section of the preset; None
-    means the preset's value. An unknown one stops: papermill only warns of it, and a typo would run for hours.
-    When a notebook opens its stage again in the same kernel, names that came after the first time are its own variables.
+    Parameters are the public names that hold None, a string, a number or a truth value: preset, run, data_dir,
+    overrides ("a.b=c; d.e=f", or a list), `model` (notebooks 01 and 04), and every field of the stage's section of the
+    preset; None means the preset's value. An unknown one stops: papermill only warns, and a typo would run for hours.
+    When a stage is opened again in the same kernel, names that came after the first time are ordinary variables.
 
     stage: "sft", ...; "pretrain" with model=gpt2 is stage "gpt2", "evaluate" with model=sft is "evaluate-sft".
     Raises ConfigError.
     """
-    given = _parameters(namespace)
-    given.pop("stage", None)
     kind = stage.partition("-")[0]
     if kind not in _STAGES:
         raise ConfigError(f"unknown stage {stage!r}{_hint(stage, _STAGES)}; allowed: {_stage_list()}")
     takes_model = kind in _PRETRAINED or kind == "evaluate"
-    model = given.pop("model", None) if takes_model else None
+    section = _STAGES[kind][1]
+    known = {entry.name for entry in fields(type(getattr(Preset(), section)))}
+    allowed = [*DOOR, *(["model"] if takes_model else []), *sorted(known)]
+    given = _parameters(namespace, allowed, _STAGES[kind][0])
+
+    model = given.pop("model", None)
     if stage == "pretrain" and model:
         if model not in _PRETRAINED:
-            raise ConfigError(f"model {model!r}{_hint(model, _PRETRAINED)}; allowed: {', '.join(_PRETRAINED)}")
-        kind = stage = model
+            raise ConfigError(f"model {model!r}{_hint(str(model), _PRETRAINED)}; allowed: {', '.join(_PRETRAINED)}")
+        stage = section = model
     if stage == "evaluate":
         stage = f"evaluate-{model or 'pretrain'}"
-
-    section = _STAGES[kind][1]
-    door = {name: given.pop(name) for name in DOOR if given.get(name) is not None}
-    known = {entry.name for entry in fields(type(getattr(Preset(), section)))}
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        allowed = [*DOOR, *(["model"] if takes_model else []), *sorted(known)]
-        raise ConfigError(
-            f"unknown parameter {unknown[0]}{_hint(unknown[0], allowed)}; notebook {_STAGES[kind][0]} takes: "
-            f"{', '.join(allowed)} (other keys: overrides='section.key=value')"
-        )
+    door = {name: given.pop(name) for name in DOOR if name in given}
     overrides = door.pop("overrides", ())
     overrides = config.split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
-    overrides += [f"{section}.{name}={_text(value)}" for name, value in given.items() if value is not None]
+    overrides += [f"{section}.{name}={_text(value)}" for name, value in given.items()]
     for name, value in door.items():
-        if not isinstance(value, str | Path):
+        if isinstance(value, bool | float):
             raise ConfigError(f"parameter {name} = {value!r}: expected a string")
+        door[name] = str(value)  # papermill's -p makes a number of a run named 2024
     run = Run.open(**door, overrides=overrides)
     if kind == "evaluate":
-        allowed = config.model_names(run.preset)
+        models = config.model_names(run.preset)
         name = stage.partition("-")[2]
-        if name not in allowed:
-            raise ConfigError(f"model {name!r}{_hint(name, allowed)}; allowed in this preset: {', '.join(allowed)}")
+        if name not in models:
+            raise ConfigError(f"model {name!r}{_hint(name, models)}; allowed in this preset: {', '.join(models)}")
     folder = run.stage_folder(stage)
     provenance.recover_folder(folder)
     return Stage(stage, run, getattr(run.preset, section), folder)
 
 
-_SEEN = "_threefold_parameters"  # kept in the notebook's globals: names that stood there when it first opened its stage
-_IPYTHON = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+_SEEN = (
+    "_threefold_parameters"  # kept in the notebook's globals: the names that stood there when its stage first opened
+)
 
 
-def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters among a notebook's globals."""
+def _parameters(namespace: dict[str, Any], allowed: list[str], notebook: str) -> dict[str, Any]:
+    """The parameters among a notebook's globals that are not None. Raises ConfigError for an unknown one."""
     found = {
         name: value
-        for name, value in list(namespace.items())
-        if not name.startswith("_")
-        and name not in _IPYTHON
-        and (value is None or isinstance(value, str | int | float) or name == "overrides")
+        for name, value in namespace.items()
+        if not name.startswith("_") and (value is None or isinstance(value, str | int | float) or name == "overrides")
     }
-    return found
+    seen = namespace.get(_SEEN, found)
+    unknown = [name for name in found if name not in allowed and name in seen]
+    if unknown:
+        raise ConfigError(
+            f"unknown parameter {unknown[0]}{_hint(unknown[0], allowed)}; notebook {notebook} takes: "
+            f"{', '.join(allowed)} (other keys: overrides='section.key=value')"
+        )
+    namespace[_SEEN] = frozenset(seen)
+    return {name: value for name, value in found.items() if name in allowed and value is not None}
 
 
 def _text(value: Any) -> str:
