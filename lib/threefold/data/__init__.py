@@ -1,0 +1,1 @@
+"""Sources, readers, tokenizer, packing and tokenised corpora."""

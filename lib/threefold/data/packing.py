@@ -1,0 +1,497 @@
+"""Rows of fixed width from documents, examples and preference pairs, with exact document boundaries.
+
+A row of `T = config.context` positions is
+
+    [the k sinks][piece of a document][piece of a document]...[padding]
+
+Every piece sees the sinks and its own past, and its positions restart at k, so that a packed token is computed exactly
+as an unpacked one. The target of a token is the next token of its document, that of a document's last token is EOS, and
+the last sink learns to open a document when one begins right after it. EOS is never an input where there are sinks: no
+later position could see it. A document longer than a row is cut; the last token of a piece still learns the true next
+token, so each token of a document is a target exactly once (its first one only behind the sinks).
+
+Without sinks (GPT-2's parts) rows are windows of GPT-2's own stream, `document EOS document EOS ...`: the EOS that
+ended one document is the first input of the next one in the row. The first piece of a row has none, so both forms are
+learned.
+
+Nothing is copied when rows are packed: a packing is a table of pieces over one or more token streams, which may be
+memory-mapped; batches are gathered from it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from threefold.config import ModelConfig
+from threefold.errors import DataError
+
+IGNORE = -100  # the target of a position that is not learned (torch's cross-entropy default)
+SINK_SEGMENT = 0
+PADDING_SEGMENT = -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of T positions, int64.
+
+    tokens_BT: inputs. targets_BT: the next token, or IGNORE. positions_BT: 0..k-1 for the sinks, from k in each piece.
+    segments_BT: 0 for the sinks (every position sees them), 1.. for the pieces of a row, -1 for padding.
+    """
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    positions_BT: Tensor
+    segments_BT: Tensor
+
+    @property
+    def n_tokens(self) -> int:
+        """Document positions: neither padding nor sinks."""
+        return int((self.segments_BT > SINK_SEGMENT).sum())
+
+    @property
+    def n_targets(self) -> int:
+        """Positions that are learned."""
+        return int((self.targets_BT != IGNORE).sum())
+
+    @property
+    def n_padding(self) -> int:
+        """Padding positions."""
+        return int((self.segments_BT == PADDING_SEGMENT).sum())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on a device; from pinned memory the copy does not block."""
+        moved = {entry.name: getattr(self, entry.name).to(device, non_blocking=True) for entry in fields(self)}
+        return type(self)(**moved)
+
+
+@dataclass(frozen=True)
+class PairBatch(Batch):
+    """P preference pairs whose 2P sequences are packed into B rows.
+
+    sides_BT: which sequence of the batch a position belongs to: 2j for the chosen and 2j+1 for the rejected side of the
+    batch's pair j, -1 for sinks and padding. pairs_P: which pairs of the data set these are.
+    A sequence's log-probability is the sum over its positions whose target is not IGNORE (its response and EOS).
+    """
+
+    sides_BT: Tensor
+    pairs_P: Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenised documents end to end in one stream, `EOS document EOS document EOS`.
+
+    tokens: 1-D unsigned integers, memory-mapped or not. offsets: int64 [n + 1]; document i is `tokens[offsets[i] :
+    offsets[i + 1]]` and its last token is EOS; `offsets[0]` is 1, for the EOS the stream starts with.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, ids: Sequence[Sequence[int] | np.ndarray], eos: int) -> "Documents":
+        """The stream of documents given as token ids without EOS."""
+        lengths = np.fromiter((len(document) + 1 for document in ids), np.int64, len(ids))
+        offsets = np.concatenate(([1], 1 + np.cumsum(lengths)))
+        tokens = np.full(offsets[-1], eos, np.uint32)
+        for start, document in zip(offsets[:-1], ids, strict=True):
+            tokens[start : start + len(document)] = document
+        return cls(tokens, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [n]: tokens of each document without its EOS."""
+        return np.diff(self.offsets) - 1
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all documents, without EOS."""
+        return int(self.offsets[-1] - self.offsets[0]) - len(self)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Document `index` without its EOS."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1] - 1]
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """A table of pieces: `start` in the joined streams, `length` in inputs, `masked` leading targets, `opens` a
+    document.
+    """
+
+    start: np.ndarray
+    length: np.ndarray
+    masked: np.ndarray
+    opens: np.ndarray
+
+    def take(self, index: np.ndarray) -> "_Pieces":
+        return _Pieces(self.start[index], self.length[index], self.masked[index], self.opens[index])
+
+
+class _Layout:
+    """How pieces of token streams become rows: the sinks, EOS and width of a model."""
+
+    def __init__(self, streams: Sequence[Documents], config: ModelConfig, eos: int, sink_ids: Sequence[int]):
+        if len(sink_ids) != config.sinks:
+            raise ValueError(f"{len(sink_ids)} sink ids for a model with sinks = {config.sinks}")
+        self.streams = [stream.tokens for stream in streams]
+        self.bases = np.cumsum([0, *(len(tokens) for tokens in self.streams)])
+        self.width = config.context
+        self.capacity = config.context - config.sinks  # document positions of a row
+        self.eos = eos
+        self.sinks = np.asarray(sink_ids, np.int64)
+
+    def gather(self, index: np.ndarray) -> np.ndarray:
+        """int64 tokens at these places of the joined streams."""
+        if len(self.streams) == 1:
+            return self.streams[0][index].astype(np.int64)
+        tokens = np.empty(len(index), np.int64)
+        which = np.searchsorted(self.bases, index, side="right") - 1
+        for stream in np.unique(which):
+            here = which == stream
+            tokens[here] = self.streams[stream][index[here] - self.bases[stream]]
+        return tokens
+
+    def assemble(
+        self, pieces: _Pieces, rows: np.ndarray, n_rows: int
+    ) -> tuple[dict[str, Tensor], np.ndarray, np.ndarray]:
+        """Rows from pieces sorted by row. -> (fields of a Batch, flat places written, piece of each such place)."""
+        n_sinks, width = len(self.sinks), self.width
+        tokens = np.full((n_rows, width), self.eos, np.int64)
+        targets = np.full((n_rows, width), IGNORE, np.int64)
+        positions = np.zeros((n_rows, width), np.int64)
+        segments = np.full((n_rows, width), PADDING_SEGMENT, np.int64)
+        tokens[:, :n_sinks] = self.sinks
+        positions[:, :n_sinks] = np.arange(n_sinks)
+        segments[:, :n_sinks] = SINK_SEGMENT
+        if len(rows):
+            first = np.concatenate(([True], rows[1:] != rows[:-1]))
+            start, length, masked = pieces.start, pieces.length, pieces.masked
+            if n_sinks == 0:  # the first piece of a row goes without the EOS before its document
+                bare = (first & pieces.opens).astype(np.int64)
+                start, length, masked = start + bare, length - bare, np.maximum(masked - bare, 0)
+            ordinal = np.arange(len(rows))
+            first_of_row = np.maximum.accumulate(np.where(first, ordinal, 0))
+            before = np.cumsum(length) - length
+            column = n_sinks + before - before[first_of_row]
+            piece = np.repeat(ordinal, length)
+            within = np.arange(length.sum()) - before[piece]
+            place = (rows * width + column)[piece] + within
+            source = start[piece] + within
+            tokens.ravel()[place] = self.gather(source)
+            targets.ravel()[place] = np.where(within < masked[piece], IGNORE, self.gather(source + 1))
+            positions.ravel()[place] = n_sinks + within
+            segments.ravel()[place] = (ordinal - first_of_row + 1)[piece]
+            if n_sinks:
+                opened = first & pieces.opens & (masked == 0)
+                targets[rows[opened], n_sinks - 1] = self.gather(start[opened])
+        else:
+            place = piece = np.empty(0, np.int64)
+        arrays = {"tokens_BT": tokens, "targets_BT": targets, "positions_BT": positions, "segments_BT": segments}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}, place, piece
+
+
+class PackedRows:
+    """Rows of `width` positions, packed once and gathered batch by batch.
+
+    n_documents: documents or examples in the rows. n_dropped: examples that do not fit into a row, left out.
+    n_tokens: document positions of all rows (no padding, no sinks). n_padding: padding positions.
+    """
+
+    def __init__(self, layout: _Layout, pieces: _Pieces, n_documents: int, n_dropped: int = 0):
+        order, offsets = best_fit(pieces.length, layout.capacity)
+        self._layout = layout
+        self._pieces = pieces.take(order)
+        self._offsets = offsets  # row r holds pieces offsets[r] .. offsets[r + 1]
+        self.n_documents = n_documents
+        self.n_dropped = n_dropped
+        firsts = offsets[:-1]
+        bare = int(self._pieces.opens[firsts].sum()) if len(layout.sinks) == 0 else 0
+        self.n_tokens = int(pieces.length.sum()) - bare
+        self.n_padding = len(self) * layout.capacity - self.n_tokens
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @property
+    def width(self) -> int:
+        """T: positions of a row, sinks included."""
+        return self._layout.width
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the rows' positions that are document tokens (the rest: padding and sinks)."""
+        return self.n_tokens / (len(self) * self.width)
+
+    def rows(self, index: Sequence[int] | np.ndarray) -> Batch:
+        """The batch of these rows, in this order; -1 stands for a row that is all padding."""
+        index = np.asarray(index, np.int64)
+        counts = np.where(index < 0, 0, self._offsets[index + 1] - self._offsets[index])
+        rows = np.repeat(np.arange(len(index)), counts)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        pieces = self._pieces.take(np.repeat(self._offsets[index], counts) + within)
+        tensors, _, _ = self._layout.assemble(pieces, rows, len(index))
+        return Batch(**tensors)
+
+    def steps(self, batch_size: int, *, epochs: float = -1, tokens: int = -1) -> int:
+        """Batches of `batch_size` rows that cover so many epochs, or so many document tokens on average; at least one."""
+        rows = epochs * len(self) if tokens < 0 else tokens / (self.n_tokens / len(self))
+        return max(1, round(rows / batch_size))
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        steps: int = -1,
+        epochs: float = -1,
+        start: int = 0,
+        shuffle: bool = True,
+    ) -> Iterator[Batch]:
+        """Batches of `batch_size` rows, always of one shape.
+
+        Shuffled (training): an endless series of epochs, each in its own order given by (seed, epoch), cut into batches
+        across their borders; `steps` batches, or as many as cover `epochs`, or no end. `start` skips that many: batch n
+        is the same whether or not the iteration began at 0. Not shuffled (scoring): every row once, in order; the last
+        batch is filled up with rows of padding.
+        """
+        if not shuffle:
+            for first in range(start * batch_size, len(self), batch_size):
+                index = np.full(batch_size, -1)
+                rows = np.arange(first, min(first + batch_size, len(self)))
+                index[: len(rows)] = rows
+                yield self.rows(index)
+            return
+        if steps < 0 and epochs >= 0:
+            steps = self.steps(batch_size, epochs=epochs)
+        for index in shuffled(len(self), batch_size, seed, steps, start):
+            yield self.rows(index)
+
+
+class PairedRows:
+    """Preference pairs whose sides share a prompt; packed batch by batch, so that every batch holds whole pairs.
+
+    n_pairs: pairs kept. n_dropped: pairs with a side that does not fit into a row, left out. n_tokens: document
+    positions of both sides. kept: int64 [n_pairs], the place of each pair in what `pack_pairs` was given.
+    """
+
+    def __init__(self, layout: _Layout, pieces: _Pieces, kept: np.ndarray, n_dropped: int):
+        self._layout = layout
+        self._pieces = pieces  # 2i: chosen, 2i + 1: rejected
+        self.kept = kept
+        self.n_pairs = len(kept)
+        self.n_dropped = n_dropped
+        self.n_tokens = int(pieces.length.sum())
+
+    def __len__(self) -> int:
+        return self.n_pairs
+
+    @property
+    def width(self) -> int:
+        """T: positions of a row, sinks included."""
+        return self._layout.width
+
+    def steps(self, batch_size: int, *, epochs: float = -1, tokens: int = -1) -> int:
+        """Batches of `batch_size` pairs that cover so many epochs, or so many tokens on average; at least one."""
+        pairs = epochs * len(self) if tokens < 0 else tokens / (self.n_tokens / len(self))
+        return max(1, round(pairs / batch_size))
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        steps: int = -1,
+        epochs: float = -1,
+        start: int = 0,
+        shuffle: bool = True,
+    ) -> Iterator[PairBatch]:
+        """Batches of `batch_size` pairs, all with the same number of rows (the most any of them needs).
+
+        Shuffled: `steps` batches or those of `epochs` (one of them is needed, as the rows of all batches are counted
+        first), as `PackedRows.batches`. Not shuffled: every pair once, in order; the last batch may hold fewer pairs.
+        """
+        if shuffle:
+            if steps < 0:
+                if epochs < 0:
+                    raise ValueError("steps or epochs must be given to shuffle pairs")
+                steps = self.steps(batch_size, epochs=epochs)
+            chosen = list(shuffled(len(self), batch_size, seed, steps, 0))
+        else:
+            chosen = [np.arange(i, min(i + batch_size, len(self))) for i in range(0, len(self), batch_size)]
+        packed = [best_fit(self._pieces.length[self._sequences(pairs)], self._layout.capacity) for pairs in chosen]
+        n_rows = max((len(offsets) - 1 for _, offsets in packed), default=0)
+        for pairs, (order, offsets) in zip(chosen[start:], packed[start:], strict=True):
+            rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+            pieces = self._pieces.take(self._sequences(pairs)[order])
+            tensors, place, piece = self._layout.assemble(pieces, rows, n_rows)
+            sides = np.full((n_rows, self.width), -1, np.int64)
+            sides.ravel()[place] = order[piece]
+            yield PairBatch(
+                **tensors, sides_BT=torch.from_numpy(sides), pairs_P=torch.from_numpy(pairs.astype(np.int64))
+            )
+
+    @staticmethod
+    def _sequences(pairs: np.ndarray) -> np.ndarray:
+        return np.stack([2 * pairs, 2 * pairs + 1], axis=1).ravel()
+
+
+def pack_documents(
+    documents: Sequence[Sequence[int] | np.ndarray] | Documents | Sequence[Documents],
+    config: ModelConfig,
+    eos: int,
+    sink_ids: Sequence[int],
+) -> PackedRows:
+    """Rows of documents for next-token training.
+
+    documents: token ids without EOS and sinks, one array a document; or `Documents` streams, several of them as one
+    mixture. config: gives the width (`context`) and the number of sinks. Empty documents are left out.
+    Raises DataError if there is no token in them, ValueError if sink_ids are not as many as the config's sinks.
+    """
+    streams = _streams(documents, eos)
+    layout = _Layout(streams, config, eos, sink_ids)
+    lead = int(config.sinks == 0)  # the EOS before a document is its first input
+    starts, lengths = [], []
+    for stream, base in zip(streams, layout.bases[:-1], strict=True):
+        full = stream.lengths > 0
+        starts.append(base + stream.offsets[:-1][full] - lead)
+        lengths.append(stream.lengths[full] + lead)
+    start, length = np.concatenate(starts), np.concatenate(lengths)
+    if not len(start):
+        raise DataError("no document with a token in it: nothing to pack")
+    counts = -(-length // layout.capacity)
+    part = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    pieces = _Pieces(
+        start=np.repeat(start, counts) + part * layout.capacity,
+        length=np.minimum(layout.capacity, np.repeat(length, counts) - part * layout.capacity),
+        masked=np.zeros(len(part), np.int64),
+        opens=part == 0,
+    )
+    return PackedRows(layout, pieces, len(start))
+
+
+def pack_examples(
+    examples: Sequence[tuple[Sequence[int], Sequence[int]]] | tuple[Documents, np.ndarray],
+    config: ModelConfig,
+    eos: int,
+    sink_ids: Sequence[int],
+) -> PackedRows:
+    """Rows of (prompt ids, response ids) for supervised fine-tuning: the response and its EOS are learned, the prompt
+    is not.
+
+    examples: pairs of ids without EOS and sinks; or (Documents of prompt + response, int64 [n] prompt lengths).
+    An example longer than a row is left out and counted in `n_dropped`: cut short it would teach another task.
+    Raises DataError if no example fits.
+    """
+    documents, prompts = _joined(examples, eos)
+    layout = _Layout([documents], config, eos, sink_ids)
+    lead = config.sinks == 0
+    pieces = _whole(documents, prompts, lead=int(lead), opens=(prompts >= 0) if lead else (prompts == 0))
+    kept = np.flatnonzero(pieces.length <= layout.capacity)
+    if not len(kept):
+        raise DataError(f"no example of {len(documents)} fits into model.context = {config.context} positions")
+    return PackedRows(layout, pieces.take(kept), len(kept), len(documents) - len(kept))
+
+
+def pack_pairs(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]] | tuple[Documents, np.ndarray],
+    config: ModelConfig,
+    eos: int,
+    sink_ids: Sequence[int],
+) -> PairedRows:
+    """Preference pairs (prompt ids, chosen ids, rejected ids): of each side the response and its EOS are scored.
+
+    pairs: ids without EOS and sinks; or (Documents of prompt + response, chosen and rejected by turns, int64 [2n]
+    prompt lengths). A pair with a side longer than a row is left out and counted in `n_dropped`. Raises DataError if
+    none fits.
+    """
+    if not isinstance(pairs, tuple):
+        pairs = [side for prompt, chosen, rejected in pairs for side in ((prompt, chosen), (prompt, rejected))]
+    documents, prompts = _joined(pairs, eos)
+    layout = _Layout([documents], config, eos, sink_ids)
+    # Without sinks no side gets an EOS before it, first in its row or not: both sides are computed alike.
+    pieces = _whole(documents, prompts, lead=0, opens=(prompts == 0) & (config.sinks > 0))
+    fits = (pieces.length <= layout.capacity).reshape(-1, 2).all(axis=1)
+    kept = np.flatnonzero(fits)
+    if not len(kept):
+        raise DataError(f"no preference pair of {len(fits)} fits into model.context = {config.context} positions")
+    return PairedRows(layout, pieces.take(PairedRows._sequences(kept)), kept, len(fits) - len(kept))
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best-fit decreasing bin packing (Johnson 1973): the longest piece first, each into the fullest row it fits.
+
+    lengths: int [n], each 1..capacity. -> (order int64 [n]: pieces row after row; offsets int64 [rows + 1] into it).
+    One Python step a piece: the rows with room for r more are kept by r, and a bit set tells which r there are.
+    """
+    by_length = np.argsort(-lengths, kind="stable")
+    row_of = np.empty(len(lengths), np.int64)
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms, n_rows = 0, 0  # bit r: some row has room for exactly r
+    for index, length in zip(by_length.tolist(), lengths[by_length].tolist(), strict=True):
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = capacity, n_rows
+            n_rows += 1
+        row_of[index] = row
+        if room > length:
+            open_rows[room - length].append(row)
+            rooms |= 1 << (room - length)
+    order = by_length[np.argsort(row_of[by_length], kind="stable")]
+    offsets = np.concatenate(([0], np.cumsum(np.bincount(row_of, minlength=n_rows)))).astype(np.int64)
+    return order, offsets
+
+
+def shuffled(n: int, batch_size: int, seed: int, steps: int, start: int) -> Iterator[np.ndarray]:
+    """int64 [batch_size] indices below n: epochs of (seed, epoch)'s permutations end to end, cut into batches.
+
+    steps: how many batches in all, -1 for no end; start: the first one to give.
+    """
+    epoch, order = -1, np.empty(0, np.int64)
+    batch = start
+    while steps < 0 or batch < steps:
+        wanted = np.arange(batch * batch_size, (batch + 1) * batch_size)
+        index = np.empty(batch_size, np.int64)
+        for number in np.unique(wanted // n):
+            if number != epoch:
+                epoch, order = int(number), np.random.default_rng((seed, int(number))).permutation(n)
+            here = wanted // n == number
+            index[here] = order[wanted[here] % n]
+        yield index
+        batch += 1
+
+
+def _streams(documents, eos: int) -> list[Documents]:
+    if isinstance(documents, Documents):
+        return [documents]
+    if len(documents) and all(isinstance(part, Documents) for part in documents):
+        return list(documents)
+    return [Documents.of(documents, eos)]
+
+
+def _joined(examples, eos: int) -> tuple[Documents, np.ndarray]:
+    if isinstance(examples, tuple):
+        return examples
+    prompts = np.fromiter((len(prompt) for prompt, _ in examples), np.int64, len(examples))
+    return Documents.of([[*prompt, *response] for prompt, response in examples], eos), prompts
+
+
+def _whole(documents: Documents, prompts: np.ndarray, lead: int, opens: np.ndarray) -> _Pieces:
+    """One piece a document. A prompt of P tokens masks the P - 1 targets inside it; its last token opens the response."""
+    return _Pieces(
+        start=documents.offsets[:-1] - lead,
+        length=documents.lengths + lead,
+        masked=np.maximum(prompts - 1 + lead, 0),
+        opens=opens,
+    )

@@ -1,0 +1,66 @@
+"""How an item of each reader becomes text: prompts, responses and documents. One wording for training and evaluation.
+
+Readers and their items:
+
+| reader | item |
+|---|---|
+| text, wikitext, stories, reviews | str |
+| instructions | {"instruction", "input", "output"} |
+| problems | {"question", "answer"} |
+| sentiment | {"sentence", "label"}: 0 negative, 1 positive |
+| preferences | {"prompt", "chosen", "rejected"}: prompt + chosen and prompt + rejected are the dialogues verbatim |
+"""
+
+from collections.abc import Mapping
+
+from threefold.errors import DataError
+
+LABELS = ("negative", "positive")  # of SST-2's 0 and 1
+TEXT_READERS = ("text", "wikitext", "stories", "reviews")
+
+
+def instruction_prompt(instruction: str, input: str = "") -> str:
+    """Alpaca's headings without its preamble; the input part only where there is one. The response follows at once."""
+    middle = f"### Input:\n{input}\n\n" if input else ""
+    return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+
+
+def problem_prompt(question: str) -> str:
+    """lm-eval's gsm8k prompt; the answer follows as ` {answer}`."""
+    return f"Question: {question}\nAnswer:"
+
+
+def review_prompt(sentence: str) -> str:
+    """lm-eval's sst2 prompt; the label follows as ` positive` or ` negative`."""
+    return f"{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:"
+
+
+def review(item: Mapping) -> str:
+    """One labelled review, in the form of a few-shot demonstration of sst2."""
+    return f"{review_prompt(item['sentence'])} {LABELS[item['label']]}"
+
+
+def as_prompt_response(reader: str, item: Mapping) -> tuple[str, str]:
+    """(prompt, response) of an item, to train on or to score; prompt + response is its whole text.
+
+    Of a preference it is the chosen side. Raises DataError for a reader whose items are plain text.
+    """
+    if reader == "instructions":
+        return instruction_prompt(item["instruction"], item["input"]), item["output"]
+    if reader == "problems":
+        return problem_prompt(item["question"]), f" {item['answer']}"
+    if reader == "sentiment":
+        return review_prompt(item["sentence"]), f" {LABELS[item['label']]}"
+    if reader == "preferences":
+        return item["prompt"], item["chosen"]
+    raise DataError(
+        f"reader {reader!r} gives text, not prompts and responses; "
+        "allowed here: instructions, problems, sentiment, preferences"
+    )
+
+
+def as_document(reader: str, item: str | Mapping) -> str:
+    """The whole text of an item of any reader, to pretrain on."""
+    if reader in TEXT_READERS:
+        return item
+    return "".join(as_prompt_response(reader, item))
