@@ -1,7 +1,7 @@
 """The run folder, and the door through which a notebook enters it.
 
     runs/<run>/config.toml              the resolved preset
-    runs/<run>/tokenizer/
+    runs/<run>/data/                    tokenizer/ and what was read
     runs/<run>/<stage>/                 checkpoint or results, run.json (evaluations: evaluation/<model>/)
     runs/<run>/.<stage>.partial/        a stage at work, kept for resuming
     runs/<run>/notebooks/               executed notebooks
@@ -136,7 +136,7 @@ class Run:
 
     @property
     def tokenizer_folder(self) -> Path:
-        return self.path / "tokenizer"
+        return self.stage_folder("data") / "tokenizer"
 
     def stage_folder(self, stage: str) -> Path:
         """Where a finished stage lies: runs/<run>/<stage>, evaluations in runs/<run>/evaluation/<model>."""
