@@ -1,0 +1,249 @@
+"""Intervals and paired tests behind every number of the comparison.
+
+Proportions carry Wilson's score interval (Wilson 1927; Brown, Cai & DasGupta 2001 recommend it at small n and near 0 and 1).
+Means and ratios carry a percentile bootstrap over the units that were sampled: documents for perplexity, items for tasks
+(clusters of rows that share an item are drawn together; Miller 2024, arXiv 2411.00640). Two models on the same items are
+always compared in pairs: McNemar's exact test for right/wrong, the paired bootstrap for everything else.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+Array = np.ndarray
+_CELLS = 4_000_000  # resampled counts held at a time: 32 MB
+
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    """An estimate and its interval. `low` and `high` are None where one unit alone leaves nothing to resample."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int  # units behind it: items, documents or pairs
+
+
+class PairedProportions(NamedTuple):
+    """Right/wrong of two models on the same items; `difference` is b's proportion minus a's."""
+
+    n: int
+    both: int
+    only_a: int
+    only_b: int
+    neither: int
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+class PairedDifference(NamedTuple):
+    """Difference (b minus a) of two estimates over the same units, its interval and two-sided bootstrap p-value."""
+
+    difference: float
+    low: float | None
+    high: float | None
+    p: float
+    n: int
+
+
+def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """Wilson's score interval of a proportion. A tie may count as half a success."""
+    if n < 1:
+        raise ValueError("a proportion needs at least one trial")
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes in {n} trials")
+    z = float(stats.norm.ppf(0.5 + confidence / 2))
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return Interval(p, low, high, n)
+
+
+def bootstrap_ratio(
+    numerators: Sequence[float] | Array,
+    denominators: Sequence[float] | Array,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    transform: Callable[[Array], Array] | None = None,
+    confidence: float = CONFIDENCE,
+) -> Interval:
+    """`transform(sum numerators / sum denominators)` with a percentile interval over resampled units.
+
+    For perplexity: numerators = each document's summed nats, denominators = its scored tokens, transform = np.exp; a long
+    document thus weighs as many tokens as it has, in the estimate and in every resample.
+    """
+    columns_DC = np.column_stack([np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)])
+    transform = transform or (lambda x: x)
+    total = columns_DC.sum(axis=0)
+    if total[1] <= 0:
+        raise ValueError("the denominators sum to nothing")
+    value = float(transform(np.asarray(total[0] / total[1])))
+    if len(columns_DC) < 2:
+        return Interval(value, None, None, len(columns_DC))
+    sums_BC = resampled_sums(columns_DC, resamples, seed)
+    sums_BC = sums_BC[sums_BC[:, 1] > 0]  # a resample of units without a single scored token holds no ratio
+    low, high = _percentiles(transform(sums_BC[:, 0] / sums_BC[:, 1]), confidence)
+    return Interval(value, low, high, len(columns_DC))
+
+
+def bootstrap_mean(
+    values: Sequence[float] | Array,
+    clusters: Sequence | Array | None = None,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+) -> Interval:
+    """Mean over rows; rows of one cluster (one item under several prompts, say) are resampled together."""
+    values_N = np.asarray(values, np.float64)
+    if clusters is None:
+        return bootstrap_ratio(values_N, np.ones_like(values_N), resamples=resamples, seed=seed, confidence=confidence)
+    sums, counts = _by_cluster(values_N, clusters)
+    return bootstrap_ratio(sums, counts, resamples=resamples, seed=seed, confidence=confidence)
+
+
+def mcnemar_exact(a: Sequence[bool] | Array, b: Sequence[bool] | Array) -> float:
+    """Two-sided exact McNemar p-value of two models' right/wrong on the same items (binomial over the discordant ones)."""
+    a_N, b_N = _paired(a, b)
+    only_a, only_b = int((a_N & ~b_N).sum()), int((~a_N & b_N).sum())
+    if only_a + only_b == 0:
+        return 1.0
+    return min(1.0, 2.0 * float(stats.binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
+
+
+def paired_proportions(
+    a: Sequence[bool] | Array, b: Sequence[bool] | Array, confidence: float = CONFIDENCE
+) -> PairedProportions:
+    """Difference of two proportions on the same items: Bonett & Price's (2012) adjusted interval and McNemar's exact p."""
+    a_N, b_N = _paired(a, b)
+    n = len(a_N)
+    only_a, only_b = int((a_N & ~b_N).sum()), int((~a_N & b_N).sum())
+    p_a, p_b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
+    z = float(stats.norm.ppf(0.5 + confidence / 2))
+    half = z * math.sqrt((p_a + p_b - (p_b - p_a) ** 2) / (n + 2))
+    return PairedProportions(
+        n=n,
+        both=int((a_N & b_N).sum()),
+        only_a=only_a,
+        only_b=only_b,
+        neither=int((~a_N & ~b_N).sum()),
+        difference=(only_b - only_a) / n,
+        low=max(-1.0, p_b - p_a - half),
+        high=min(1.0, p_b - p_a + half),
+        p=mcnemar_exact(a_N, b_N),
+    )
+
+
+def paired_bootstrap(
+    a: Sequence[float] | Array,
+    b: Sequence[float] | Array,
+    a_weights: Sequence[float] | Array | None = None,
+    b_weights: Sequence[float] | Array | None = None,
+    *,
+    clusters: Sequence | Array | None = None,
+    transform: Callable[[Array], Array] | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+) -> PairedDifference:
+    """`transform(sum b / sum b_weights) - transform(sum a / sum a_weights)` over units drawn together for both.
+
+    `a` and `b` are per-unit sums (a document's nats, an item's score) and the weights what they are divided by (its tokens
+    or bytes; 1 where left out; `b_weights` defaults to `a_weights`). Rows sharing a value of `clusters` are drawn
+    together. The p-value is twice the smaller share of resamples on one side of zero, at least 1/(resamples + 1);
+    identical inputs give a difference of exactly 0 and p = 1.
+    """
+    a_N, b_N = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    wa_N = np.ones_like(a_N) if a_weights is None else np.asarray(a_weights, np.float64)
+    wb_N = wa_N if b_weights is None else np.asarray(b_weights, np.float64)
+    if not len(a_N) == len(b_N) == len(wa_N) == len(wb_N):
+        raise ValueError("paired measures need the same units in the same order")
+    if len(a_N) == 0:
+        raise ValueError("nothing to compare")
+    columns_DC = np.column_stack([a_N, wa_N, b_N, wb_N])
+    if clusters is not None:
+        columns_DC = np.column_stack([_by_cluster(column, clusters)[0] for column in columns_DC.T])
+    transform = transform or (lambda x: x)
+
+    def difference(sums_BC: Array) -> Array:
+        return transform(sums_BC[:, 2] / sums_BC[:, 3]) - transform(sums_BC[:, 0] / sums_BC[:, 1])
+
+    value = float(difference(columns_DC.sum(axis=0, keepdims=True))[0])
+    n = len(columns_DC)
+    if n < 2:
+        return PairedDifference(value, None, None, 1.0, n)
+    sums_BC = resampled_sums(columns_DC, resamples, seed)
+    sums_BC = sums_BC[(sums_BC[:, 1] > 0) & (sums_BC[:, 3] > 0)]
+    differences_B = difference(sums_BC)
+    low, high = _percentiles(differences_B, confidence)
+    tail = min(int((differences_B <= 0).sum()), int((differences_B >= 0).sum()))
+    p = min(1.0, 2.0 * (tail + 1) / (len(differences_B) + 1))
+    return PairedDifference(value, low, high, p, n)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) step-down adjusted p-values, in the order given: family-wise error at most alpha where adjusted <= alpha."""
+    p = np.asarray(p_values, np.float64)
+    order = np.argsort(p, kind="stable")
+    scaled = p[order] * (len(p) - np.arange(len(p)))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(scaled))
+    return adjusted.tolist()
+
+
+def detectable_difference(n: int, discordant: float = 0.2, *, power: float = 0.8, alpha: float = 0.05) -> float:
+    """Smallest difference of two paired proportions that `n` items would show with the given power.
+
+    `discordant` is the share of items on which exactly one of the two models is right; Connor's (1987) normal
+    approximation to McNemar's test. Returns at most `discordant`: no difference can exceed it.
+    """
+    z_alpha, z_power = float(stats.norm.ppf(1 - alpha / 2)), float(stats.norm.ppf(power))
+    low, high = 0.0, discordant
+    for _ in range(60):
+        delta = (low + high) / 2
+        needed = (z_alpha * math.sqrt(discordant) + z_power * math.sqrt(max(discordant - delta**2, 0.0))) ** 2
+        low, high = (low, delta) if needed <= n * delta**2 else (delta, high)
+    return high
+
+
+def resampled_sums(columns_DC: Array, resamples: int, seed: int) -> Array:
+    """Column sums of `resamples` draws of D rows with replacement -> (resamples, C). Deterministic in the seed."""
+    generator = np.random.default_rng(seed)
+    n = len(columns_DC)
+    chunk = max(1, _CELLS // n)
+    sums = []
+    for start in range(0, resamples, chunk):
+        rows = min(chunk, resamples - start)
+        draws_BD = generator.integers(0, n, size=(rows, n), dtype=np.int32)
+        flat = (draws_BD + np.arange(rows, dtype=np.int64)[:, None] * n).ravel()
+        sums.append(np.bincount(flat, minlength=rows * n).reshape(rows, n) @ columns_DC)
+    return np.concatenate(sums)
+
+
+def _by_cluster(values_N: Array, clusters: Sequence | Array) -> tuple[Array, Array]:
+    """Sum and count of the values of each cluster, clusters in sorted order."""
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    return np.bincount(index, weights=values_N), np.bincount(index).astype(np.float64)
+
+
+def _percentiles(values: Array, confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)
+
+
+def _paired(a: Sequence[bool] | Array, b: Sequence[bool] | Array) -> tuple[Array, Array]:
+    a_N, b_N = np.asarray(a, bool), np.asarray(b, bool)
+    if a_N.shape != b_N.shape or a_N.ndim != 1:
+        raise ValueError("paired measures need the same items in the same order")
+    if len(a_N) == 0:
+        raise ValueError("nothing to compare")
+    return a_N, b_N
