@@ -1,5 +1,15 @@
 """The model: the decoder and its KV cache, generation, and Hugging Face checkpoints in and out."""
 
 from threefold.model.decoder import Decoder, KVCache, parameter_counts
+from threefold.model.hf import export, from_transformers, load_checkpoint, save_checkpoint, to_transformers
 
-__all__ = ["Decoder", "KVCache", "parameter_counts"]
+__all__ = [
+    "Decoder",
+    "KVCache",
+    "export",
+    "from_transformers",
+    "load_checkpoint",
+    "parameter_counts",
+    "save_checkpoint",
+    "to_transformers",
+]
