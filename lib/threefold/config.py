@@ -175,6 +175,7 @@ class Preset:
 OWN_MODELS = ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")  # the comparison's rows, in the report's order
 TRAINED = ("pretrain", "gpt2", "distilgpt2", "sft", "dpo")  # sections of a preset that are one TrainConfig each
 LENGTHS = ("steps", "tokens", "epochs")  # the three ways to say how long a stage trains
+_NO_LENGTH = dict.fromkeys(LENGTHS, -1)
 
 
 def preset_names() -> list[str]:
@@ -527,9 +528,11 @@ def validate(preset: Preset, origin: str = "preset") -> Preset:
         pretrained = getattr(preset.baselines, name, "train") != "train"  # a baseline that is loaded is not trained
         _check_train(getattr(preset, name), name, origin, needs_length=not pretrained)
     _check_train(preset.ablations.train, "ablations.train", origin, needs_length=False)
-    if preset.ablations.steps != -1 and any(getattr(preset.ablations.train, name) != -1 for name in LENGTHS):
+    lengths = {name: getattr(preset.ablations.train, name) for name in LENGTHS}
+    if preset.ablations.steps != -1 and lengths not in (_NO_LENGTH, {**_NO_LENGTH, "steps": preset.ablations.steps}):
         raise ConfigError(
-            f"{origin}: ablations.train: leave out steps, tokens and epochs, ablations.steps says how long"
+            f"{origin}: ablations.train: leave out steps, tokens and epochs, "
+            f"ablations.steps = {preset.ablations.steps} says how long"
         )
     _check_externals(preset.baselines, origin)
     if preset.evaluation.stride > preset.evaluation.window:
