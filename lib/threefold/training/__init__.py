@@ -1,0 +1,31 @@
+"""Training: one loop, three objectives, two optimizers; `stages` holds what the notebooks call."""
+
+from threefold.training.loop import TrainResult, held_out_loss, reference_logprobs, train
+from threefold.training.objectives import Distillation, Loss, NextToken, Objective, Preference
+from threefold.training.stages import Trained, distil, dpo, half_depth, pretrain, sft
+from threefold.training.state import curve, read_metrics
+from threefold.training.variants import VariantResult, VariantRun, run_variants, variant_config
+
+__all__ = [
+    "Distillation",
+    "Loss",
+    "NextToken",
+    "Objective",
+    "Preference",
+    "TrainResult",
+    "Trained",
+    "VariantResult",
+    "VariantRun",
+    "curve",
+    "distil",
+    "dpo",
+    "half_depth",
+    "held_out_loss",
+    "pretrain",
+    "read_metrics",
+    "reference_logprobs",
+    "run_variants",
+    "sft",
+    "train",
+    "variant_config",
+]

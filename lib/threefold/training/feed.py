@@ -1,0 +1,105 @@
+"""What each step trains on: a seeded order that can be entered at any step, so a resumed run sees the same rows."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from threefold.config import TrainConfig
+from threefold.data.packing import Batch, PackedRows, PairedRows
+from threefold.errors import ConfigError, DataError
+
+
+class Feed:
+    """The micro-batches of every step: `accumulate` of them with `batch_size` rows (or pairs) each.
+
+    Packed rows are shuffled anew each epoch, by (seed, epoch); steps run on over the end of an epoch, so every batch is
+    full. `replay`: other rows that make up `config.replay` of the rows of all steps, in their own seeded order.
+
+    Raises ConfigError for a length that is not clear or a replay without rows, DataError for no rows at all.
+    """
+
+    def __init__(self, rows: PackedRows | PairedRows, config: TrainConfig, seed: int, replay: PackedRows | None = None):
+        _check(rows, config, replay)
+        self.rows, self.seed = rows, seed
+        self.micro_batch, self.accumulate = config.batch_size, config.accumulate
+        self.batch_size = self.micro_batch * self.accumulate
+        self.share = config.replay
+        self.replay = replay if config.replay > 0 else None
+        own = self.batch_size * (1 - self.share)
+        if config.steps > 0:
+            self.steps = config.steps
+        elif config.tokens > 0:
+            self.steps = rows.steps(self.batch_size, tokens=config.tokens)
+        else:
+            self.steps = rows.steps(own, epochs=config.epochs)
+
+    @property
+    def positions(self) -> int:
+        """Positions that all steps compute, roughly for pairs."""
+        paired = isinstance(self.rows, PairedRows)
+        return round(
+            self.steps * self.batch_size * (self.rows.n_tokens / len(self.rows) if paired else self.rows.width)
+        )
+
+    def run(self, start: int) -> Iterator[tuple[list[Batch], list[int]]]:
+        """From step `start` (0-based) on: each step's micro-batches, and its rows (or pairs) by number for messages."""
+        size = self.micro_batch
+        if isinstance(self.rows, PairedRows):
+            steps = self.steps * self.accumulate
+            batches = self.rows.batches(size, seed=self.seed, steps=steps, start=start * self.accumulate)
+            for _ in range(start, self.steps):
+                step = [next(batches) for _ in range(self.accumulate)]
+                yield step, torch.cat([batch.pairs_P for batch in step]).tolist()
+            return
+        orders = [_Order(len(self.rows), self.seed, 0)]
+        if self.replay is not None:
+            orders.append(_Order(len(self.replay), self.seed, 1))
+        for step in range(start, self.steps):
+            before, after = (math.floor(s * self.batch_size * self.share + 1e-9) for s in (step, step + 1))
+            own = orders[0].take(step * self.batch_size - before, (step + 1) * self.batch_size - after)
+            replayed = orders[1].take(before, after) if self.replay is not None else own[:0]
+            whole = np.concatenate([own, replayed])
+            cuts = range(0, self.batch_size, size)
+            yield [self._batch(whole[i : i + size], len(own) - i) for i in cuts], own.tolist()
+
+    def _batch(self, index: np.ndarray, n_own: int) -> Batch:
+        """These rows: the first `n_own` (all for more, none for less than 1) are the stage's, the others replayed."""
+        n_own = min(max(n_own, 0), len(index))
+        parts = [self.rows.rows(index[:n_own])] if n_own else []
+        parts += [self.replay.rows(index[n_own:])] if n_own < len(index) else []
+        if len(parts) == 1:
+            return parts[0]
+        return Batch(*(torch.cat(tensors) for tensors in zip(*(vars(part).values() for part in parts), strict=True)))
+
+
+class _Order:
+    """Epochs of one set of rows end to end, each a permutation given by (seed, stream, epoch)."""
+
+    def __init__(self, n: int, seed: int, stream: int):
+        self.n, self.key = n, (seed, stream)
+        self.epoch, self.order = -1, np.empty(0, np.int64)
+
+    def take(self, start: int, end: int) -> np.ndarray:
+        """Places start..end of the endless series."""
+        parts = [np.empty(0, np.int64)]
+        while start < end:
+            epoch, offset = divmod(start, self.n)
+            if epoch != self.epoch:
+                self.epoch, self.order = epoch, np.random.default_rng((*self.key, epoch)).permutation(self.n)
+            parts.append(self.order[offset : offset + end - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
+
+
+def _check(rows: PackedRows | PairedRows, config: TrainConfig, replay: PackedRows | None) -> None:
+    asked = [name for name in ("steps", "tokens", "epochs") if getattr(config, name) > 0]
+    if len(asked) != 1:
+        raise ConfigError(f"exactly one of steps, tokens and epochs must be set, not {' and '.join(asked) or 'none'}")
+    if len(rows) == 0 or (replay is not None and len(replay) == 0):
+        raise DataError("there are no rows to train on: the split is empty, or every example was too long")
+    if config.replay > 0 and replay is None:
+        raise ConfigError(f"replay = {config.replay} needs pretraining rows to replay; replay = 0 trains without")
+    if config.replay > 0 and isinstance(rows, PairedRows):
+        raise ConfigError(f"replay = {config.replay}: preference pairs cannot be mixed with rows of text; set it to 0")

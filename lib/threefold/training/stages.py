@@ -1,0 +1,236 @@
+"""The stages as notebooks call them: a model goes in, a checkpoint folder with its metrics comes out.
+
+Each is `loop.train` with its objective. A folder whose training is done is not trained again: its checkpoint is loaded.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from threefold.config import ModelConfig, TrainConfig
+from threefold.data.packing import PackedRows, PairedRows
+from threefold.errors import ConfigError, TrainingError
+from threefold.model.decoder import Decoder
+from threefold.model.hf import load_checkpoint, save_checkpoint
+from threefold.provenance import atomic_write
+from threefold.training.feed import Feed
+from threefold.training.loop import Progress, TrainResult, clear_state, identity, reference_logprobs, train
+from threefold.training.objectives import Distillation, NextToken, Objective, Preference
+from threefold.training.state import weights_digest
+
+RESULT = "training.json"
+REFERENCE = "reference.safetensors"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, in memory and in its folder."""
+
+    model: Decoder
+    result: TrainResult
+    folder: Path
+
+
+def pretrain(
+    model: Decoder | ModelConfig,
+    rows: PackedRows,
+    config: TrainConfig,
+    *,
+    folder: str | Path,
+    tokenizer: Any,
+    seed: int,
+    heldout: PackedRows | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+    name: str = "pretrain",
+) -> Trained:
+    """Train a decoder on packed text (also a baseline of GPT-2's parts, by its config and `name="gpt2"`).
+
+    Args:
+        model: a config, whose weights are drawn from `seed`, or a decoder to go on with.
+        rows, heldout: from `threefold.data.packing.pack_documents`.
+        config, folder, seed, device, progress: as in `loop.train`.
+        tokenizer: saved beside the weights.
+    """
+    return _stage(
+        _built(model, seed), NextToken(), rows, config, folder, tokenizer, seed, heldout, device, progress, name
+    )
+
+
+def distil(
+    teacher: Decoder,
+    rows: PackedRows,
+    config: TrainConfig,
+    *,
+    folder: str | Path,
+    tokenizer: Any,
+    seed: int,
+    heldout: PackedRows | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+    name: str = "distilgpt2",
+) -> Trained:
+    """Train a student of half the teacher's depth to follow it (Sanh et al. 2019); the student is in the result.
+
+    Uses `config.distill_temperature` and `config.distill_weight`; the rest as in `pretrain`. The teacher stays as it
+    is, on the device trained on.
+    """
+    objective = Distillation(teacher, config.distill_temperature, config.distill_weight)
+    student = half_depth(teacher)
+    return _stage(student, objective, rows, config, folder, tokenizer, seed, heldout, device, progress, name)
+
+
+def sft(
+    model: Decoder,
+    rows: PackedRows,
+    config: TrainConfig,
+    *,
+    folder: str | Path,
+    tokenizer: Any,
+    seed: int,
+    heldout: PackedRows | None = None,
+    replay: PackedRows | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+    name: str = "sft",
+) -> Trained:
+    """Fine-tune a pretrained decoder, in place, on the responses of examples.
+
+    Args:
+        rows, heldout: from `threefold.data.packing.pack_examples`: only responses and their end are targets.
+        replay: pretraining rows; `config.replay` of all rows are taken from them.
+        The rest as in `pretrain`.
+    """
+    return _stage(model, NextToken(), rows, config, folder, tokenizer, seed, heldout, device, progress, name, replay)
+
+
+def dpo(
+    model: Decoder,
+    pairs: PairedRows,
+    config: TrainConfig,
+    *,
+    folder: str | Path,
+    tokenizer: Any,
+    seed: int,
+    heldout: PairedRows | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+    name: str = "dpo",
+) -> Trained:
+    """Train a fine-tuned decoder, in place, to prefer chosen responses (Rafailov et al. 2023); it is its own reference.
+
+    Before the first step its log-probabilities of all pairs are computed once, into `folder/reference.safetensors`.
+
+    Args:
+        pairs, heldout: from `threefold.data.packing.pack_pairs`.
+        config: with `beta`; `batch_size` counts pairs.
+        The rest as in `pretrain`.
+    """
+    folder = Path(folder)
+    reference = _reference(model, {"train": pairs, "heldout": heldout}, config, folder, device)
+    objective = Preference(config.beta, reference["train"], reference.get("heldout"))
+    return _stage(model, objective, pairs, config, folder, tokenizer, seed, heldout, device, progress, name)
+
+
+def half_depth(teacher: Decoder) -> Decoder:
+    """A student of copies: every other block of the teacher, the first included, its embeddings and final norm.
+
+    Raises ConfigError for a teacher of one block.
+    """
+    config = teacher.config
+    if config.n_layer < 2:
+        raise ConfigError(f"a teacher with n_layer = {config.n_layer} has no half-depth student; it needs at least 2")
+    kept = range(0, config.n_layer, 2)
+    student = Decoder(replace(config, n_layer=len(kept)))
+    weights = {}
+    for name, value in teacher.state_dict().items():
+        part, _, rest = name.partition(".")
+        if part != "blocks":
+            weights[name] = value
+            continue
+        index, _, rest = rest.partition(".")
+        if int(index) in kept:
+            weights[f"blocks.{kept.index(int(index))}.{rest}"] = value
+    student.load_state_dict(weights)
+    return student
+
+
+def _built(model: Decoder | ModelConfig, seed: int) -> Decoder:
+    if isinstance(model, Decoder):
+        return model
+    decoder = Decoder(model)
+    decoder.initialise(torch.Generator().manual_seed(seed))
+    return decoder
+
+
+def _stage(
+    model: Decoder,
+    objective: Objective,
+    rows: PackedRows | PairedRows,
+    config: TrainConfig,
+    folder: str | Path,
+    tokenizer: Any,
+    seed: int,
+    heldout: PackedRows | PairedRows | None,
+    device: str | None,
+    progress: Progress | None,
+    name: str,
+    replay: PackedRows | None = None,
+) -> Trained:
+    """Train, save a checkpoint, note that it is done and only then drop the state to resume from."""
+    folder = Path(folder)
+    asked = json.loads(json.dumps(identity(model, objective, Feed(rows, config, seed, replay), config)))
+    if (folder / RESULT).exists():
+        done = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        different = [key for key in {**asked, **done["identity"]} if asked.get(key) != done["identity"].get(key)]
+        if different:
+            raise TrainingError(
+                f"{folder.name} holds another finished training ({', '.join(different)} differ); "
+                "remove it, or train in another folder"
+            )
+        (progress or print)(f"{name}: trained already, {done['result']['steps']} steps; its checkpoint is loaded")
+        return Trained(load_checkpoint(folder), TrainResult(**done["result"]), folder)
+    result = train(
+        model,
+        objective,
+        rows,
+        config,
+        folder=folder,
+        seed=seed,
+        heldout=heldout,
+        replay=replay,
+        device=device,
+        progress=progress,
+        name=name,
+    )
+    save_checkpoint(folder, model, tokenizer)
+    text = json.dumps({"result": asdict(result), "identity": asked}, indent=2, allow_nan=False)
+    atomic_write(folder / RESULT, text + "\n")
+    clear_state(folder)
+    return Trained(model, result, folder)
+
+
+def _reference(
+    model: Decoder, parts: dict[str, PairedRows | None], config: TrainConfig, folder: Path, device: str | None
+) -> dict[str, Tensor]:
+    """The reference's log-probabilities of each part's pairs: the folder's if they are this model's, else new."""
+    parts = {name: pairs for name, pairs in parts.items() if pairs is not None}
+    path = folder / REFERENCE
+    made_from = {"weights": weights_digest(model)}
+    made_from |= {name: f"{len(pairs)} pairs, {pairs.n_tokens} tokens" for name, pairs in parts.items()}
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if file.metadata() == made_from:
+                return {name: file.get_tensor(name) for name in parts}
+    found = {
+        name: reference_logprobs(model, pairs, batch_size=config.batch_size, device=device, precision=config.precision)
+        for name, pairs in parts.items()
+    }
+    atomic_write(path, save(found, metadata=made_from))
+    return found
