@@ -1,0 +1,282 @@
+"""Tokenised corpora: sources read, turned into text, tokenised once and kept, then packed into rows.
+
+A tokenised source lies in the cache folder under a key made of its content, the part of it that is taken, the reader's
+and templates' code and the tokenizer; whatever of these changes, another one is made. Token files are memory-mapped: a
+600M-token corpus takes no memory beyond the rows in use.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from threefold.config import ModelConfig, SourceConfig
+from threefold.data import sources as registry
+from threefold.data.packing import Documents, PackedRows, PairedRows, pack_documents, pack_examples, pack_pairs
+from threefold.data.templates import as_document, as_prompt_response
+from threefold.data.tokenizer import encode, sink_ids, tokenizer_hash
+from threefold.errors import DataError
+from threefold.provenance import code_fingerprint, sha256_json
+
+FORMAT = 1  # of the cached files
+CODE = ("threefold.data.readers", "threefold.data.templates")
+CHUNK = 2048  # texts tokenised at a time
+EXAMPLE_READERS = ("instructions", "problems", "sentiment", "preferences")
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A tokenised source. prompts: int64 [n] prompt lengths of examples and preference sides, None for documents."""
+
+    documents: Documents
+    prompts: np.ndarray | None
+
+
+# Texts ----------------------------------------------------------------------------------------------------------------
+
+
+def texts(source: SourceConfig, data_dir: str | Path = "") -> Iterator[str]:
+    """A source's documents as text to pretrain on, whatever its reader; empty ones are left out."""
+    reader = registry.resolve(source, data_dir).reader
+    return (text for item in registry.iterate(source, data_dir) if (text := as_document(reader, item)))
+
+
+def mixture_texts(sources: Iterable[SourceConfig], data_dir: str | Path = "") -> Iterator[str]:
+    """The documents of several sources, one source after the other: what a tokenizer is trained on."""
+    for source in sources:
+        yield from texts(source, data_dir)
+
+
+def examples(source: SourceConfig, data_dir: str | Path = "") -> Iterator[tuple[str, str]]:
+    """(prompt, response) of every item of a source of instructions, problems, sentiment or preferences (chosen side)."""
+    reader = registry.resolve(source, data_dir).reader
+    return (as_prompt_response(reader, item) for item in registry.iterate(source, data_dir))
+
+
+# Tokens ---------------------------------------------------------------------------------------------------------------
+
+
+def tokenise_documents(
+    source: SourceConfig, tokenizer: PreTrainedTokenizerFast, data_dir: str | Path = ""
+) -> Documents:
+    """A source's documents as tokens, from the cache or made now."""
+    return _tokenised("documents", source, tokenizer, data_dir).documents
+
+
+def tokenise_examples(source: SourceConfig, tokenizer: PreTrainedTokenizerFast, data_dir: str | Path = "") -> Tokenised:
+    """A source's examples as tokens, one document an example. Prompt and response are tokenised apart, as in
+    generation.
+    """
+    return _tokenised("examples", source, tokenizer, data_dir)
+
+
+def tokenise_pairs(source: SourceConfig, tokenizer: PreTrainedTokenizerFast, data_dir: str | Path = "") -> Tokenised:
+    """A source's preference pairs as tokens: documents 2i and 2i + 1 are the chosen and rejected sides of pair i."""
+    return _tokenised("pairs", source, tokenizer, data_dir)
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def pretraining_rows(
+    sources: Iterable[SourceConfig],
+    tokenizer: PreTrainedTokenizerFast,
+    config: ModelConfig,
+    data_dir: str | Path = "",
+) -> PackedRows:
+    """The rows of a mixture of sources for next-token training (and its held-out loss).
+
+    The tokenizer's sinks are the model's: `with_sinks` or `without_bos` make one that has as many as `config.sinks`.
+    """
+    parts = [tokenise_documents(source, tokenizer, data_dir) for source in _some(sources)]
+    return pack_documents(parts, config, tokenizer.eos_token_id, sink_ids(tokenizer))
+
+
+def example_rows(
+    sources: Iterable[SourceConfig],
+    tokenizer: PreTrainedTokenizerFast,
+    config: ModelConfig,
+    data_dir: str | Path = "",
+) -> PackedRows:
+    """The rows of a mixture of (prompt, response) sources for fine-tuning; `n_dropped` counts those too long for a row."""
+    parts = [tokenise_examples(source, tokenizer, data_dir) for source in _some(sources)]
+    return pack_examples(_joined(parts), config, tokenizer.eos_token_id, sink_ids(tokenizer))
+
+
+def preference_rows(
+    sources: Iterable[SourceConfig],
+    tokenizer: PreTrainedTokenizerFast,
+    config: ModelConfig,
+    data_dir: str | Path = "",
+) -> PairedRows:
+    """The pairs of a mixture of preference sources; `n_dropped` counts those with a side too long for a row."""
+    parts = [tokenise_pairs(source, tokenizer, data_dir) for source in _some(sources)]
+    return pack_pairs(_joined(parts), config, tokenizer.eos_token_id, sink_ids(tokenizer))
+
+
+# What there is --------------------------------------------------------------------------------------------------------
+
+
+def describe(
+    source: SourceConfig, data_dir: str | Path = "", tokenizer: PreTrainedTokenizerFast | None = None
+) -> dict[str, Any]:
+    """What a source is and holds, as published: no paths.
+
+    name, split, kind, reader, licence, revision, fingerprint; documents, words (between spaces) and UTF-8 bytes of its
+    whole text as pretraining would read it; tokens, if a tokenizer is given.
+    """
+    resolved = registry.resolve(source, data_dir)
+    documents = words = size = 0
+    for text in texts(source, data_dir):
+        documents, words, size = documents + 1, words + len(text.split()), size + len(text.encode())
+    facts = {
+        "name": resolved.name,
+        "split": resolved.split,
+        "kind": resolved.kind,
+        "reader": resolved.reader,
+        "licence": resolved.licence,
+        "revision": resolved.revision,
+        "fingerprint": resolved.fingerprint,
+        "documents": documents,
+        "words": words,
+        "bytes": size,
+    }
+    if tokenizer is not None:
+        facts["tokens"] = tokenise_documents(source, tokenizer, data_dir).n_tokens
+    return facts
+
+
+# The cache ------------------------------------------------------------------------------------------------------------
+
+
+def _tokenised(form: str, source: SourceConfig, tokenizer: PreTrainedTokenizerFast, data_dir: str | Path) -> Tokenised:
+    resolved = registry.resolve(source, data_dir)
+    reader = resolved.reader
+    if form == "examples" and reader not in EXAMPLE_READERS:
+        raise DataError(
+            f"{resolved.name}: reader {reader!r} gives no prompts and responses; allowed: {', '.join(EXAMPLE_READERS)}"
+        )
+    if form == "pairs" and reader != "preferences":
+        raise DataError(f"{resolved.name}: reader {reader!r} gives no preference pairs; allowed: preferences")
+    key = sha256_json(
+        {
+            "format": FORMAT,
+            "form": form,
+            "data": resolved.fingerprint,
+            "reader": reader,
+            "shuffle": resolved.source is not None and resolved.source.shuffle,
+            "part": [source.skip_examples, source.max_examples],
+            "code": code_fingerprint(*CODE),
+            "tokenizer": tokenizer_hash(tokenizer),
+        }
+    )
+    folder = registry.cache_folder() / "tokens" / key
+    if not _whole(folder):
+        pieces = _encoded(form, reader, registry.iterate(source, data_dir), tokenizer)
+        facts = {"source": resolved.name, "split": resolved.split, "form": form}
+        _write(folder, pieces, tokenizer, form != "documents", facts)
+    return _open(folder)
+
+
+def _encoded(
+    form: str, reader: str, items: Iterable[Any], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[np.ndarray, int]]:
+    """(ids of a document, prompt length)."""
+    if form == "documents":
+        documents = (text for item in items if (text := as_document(reader, item)))
+        for ids in encode(tokenizer, documents, CHUNK):
+            yield ids, 0
+        return
+    sides: Callable[[Any], list[tuple[str, str]]]
+    if form == "pairs":
+        sides = lambda item: [(item["prompt"], item["chosen"]), (item["prompt"], item["rejected"])]  # noqa: E731
+    else:
+        sides = lambda item: [as_prompt_response(reader, item)]  # noqa: E731
+    flat = encode(tokenizer, (text for item in items for side in sides(item) for text in side), CHUNK)
+    for prompt, response in zip(flat, flat, strict=True):
+        yield np.concatenate([prompt, response]), len(prompt)
+
+
+def _write(
+    folder: Path,
+    pieces: Iterator[tuple[np.ndarray, int]],
+    tokenizer: PreTrainedTokenizerFast,
+    with_prompts: bool,
+    facts: dict,
+) -> None:
+    """Write a token stream beside its place and move it there; another process may have been first, with the same
+    bytes.
+    """
+    dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
+    eos = np.array([tokenizer.eos_token_id], dtype)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name[:16]}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    try:
+        lengths, prompts = [], []
+        with open(temporary / "tokens.bin", "wb") as file:
+            file.write(eos.tobytes())
+            for ids, prompt in pieces:
+                file.write(ids.astype(dtype).tobytes())
+                file.write(eos.tobytes())
+                lengths.append(len(ids) + 1)
+                prompts.append(prompt)
+        offsets = np.concatenate(([1], 1 + np.cumsum(lengths, dtype=np.int64)))
+        np.save(temporary / "offsets.npy", offsets)
+        if with_prompts:
+            np.save(temporary / "prompts.npy", np.array(prompts, np.int64))
+        meta = {**facts, "dtype": dtype.str, "documents": len(lengths), "tokens": int(offsets[-1])}
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # nothing, or one that is not whole
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not _whole(folder):
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a cached stream is there and as long as it says."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        size = (folder / "tokens.bin").stat().st_size
+        return size == meta["tokens"] * np.dtype(meta["dtype"]).itemsize
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+def _open(folder: Path) -> Tokenised:
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    tokens = np.memmap(folder / "tokens.bin", np.dtype(meta["dtype"]), mode="r")
+    prompts = folder / "prompts.npy"
+    documents = Documents(tokens, np.load(folder / "offsets.npy"))
+    return Tokenised(documents, np.load(prompts) if prompts.is_file() else None)
+
+
+def _joined(parts: list[Tokenised]) -> tuple[Documents, np.ndarray]:
+    """Examples of several sources as one stream; they are small enough to copy."""
+    if len(parts) == 1:
+        return parts[0].documents, parts[0].prompts
+    tokens, offsets, prompts = [parts[0].documents.tokens[:1]], [np.array([1])], []
+    for part in parts:
+        documents = part.documents
+        offsets.append(documents.offsets[1:] - documents.offsets[0] + offsets[-1][-1])
+        tokens.append(documents.tokens[documents.offsets[0] :])
+        prompts.append(part.prompts)
+    return Documents(np.concatenate(tokens), np.concatenate(offsets)), np.concatenate(prompts)
+
+
+def _some(sources: Iterable[SourceConfig]) -> list[SourceConfig]:
+    sources = list(sources)
+    if not sources:
+        raise DataError("no source is named in this part of the preset's data section")
+    return sources

@@ -1,0 +1,406 @@
+"""Files and rows read into items: one reader a kind of data, the same for own files, local folders and the hub.
+
+Reading has two steps. `read_rows` turns a file into rows, dictionaries of columns with the place they stand at (file
+and line). A reader turns rows into items, the shapes of which are in `threefold.data.templates`. Whatever a file can be
+wrong in is a DataError that names the file and the line.
+
+WikiText keeps its published form, in which perplexities are defined: documents are articles, and the lines of all
+documents end to end are the file (`hub_rows` gives the hub's rows). Its text is spaced (`1 @,@ 000 words .`) and, in
+the `.tokens` files, holed (`<unk>`); `natural_text` undoes the former for pretraining and leaves sentences with holes
+out.
+"""
+
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from threefold.data.templates import LABELS, review
+from threefold.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"  # separates documents in plain text files, as in TinyStories' own
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+REVIEWS_A_DOCUMENT = (4, 8)
+TABULAR = (".jsonl", ".json", ".tsv", ".parquet")
+PLAIN = (".txt", ".raw", ".tokens", ".text", ".md")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The columns of one row, and where it stands, for messages."""
+
+    columns: Mapping[str, Any]
+    place: str
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, gzip or not. Raises DataError naming the line of the first byte that is not UTF-8."""
+    data = _bytes(path)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}): convert the file to UTF-8"
+        ) from error
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a JSONL, JSON (an array of objects), TSV (with a heading) or Parquet file, .gz allowed but for
+    Parquet.
+
+    Empty lines in JSONL are passed over. TSV is GLUE's: no quoting, so a quote is a character. Raises DataError.
+    """
+    kind = suffix(path)
+    if kind == ".jsonl":
+        return _jsonl(path)
+    if kind == ".json":
+        return _json(path)
+    if kind == ".tsv":
+        return _tsv(path)
+    if kind == ".parquet":
+        return _parquet(path)
+    raise DataError(f"{path}: no rows can be read from {path.suffix or 'a file without suffix'}: {', '.join(TABULAR)}")
+
+
+def suffix(path: Path) -> str:
+    """The suffix that tells how to read a file, without .gz."""
+    return Path(path.stem).suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rb") as file:
+                return file.read()
+        return path.read_bytes()
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{path}: not a whole gzip file ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """(number, line) without line ends. Only "\\n" and "\\r\\n" end a line; U+2028 and the like stand in real data."""
+    return ((number, line.rstrip("\r\n")) for number, line in enumerate(io.StringIO(text, newline="\n"), start=1))
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    for number, line in _lines(read_text(path)):
+        if line.strip():
+            yield Row(_object(_parsed(line, path, number), f"{path}:{number}"), f"{path}:{number}")
+
+
+def _json(path: Path) -> Iterator[Row]:
+    rows = _parsed(read_text(path), path, 1)
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: expected a JSON array of objects, got {_named(rows)}")
+    for number, row in enumerate(rows, start=1):
+        yield Row(_object(row, f"{path}: item {number}"), f"{path}: item {number}")
+
+
+def _parsed(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise DataError(f"{path}:{line}: not JSON: {error.msg} (column {error.colno})") from error
+
+
+def _object(value: Any, place: str) -> dict:
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: expected a JSON object, got {_named(value)}")
+    return value
+
+
+def _tsv(path: Path) -> Iterator[Row]:
+    heading: list[str] = []
+    for number, line in _lines(read_text(path)):
+        cells = line.split("\t")
+        if not heading:
+            heading = cells
+        elif line:
+            if len(cells) != len(heading):
+                raise DataError(
+                    f"{path}:{number}: {len(cells)} columns, the heading has {len(heading)} ({', '.join(heading)})"
+                )
+            yield Row(dict(zip(heading, cells, strict=True)), f"{path}:{number}")
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Row(row, f"{path}: row {number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def _named(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+# Readers of files and rows -------------------------------------------------------------------------------------------
+
+
+def _string(row: Row, *columns: str, default: str | None = None) -> str:
+    """The first of these columns the row has, as text."""
+    for column in columns:
+        if column in row.columns:
+            value = row.columns[column]
+            if value is None and default is not None:
+                return default
+            if not isinstance(value, str):
+                raise DataError(f"{row.place}: column {column!r} holds {_named(value)}, expected text")
+            return value
+    if default is not None:
+        return default
+    has = ", ".join(map(str, row.columns)) or "none"
+    raise DataError(f"{row.place}: no column {columns[0]!r}; it has: {has}")
+
+
+def _text(rows: Iterable[Row]) -> Iterator[str]:
+    for row in rows:
+        text = _string(row, "text", "story").strip()
+        if text:
+            yield text
+
+
+def _wikitext(rows: Iterable[Row]) -> Iterator[str]:
+    # A row of the hub is a line with its newline, an empty one a line of a space; a row of several lines is a document.
+    lines: list[str] = []
+    for row in rows:
+        text = _string(row, "text", "page")
+        lines += _split_lines(text if text.endswith("\n") else f"{text or ' '}\n")
+    yield from articles(lines)
+
+
+def _instructions(rows: Iterable[Row]) -> Iterator[dict]:
+    for row in rows:
+        item = {
+            "instruction": _string(row, "instruction"),
+            "input": _string(row, "input", default=""),
+            "output": _string(row, "output"),
+        }
+        if not item["instruction"].strip():
+            raise DataError(f"{row.place}: column 'instruction' is empty")
+        yield item
+
+
+def _preferences(rows: Iterable[Row]) -> Iterator[dict]:
+    for row in rows:
+        chosen, rejected = _string(row, "chosen"), _string(row, "rejected")
+        prompt = _string(row, "prompt", default="")
+        if not prompt or (chosen.startswith(prompt) and rejected.startswith(prompt)):
+            prompt = prompt or shared_prompt(chosen, rejected)
+            if not prompt:
+                raise DataError(
+                    f"{row.place}: chosen and rejected share no dialogue up to an {ASSISTANT!r}; "
+                    "expected HH-RLHF's form, or a column 'prompt' of its own"
+                )
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _sentiment(rows: Iterable[Row]) -> Iterator[dict]:
+    labels = {value: number for number, name in enumerate(LABELS) for value in (number, str(number), name)}
+    for row in rows:
+        sentence = _string(row, "sentence", "text").strip()
+        label = row.columns.get("label")
+        if isinstance(label, bool) or not isinstance(label, int | str) or label not in labels:
+            what = "no column 'label'" if "label" not in row.columns else f"label {label!r}"
+            raise DataError(f"{row.place}: {what}; expected 0 or negative, 1 or positive")
+        yield {"sentence": sentence, "label": labels[label]}
+
+
+def _problems(rows: Iterable[Row]) -> Iterator[dict]:
+    for row in rows:
+        yield {"question": _string(row, "question").strip(), "answer": _string(row, "answer").strip()}
+
+
+READERS: dict[str, Callable[[Iterable[Row]], Iterator]] = {
+    "text": _text,
+    "stories": _text,
+    "wikitext": _wikitext,
+    "wikitext-raw": _wikitext,
+    "instructions": _instructions,
+    "preferences": _preferences,
+    "sentiment": _sentiment,
+    "reviews": _sentiment,  # regrouped by `reviews` once the examples are chosen
+    "problems": _problems,
+}
+
+
+def read_items(reader: str, rows: Iterable[Row]) -> Iterator:
+    """The items of a reader from rows. Raises DataError for an unknown reader or a row it cannot use."""
+    if reader not in READERS:
+        raise DataError(f"no reader {reader!r}; there are: {', '.join(READERS)}")
+    return READERS[reader](rows)
+
+
+def read_files(reader: str, paths: Iterable[Path]) -> Iterator:
+    """The items of files, one file after the other.
+
+    Plain text (.txt, .raw, .tokens) is what the readers of text take: for `wikitext` the file's articles, otherwise one
+    document a file, or those between lines of `<|endoftext|>`. Everything else is read by rows.
+    """
+    for path in paths:
+        if suffix(path) not in PLAIN:
+            yield from read_items(reader, read_rows(path))
+        elif reader in ("wikitext", "wikitext-raw"):
+            yield from articles(_split_lines(read_text(path)))
+        elif reader in ("text", "stories"):
+            rows = (Row({"text": part}, str(path)) for part in read_text(path).split(END_OF_TEXT))
+            yield from read_items(reader, rows)
+        else:
+            raise DataError(f"{path}: reader {reader!r} reads rows, from {', '.join(TABULAR)}")
+
+
+def shared_prompt(chosen: str, rejected: str) -> str:
+    """The dialogue both sides begin with, up to and including its last "\\n\\nAssistant:"; "" if there is none.
+
+    Mostly the sides differ in their last turn only. Where one goes on for more turns (14 of 4,666 pairs in the test
+    split) the prompt ends where they part, and the rest of each dialogue is its response.
+    """
+    low, high = 0, min(len(chosen), len(rejected))
+    while low < high:  # bisection: comparing slices is fast, comparing characters in Python is not
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if chosen[:middle] == rejected[:middle] else (low, middle - 1)
+    shared = chosen[:low]
+    end = shared.rfind(ASSISTANT)
+    return shared[: end + len(ASSISTANT)] if end >= 0 else ""
+
+
+# WikiText ------------------------------------------------------------------------------------------------------------
+
+
+def _split_lines(text: str) -> list[str]:
+    """Lines with their newlines, split at "\\n" alone (`splitlines` would also split at U+2028 and others)."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
+def articles(lines: Iterable[str]) -> Iterator[str]:
+    """The articles of WikiText's lines (each with its newline), whose texts end to end are the lines again.
+
+    An article begins at a title, ` = Title = ` between blank lines: 60 of them in WikiText-2's test, 60 in its
+    validation and 600 in its training split, as published. Blank lines before the first title belong to the first
+    article.
+    """
+    lines = [line if line.endswith("\n") else f"{line}\n" for line in lines]
+    starts = [
+        number
+        for number, line in enumerate(lines)
+        if _is_title(line)
+        and (number == 0 or not lines[number - 1].strip())
+        and (number + 1 == len(lines) or not lines[number + 1].strip())
+    ]
+    if not any(line.strip() for line in lines):
+        return
+    if not starts or any(line.strip() for line in lines[: starts[0]]):
+        starts.insert(0, 0)
+    starts[0] = 0
+    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+        yield "".join(lines[start:end])
+
+
+def _is_title(line: str) -> bool:
+    return re.fullmatch(r" ?= [^=](?:.*[^=])? = ?\n", line) is not None
+
+
+def hub_rows(article: str) -> list[str]:
+    """An article as rows of the hub's `wikitext-*-raw-v1`: a line with its newline, "" for a blank one.
+
+    `"\\n\\n".join` over the rows of all articles is the text on which GPT-2's perplexities are computed.
+    """
+    return [line if line.strip() else "" for line in _split_lines(article)]
+
+
+def without_holes(text: str) -> str:
+    """WikiText without the sentences (and titles) that hold an `<unk>`; a text without any comes back as it is."""
+    if "<unk>" not in text:
+        return text
+    lines = []
+    for line in _split_lines(text):
+        if "<unk>" in line:
+            sentences = re.findall(r".*?(?: [.!?](?: \"| '| \))?(?= |$)|$)", line.rstrip("\n"))
+            line = "".join(sentence for sentence in sentences if "<unk>" not in sentence)
+            if not line.strip():
+                continue
+            line = f" {line.strip()} \n"
+        lines.append(line)
+    return "".join(lines)
+
+
+def natural_text(article: str) -> str:
+    """WikiText as it would be written: no spaces before punctuation, no ` @-@ `, `== Heading ==`, blank lines around
+    headings.
+
+    Sentences with `<unk>` are left out first, and headings that are left with no text.
+    """
+    lines = [_natural(line) for line in _split_lines(without_holes(article))]
+    lines = [line for line in lines if line]
+    kept: list[str] = []
+    for line, following in zip(lines, [*lines[1:], "= end ="], strict=True):
+        depth = _depth(line)
+        if depth > 1 and 0 < _depth(following) <= depth:
+            continue  # a heading with nothing under it
+        if depth or (kept and _depth(kept[-1])):
+            kept.append("")
+        kept.append(line)
+    return "\n".join(kept).strip("\n")
+
+
+def _natural(line: str) -> str:
+    text = line.strip()
+    if heading := re.fullmatch(r"((?:= )+)(.*[^= ])((?: =)+)", text):
+        marks = "=" * (len(heading[1]) // 2)
+        text = f"{marks} {heading[2]} {marks}"
+    text = re.sub(r" @([-,.])@ ", r"\1", text)
+    text = re.sub(r'" ([^"]*?) "', r'"\1"', text)
+    text = re.sub(r" '(s|t|re|ve|ll|d|m)\b", r"'\1", text)
+    text = re.sub(r"(s) '(?= )", r"\1'", text)
+    text = re.sub(r"([(\[{$£€]) ", r"\1", text)
+    text = re.sub(r" ([.,;:!?%)\]}]|° ?)", r"\1", text)
+    return text
+
+
+def _depth(line: str) -> int:
+    heading = re.fullmatch(r"(=+) .* \1", line)
+    return len(heading[1]) if heading else 0
+
+
+# Labelled reviews as text ---------------------------------------------------------------------------------------------
+
+
+def reviews(items: list[dict], seed: int = 0) -> list[str]:
+    """Documents of 4 to 8 labelled reviews each, in the form of a few-shot prompt of sst2, in seeded order.
+
+    A model learns to read demonstrations only if its pretraining text holds several labelled examples in a row.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(items))
+    least, most = REVIEWS_A_DOCUMENT
+    documents, start = [], 0
+    while left := len(order) - start:
+        size = int(rng.integers(least, most + 1))
+        if left - size < least:  # the last ones: no document is left with fewer than the least
+            size = left if left <= most else left - least
+        documents.append("\n\n".join(review(items[index]) for index in order[start : start + size]))
+        start += size
+    return documents
