@@ -1,9 +1,10 @@
 """Intervals and paired tests behind every number of the comparison.
 
-Proportions carry Wilson's score interval (Wilson 1927; Brown, Cai & DasGupta 2001 recommend it at small n and near 0 and 1).
-Means and ratios carry a percentile bootstrap over the units that were sampled: documents for perplexity, items for tasks
-(clusters of rows that share an item are drawn together; Miller 2024, arXiv 2411.00640). Two models on the same items are
-always compared in pairs: McNemar's exact test for right/wrong, the paired bootstrap for everything else.
+Proportions carry Wilson's score interval (Wilson 1927; Brown, Cai & DasGupta 2001 recommend it at small n and near 0
+and 1). Means and ratios carry a percentile bootstrap over the units that were sampled: documents for perplexity,
+items for tasks (clusters of rows that share an item are drawn together; Miller 2024, arXiv 2411.00640). Two models on
+the same items are always compared in pairs: McNemar's exact test for right/wrong, the paired bootstrap for everything
+else.
 """
 
 import math
@@ -78,8 +79,8 @@ def bootstrap_ratio(
 ) -> Interval:
     """`transform(sum numerators / sum denominators)` with a percentile interval over resampled units.
 
-    For perplexity: numerators = each document's summed nats, denominators = its scored tokens, transform = np.exp; a long
-    document thus weighs as many tokens as it has, in the estimate and in every resample.
+    For perplexity: numerators = each document's summed nats, denominators = its scored tokens, transform = np.exp; a
+    long document thus weighs as many tokens as it has, in the estimate and in every resample.
     """
     columns_DC = np.column_stack([np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)])
     transform = transform or (lambda x: x)
@@ -112,7 +113,9 @@ def bootstrap_mean(
 
 
 def mcnemar_exact(a: Sequence[bool] | Array, b: Sequence[bool] | Array) -> float:
-    """Two-sided exact McNemar p-value of two models' right/wrong on the same items (binomial over the discordant ones)."""
+    """Two-sided exact McNemar p-value of two models' right/wrong on the same items (binomial over the discordant
+    ones).
+    """
     a_N, b_N = _paired(a, b)
     only_a, only_b = int((a_N & ~b_N).sum()), int((~a_N & b_N).sum())
     if only_a + only_b == 0:
@@ -123,7 +126,9 @@ def mcnemar_exact(a: Sequence[bool] | Array, b: Sequence[bool] | Array) -> float
 def paired_proportions(
     a: Sequence[bool] | Array, b: Sequence[bool] | Array, confidence: float = CONFIDENCE
 ) -> PairedProportions:
-    """Difference of two proportions on the same items: Bonett & Price's (2012) adjusted interval and McNemar's exact p."""
+    """Difference of two proportions on the same items: Bonett & Price's (2012) adjusted interval and McNemar's exact
+    p.
+    """
     a_N, b_N = _paired(a, b)
     n = len(a_N)
     only_a, only_b = int((a_N & ~b_N).sum()), int((~a_N & b_N).sum())
@@ -157,10 +162,10 @@ def paired_bootstrap(
 ) -> PairedDifference:
     """`transform(sum b / sum b_weights) - transform(sum a / sum a_weights)` over units drawn together for both.
 
-    `a` and `b` are per-unit sums (a document's nats, an item's score) and the weights what they are divided by (its tokens
-    or bytes; 1 where left out; `b_weights` defaults to `a_weights`). Rows sharing a value of `clusters` are drawn
-    together. The p-value is twice the smaller share of resamples on one side of zero, at least 1/(resamples + 1);
-    identical inputs give a difference of exactly 0 and p = 1.
+    `a` and `b` are per-unit sums (a document's nats, an item's score) and the weights what they are divided by (its
+    tokens or bytes; 1 where left out; `b_weights` defaults to `a_weights`). Rows sharing a value of `clusters` are
+    drawn together. The p-value is twice the smaller share of resamples on one side of zero, at least 1/(resamples +
+    1); identical inputs give a difference of exactly 0 and p = 1.
     """
     a_N, b_N = np.asarray(a, np.float64), np.asarray(b, np.float64)
     wa_N = np.ones_like(a_N) if a_weights is None else np.asarray(a_weights, np.float64)
@@ -191,7 +196,9 @@ def paired_bootstrap(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) step-down adjusted p-values, in the order given: family-wise error at most alpha where adjusted <= alpha."""
+    """Holm's (1979) step-down adjusted p-values, in the order given: family-wise error at most alpha where adjusted
+    <= alpha.
+    """
     p = np.asarray(p_values, np.float64)
     order = np.argsort(p, kind="stable")
     scaled = p[order] * (len(p) - np.arange(len(p)))

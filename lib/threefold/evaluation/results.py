@@ -1,0 +1,115 @@
+"""What an evaluation yields: metrics with intervals, the items behind them, and how they came about."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from threefold.errors import EvaluationError
+from threefold.evaluation.statistics import Interval
+from threefold.provenance import atomic_write, sha256_bytes
+
+Metric = dict[str, Any]
+LENGTH_TOLERANCE = 0.05  # share of items that may be too long for the context before the setting itself is refused
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model under one protocol.
+
+    metrics: name -> {"value", "low", "high", "n", "unit", "interval"}; low and high are a 95% interval or None.
+    items: one row a task item, document, pair or timing; its columns are described by the protocol.
+    settings: JSON values: protocol version, data and its fingerprint, shots, counts of what was cut or left out.
+    """
+
+    protocol: str
+    model: str
+    weights_sha256: str
+    metrics: dict[str, Metric]
+    items: pd.DataFrame
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def items_file(self) -> str:
+        """File name of the items: the protocol's name with its slashes as underscores."""
+        return self.protocol.replace("/", "_") + ".parquet"
+
+    def record(self, items_sha256: str | None = None) -> dict[str, Any]:
+        """The values published as `evaluation/<model>/<protocol>`."""
+        record: dict[str, Any] = {
+            "model": self.model,
+            "protocol": self.protocol,
+            "weights_sha256": self.weights_sha256,
+            "metrics": self.metrics,
+            "settings": self.settings,
+        }
+        if items_sha256 is not None:
+            record["items"] = {"file": self.items_file, "sha256": items_sha256, "rows": len(self.items)}
+        return record
+
+
+def save_items(folder: str | Path, evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    """Write each evaluation's items to `folder/<protocol with / as _>.parquet`; returns {protocol: SHA-256 of its
+    file}.
+    """
+    hashes = {}
+    for evaluation in evaluations:
+        buffer = io.BytesIO()
+        evaluation.items.to_parquet(buffer, index=False)
+        atomic_write(Path(folder) / evaluation.items_file, buffer.getvalue())
+        hashes[evaluation.protocol] = sha256_bytes(buffer.getvalue())
+    return hashes
+
+
+def metric(interval: Interval | tuple, unit: str, method: str | None = None) -> Metric:
+    """A metric from an interval; `method` says how the interval was made."""
+    value, low, high, n = interval
+    if not math.isfinite(value):
+        raise EvaluationError(
+            f"a metric came out as {value} {unit}: no protocol yields that from sound log-likelihoods"
+        )
+    return {"value": value, "low": low, "high": high, "n": int(n), "unit": unit, "interval": method}
+
+
+def plain(value: float, unit: str, n: int) -> Metric:
+    """A metric without an interval: a count, a spread, a rate of what went unanswered."""
+    return metric((float(value), None, None, n), unit)
+
+
+def too_long(lengths: Sequence[int], limit: int, *, what: str, keys: str) -> np.ndarray:
+    """Mask of the items longer than `limit` positions.
+
+    A few long items are the items' own fault and count as wrong; where more than one in twenty does not fit, the
+    protocol would measure the context and not the task, so it is refused. `keys` names the preset keys that decide.
+    """
+    lengths_N = np.asarray(lengths)
+    mask_N = lengths_N > limit
+    if mask_N.mean() > LENGTH_TOLERANCE:
+        raise EvaluationError(
+            f"{what}: {int(mask_N.sum())} of {len(mask_N)} items need more than the model's {limit} positions "
+            f"(the longest {int(lengths_N.max())}); change {keys}"
+        )
+    return mask_N
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What all protocols share: positions in one batch, and the bootstrap behind the intervals."""
+
+    batch_tokens: int = 16384
+    bootstrap: int = 10_000
+    seed: int = 0  # of the bootstrap and of demonstration draws
+
+
+SCORING = Scoring()
+
+Progress = Callable[[str], None]
+
+
+def quiet(_message: str) -> None:
+    """The progress function of callers that want none."""

@@ -1,0 +1,253 @@
+"""Sentiment by label log-likelihood (SST-2): zero- and few-shot, over several templates and demonstration draws.
+
+A model answers with the label it finds more likely after the prompt; nothing is generated, no label is normalised by
+its length (lm-eval's `acc`). The spread over wordings and demonstrations stands beside the sampling error of the
+items, because at this scale it is often the larger of the two.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from threefold.data.templates import LABELS, review_prompt
+from threefold.errors import EvaluationError
+from threefold.evaluation import statistics
+from threefold.evaluation.adapter import LanguageModel
+from threefold.evaluation.results import SCORING, Evaluation, Metric, Scoring, metric, plain, too_long
+
+VERSION = 1  # of the protocols in this module; raised when a number would come out differently
+KEYS = "evaluation.sentiment_shots or model.context"
+PRECEDENT_SHOTS = 3
+PRECEDENT_ITEMS = 200
+
+
+@dataclass(frozen=True)
+class Template:
+    """A wording: `prompt` holds {sentence}, the words of the labels (0, 1) follow it after one space."""
+
+    name: str
+    prompt: str
+    labels: tuple[str, str] = LABELS
+    separator: str = "\n\n"  # between demonstrations
+
+    def text(self, sentence: str) -> str:
+        return self.prompt.replace("{sentence}", sentence)
+
+    def demonstration(self, item: Mapping) -> str:
+        return f"{self.text(item['sentence'])} {self.labels[item['label']]}"
+
+
+TEMPLATES = (
+    Template("lm-eval", review_prompt("{sentence}")),
+    Template("review", "Review: {sentence}\nSentiment:"),
+    Template("movie", "Movie review: {sentence}\nThis review is", ("negative", "positive")),
+    Template("it-was", "{sentence}\nAll in all, the film was", ("terrible", "great")),
+    Template("good-bad", "Text: {sentence}\nIs the text good or bad?\nAnswer:", ("bad", "good")),
+)
+PRECEDENT = TEMPLATES[1]
+
+
+def zero_shot(
+    model: LanguageModel,
+    items: Sequence[Mapping],
+    *,
+    templates: int = len(TEMPLATES),
+    source: str = "sst2",
+    scoring: Scoring = SCORING,
+) -> Evaluation:
+    """`{source}/0-shot`: every item under every template, no demonstrations.
+
+    `accuracy` is that of the first template, which is lm-eval's `sst2` word for word, with Wilson's interval;
+    `accuracy_mean` is over all templates, its interval resampling items.
+    """
+    return _evaluate(model, items, [()], f"{source}/0-shot", TEMPLATES[:templates], scoring)
+
+
+def few_shot(
+    model: LanguageModel,
+    items: Sequence[Mapping],
+    demonstrations: Sequence[Mapping],
+    shots: int,
+    *,
+    templates: int = len(TEMPLATES),
+    draws: int = 5,
+    source: str = "sst2",
+    scoring: Scoring = SCORING,
+) -> Evaluation:
+    """`{source}/{shots}-shot`: every item under every template after each of several draws of demonstrations.
+
+    A draw takes `shots` demonstrations with the labels as even as can be, in random order, seeded; all items,
+    templates and models see the same draws. Demonstrations are joined by blank lines as lm-eval joins them.
+    `accuracy` is the first template's, averaged over the draws, `accuracy_mean` over templates and draws; intervals
+    resample items. The spreads (standard deviations of cell accuracies) tell what a template and what a draw is
+    worth.
+    """
+    drawn = [draw(demonstrations, shots, scoring.seed, index) for index in range(draws)]
+    return _evaluate(model, items, drawn, f"{source}/{shots}-shot", TEMPLATES[:templates], scoring)
+
+
+def precedent(
+    model: LanguageModel,
+    items: Sequence[Mapping],
+    demonstrations: Sequence[Mapping],
+    *,
+    source: str = "sst2",
+    scoring: Scoring = SCORING,
+) -> Evaluation:
+    """`{source}/precedent-3-shot`: the precedent's protocol in form: one plain 3-shot prompt, the first 200 items.
+
+    Prompt: `Review: {sentence}\\nSentiment: {label}`, three fixed demonstrations (the first positive, the first
+    negative, the second positive of the demonstration split) and the first 200 items, one run. Its interval shows how
+    little 200 items under one prompt can tell.
+    """
+    fixed = _fixed(demonstrations)
+    return _evaluate(
+        model, items[:PRECEDENT_ITEMS], [fixed], f"{source}/precedent-{PRECEDENT_SHOTS}-shot", (PRECEDENT,), scoring
+    )
+
+
+def with_demonstrations(
+    model: LanguageModel,
+    items: Sequence[Mapping],
+    draws: Sequence[Sequence[Mapping]],
+    *,
+    protocol: str = "sst2/given",
+    templates: Sequence[Template] = TEMPLATES[:1],
+    scoring: Scoring = SCORING,
+) -> Evaluation:
+    """The same scoring with demonstrations given outright; no registered protocol, for agreement tests and
+    exploration.
+    """
+    return _evaluate(model, items, [tuple(d) for d in draws], protocol, tuple(templates), scoring)
+
+
+def draw(demonstrations: Sequence[Mapping], shots: int, seed: int, index: int) -> tuple[Mapping, ...]:
+    """The `index`-th seeded draw of `shots` demonstrations, labels as even as can be, in random order."""
+    generator = np.random.default_rng([seed, shots, index])
+    first = int(generator.integers(2))  # which label gets the odd one
+    chosen: list[Mapping] = []
+    for label, count in ((first, shots - shots // 2), (1 - first, shots // 2)):
+        pool = [item for item in demonstrations if item["label"] == label]
+        if len(pool) < count:
+            raise EvaluationError(
+                f"{shots} demonstrations need {count} of label {label}, "
+                f"evaluation.sentiment_demonstrations has {len(pool)}"
+            )
+        chosen += [pool[i] for i in generator.choice(len(pool), count, replace=False)]
+    return tuple(chosen[i] for i in generator.permutation(shots))
+
+
+def _fixed(demonstrations: Sequence[Mapping]) -> tuple[Mapping, ...]:
+    positive = [item for item in demonstrations if item["label"] == 1][:2]
+    negative = [item for item in demonstrations if item["label"] == 0][:1]
+    if len(positive) < 2 or not negative:
+        raise EvaluationError(
+            "evaluation.sentiment_demonstrations needs at least two positive items and a negative one"
+        )
+    return (positive[0], negative[0], positive[1])
+
+
+def _evaluate(
+    model: LanguageModel,
+    items: Sequence[Mapping],
+    draws: Sequence[Sequence[Mapping]],
+    name: str,
+    templates: Sequence[Template],
+    scoring: Scoring,
+) -> Evaluation:
+    if not items:
+        raise EvaluationError(f"{name}: no items")
+    labels = np.array([item["label"] for item in items])
+    frames = []
+    n_long = 0
+    for template in templates:
+        for index, demonstrations in enumerate(draws):
+            logp_N2, long_N = _label_logprobs(model, items, template, demonstrations, name, scoring)
+            n_long += int(long_N.sum())
+            prediction = logp_N2.argmax(axis=1)  # a tie goes to the first label, as in lm-eval
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "item": np.arange(len(items)),
+                        "template": template.name,
+                        "draw": index,
+                        "label": labels,
+                        "prediction": np.where(long_N, -1, prediction),
+                        "logp_negative": logp_N2[:, 0],
+                        "logp_positive": logp_N2[:, 1],
+                        "correct": (prediction == labels) & ~long_N,
+                    }
+                )
+            )
+    rows = pd.concat(frames, ignore_index=True)
+    majority = int(np.bincount(labels, minlength=2).argmax())
+    settings = {
+        "version": VERSION,
+        "items": len(items),
+        "templates": [template.name for template in templates],
+        "shots": len(draws[0]),
+        "draws": len(draws),
+        "too_long": n_long,
+        "majority_label": LABELS[majority],
+        "majority_accuracy": float((labels == majority).mean()),
+    }
+    return Evaluation(name, model.name, model.weights_sha256, _metrics(rows, scoring), rows, settings)
+
+
+def _label_logprobs(
+    model: LanguageModel,
+    items: Sequence[Mapping],
+    template: Template,
+    demonstrations: Sequence[Mapping],
+    name: str,
+    scoring: Scoring,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(log-likelihood of both labels [N, 2], mask of items too long for the context, whose row is 0)."""
+    shots = "".join(template.demonstration(item) + template.separator for item in demonstrations)
+    prompts = [shots + template.text(item["sentence"]) for item in items]
+    contexts = model.encode(prompts)
+    whole = [model.encode([f"{prompt} {label}" for prompt in prompts]) for label in template.labels]
+    lengths = [len(model.prefix_ids) + max(len(pair[0]), len(pair[1])) - 1 for pair in zip(*whole, strict=True)]
+    long_N = too_long(lengths, model.context, what=f"{name}, template {template.name}", keys=KEYS)
+    kept = np.flatnonzero(~long_N)
+    requests = []
+    for i in kept:
+        context = model.prefix_ids + contexts[i]
+        for side in whole:  # as lm-eval: what prompt and label together have beyond the prompt's tokens
+            requests.append((context, side[i][len(contexts[i]) :]))
+    spans = model.loglikelihoods(
+        requests,
+        batch_tokens=scoring.batch_tokens,
+        describe=lambda r: f"{name}: item {kept[r // 2]}, template {template.name}, label {template.labels[r % 2]!r}",
+    )
+    logp_N2 = np.zeros((len(items), 2))
+    logp_N2[kept] = np.array([span.sum for span in spans]).reshape(-1, 2)
+    return logp_N2, long_N
+
+
+def _metrics(rows: pd.DataFrame, scoring: Scoring) -> dict[str, Metric]:
+    cells = rows.groupby(["template", "draw"], sort=False)["correct"].mean().unstack("draw")
+    first = rows[rows["template"] == rows["template"].iloc[0]]
+    n = int(rows["item"].nunique())
+    metrics = {"accuracy": _accuracy(first, scoring)}
+    if len(cells.index) > 1:
+        metrics["accuracy_mean"] = _accuracy(rows, scoring)
+        by_template = cells.mean(axis=1)
+        metrics["template_spread"] = plain(by_template.std(ddof=1), "sd of accuracy over templates", len(by_template))
+        metrics["template_lowest"] = plain(by_template.min(), "accuracy", n)
+        metrics["template_highest"] = plain(by_template.max(), "accuracy", n)
+    if len(cells.columns) > 1:
+        spread = float(np.sqrt(cells.var(axis=1, ddof=1).mean()))
+        metrics["draw_spread"] = plain(spread, "sd of accuracy over draws", len(cells.columns))
+    # How often the positive label is chosen: .5 and chance accuracy is guessing, 0 or 1 and chance accuracy a bias.
+    metrics["positive_rate"] = plain((first["prediction"] == 1).mean(), "share of items", n)
+    return metrics
+
+
+def _accuracy(rows: pd.DataFrame, scoring: Scoring) -> Metric:
+    if not rows["item"].duplicated().any():
+        return metric(statistics.wilson(int(rows["correct"].sum()), len(rows)), "accuracy", "Wilson")
+    interval = statistics.bootstrap_mean(rows["correct"], rows["item"], resamples=scoring.bootstrap, seed=scoring.seed)
+    return metric(interval, "accuracy", "bootstrap over items")

@@ -1,0 +1,97 @@
+"""Speed of prefill and decoding, measured with all models by turns so that a busy machine slows them alike."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from threefold.errors import EvaluationError
+from threefold.evaluation.adapter import LanguageModel
+from threefold.evaluation.results import Evaluation, Progress, metric, quiet
+
+VERSION = 1  # of the protocols in this module; raised when a number would come out differently
+
+
+def measure(
+    models: Sequence[LanguageModel],
+    *,
+    batch_sizes: Sequence[int] = (1, 8),
+    prompt: int = 64,
+    new_tokens: int = 64,
+    repeats: int = 5,
+    seed: int = 0,
+    progress: Progress = quiet,
+) -> list[Evaluation]:
+    """`speed`: tokens per second by batch size, one evaluation a model.
+
+    Random token ids, `prompt` positions (prefix included) in every row. `prefill_b{B}`: positions of the prompts over
+    the time of one forward that fills the cache and yields the next token's logits; `decode_b{B}`: tokens of
+    `new_tokens` greedy steps over their time. Every repeat times all models and batch sizes in turn, after one round
+    that is not counted; values are medians, low and high the quartiles of the repeats. On a GPU each timing ends with
+    a synchronisation. A model runs as the evaluations run it (see `backend` and `precision` in the settings).
+    """
+    for model in models:
+        if prompt + new_tokens > model.context:
+            raise EvaluationError(
+                f"speed: evaluation.speed_prompt = {prompt} and evaluation.speed_new_tokens = {new_tokens} exceed the "
+                f"{model.context} positions of {model.name}; set them lower or use a longer model.context"
+            )
+    if min(prompt, new_tokens, repeats) < 1 or not batch_sizes or min(batch_sizes) < 1:
+        raise EvaluationError("speed: evaluation.speed_* must be at least 1 each")
+    rows: list[dict] = []
+    for repeat in range(-1, repeats):
+        for batch in batch_sizes:
+            for index, model in enumerate(models):
+                prefill, decode = _time(model, batch, prompt, new_tokens, seed)
+                if repeat >= 0:
+                    common = {"model": index, "repeat": repeat, "batch": batch}
+                    rows.append({**common, "phase": "prefill", "tokens": batch * prompt, "seconds": prefill})
+                    rows.append({**common, "phase": "decode", "tokens": batch * new_tokens, "seconds": decode})
+        if repeat >= 0:
+            progress(f"speed: repeat {repeat + 1} of {repeats}")
+    table = pd.DataFrame(rows)
+    table["tokens_per_second"] = table["tokens"] / table["seconds"]
+    return [_evaluation(model, table[table["model"] == index], models) for index, model in enumerate(models)]
+
+
+def _evaluation(model: LanguageModel, rows: pd.DataFrame, models: Sequence[LanguageModel]) -> Evaluation:
+    metrics = {}
+    for (phase, batch), group in rows.groupby(["phase", "batch"], sort=False):
+        low, value, high = np.quantile(group["tokens_per_second"], [0.25, 0.5, 0.75])
+        interval = (float(value), float(low), float(high), len(group))
+        metrics[f"{phase}_b{batch}"] = metric(interval, "tokens per second", "quartiles of repeats")
+    settings = {
+        "version": VERSION,
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+        "measured_by_turns_with": [other.name for other in models if other is not model],
+        **model.facts,
+    }
+    items = rows.drop(columns="model").reset_index(drop=True)
+    return Evaluation("speed", model.name, model.weights_sha256, metrics, items, settings)
+
+
+@torch.inference_mode()
+def _time(model: LanguageModel, batch: int, prompt: int, new_tokens: int, seed: int) -> tuple[float, float]:
+    """Seconds of (prefill, decoding) of one batch."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BT = torch.randint(len(model.tokenizer), (batch, prompt), generator=generator)
+    if model.prefix_ids:
+        tokens_BT[:, : len(model.prefix_ids)] = torch.tensor(model.prefix_ids[:prompt])
+    tokens_BT = tokens_BT.to(model.device)
+    _wait(model)
+    begin = time.perf_counter()
+    logits_BV, state = model.backend.begin(tokens_BT, new_tokens)
+    _wait(model)
+    middle = time.perf_counter()
+    for _ in range(new_tokens):
+        logits_BV, state = model.backend.step(logits_BV.argmax(-1, keepdim=True), state)
+    _wait(model)
+    return middle - begin, time.perf_counter() - middle
+
+
+def _wait(model: LanguageModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
