@@ -264,22 +264,16 @@ def _checkpoint(options: argparse.Namespace) -> Path:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    if options.temperature < 0:
-        raise ConfigError(f"--temperature {options.temperature}: expected at least 0 (0 is greedy)")
-    if not 0 < options.top_p <= 1:
-        raise ConfigError(f"--top-p {options.top_p}: expected more than 0 and at most 1")
-    if options.top_k == 0 or options.top_k < -1:
-        raise ConfigError(f"--top-k {options.top_k}: expected -1 (off) or at least 1")
     folder = _checkpoint(options)
     import torch
     from transformers import AutoTokenizer
 
-    from threefold.model import generation, hf
+    from threefold.model import generate, load_checkpoint
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = hf.load_checkpoint(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = load_checkpoint(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     prompt = tokenizer(options.prompt)["input_ids"]
-    new = generation.generate(
+    (new,) = generate(
         model,
         [prompt],
         options.max_new_tokens,
@@ -288,26 +282,19 @@ def _generate(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         eos_id=tokenizer.eos_token_id,
         generator=torch.Generator().manual_seed(options.seed),
-    )[0]
+    )
     print(tokenizer.decode([*prompt, *new], skip_special_tokens=True))
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    import shutil
-
-    from threefold import provenance
-    from threefold.model import hf
-
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise ConfigError(f"{options.out} is there already; name a folder that is not")
     folder = _checkpoint(options)
-    hf.load_checkpoint(folder)  # strict: every weight present, none too many, each of its shape
-    with provenance.atomic_folder(options.out) as out:
-        for file in sorted(folder.iterdir()):
-            if file.suffix in (".json", ".safetensors", ".txt", ".jinja", ".md") and file.name not in ("run.json",):
-                shutil.copy2(file, out / file.name)
-    print(f"{options.out}: stage {options.stage} of run {options.run}")
+    from threefold.model import export
+
+    kind = export(folder, options.out)
+    print(
+        f"{options.out}: stage {options.stage} of run {options.run} as {kind}, its logits checked against transformers'"
+    )
     return 0
 
 

@@ -1,0 +1,283 @@
+"""The command line: what it answers, what it refuses, and with which exit status."""
+
+import json
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from threefold import cli, paths, records, stages
+from threefold.errors import ReportError
+from threefold.pipeline import notebooks
+from threefold.run import Run, open_stage
+
+PRESET = """
+name = "tiny"
+[model]
+n_layer = 1
+d_model = 16
+n_head = 2
+d_ff = 32
+context = 32
+[tokenizer]
+vocab_size = 265
+[pretrain]
+steps = 1
+[gpt2]
+steps = 1
+[distilgpt2]
+steps = 1
+[sft]
+steps = 1
+[dpo]
+steps = 1
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A runs folder, notebooks that are never executed, and the preset tiny.toml in the current folder."""
+    books = tmp_path / "notebooks"
+    books.mkdir()
+    for name in ("00_data", "01_pretrain", "02_sft", "03_dpo", "04_evaluate", "06_compare"):
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), books / f"{name}.ipynb")
+    (tmp_path / "tiny.toml").write_text(PRESET)
+    monkeypatch.setattr(paths, "NOTEBOOKS", books)
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    monkeypatch.delenv("THREEFOLD_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make(stage: str, fill=lambda folder: (folder / "x.txt").write_text("x")) -> Run:
+    """Finishes a stage of run tiny as its notebook would."""
+    opened = open_stage(stage, {"preset": "tiny.toml"})
+    fill(opened.begin(stages.fingerprint(opened.run, stage)))
+    facts = opened.finish(tokens=1)
+    data, metadata = records.bundle(f"stage/{stage}", facts)
+    cell = nbformat.v4.new_code_cell(
+        "1", outputs=[nbformat.v4.new_output("display_data", data=data, metadata=metadata)]
+    )
+    file = opened.run.notebook(stages.steps(opened.preset)[stage].executed)
+    file.parent.mkdir(exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=notebooks.METADATA), file)
+    return opened.run
+
+
+def call(capsys, *arguments: str) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr)."""
+    try:
+        status = cli.main(arguments)
+    except SystemExit as left:
+        status = left.code
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["rn"], "invalid choice: 'rn'"),
+        ([], "required: COMMAND"),
+        (["run", "--preset", "smokee"], "unknown preset 'smokee'"),
+        (["run", "--preset", "missing.toml"], "no such file"),
+        (["run", "--preset", "tiny.toml", "--set", "sft.learning_rte=1"], "did you mean sft.learning_rate?"),
+        (["run", "--preset", "tiny.toml", "--set", "sft.steps=many"], "expected a whole number"),
+        (["run", "--preset", "tiny.toml", "--set", "sft.steps"], "expected key=value"),
+        (["run", "--preset", "tiny.toml", "--run", "../elsewhere"], "a name has only"),
+        (["run", "--preset", "tiny.toml", "--only", "stf"], "did you mean sft?"),
+        (["run", "--preset", "tiny.toml", "--from", "ablations"], "stage 'ablations'"),
+        (["run", "--preset", "tiny.toml", "--only", "sft", "--from", "sft"], "not allowed with"),
+        (["run", "--preset", "tiny.toml", "--only", "sft"], "sft needs stage pretrain"),
+        (["run", "--preset", "tiny.toml", "--data-dir", "nowhere"], "data_dir = 'nowhere': no such folder"),
+        (["run", "--preset", "tiny.toml", "--jobs", "0"], "expected a whole number of at least 1"),
+        (["status", "--run", "tiny"], "no run 'tiny'; runs: none yet"),
+        (["verify", "--run", "tiny"], "no run 'tiny'"),
+        (["report", "--run", "tiny"], "no run 'tiny'"),
+        (["generate", "--run", "tiny", "Once"], "no run 'tiny'"),
+        (["generate", "--run", "tiny", "--stage", "sfft", "Once"], "invalid choice"),
+        (["export", "--run", "../x", "out"], "a name has only"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(project, capsys, arguments, said):
+    status, out, err = call(capsys, *arguments)
+    assert status == 2 and out == ""
+    assert said in err and err.count("\n") == 1 and err.startswith("threefold")
+    assert not (project / "runs").exists()  # nothing half-written
+
+
+def test_help_and_version(capsys):
+    status, out, _ = call(capsys, "--help")
+    assert status == 0
+    assert all(name in out for name in ("run", "status", "verify", "report", "generate", "export"))
+    assert call(capsys, "--version")[1].startswith("threefold 0.")
+    for name in ("run", "status", "verify", "report", "generate", "export"):
+        assert call(capsys, name, "--help")[0] == 0
+
+
+def test_help_and_status_do_not_wait_for_torch(project):
+    make("data")
+    heavy = ["torch", "transformers", "datasets", "pandas", "matplotlib", "papermill", "nbformat", "jupytext"]
+    script = (
+        "import sys, threefold.cli as cli, threefold.paths as paths; from pathlib import Path;"
+        f"paths.RUNS = Path({str(paths.RUNS)!r}); paths.NOTEBOOKS = Path({str(paths.NOTEBOOKS)!r});"
+        f"cli.main(['status', '--run', 'tiny']); print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert time.monotonic() - began < 3  # measured 0.3 s
+
+
+def test_status_tells_each_stage_and_why(project, capsys):
+    make("data")
+    make("pretrain")
+    status, out, _ = call(capsys, "status", "--run", "tiny")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert status == 0 and list(lines) == list(stages.steps(Run.open("tiny.toml").preset))
+    assert " fresh " in lines["data"] and " s" in lines["pretrain"]
+    assert "missing" in lines["sft"] and "not made yet" in lines["sft"]
+    Run.open("tiny.toml", overrides=["pretrain.learning_rate=0.5"])
+    out = call(capsys, "status", "--run", "tiny")[1]
+    assert "config: pretrain.learning_rate 0.003 -> 0.5" in out
+
+
+def test_run_without_preset_goes_on_with_the_runs_own(project, capsys, monkeypatch):
+    seen = {}
+
+    def execute(run, **options):
+        seen.update(options, run=run)
+        return cli_executor.Outcome()
+
+    from threefold.pipeline import executor as cli_executor
+
+    monkeypatch.setattr(cli_executor, "execute", execute)
+    made = [f"evaluate-{model}" for model in ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")]
+    for stage in ("pretrain", "gpt2", "distilgpt2", "sft", "dpo"):
+        make(stage)
+    assert call(capsys, "run", "--preset", "tiny.toml", "--set", "sft.steps=7")[0] == 0
+    status, out, _ = call(
+        capsys, "run", "--run", "tiny", "--only", "data", "--only", "evaluate", "--jobs", "2", "--force"
+    )
+    assert status == 0 and "run tiny: 0 stages executed" in out
+    assert seen["run"].preset.sft.steps == 7 and seen["run"].preset.name == "tiny"
+    assert seen["selected"] == {"data", *made}
+    assert seen["jobs"] == 2 and seen["force"]
+
+
+def test_the_data_folder_is_remembered(project, capsys, monkeypatch):
+    from threefold.pipeline import executor
+
+    monkeypatch.setattr(executor, "execute", lambda run, **_: executor.Outcome())
+    (project / "mine").mkdir()
+    call(capsys, "run", "--preset", "tiny.toml", "--data-dir", "mine")
+    assert cli._open("tiny").data_dir == str(project / "mine")
+    (project / "mine").rmdir()
+    assert cli._open("tiny").data_dir == ""
+
+
+def test_a_failed_stage_is_exit_1(project, capsys, monkeypatch):
+    from threefold.pipeline import executor
+
+    def fail(run, **_):
+        raise executor.StageFailed("sft: rows.jsonl, line 3: no JSON")
+
+    monkeypatch.setattr(executor, "execute", fail)
+    assert call(capsys, "run", "--preset", "tiny.toml") == (1, "", "threefold: sft: rows.jsonl, line 3: no JSON\n")
+
+
+def test_verify(project, capsys):
+    run = make("data")
+    assert call(capsys, "verify", "--run", "tiny")[:2] == (0, "run tiny: 3 files are what their run.json says\n")
+    (run.stage_folder("data") / "x.txt").write_text("y")
+    status, _, err = call(capsys, "verify", "--run", "tiny")
+    assert (status, err) == (1, "threefold: tiny/data/x.txt: changed since the stage wrote it\n")
+    facts = json.loads((run.stage_folder("data") / "run.json").read_text())
+    facts["fingerprint"]["seed"] = 2
+    (run.stage_folder("data") / "run.json").write_text(json.dumps(facts))
+    assert "digest is not that of its components" in call(capsys, "verify", "--run", "tiny")[2]
+
+
+def test_report_check_says_what_is_wrong_in_one_exit(project, capsys, monkeypatch):
+    from threefold import report
+
+    def require(folder):
+        raise ReportError("report/index.qmd: no label tbl-x")
+
+    monkeypatch.setattr(report, "require", require)
+    status, _, err = call(capsys, "report", "--check")
+    assert (status, err) == (2, "threefold: report/index.qmd: no label tbl-x\n")
+
+
+def test_a_full_disk_is_one_line(project, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "runs/tiny/config.toml")
+
+    monkeypatch.setattr(Run, "open", full)
+    assert call(capsys, "run", "--preset", "tiny.toml")[::2] == (
+        2,
+        "threefold: No space left on device: runs/tiny/config.toml\n",
+    )
+
+
+@pytest.fixture
+def checkpoint(project):
+    import torch
+    from threefold.data.tokenizer import build_tokenizer
+    from threefold.model import Decoder, save_checkpoint
+
+    preset = Run.open("tiny.toml").preset
+    tokenizer = build_tokenizer(preset.tokenizer, ["the cat sat on the mat. " * 20], preset.model.sinks)
+
+    def fill(folder):
+        import dataclasses
+
+        torch.manual_seed(0)
+        model = Decoder(dataclasses.replace(preset.model, vocab_size=len(tokenizer)))
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.normal_(std=0.3)  # or greedy text is one token again and again
+        save_checkpoint(folder, model, tokenizer)
+
+    return make("pretrain", fill)
+
+
+def test_generate_says_what_transformers_says(checkpoint, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arguments = ["generate", "--run", "tiny", "--stage", "pretrain", "the cat", "--max-new-tokens", "12"]
+    status, out, _ = call(capsys, *arguments)
+    folder = checkpoint.stage_folder("pretrain")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = model.generate(**tokenizer("the cat", return_tensors="pt"), max_new_tokens=12, do_sample=False)
+    assert status == 0 and out == tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
+    assert out.startswith("the cat")
+
+    sampled = [call(capsys, *arguments, "--temperature", "1", "--seed", seed)[1] for seed in ("1", "1", "2")]
+    assert sampled[0] == sampled[1] != sampled[2]
+    status, _, err = call(capsys, *arguments, "--top-p", "2")
+    assert status == 2 and "top_p" in err
+
+
+def test_export_gives_a_folder_that_loads(checkpoint, project, capsys):
+    from transformers import AutoModelForCausalLM
+
+    arguments = ["export", "--run", "tiny", "--stage", "pretrain", "out"]
+    assert call(capsys, *arguments)[0] == 0
+    AutoModelForCausalLM.from_pretrained(project / "out")
+    assert not (project / "out" / "run.json").exists()
+    assert call(capsys, *arguments)[0] == 2  # not over what is there
+
+
+def test_a_checkpoint_that_changed_is_not_used(checkpoint, capsys):
+    with open(checkpoint.stage_folder("pretrain") / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    for command in (["generate", "the cat"], ["export", "out"]):
+        status, out, err = call(capsys, command[0], "--run", "tiny", "--stage", "pretrain", *command[1:])
+        assert status == 2 and out == ""
+        assert "pretrain/model.safetensors of run tiny is not what the stage wrote" in err
+    assert call(capsys, "generate", "--run", "tiny", "--stage", "dpo", "x")[0] == 2  # never made
