@@ -221,6 +221,27 @@ def test_splitting_keeps_quotes_and_brackets_whole():
     assert config.split_overrides(text) == ["a.b=c", 'd="x;y"', 'e=[{f="]"}, {g=1}]', "h='; '"]
 
 
+def test_an_apostrophe_in_a_bare_word_opens_no_string():
+    assert config.split_overrides("description=it's; seed=3") == ["description=it's", "seed=3"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.text("\"'\\\\;[]{}= \n,a", max_size=12),
+    st.integers(0, 9),
+    st.sampled_from([(0, 3), [5], ()]),
+)
+def test_joined_overrides_say_the_same(text, seed, shots):
+    preset = Preset(name="x", **dict.fromkeys(config.TRAINED, TrainConfig(steps=1)))
+    source = {"source": text or "x", "split": "test"}
+    changes = {"description": text, "evaluation.lines": source, "evaluation.sentiment_shots": shots, "seed": seed}
+    joined = config.join_overrides({**changes, "dpo.beta": 0.5, "model.bias": True, "model.n_layer": None})
+    expected = override(preset, {**changes, "dpo.beta": 0.5, "model.bias": True})
+    parts = config.split_overrides(joined)
+    assert override(preset, parts) == expected and expected.description == text
+    assert override(preset, config.split_overrides(config.join_overrides(parts))) == expected
+
+
 def test_an_ablation_changes_the_model_only(small):
     changed = config.ablated(small, "ffn=gelu, bias=true")
     assert changed == dataclasses.replace(small, model=dataclasses.replace(small.model, ffn="gelu", bias=True))

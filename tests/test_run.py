@@ -286,6 +286,7 @@ def test_parameters_of_a_notebook():
     assert stage.config.compile == "off" and stage.preset.dpo.beta == 0.2
     assert stage.preset.pretrain.learning_rate == TrainConfig().learning_rate
     assert open_stage("dpo", {"overrides": ["dpo.beta=0.3"], "beta": 0.4}).config.beta == 0.4
+    assert open_stage("ablations", {"seeds": 2, "variants": "ffn=gelu"}).config.variants == ("ffn=gelu",)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ key, what is allowed and the near miss.
 """
 
 import difflib
+import json
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -202,7 +203,7 @@ def load_preset(name_or_path: str | Path, overrides: Mapping[str, object] | Iter
                 f"allowed: {', '.join(preset_names())}, or a path that ends in .toml"
             )
     preset = _read(path)
-    overrides = _as_pairs(overrides)
+    overrides = overrides if isinstance(overrides, Mapping) else list(overrides)
     if overrides:
         return override(preset, overrides, origin=f"{path.name} with overrides")
     return validate(preset, path.name)
@@ -252,21 +253,39 @@ def override(preset: Preset, overrides: Mapping[str, object] | Iterable[str], *,
 
 def split_overrides(text: str) -> list[str]:
     """`"a.b=c; d.e=[1; 2]"` -> `["a.b=c", "d.e=[1; 2]"]`: the parts between semicolons outside quotes and brackets."""
-    parts, depth, quote = [""], 0, ""
+    parts, depth, quote, escaped = [""], 0, "", False
     for char in text:
         if quote:
-            quote = "" if char == quote else quote
-        elif char in "\"'":
-            quote = char
+            ends = char == quote and not escaped
+            escaped = quote == '"' and char == "\\" and not escaped
+            quote = "" if ends else quote
+        elif char in "\"'":  # opens a string only where a TOML value can begin: not the apostrophe of a bare word
+            quote = char if depth or parts[-1].rstrip().endswith("=") else ""
         elif char in "[{":
             depth += 1
         elif char in "]}":
             depth -= 1
-        elif char == ";" and depth == 0:
+        elif char == ";" and depth <= 0:
             parts.append("")
+            depth = 0
             continue
         parts[-1] += char
     return [part.strip() for part in parts if part.strip()]
+
+
+def join_overrides(overrides: Mapping[str, object] | Iterable[str]) -> str:
+    """Overrides as one text that `split_overrides` and `override` read back to the same values."""
+    if isinstance(overrides, Mapping):
+        pairs = [(key, _inline(value)) for key, value in overrides.items() if value is not None]
+    else:
+        pairs = [(key, text) for key, text, _ in _as_pairs(overrides)]
+    joined = []
+    for key, text in pairs:
+        item = f"{key}={text}"
+        if split_overrides(f"{item}; seed=0") != [item, "seed=0"]:  # a bare string that would not survive
+            item = f"{key}={_quoted(text)}"
+        joined.append(item)
+    return "; ".join(joined)
 
 
 def model_names(preset: Preset) -> list[str]:
@@ -384,15 +403,29 @@ def _plain(value: Any) -> Any:
 # Overrides ----------------------------------------------------------------------------------------------------------
 
 
-def _as_pairs(overrides: Any) -> list[tuple[str, object, bool]]:
+def _inline(value: Any, nested: bool = False) -> str:
+    """A value as the right-hand side of an override: strings bare where they can be, everything else as inline TOML."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_inline(item, True)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_inline(item, True) for item in value) + "]"
+    if isinstance(value, str):
+        bare = not nested and value and value == value.strip() and value[0] not in "\"'"
+        return value if bare else _quoted(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string; its escapes are JSON's, except that delete has to be one."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")
+
+
+def _as_pairs(overrides: Mapping[str, object] | Iterable[str]) -> list[tuple[str, object, bool]]:
     """(key, value, whether the value is raw text in which a string may stand in quotes) of each override."""
     if isinstance(overrides, Mapping):
         return [(key, value, False) for key, value in overrides.items()]
-    pairs: list[tuple[str, object, bool]] = []
-    for item in split_overrides(overrides) if isinstance(overrides, str) else overrides:
-        if isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 3:
-            pairs.append(tuple(item))  # came from here
-            continue
+    pairs = []
+    for item in overrides:
         if not isinstance(item, str) or "=" not in item:
             raise ConfigError(f"override {item!r}: expected key=value, for example sft.learning_rate=1e-4")
         key, _, text = item.partition("=")

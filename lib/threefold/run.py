@@ -111,6 +111,7 @@ class Run:
             config.check_name(run, "run")
         if isinstance(overrides, str):
             overrides = config.split_overrides(overrides)
+        overrides = overrides if isinstance(overrides, Mapping) else list(overrides)
         if not preset:
             if not run or not (paths.RUNS / run / "config.toml").is_file():
                 raise ConfigError(
@@ -124,7 +125,7 @@ class Run:
         asked = {"preset": str(preset)} if preset else {}
         asked |= {"run": name} if name != resolved.name or not preset else {}
         asked |= {"data_dir": str(data_dir)} if data_dir else {}
-        asked |= {"overrides": _joined(overrides)} if overrides else {}
+        asked |= {"overrides": config.join_overrides(overrides)} if overrides else {}
         opened = cls(name, path, resolved, _data_folder(str(data_dir)), asked)
         if create:
             text = config.to_toml(resolved)
@@ -328,7 +329,7 @@ def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
     door = {name: given.pop(name) for name in DOOR if name in given}
     overrides = door.pop("overrides", ())
     overrides = config.split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
-    overrides += [f"{section}.{name}={_text(value)}" for name, value in given.items()]
+    overrides += [config.join_overrides({f"{section}.{name}": value}) for name, value in given.items()]
     for name, value in door.items():
         if isinstance(value, bool | float):
             raise ConfigError(f"parameter {name} = {value!r}: expected a string")
@@ -365,17 +366,6 @@ def _parameters(namespace: dict[str, Any], allowed: list[str], notebook: str) ->
         )
     namespace[_SEEN] = frozenset(seen)
     return {name: value for name, value in found.items() if name in allowed and value is not None}
-
-
-def _text(value: Any) -> str:
-    """A parameter as an override's right-hand side."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _joined(overrides: Mapping[str, object] | Iterable[str]) -> str:
-    if isinstance(overrides, Mapping):
-        overrides = [f"{key}={_text(value)}" for key, value in overrides.items() if value is not None]
-    return "; ".join(overrides)
 
 
 def _data_folder(given: str) -> str:
