@@ -207,9 +207,7 @@ def _data(run: Run, stage: str) -> dict[str, str]:
     for source in sources(run.preset, stage):
         from threefold.data import sources as registry  # late: a stage without data waits for no reader
 
-        found[f"{source.source or Path(source.path).name}:{source.split}"] = registry.resolve(
-            source, run.data_dir
-        ).fingerprint
+        found[f"{source.source or source.path}:{source.split}"] = registry.resolve(source, run.data_dir).fingerprint
     for name, location, revision in _locations(run.preset, stage):
         found[f"model {name}"] = _location(location, revision, run.data_dir)
     return found
