@@ -63,12 +63,6 @@ class StageNotebook:
     parameters: dict[str, str]
 
 
-def stage_names(preset: Preset) -> list[str]:
-    """Every stage of a run, in an order in which each comes after what it needs."""
-    evaluations = [f"evaluate-{model}" for model in config.model_names(preset)]
-    return ["data", *_PRETRAINED, "sft", "dpo", *evaluations, "ablations", "compare"]
-
-
 def stage_notebook(stage: str) -> StageNotebook:
     """The notebook behind a stage: "gpt2" -> 01_pretrain with model=gpt2, executed as 01_pretrain-gpt2."""
     kind, _, model = stage.partition("-")
@@ -227,15 +221,6 @@ class Stage:
         """Folder of a finished stage this one builds on. MissingInput names the notebook that makes it."""
         self.run.require(stage)
         return self.run.stage_folder(stage)
-
-    def parents(self, *stages: str) -> dict[str, str]:
-        """{stage: hash of what it made} of finished stages, for `Fingerprint.of(parents=...)`. Raises MissingInput."""
-        return {stage: self.run.identity(stage) for stage in stages}
-
-    def is_fresh(self, fingerprint: Fingerprint) -> bool:
-        """Whether the finished stage was made from exactly these inputs."""
-        facts = self.run.finished(self.name)
-        return facts is not None and facts["fingerprint"].get("digest") == fingerprint.digest
 
     def begin(self, fingerprint: Fingerprint) -> Path:
         """The folder to work in. What an interrupted attempt with the same fingerprint left there is kept, so that the
