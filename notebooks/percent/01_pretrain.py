@@ -1,0 +1,120 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,label,editable,deletable,-all
+#     notebook_metadata_filter: -all
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 01 · Pretraining
+#
+# A decoder learns to predict the next token of packed text. The parameter `model` chooses which:
+#
+# * `pretrain`: ours. Pre-norm RMSNorm, rotary positions, SwiGLU, no biases, tied embeddings, a sink token.
+# * `gpt2`: GPT-2's architecture (LayerNorm, learned positions, GELU at equal parameters, biases, no sink) on the same tokens,
+#   the baseline where GPT-2's own weights are out of reach.
+# * `distilgpt2`: every other layer of that model, distilled from it [Sanh et al. 2019].
+#
+# Input: stage `data` (and `gpt2` for its student). Output: `runs/<run>/<model>/`, a Hugging Face checkpoint with
+# `metrics.jsonl` and `run.json`.
+
+# %% tags=["parameters"]
+preset = "smoke"
+run = ""  # default: the preset's name
+data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging Face cache, then the hub
+overrides = ""  # "section.key=value; ..."
+model = "pretrain"  # or gpt2, distilgpt2
+learning_rate = None  # None: the preset's value, as for every key of the section [pretrain], [gpt2] or [distilgpt2]
+muon_learning_rate = None
+steps = None
+tokens = None
+batch_size = None
+
+# %%
+from dataclasses import asdict, replace
+
+import matplotlib.pyplot as plt
+
+from threefold import records
+from threefold.data import corpus
+from threefold.data.tokenizer import load_tokenizer, without_bos
+from threefold.model import load_checkpoint, parameter_counts
+from threefold.model.gpt2 import gpt2_counterpart
+from threefold.run import open_stage
+from threefold.stages import fingerprint
+from threefold.training import curve, distil, pretrain
+
+stage = open_stage("pretrain", globals())
+tokenizer = load_tokenizer(stage.require("data") / "tokenizer")
+teacher = load_checkpoint(stage.require("gpt2")) if stage.name == "distilgpt2" else None
+folder = stage.begin(fingerprint(stage.run, stage.name))
+
+# %% [markdown]
+# ## The model
+#
+# One class holds every part and its GPT-2 counterpart; a configuration says which. GPT-2's parts have no sink, so its
+# tokenizer puts nothing before a sequence; the vocabulary is the same.
+
+# %%
+config = replace(stage.preset.model, vocab_size=len(tokenizer))
+if stage.name != "pretrain":
+    config, tokenizer = gpt2_counterpart(config), without_bos(tokenizer)
+if teacher:
+    config = replace(config, n_layer=(config.n_layer + 1) // 2)
+counts = parameter_counts(config)
+facts = {"model": stage.name, "config": asdict(config), "parameters": counts}
+records.publish(
+    f"model/{stage.name}",
+    facts,
+    markdown=records.table([{"component": name, "parameters": n} for name, n in counts.items()]),
+)
+
+# %% [markdown]
+# ## The text
+
+# %%
+sources = stage.preset.data
+rows = corpus.pretraining_rows(sources.pretrain, tokenizer, config, stage.run.data_dir)
+heldout = corpus.pretraining_rows(sources.pretrain_heldout, tokenizer, config, stage.run.data_dir)
+print(
+    f"{len(rows):,} rows of {rows.width}, {rows.n_tokens:,} tokens, {rows.utilisation:.1%} filled; {len(heldout):,} rows held out"
+)
+
+# %% [markdown]
+# ## Training
+#
+# One loop serves all stages. A loss is a mean over target tokens, whatever rows they stand in. An interrupted training goes on
+# from its last state when the notebook is run again.
+
+# %%
+common = {"folder": folder, "tokenizer": tokenizer, "seed": stage.preset.seed, "heldout": heldout, "name": stage.name}
+if teacher:
+    trained = distil(teacher, rows, stage.config, **common)
+else:
+    trained = pretrain(config, rows, stage.config, **common)
+result = trained.result
+print(result.note)
+
+# %%
+history = curve(folder)
+figure, axes = plt.subplots(figsize=(6.4, 3.2))
+axes.plot(history["tokens"], history["loss"], linewidth=0.8, label="training")
+axes.plot(history["heldout"]["tokens"], history["heldout"]["loss"], "o-", label="held out")
+axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", title=stage.name)
+axes.legend(frameon=False)
+records.publish(
+    f"curve/{stage.name}",
+    history,
+    figure=figure,
+    text=f"Training and held-out loss of {stage.name} against tokens; the held-out loss ends at {result.heldout_loss:.3f} nats per token.",
+)
+
+# %%
+records.publish(
+    f"stage/{stage.name}",
+    stage.finish(tokens=result.tokens, device_seconds=result.seconds, training=asdict(result)),
+)

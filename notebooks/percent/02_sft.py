@@ -1,0 +1,99 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,label,editable,deletable,-all
+#     notebook_metadata_filter: -all
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 02 · Supervised fine-tuning
+#
+# The pretrained model continues text; now it learns to answer. An example is a prompt and a response; several are packed into
+# a row with exact boundaries, each seeing the sink and itself. **Only the response and its end are targets**: prompt and
+# padding carry no loss. A share of every batch (`replay`) stays pretraining text, because without it a fine-tuning at a useful
+# learning rate costs the model its text.
+#
+# Input: stage `pretrain`. Output: `runs/<run>/sft/`, a Hugging Face checkpoint with `metrics.jsonl` and `run.json`.
+
+# %% tags=["parameters"]
+preset = "smoke"
+run = ""  # default: the preset's name
+data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging Face cache, then the hub
+overrides = ""  # "section.key=value; ..."
+learning_rate = None  # None: the preset's value, as for every key of its section [sft]
+muon_learning_rate = None
+steps = None
+batch_size = None
+replay = None
+
+# %%
+from dataclasses import asdict
+
+import matplotlib.pyplot as plt
+
+from threefold import records
+from threefold.data import corpus
+from threefold.data.tokenizer import load_tokenizer
+from threefold.model import load_checkpoint
+from threefold.run import open_stage
+from threefold.stages import fingerprint
+from threefold.training import curve, sft
+
+stage = open_stage("sft", globals())
+parent = stage.require("pretrain")
+folder = stage.begin(fingerprint(stage.run, stage.name))
+model, tokenizer = load_checkpoint(parent), load_tokenizer(parent)
+
+# %% [markdown]
+# ## Examples
+#
+# Prompts stand in the format in which the model is later asked. An example longer than a row is left out, and counted.
+
+# %%
+sources, data_dir = stage.preset.data, stage.run.data_dir
+rows = corpus.example_rows(sources.sft, tokenizer, model.config, data_dir)
+heldout = corpus.example_rows(sources.sft_heldout, tokenizer, model.config, data_dir)
+text = corpus.pretraining_rows(sources.pretrain, tokenizer, model.config, data_dir) if stage.config.replay else None
+print(
+    f"{len(rows):,} rows, {rows.n_tokens:,} tokens, {rows.utilisation:.1%} filled, {rows.n_dropped:,} examples too long"
+)
+
+# %% [markdown]
+# ## Training
+#
+# Cross-entropy of the response, a mean over response tokens. The held-out loss is that of responses never trained on.
+
+# %%
+trained = sft(
+    model,
+    rows,
+    stage.config,
+    folder=folder,
+    tokenizer=tokenizer,
+    seed=stage.preset.seed,
+    heldout=heldout,
+    replay=text,
+)
+result = trained.result
+print(result.note)
+
+# %%
+history = curve(folder)
+figure, axes = plt.subplots(figsize=(6.4, 3.2))
+axes.plot(history["tokens"], history["loss"], linewidth=0.8, label="training (with replay)")
+axes.plot(history["heldout"]["tokens"], history["heldout"]["loss"], "o-", label="held-out responses")
+axes.set(xlabel="tokens trained on", ylabel="loss (nats per target token)", title="SFT")
+axes.legend(frameon=False)
+records.publish(
+    "curve/sft",
+    history,
+    figure=figure,
+    text=f"Loss of SFT against tokens; on held-out responses it ends at {result.heldout_loss:.3f} nats per token.",
+)
+
+# %%
+records.publish("stage/sft", stage.finish(tokens=result.tokens, device_seconds=result.seconds, training=asdict(result)))

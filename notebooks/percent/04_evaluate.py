@@ -1,0 +1,99 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,label,editable,deletable,-all
+#     notebook_metadata_filter: -all
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 04 · Evaluation
+#
+# One model under every protocol of the preset. All models, ours and others, go through one adapter and one code path, and every
+# record carries the SHA-256 of the weights that were run.
+#
+# The parameter `model` names it: `random` (the untrained control), `gpt2`, `distilgpt2`, `pretrain`, `sft`, `dpo`, or an
+# external model of the preset.
+#
+# Input: the model's stage. Output: `runs/<run>/evaluation/<model>/` with every item's result as Parquet.
+
+# %% tags=["parameters"]
+preset = "smoke"
+run = ""  # default: the preset's name
+data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging Face cache, then the hub
+overrides = ""  # "section.key=value; ..."
+model = "pretrain"
+
+# %%
+from dataclasses import replace
+
+from threefold import records
+from threefold.data.tokenizer import load_tokenizer
+from threefold.evaluation import LanguageModel, evaluate, save_items
+from threefold.run import open_stage
+from threefold.stages import fingerprint
+
+stage = open_stage("evaluate", globals())
+parents = {
+    name: stage.require(name) for name in ("pretrain", "sft", "dpo", "gpt2", "distilgpt2") if name == stage.model
+}
+tokenizer = load_tokenizer(stage.require("data") / "tokenizer")
+reference = LanguageModel.from_checkpoint(stage.require("sft"), "sft") if stage.model in ("sft", "dpo") else None
+folder = stage.begin(fingerprint(stage.run, stage.name))
+
+# %% [markdown]
+# ## The model
+
+# %%
+baselines = stage.preset.baselines
+external = {entry.name: entry for entry in baselines.external}
+if stage.model == "random":
+    config = replace(stage.preset.model, vocab_size=len(tokenizer))
+    subject = LanguageModel.random(config, tokenizer, stage.preset.seed)
+elif stage.model in external:
+    subject = LanguageModel.from_location(external[stage.model], data_dir=stage.run.data_dir)
+elif getattr(baselines, stage.model, "train") != "train":
+    location, revision = getattr(baselines, stage.model), getattr(baselines, f"{stage.model}_revision")
+    subject = LanguageModel.from_location(location, revision, stage.run.data_dir, name=stage.model)
+else:
+    subject = LanguageModel.from_checkpoint(parents[stage.model], stage.model)
+print(f"{subject.name}: context {subject.context}, weights {subject.weights_sha256[:12]}")
+
+# %% [markdown]
+# ## The protocols
+#
+# Preference rewards and the divergence of SFT and DPO are measured against the SFT checkpoint.
+
+# %%
+evaluations = evaluate(
+    subject,
+    stage.config,
+    stage.run.data_dir,
+    reference=reference,
+    beta=stage.preset.dpo.beta,
+    seed=stage.preset.seed,
+    progress=print,
+)
+
+# %% [markdown]
+# ## Results
+#
+# One record a protocol, each with the hash of its items.
+
+# %%
+hashes = save_items(folder / "items", evaluations)
+for evaluation in evaluations:
+    metrics = [{"metric": name, **values} for name, values in evaluation.metrics.items()]
+    columns = {"metric": "metric", "value": "value", "low": "95% low", "high": "95% high", "n": "n", "unit": "unit"}
+    records.publish(
+        f"evaluation/{subject.name}/{evaluation.protocol}",
+        evaluation.record(hashes[evaluation.protocol]),
+        markdown=f"**{evaluation.protocol}**\n\n"
+        + records.table(metrics, columns, formats={"value": ".4g", "low": ".4g", "high": ".4g"}),
+    )
+
+# %%
+records.publish(f"stage/{stage.name}", stage.finish(model_weights_sha256=subject.weights_sha256))

@@ -1,0 +1,199 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,label,editable,deletable,-all
+#     notebook_metadata_filter: -all
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 06 · Compare
+#
+# Every other notebook of the run measured something and published it as a record. This one reads all of those records and
+# turns them into the tables, figures, sentences and verdicts of the report. It trains nothing and runs no model: what it
+# says follows from what the records hold, and where they hold too little it says that instead.
+#
+# It needs the executed notebooks of the same run (`threefold run` makes them in order).
+
+# %% tags=["parameters"]
+preset = "smoke"
+run = ""
+data_dir = ""
+overrides = ""
+
+# %% [markdown]
+# Reading the records already checks them: an evaluation that ran other weights than the checkpoint of its stage stops the
+# notebook here, with both hashes.
+
+# %%
+from threefold import records, stages
+from threefold.comparison import Comparison, claims, figures, insights, tables
+from threefold.run import open_stage
+
+stage = open_stage("compare", globals())
+stage.begin(stages.fingerprint(stage.run, stage.name))
+comparison = Comparison.load(stage.run)
+print(f"{len(comparison.records)} records; models: {', '.join(comparison.name(model) for model in comparison.models)}")
+
+# %% [markdown]
+# ## What is compared
+
+# %%
+#| label: tbl-models
+#| tbl-cap: "The models. Context is in positions, feed-forward and width in units; heads in brackets are key-value heads where they are fewer."
+tables.model_configurations(comparison).publish()
+
+# %%
+#| label: tbl-parameters
+#| tbl-cap: "Parameters by component of the models trained here. Tied output embeddings are counted once."
+tables.parameters(comparison).publish()
+
+# %% [markdown]
+# The benefit usually claimed for each component stands beside the one that this run's ablations measured: the change that
+# the component brings against its GPT-2 counterpart, everything else equal.
+
+# %%
+#| label: tbl-architecture
+#| tbl-cap: "Architectural differences from GPT-2: the benefit as it is claimed, and as this run's ablations measured it (with the component against GPT-2's counterpart; intervals over seeds)."
+tables.architecture(comparison).publish()
+
+# %% [markdown]
+# ## Training
+
+# %%
+#| label: fig-loss-curves
+#| fig-cap: "Loss against non-padding tokens. Faint: every logged step; line: running mean over 5% of the steps; dots: held-out loss. DPO's loss is per pair and has another unit."
+figures.loss_curves(comparison).publish()
+
+# %%
+#| label: tbl-stability
+#| tbl-cap: "How each stage's loss went: mean of the first and the last tenth of the logged steps, held-out loss at start and end, and the largest rise of the running mean above the least it had been. Steady: a setback of at most a tenth of the starting loss, and an end no higher than the start."
+tables.stability(comparison).publish()
+
+# %% [markdown]
+# Tokens are those trained on, padding apart. A share of the device's peak is given only where the peak is known; no price is
+# assumed, so the cost stays open until one is passed as `price_per_hour`.
+
+# %%
+#| label: tbl-efficiency
+#| tbl-cap: "What each stage took. FLOP are 6N a token; the share is of the device's dense bf16 peak."
+tables.efficiency(comparison).publish()
+
+# %% [markdown]
+# ## Results
+
+# %%
+#| label: tbl-headline
+#| tbl-cap: "Every model by every headline measure, with 95% intervals (Wilson for proportions, bootstrap over documents or items otherwise). Arrows point to the better side. Perplexity per token is given only for models that share Threefold's tokenizer."
+tables.headline(comparison).publish()
+
+# %%
+#| label: fig-cross-model
+#| fig-cap: "Every model on the measures that all models share, with 95% intervals. Dashed: the majority class (sentiment) and a coin's throw (preferences)."
+figures.cross_model(comparison).publish()
+
+# %% [markdown]
+# One model, several definitions: which windows, how much context, per token or per word.
+
+# %%
+#| label: tbl-protocols
+#| tbl-cap: "The same weights under each definition of perplexity that was run. The last column divides the largest by the smallest."
+tables.protocols(comparison).publish()
+
+# %%
+#| label: tbl-sentiment
+#| tbl-cap: "Sentiment accuracy by setting. Shots are averaged over demonstration draws under the first template, which is lm-eval's; spreads are standard deviations of the accuracies of single templates or draws; the precedent's protocol is one 3-shot prompt on the first 200 items."
+tables.sentiment(comparison).publish()
+
+# %%
+#| label: tbl-tasks
+#| tbl-cap: "Word problems, instructions and preferences. Strict takes the number after `####`, the last column of problems any last number; rewards and KL are against the SFT checkpoint."
+tables.tasks(comparison).publish()
+
+# %% [markdown]
+# ## From stage to stage
+#
+# The stages share items, so every change is a paired one. The p-values of the table are adjusted together (Holm).
+
+# %%
+#| label: tbl-stages
+#| tbl-cap: "Each stage's value, its change from the stage before and since pretraining, on the same items. Perplexity changes are relative, proportions in percentage points, losses absolute. p: exact McNemar or paired bootstrap, Holm-adjusted over the table."
+tables.stage_evolution(comparison).publish()
+
+# %%
+#| label: fig-stages
+#| fig-cap: "From pretraining through SFT to DPO, with 95% intervals; level lines are the baselines where they compare."
+figures.stage_evolution(comparison).publish()
+
+# %%
+#| label: txt-stages
+insights.bullets(
+    "stage-insights", insights.stage_changes(comparison), "No two stages were evaluated on the same items."
+).publish()
+
+# %% [markdown]
+# ## Against the baselines
+
+# %%
+#| label: tbl-gpt2
+#| tbl-cap: "Each Threefold stage against the GPT-2 row on the same items. p is Holm-adjusted over the table; equivalent means that the whole interval lies within the measure's margin (0.01 bits per byte, 2 percentage points)."
+tables.standing(comparison, "gpt2").publish()
+
+# %%
+#| label: txt-standing
+insights.bullets(
+    "standing", insights.standing(comparison, "gpt2"), "No GPT-2 row was evaluated on the same items."
+).publish()
+
+# %%
+#| label: tbl-distilgpt2
+#| tbl-cap: "DistilGPT-2's row as the yardstick: its teacher and the Threefold stages against it, on the same items."
+tables.distilgpt2(comparison).publish()
+
+# %%
+#| label: txt-distilgpt2
+insights.bullets(
+    "standing-distilgpt2",
+    insights.standing(comparison, "distilgpt2"),
+    "No DistilGPT-2 row was evaluated on the same items.",
+).publish()
+
+# %%
+#| label: tbl-speed
+#| tbl-cap: "Tokens per second by batch size: median of the repeats with their quartiles in brackets."
+tables.speed(comparison).publish()
+
+# %% [markdown]
+# ## What it comes to
+
+# %%
+#| label: txt-insights
+insights.bullets(
+    "insights", insights.key_insights(comparison), "The records hold too little for any insight."
+).publish()
+
+# %%
+#| label: tbl-claims
+#| tbl-cap: "The claims ledger. A claim is supported when the whole 95% interval lies within its reading, contradicted when the whole interval lies outside, not resolved in between."
+claims.ledger(comparison).publish()
+
+# %%
+#| label: txt-limitations
+insights.bullets("limitations", insights.confounds(comparison), "The records show no confound.").publish()
+
+# %%
+#| label: tbl-provenance
+#| tbl-cap: "Where the results come from. Fingerprints cover configuration, code, data, parents, versions and seed; hashes are cut to 12 digits here and whole in the notebooks."
+tables.provenance(comparison).publish()
+
+# %% [markdown]
+# The numbers that the report's sentences quote:
+
+# %%
+insights.publishable_variables(comparison, stage.run.name, stage.preset.name).publish()
+
+# %%
+records.publish("stage/compare", stage.finish(records=len(comparison.records)))
