@@ -102,7 +102,7 @@ def train(
 def identity(model: nn.Module, objective: Objective, feed: Feed, config: TrainConfig) -> dict[str, Any]:
     """What makes a training this one: two with equal identities take the same steps from the same weights."""
     return {
-        "objective": type(objective).__name__,
+        "objective": objective.name,
         "initial_weights": weights_digest(model)[:16],
         "seed": feed.seed,
         "steps": feed.steps,

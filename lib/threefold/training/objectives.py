@@ -82,6 +82,7 @@ class HiddenStates(Protocol):
 class Objective:
     """Base of the objectives: see `NextToken`, `Preference`, `Distillation`."""
 
+    name = ""  # in the state of a training: one objective does not go on with another's
     unit = "targets"  # of the weight
 
     def weight(self, work: Work) -> int:
@@ -108,6 +109,8 @@ class NextToken(Objective):
     Pretraining rows have targets everywhere; SFT rows only in the responses and their end, never in prompt or padding.
     """
 
+    name = "next token"
+
     def __call__(self, model: HiddenStates, batch: Work | Batch) -> Loss:
         """batch: rows, as a `Work` or as data in host memory."""
         work = batch if isinstance(batch, Work) else Work.of(batch)
@@ -127,6 +130,7 @@ class Preference(Objective):
         heldout_reference_P2: those of the held-out pairs, where there are any.
     """
 
+    name = "preference"
     unit = "pairs"
 
     def __init__(self, beta: float, reference_P2: Tensor, heldout_reference_P2: Tensor | None = None):
@@ -166,6 +170,8 @@ class Distillation(Objective):
 
     weight * T^2 * KL(teacher_T || student_T) + (1 - weight) * cross-entropy, averaged over tokens.
     """
+
+    name = "distillation"
 
     def __init__(self, teacher: nn.Module, temperature: float = 2.0, weight: float = 0.5):
         if not temperature > 0:
