@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from threefold.data.readers import hub_rows
+from threefold.data.wikitext import hub_rows
 from threefold.errors import EvaluationError
 from threefold.evaluation import statistics
 from threefold.evaluation.adapter import LanguageModel, Request

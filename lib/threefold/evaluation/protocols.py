@@ -1,6 +1,7 @@
 """The registry of protocols, and the one call that evaluates a model under all those a preset asks for."""
 
 import inspect
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -212,7 +213,8 @@ class _Data:
 
     def name(self, source: SourceConfig) -> str:
         """The first part of a protocol's name: the source, or its file's stem; `wikitext-2` is `wikitext2`."""
-        return (source.source or Path(source.path).stem).replace("wikitext-", "wikitext")
+        name = (source.source or Path(source.path).stem).replace("wikitext-", "wikitext")
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
     def noted(
         self, evaluation: Evaluation, source: SourceConfig, demonstrations: SourceConfig | None = None
