@@ -1,6 +1,7 @@
 """The model: the decoder and its KV cache, generation, and Hugging Face checkpoints in and out."""
 
 from threefold.model.decoder import Decoder, KVCache, parameter_counts
+from threefold.model.generation import generate
 from threefold.model.hf import export, from_transformers, load_checkpoint, save_checkpoint, to_transformers
 
 __all__ = [
@@ -8,6 +9,7 @@ __all__ = [
     "KVCache",
     "export",
     "from_transformers",
+    "generate",
     "load_checkpoint",
     "parameter_counts",
     "save_checkpoint",

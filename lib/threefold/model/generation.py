@@ -1,0 +1,191 @@
+"""Batched generation over the KV cache: greedy or sampled, with stop strings, every row ending for itself."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from threefold.errors import ConfigError, DataError, EvaluationError
+from threefold.model.decoder import PADDING, SINK, Decoder, KVCache
+
+SHARED = 16  # tokens that prompts have in common before it pays to compute them once
+SLACK = 4  # tokens decoded beyond a stop string's bytes: tokenizers may drop a space at the start of what they decode
+
+
+@torch.inference_mode()
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int = -1,
+    top_p: float = 1.0,
+    stop: Sequence[str] | None = None,
+    decode: Callable[[list[int]], str] | None = None,
+    eos_id: int | Collection[int] | None = None,
+    generator: torch.Generator | None = None,
+    prefix: KVCache | None = None,
+) -> list[list[int]]:
+    """The new token ids of each prompt, in the prompts' order.
+
+    A row ends before its EOS (which is left out), with the token that completes a stop string (which stays in: cut the decoded
+    text at the string), after `max_new_tokens`, or when prompt and new tokens fill the model's context.
+
+    prompts: token ids with whatever the tokenizer puts in front (BOS, the sink); lengths may differ. What all of them begin with
+        is computed once.
+    temperature: 0 is greedy; else logits are divided by it, then cut to the `top_k` largest (-1: all), then to the smallest set
+        that holds `top_p` of the probability (Holtzman et al. 2020), as transformers does.
+    stop: strings, looked for in `decode` of the new tokens only.
+    eos_id: one id or several; None: rows never end by themselves.
+    generator: of the sampling; a row's draws do not depend on when other rows end. None: torch's global one.
+    prefix: a batch-1 cache of tokens before all prompts (not repeated in them).
+
+    Raises ConfigError (impossible settings), DataError (an empty prompt, or one that leaves no room in the context; names its
+    index), EvaluationError (logits that are no numbers).
+    """
+    _check_settings(max_new_tokens, temperature, top_k, top_p, stop, decode)
+    before = 0 if prefix is None else prefix.length
+    room = _rooms(prompts, before, model.config.context, max_new_tokens)
+    if not prompts or max_new_tokens == 0:
+        return [[] for _ in prompts]
+    ends = frozenset(() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id)
+    stops = tuple(stop or ())
+    tail = max((len(text.encode()) for text in stops), default=0) + SLACK
+
+    logits_BV, cache = _prefill(model, prompts, max_new_tokens, prefix)
+    new: list[list[int]] = [[] for _ in prompts]
+    active = list(range(len(prompts)))  # the prompts that the rows of the batch belong to
+    running = [True] * len(prompts)
+    device = logits_BV.device
+    step = 0
+    while True:
+        draws_N = _draws(len(prompts), generator) if temperature else None
+        draws_B = None if draws_N is None else draws_N[active].to(device)
+        tokens_B = _pick(logits_BV, temperature, top_k, top_p, draws_B)
+        for row, token in zip(active, tokens_B.tolist(), strict=True):
+            if not running[row]:
+                continue
+            if token < 0:
+                raise EvaluationError(f"prompt {row}: the logits of new token {len(new[row])} are no finite numbers")
+            if token in ends:
+                running[row] = False
+                continue
+            new[row].append(token)
+            if len(new[row]) == room[row]:
+                running[row] = False
+            elif stops:
+                text = decode(new[row][-tail:])
+                running[row] = not any(term in text for term in stops)
+        kept = [index for index, row in enumerate(active) if running[row]]
+        if not kept:
+            return new
+        # What finished rows cost in each step outweighs one copy of the rest; past the context they cannot be run at all.
+        done = len(active) - len(kept)
+        step += 1
+        full = before + step + max(len(prompts[row]) for row in active) > model.config.context
+        if done and (8 * done >= len(active) or full):
+            index = torch.tensor(kept, device=device)
+            cache, tokens_B, active = cache.select(index), tokens_B[index], [active[i] for i in kept]
+        logits_BV = model.head(model.hidden(tokens_B[:, None], cache=cache)[:, -1])
+
+
+def _prefill(
+    model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefix: KVCache | None
+) -> tuple[Tensor, KVCache]:
+    """Logits after each prompt, [B, V], and the cache that holds them all: the common start once, the rest padded left."""
+    device = model.embed.weight.device
+    shared = _common_start(prompts) if len(prompts) > 1 else 0
+    if shared >= SHARED:
+        start = KVCache.of(model, 1, shared) if prefix is None else prefix.expand(1, shared)
+        model.hidden(torch.tensor([list(prompts[0][:shared])], device=device), cache=start)
+        prefix = start
+    else:
+        shared = 0
+    width = max(map(len, prompts)) - shared
+    capacity = width + max_new_tokens - 1  # the last token is never fed back
+    if prefix is None:
+        cache = KVCache.of(model, len(prompts), capacity)
+    else:
+        cache = prefix.expand(len(prompts), capacity)
+    tokens_BT = torch.zeros((len(prompts), width), dtype=torch.long)
+    segments_BT = torch.full((len(prompts), width), PADDING)
+    for row, prompt in enumerate(prompts):
+        rest = torch.tensor(prompt[shared:])
+        tokens_BT[row, width - len(rest) :] = rest
+        segments_BT[row, width - len(rest) :] = SINK
+    segments = segments_BT.to(device) if (segments_BT == PADDING).any() else None
+    h_BTD = model.hidden(tokens_BT.to(device), segments_BT=segments, cache=cache)
+    return model.head(h_BTD[:, -1]), cache
+
+
+def _common_start(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with, one token of each left over to compute logits from."""
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # the extremes share what all share
+    most = min(map(len, prompts)) - 1
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b or i == most), most)
+
+
+def _pick(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, draws_B: Tensor | None) -> Tensor:
+    """The next token of each row [B]; -1 where its logits are no finite numbers."""
+    best_B, token_B = logits_BV.max(dim=-1)
+    if draws_B is not None:
+        token_B = sample(logits_BV, temperature, top_k, top_p, draws_B)
+    return torch.where(best_B.isfinite(), token_B, -1)
+
+
+def sample(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, draws_B: Tensor) -> Tensor:
+    """Tokens [B] by inverting each row's cumulative distribution at its draw from [0, 1)."""
+    scores_BV = logits_BV.float() / temperature
+    count = logits_BV.shape[-1] if top_k == -1 else min(top_k, logits_BV.shape[-1])
+    scores_BC, ids_BC = (
+        scores_BV.topk(count) if count < scores_BV.shape[-1] else scores_BV.sort(dim=-1, descending=True)
+    )
+    p_BC = scores_BC.double().softmax(dim=-1)
+    if top_p < 1:
+        p_BC = p_BC.masked_fill(p_BC.cumsum(dim=-1) - p_BC >= top_p, 0.0)  # what lies before it is enough without it
+    cumulative_BC = p_BC.cumsum(dim=-1)
+    at_B1 = draws_B.to(cumulative_BC)[:, None] * cumulative_BC[:, -1:]
+    chosen_B1 = torch.searchsorted(cumulative_BC, at_B1, right=True).clamp_max(count - 1)
+    return ids_BC.gather(1, chosen_B1)[:, 0]
+
+
+def _draws(count: int, generator: torch.Generator | None) -> Tensor:
+    device = "cpu" if generator is None else generator.device
+    return torch.rand(count, dtype=torch.float64, generator=generator, device=device).cpu()
+
+
+def _rooms(prompts: Sequence[Sequence[int]], before: int, context: int, max_new_tokens: int) -> list[int]:
+    """New tokens each prompt may have."""
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise DataError(f"prompt {index} is empty: give at least one token, such as the BOS token")
+        if before + len(prompt) >= context:
+            raise DataError(
+                f"prompt {index} has {before + len(prompt)} tokens, which leaves no room in a context of {context}; shorten it"
+            )
+    return [min(max_new_tokens, context - before - len(prompt)) for prompt in prompts]
+
+
+def _check_settings(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    stop: Sequence[str] | None,
+    decode: Callable[[list[int]], str] | None,
+) -> None:
+    for name, value, allowed, right in _settings(max_new_tokens, temperature, top_k, top_p):
+        if not right:
+            raise ConfigError(f"{name} = {value}: allowed is {allowed}")
+    if isinstance(stop, str) or "" in (stop or ()):
+        raise ConfigError("stop is a list of strings, none of them empty")
+    if stop and decode is None:
+        raise ValueError("stop strings need `decode`, which turns token ids into text")
+
+
+def _settings(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> Iterator[tuple]:
+    yield "max_new_tokens", max_new_tokens, "0 or more", max_new_tokens >= 0
+    yield "temperature", temperature, "0 (greedy) or more", 0 <= temperature < float("inf")
+    yield "top_k", top_k, "-1 (all) or at least 1", top_k == -1 or top_k >= 1
+    yield "top_p", top_p, "more than 0 and at most 1", 0 < top_p <= 1
