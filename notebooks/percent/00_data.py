@@ -27,7 +27,6 @@ overrides = ""  # "section.key=value; ..."
 from dataclasses import fields
 
 import pandas as pd
-
 from threefold import records
 from threefold.config import SourceConfig
 from threefold.data import corpus

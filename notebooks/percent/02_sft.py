@@ -34,7 +34,6 @@ replay = None
 from dataclasses import asdict
 
 import matplotlib.pyplot as plt
-
 from threefold import records
 from threefold.data import corpus
 from threefold.data.tokenizer import load_tokenizer

@@ -37,7 +37,6 @@ batch_size = None
 from dataclasses import asdict
 
 import matplotlib.pyplot as plt
-
 from threefold import records
 from threefold.data import corpus
 from threefold.data.tokenizer import load_tokenizer

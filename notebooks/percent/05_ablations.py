@@ -31,7 +31,6 @@ seeds = None
 from dataclasses import asdict, replace
 
 import matplotlib.pyplot as plt
-
 from threefold import records
 from threefold.data import corpus
 from threefold.data.tokenizer import load_tokenizer, with_sinks
