@@ -1,8 +1,8 @@
 """The decoder: one pre-norm transformer whose parts each have a GPT-2 counterpart behind a switch of `ModelConfig`.
 
-Formulas: RMSNorm (Zhang & Sennrich 2019, 1910.07467), rotary positions (Su et al. 2021, 2104.09864; the rotate-half layout
-of Llama), SwiGLU (Shazeer 2020, 2002.05202), grouped-query attention (Ainslie et al. 2023, 2305.13245), QK-norm as in Qwen3,
-attention sinks as learned tokens (Xiao et al. 2023, 2309.17453, section 3.3), GPT-2 (Radford et al. 2019).
+Formulas: RMSNorm (Zhang & Sennrich 2019, 1910.07467), rotary positions (Su et al. 2021, 2104.09864; the rotate-half
+layout of Llama), SwiGLU (Shazeer 2020, 2002.05202), grouped-query attention (Ainslie et al. 2023, 2305.13245), QK-norm
+as in Qwen3, attention sinks as learned tokens (Xiao et al. 2023, 2309.17453, section 3.3), GPT-2 (Radford et al. 2019).
 
 Shape suffixes: B rows, T new tokens, S key slots, D model width, H query heads, G key/value heads, K head width,
 F feed-forward width, V vocabulary, L layers, P shared prefix slots.
@@ -50,8 +50,9 @@ def make_norm(config: ModelConfig) -> nn.Module:
 def rotary_tables(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position * theta^(-2i/K), each [..., T, K/2] in fp32.
 
-    Computed from the positions once a forward and not kept in a buffer: a buffer is cast with the model (bf16 angles are
-    wrong past a few hundred positions), is garbage after `to_empty`, and has an end; the cost is below 1% of a layer.
+    Computed from the positions once a forward and not kept in a buffer: a buffer is cast with the model (bf16 angles
+    are wrong past a few hundred positions), is garbage after `to_empty`, and has an end; computing costs below 1% of a
+    layer.
     """
     exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions.device) / head_width
     angles = positions[..., None].float() * (1.0 / theta**exponents)
@@ -92,8 +93,8 @@ class AttentionContext:
 class KVCache:
     """Preallocated keys and values of all layers, [L, B, G, capacity, K], filled in slot order.
 
-    Rows may hold padding (segment -1 in the forward that wrote them): it is masked for ever after, and positions count real
-    tokens only, so left- and right-padded batches give what each row alone gives. Use it under `torch.no_grad()`.
+    Rows may hold padding (segment -1 in the forward that wrote them): it is masked for ever after, and positions count
+    real tokens only, so left- and right-padded batches give what each row alone gives. Use it under `torch.no_grad()`.
 
     `expand` makes rows that all continue one batch-1 cache without copying it: the shared part is attended to as one
     matrix for all rows (few-shot prompts, many samples of one prompt).
@@ -133,9 +134,10 @@ class KVCache:
         return self.prefix_length + self.used
 
     def expand(self, batch: int, capacity: int | None = None) -> "KVCache":
-        """`batch` rows that continue this cache's one row, each with `capacity` further slots (None: what is left here).
+        """`batch` rows that continue this cache's one row, which is shared, not copied.
 
-        The prefix is shared, not copied. ValueError when this cache has several rows or padding.
+        capacity: further slots of each row (None: as many as are left here). ValueError when this cache has several
+        rows or padding.
         """
         if self.batch != 1 or self.real_BS is not None:
             raise ValueError("only a cache of one row without padding can be expanded")
@@ -176,7 +178,8 @@ class KVCache:
         """
         if self.used + length > self.capacity:
             raise DataError(
-                f"a KV cache of {self.capacity} slots cannot take {length} tokens after {self.used}; give it more capacity"
+                f"a KV cache of {self.capacity} slots cannot take {length} tokens after {self.used}; "
+                "give it more capacity"
             )
         if real_BT is None and self.real_BS is None:
             return None
@@ -208,8 +211,8 @@ class KVCache:
 class Attention(nn.Module):
     """Causal multi-head attention with optional grouped keys/values, QK-norm and rotary positions.
 
-    q, k and v are three matrices: Muon orthogonalises each by itself, they carry Llama's names one to one, and one fused
-    product is 2% of a training step faster at most (measured, fp32, d 128 and 256).
+    q, k and v are three matrices: Muon orthogonalises each by itself, they map to Llama's names one to one, and one
+    fused product is 2% of a training step faster at most (measured, fp32, d 128 and 256).
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -256,7 +259,7 @@ def repeat_heads(x_BGSK: Tensor, repeats: int) -> Tensor:
 
 
 def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, context: AttentionContext) -> Tensor:
-    """softmax(q k^T / sqrt(K) + mask) v, by the fused kernel or spelled out; the same values either way. [B, H, T, K]"""
+    """softmax(q k^T / sqrt(K) + mask) v [B, H, T, K], by the fused kernel or spelled out; the same values."""
     repeats = q_BHTK.shape[1] // k_BGSK.shape[1]
     k_BHSK, v_BHSK = repeat_heads(k_BGSK, repeats), repeat_heads(v_BGSK, repeats)
     if not context.explicit:
@@ -347,8 +350,8 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights: normal(0, 0.02) as in GPT-2, biases 0, norms 1, and the two projections into the residual stream 0,
-        so that every block begins as the identity. Drawn from `generator`, or from torch's global one."""
+        """Fresh weights: normal(0, 0.02) as in GPT-2, biases 0, norms 1, and the two projections into the residual
+        stream 0, so that every block begins as the identity. Drawn from `generator`, or from torch's global one."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=INITIAL_STD, generator=generator)
@@ -389,13 +392,14 @@ class Decoder(nn.Module):
         """Hidden states [B, T, D] after the final norm, ready for `head`.
 
         tokens_BT: int64 ids.
-        positions_BT: int64; default: counting from 0 (from the cache's end), or by `segment_positions` where segments are given.
-        segments_BT: 0 is a sink that every later token sees, n >= 1 the n-th document, which sees its own past and the sinks, -1
-            is padding, which no token sees (what is computed at a padding slot means nothing). None: plain causal.
-        cache: keys and values of earlier tokens; the new ones are added. With a cache segments tell real tokens (0) from padding
-            (-1) only: ValueError for documents.
+        positions_BT: int64; default: counting from 0 (from the cache's end), or by `segment_positions` where segments
+            are given.
+        segments_BT: 0 is a sink that every later token sees, n >= 1 the n-th document, which sees its own past and the
+            sinks, -1 is padding, which no token sees (what is computed there means nothing). None: plain causal.
+        cache: keys and values of earlier tokens; the new ones are added. With a cache segments only tell real tokens
+            (0) from padding (-1): ValueError for documents.
 
-        DataError: positions past a learned table, or more tokens than the cache has room for. Rotary positions have no end.
+        DataError: positions past a learned table (rotary positions have no end), or no room in the cache.
         """
         T = tokens_BT.shape[1]
         dtype = self._compute_dtype(tokens_BT.device)
@@ -450,7 +454,7 @@ class Decoder(nn.Module):
         return additive_mask(visible_BTT & _causal(T, T, segments_BT.device), dtype)[:, None]
 
     def _cache_mask(self, cache: KVCache, T: int, dtype: torch.dtype) -> Tensor | None:
-        """Over the cache's own slots: [B, 1, T, S] with padding, [T, S] where several tokens follow others, else None."""
+        """Over the cache's own slots: [B, 1, T, S] with padding, [T, S] where several tokens follow others, or None."""
         S = cache.used + T
         if cache.real_BS is None:
             if T == 1 or cache.length == 0:
@@ -469,8 +473,8 @@ class Decoder(nn.Module):
         last = int(positions.max())
         if last >= self.config.context:
             raise DataError(
-                f"position {last} is past the {self.config.context} learned positions of this model; shorten the text or use "
-                'position = "rope"'
+                f"position {last} is past the {self.config.context} learned positions of this model; shorten the text, "
+                'or train with position = "rope"'
             )
 
 

@@ -29,20 +29,20 @@ def generate(
 ) -> list[list[int]]:
     """The new token ids of each prompt, in the prompts' order.
 
-    A row ends before its EOS (which is left out), with the token that completes a stop string (which stays in: cut the decoded
-    text at the string), after `max_new_tokens`, or when prompt and new tokens fill the model's context.
+    A row ends before its EOS (which is left out), with the token that completes a stop string (which stays in: cut the
+    decoded text at the string), after `max_new_tokens`, or when prompt and new tokens fill the model's context.
 
-    prompts: token ids with whatever the tokenizer puts in front (BOS, the sink); lengths may differ. What all of them begin with
-        is computed once.
-    temperature: 0 is greedy; else logits are divided by it, then cut to the `top_k` largest (-1: all), then to the smallest set
-        that holds `top_p` of the probability (Holtzman et al. 2020), as transformers does.
+    prompts: token ids with whatever the tokenizer puts in front (BOS, the sink); lengths may differ. What all of them
+        begin with is computed once.
+    temperature: 0 is greedy; else logits are divided by it, then cut to the `top_k` largest (-1: all), then to the
+        smallest set that holds `top_p` of the probability (Holtzman et al. 2020), as transformers does.
     stop: strings, looked for in `decode` of the new tokens only.
     eos_id: one id or several; None: rows never end by themselves.
     generator: of the sampling; a row's draws do not depend on when other rows end. None: torch's global one.
     prefix: a batch-1 cache of tokens before all prompts (not repeated in them).
 
-    Raises ConfigError (impossible settings), DataError (an empty prompt, or one that leaves no room in the context; names its
-    index), EvaluationError (logits that are no numbers).
+    Raises ConfigError (impossible settings), DataError (an empty prompt, or one that leaves no room in the context;
+    names its index), EvaluationError (logits that are no finite numbers).
     """
     _check_settings(max_new_tokens, temperature, top_k, top_p, stop, decode)
     before = 0 if prefix is None else prefix.length
@@ -80,7 +80,7 @@ def generate(
         kept = [index for index, row in enumerate(active) if running[row]]
         if not kept:
             return new
-        # What finished rows cost in each step outweighs one copy of the rest; past the context they cannot be run at all.
+        # What finished rows cost in each step outweighs one copy of the rest; past the context they cannot run at all.
         done = len(active) - len(kept)
         step += 1
         full = before + step + max(len(prompts[row]) for row in active) > model.config.context
@@ -93,7 +93,7 @@ def generate(
 def _prefill(
     model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefix: KVCache | None
 ) -> tuple[Tensor, KVCache]:
-    """Logits after each prompt, [B, V], and the cache that holds them all: the common start once, the rest padded left."""
+    """Logits after each prompt [B, V] and their cache: the common start once, the rest padded left."""
     device = model.embed.weight.device
     shared = _common_start(prompts) if len(prompts) > 1 else 0
     if shared >= SHARED:
@@ -104,10 +104,8 @@ def _prefill(
         shared = 0
     width = max(map(len, prompts)) - shared
     capacity = width + max_new_tokens - 1  # the last token is never fed back
-    if prefix is None:
-        cache = KVCache.of(model, len(prompts), capacity)
-    else:
-        cache = prefix.expand(len(prompts), capacity)
+    batch = len(prompts)
+    cache = KVCache.of(model, batch, capacity) if prefix is None else prefix.expand(batch, capacity)
     tokens_BT = torch.zeros((len(prompts), width), dtype=torch.long)
     segments_BT = torch.full((len(prompts), width), PADDING)
     for row, prompt in enumerate(prompts):
@@ -162,7 +160,8 @@ def _rooms(prompts: Sequence[Sequence[int]], before: int, context: int, max_new_
             raise DataError(f"prompt {index} is empty: give at least one token, such as the BOS token")
         if before + len(prompt) >= context:
             raise DataError(
-                f"prompt {index} has {before + len(prompt)} tokens, which leaves no room in a context of {context}; shorten it"
+                f"prompt {index} has {before + len(prompt)} tokens, which leaves no room in a context of {context}; "
+                "shorten it"
             )
     return [min(max_new_tokens, context - before - len(prompt)) for prompt in prompts]
 

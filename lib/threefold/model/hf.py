@@ -1,8 +1,9 @@
-"""Hugging Face checkpoints in and out, strictly: every weight present, none left over, each of its shape, safetensors only.
+"""Hugging Face checkpoints in and out, strictly: no weight missing, extra or misshapen, safetensors only.
 
 A model whose parts are those of one standard class is saved as that class (`LlamaForCausalLM`, `Qwen3ForCausalLM` with
-QK-norm, `GPT2LMHeadModel`), and any tool that loads the class runs it without our code. A mixture of parts is saved in our
-own format, which only `load_checkpoint` reads. What transformers has no key for stands under "threefold" in config.json.
+QK-norm, `GPT2LMHeadModel`), and any tool that loads the class runs it without our code. A mixture of parts is saved in
+our own format, which only `load_checkpoint` reads. What transformers has no key for stands under "threefold" in
+config.json.
 """
 
 import dataclasses
@@ -329,7 +330,7 @@ def to_hf_state(model: Decoder) -> dict[str, Tensor]:
 
 
 def from_hf_state(state: Mapping[str, Tensor], config: ModelConfig, where: str = "weights") -> dict[str, Tensor]:
-    """The Decoder's state dict from a class's weights. CheckpointError naming what is missing, left over or misshapen."""
+    """The Decoder's state dict from a class's weights. CheckpointError naming what is missing, extra or misshapen."""
     name = architecture(config)
     state = _canonical(state, name)
     if config.tie_embeddings and name != OWN:
@@ -380,7 +381,7 @@ def _some(names: list[str]) -> str:
 
 
 def _canonical(state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Names as transformers writes them today: the hub's GPT-2 files leave "transformer." out and carry the causal masks."""
+    """Names as transformers writes them today: the hub's GPT-2 files leave out "transformer." and hold causal masks."""
     if name != GPT2:
         return dict(state)
     named = {
@@ -531,7 +532,7 @@ def from_transformers(model: "PreTrainedModel") -> Decoder:
 
 
 def to_transformers(model: Decoder, tokenizer: Any = None) -> "PreTrainedModel":
-    """The same model as its standard class of transformers, weights copied. CheckpointError, with the reason, for a mixture."""
+    """The same model as its standard class of transformers, weights copied. CheckpointError for a mixture."""
     from transformers import AutoConfig, AutoModelForCausalLM  # seconds to import: only where it is used
 
     _must_be_standard(model.config, "this model")
@@ -557,8 +558,8 @@ def _must_be_standard(config: ModelConfig, what: str) -> None:
 def export(source: str | Path, destination: str | Path) -> str:
     """Write a checkpoint as a folder any Hugging Face tool loads, and check it: transformers' logits must equal ours.
 
-    Returns the class. Only weights, configuration and tokenizer are written, in fp32. CheckpointError: a mixture that no
-    standard class holds (with the reason), a destination that is not empty, or an export whose logits differ.
+    Returns the class. Only weights, configuration and tokenizer are written, in fp32. CheckpointError: a mixture that
+    no standard class holds (with the reason), a destination that is not empty, or an export whose logits differ.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
