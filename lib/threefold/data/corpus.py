@@ -26,7 +26,7 @@ from threefold.errors import DataError
 from threefold.provenance import code_fingerprint, sha256_json
 
 FORMAT = 1  # of the cached files
-CODE = ("threefold.data.readers", "threefold.data.templates")
+CODE = ("threefold.data.readers", "threefold.data.templates")  # and what they import: wikitext
 CHUNK = 2048  # texts tokenised at a time
 EXAMPLE_READERS = ("instructions", "problems", "sentiment", "preferences")
 
@@ -55,7 +55,7 @@ def mixture_texts(sources: Iterable[SourceConfig], data_dir: str | Path = "") ->
 
 
 def examples(source: SourceConfig, data_dir: str | Path = "") -> Iterator[tuple[str, str]]:
-    """(prompt, response) of every item of a source of instructions, problems, sentiment or preferences (chosen side)."""
+    """(prompt, response) of every item of instructions, problems, sentiment or preferences (the chosen side)."""
     reader = registry.resolve(source, data_dir).reader
     return (as_prompt_response(reader, item) for item in registry.iterate(source, data_dir))
 
@@ -105,7 +105,10 @@ def example_rows(
     config: ModelConfig,
     data_dir: str | Path = "",
 ) -> PackedRows:
-    """The rows of a mixture of (prompt, response) sources for fine-tuning; `n_dropped` counts those too long for a row."""
+    """The rows of a mixture of (prompt, response) sources for fine-tuning.
+
+    `n_dropped` counts the examples that are too long for a row.
+    """
     parts = [tokenise_examples(source, tokenizer, data_dir) for source in _some(sources)]
     return pack_examples(_joined(parts), config, tokenizer.eos_token_id, sink_ids(tokenizer))
 

@@ -240,7 +240,7 @@ class PackedRows:
         return Batch(**tensors)
 
     def steps(self, batch_size: int, *, epochs: float = -1, tokens: int = -1) -> int:
-        """Batches of `batch_size` rows that cover so many epochs, or so many document tokens on average; at least one."""
+        """Batches of `batch_size` rows, at least one, that cover so many epochs or, on average, document tokens."""
         rows = epochs * len(self) if tokens < 0 else tokens / (self.n_tokens / len(self))
         return max(1, round(rows / batch_size))
 
@@ -322,7 +322,8 @@ class PairedRows:
                 if epochs < 0:
                     raise ValueError("steps or epochs must be given to shuffle pairs")
                 steps = self.steps(batch_size, epochs=epochs)
-            chosen = list(shuffled(len(self), batch_size, seed, steps, 0))
+            lengths = self._pieces.length.reshape(-1, 2).sum(axis=1)
+            chosen = list(shuffled(len(self), batch_size, seed, steps, 0, lengths))
         else:
             chosen = [np.arange(i, min(i + batch_size, len(self))) for i in range(0, len(self), batch_size)]
         packed = [best_fit(self._pieces.length[self._sequences(pairs)], self._layout.capacity) for pairs in chosen]
@@ -453,10 +454,13 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
     return order, offsets
 
 
-def shuffled(n: int, batch_size: int, seed: int, steps: int, start: int) -> Iterator[np.ndarray]:
+def shuffled(
+    n: int, batch_size: int, seed: int, steps: int, start: int, lengths: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
     """int64 [batch_size] indices below n: epochs of (seed, epoch)'s permutations end to end, cut into batches.
 
-    steps: how many batches in all, -1 for no end; start: the first one to give.
+    steps: how many batches in all, -1 for no end; start: the first one to give. lengths [n]: each epoch's order is also
+    stratified by them, so that every batch has short and long ones alike and batches are of about the same size.
     """
     epoch, order = -1, np.empty(0, np.int64)
     batch = start
@@ -466,10 +470,24 @@ def shuffled(n: int, batch_size: int, seed: int, steps: int, start: int) -> Iter
         for number in np.unique(wanted // n):
             if number != epoch:
                 epoch, order = int(number), np.random.default_rng((seed, int(number))).permutation(n)
+                if lengths is not None:
+                    order = _stratified(order, lengths, batch_size)
             here = wanted // n == number
             index[here] = order[wanted[here] % n]
         yield index
         batch += 1
+
+
+def _stratified(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> np.ndarray:
+    """A random order rearranged so that each run of `batch_size` takes one of every stratum of lengths."""
+    n_batches = -(-len(order) // batch_size)
+    rank = np.empty(len(order), np.int64)  # by length, equal lengths in random order
+    rank[order[np.argsort(lengths[order], kind="stable")]] = np.arange(len(order))
+    stratum = rank // n_batches
+    place = np.empty(len(order), np.int64)  # in the stratum, random
+    grouped = order[np.argsort(stratum[order], kind="stable")]
+    place[grouped] = np.arange(len(order)) % n_batches
+    return np.lexsort((stratum, place))
 
 
 def _streams(documents, eos: int) -> list[Documents]:
@@ -488,7 +506,7 @@ def _joined(examples, eos: int) -> tuple[Documents, np.ndarray]:
 
 
 def _whole(documents: Documents, prompts: np.ndarray, lead: int, opens: np.ndarray) -> _Pieces:
-    """One piece a document. A prompt of P tokens masks the P - 1 targets inside it; its last token opens the response."""
+    """One piece a document. A prompt of P tokens masks the P - 1 targets inside it; its last token is learned on."""
     return _Pieces(
         start=documents.offsets[:-1] - lead,
         length=documents.lengths + lead,

@@ -121,9 +121,10 @@ def resolve(config: SourceConfig, data_dir: str | Path = "") -> Resolved:
     if source.embedded:
         files = _split_files(paths.DATA, source, config.split)
         if not files:
+            missing = ", ".join(source.local[config.split][0])
             raise SourceError(
-                f"embedded source {source.name!r}, split {config.split!r}: {source.local[config.split][0][0]} is not in "
-                "the project's data folder: restore it with `git checkout data/sample`"
+                f"embedded source {source.name!r}, split {config.split!r}: data/{missing} is missing: "
+                "restore it with `git checkout data/sample`"
             )
         return Resolved(kind="embedded", files=files, fingerprint=_fingerprint(files), revision="", **common)
 
@@ -378,13 +379,15 @@ def _nowhere(source: Source, split: str, tried: list[str]) -> str:
     return (
         f"{what} was found in none of its places: "
         + "; ".join(f"({number}) {place}" for number, place in enumerate(tried, start=1))
-        + f". Without a network: run `hf download {source.hub}{kind} --local-dir DATA/{source.hub}` where there is one, "
+        + f". Without a network: run `hf download {source.hub}{kind} --local-dir DATA/{source.hub}` elsewhere, "
         "bring the folder DATA here and give it as --data-dir DATA or in THREEFOLD_DATA"
     )
 
 
 def _cached_commits(source: Source, split: str) -> dict[str, Path]:
-    """{commit: folder} of the data set's prepared copies in the Hugging Face cache that hold the split, newest first."""
+    """{commit: folder} of the data set's prepared copies in the Hugging Face cache that hold the split, newest
+    first.
+    """
     import datasets
 
     owner, _, name = source.hub.rpartition("/")
@@ -463,7 +466,9 @@ def _hub_commit(hub: str, revision: str, kind: str) -> str:
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
-    """What a failed request to the hub raises: the hub's own errors, its HTTP library's (their base) and the system's."""
+    """What a failed request to the hub raises: the hub's own errors, its HTTP library's (their base) and the
+    system's.
+    """
     from huggingface_hub.errors import HfHubHTTPError
 
     return (OSError, *HfHubHTTPError.__bases__)
@@ -475,7 +480,7 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-# Commits ---------------------------------------------------------------------------------------------------------------
+# Commits --------------------------------------------------------------------------------------------------------------
 
 
 def _revisions_file() -> Path:

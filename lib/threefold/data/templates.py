@@ -4,7 +4,7 @@ Readers and their items:
 
 | reader | item |
 |---|---|
-| text, wikitext, stories, reviews | str |
+| text, wikitext, wikitext-raw, stories, reviews | str |
 | instructions | {"instruction", "input", "output"} |
 | problems | {"question", "answer"} |
 | sentiment | {"sentence", "label"}: 0 negative, 1 positive |
@@ -13,10 +13,11 @@ Readers and their items:
 
 from collections.abc import Mapping
 
+from threefold.data.wikitext import natural_text, without_holes
 from threefold.errors import DataError
 
 LABELS = ("negative", "positive")  # of SST-2's 0 and 1
-TEXT_READERS = ("text", "wikitext", "stories", "reviews")
+TEXT_READERS = ("text", "wikitext", "wikitext-raw", "stories", "reviews")
 
 
 def instruction_prompt(instruction: str, input: str = "") -> str:
@@ -60,7 +61,15 @@ def as_prompt_response(reader: str, item: Mapping) -> tuple[str, str]:
 
 
 def as_document(reader: str, item: str | Mapping) -> str:
-    """The whole text of an item of any reader, to pretrain on."""
+    """The whole text of an item of any reader, to pretrain on; "" if nothing is left of it.
+
+    WikiText becomes natural text under the reader `wikitext` and keeps its spacing under `wikitext-raw`; both lose the
+    sentences with `<unk>`.
+    """
+    if reader == "wikitext":
+        return natural_text(item)
+    if reader == "wikitext-raw":
+        return without_holes(item)
     if reader in TEXT_READERS:
         return item
     return "".join(as_prompt_response(reader, item))
