@@ -16,7 +16,7 @@ from threefold.data.wikitext import articles, hub_rows, natural_text, without_ho
 from threefold.errors import DataError
 
 DATA = Path(os.environ.get("THREEFOLD_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
-real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: THREEFOLD_DATA or {DATA.parent.name}/{DATA.name}")
+real = pytest.mark.skipif(not DATA.is_dir(), reason="no real data: THREEFOLD_DATA or ../shared/data")
 
 
 def write(path: Path, content: str | bytes) -> Path:

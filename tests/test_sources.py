@@ -16,7 +16,7 @@ from threefold.data import readers, sources
 from threefold.errors import DataError, SourceError
 
 DATA = Path(os.environ.get("THREEFOLD_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
-real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data: THREEFOLD_DATA or {DATA.parent.name}/{DATA.name}")
+real = pytest.mark.skipif(not DATA.is_dir(), reason="no real data: THREEFOLD_DATA or ../shared/data")
 COMMIT, LATER = "a" * 40, "b" * 40
 
 
