@@ -29,6 +29,20 @@ def kv_heads(config: ModelConfig) -> int:
     return config.n_head if config.n_kv_head == -1 else config.n_kv_head
 
 
+class Linear(nn.Linear):
+    """nn.Linear whose weights `Decoder.initialise` draws: not twice, and not on the meta device, where it is slow."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding whose weights `Decoder.initialise` draws."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; no mean is taken out and there is no bias."""
 
@@ -220,10 +234,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head, self.n_kv_head = config.n_head, kv_heads(config)
         self.head_width = config.d_model // config.n_head
-        self.q = nn.Linear(config.d_model, config.d_model, bias=config.bias)
-        self.k = nn.Linear(config.d_model, self.n_kv_head * self.head_width, bias=config.bias)
-        self.v = nn.Linear(config.d_model, self.n_kv_head * self.head_width, bias=config.bias)
-        self.o = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.q = Linear(config.d_model, config.d_model, bias=config.bias)
+        self.k = Linear(config.d_model, self.n_kv_head * self.head_width, bias=config.bias)
+        self.v = Linear(config.d_model, self.n_kv_head * self.head_width, bias=config.bias)
+        self.o = Linear(config.d_model, config.d_model, bias=config.bias)
         self.q_norm = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else None
 
@@ -302,9 +316,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if config.ffn == "swiglu" else None
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.gate = Linear(config.d_model, config.d_ff, bias=config.bias) if config.ffn == "swiglu" else None
+        self.up = Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.down = Linear(config.d_ff, config.d_model, bias=config.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if self.gate is None:
@@ -341,12 +355,13 @@ class Decoder(nn.Module):
             raise ConfigError(f"attention = {attention!r}: allowed are {', '.join(ATTENTION_KINDS)}")
         self.config = config
         self.attention = attention
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.position = nn.Embedding(config.context, config.d_model) if config.position == "learned" else None
+        self.embed = Embedding(config.vocab_size, config.d_model)
+        self.position = Embedding(config.context, config.d_model) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
-        self.unembed = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.initialise()
+        self.unembed = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
+        if not self.embed.weight.is_meta:
+            self.initialise()
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
