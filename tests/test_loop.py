@@ -85,6 +85,7 @@ def test_training_learns_and_records_every_step(text, heldout, tmp_path):
     assert columns["tokens"][-1] == result.tokens and columns["heldout"]["loss"][-1] == result.heldout_loss
     assert {"loss", "lr", "grad_norm", "tokens_per_second", "seconds"} <= columns.keys()
     assert result.loss_last == pytest.approx(sum(columns["loss"][-4:]) / 4)
+    assert curve(tmp_path, points=12)["step"] == list(range(4, 41, 4))
 
 
 def test_tokens_are_counted_without_padding_and_sinks(examples, tmp_path):
@@ -309,6 +310,24 @@ def test_what_is_not_finite_stops_before_it_spoils_the_weights(text, tmp_path, f
     assert "learning_rate" in message
     assert all(value.isfinite().all() for value in weights(decoder).values())
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_gpu_is_asked_only_now_and_then_and_tells_the_same(text, heldout, tmp_path, monkeypatch):
+    """Where reading a result would wait, several steps are read at once; a bad step is still named and not saved."""
+    expected = run(model(), text, SHORT, tmp_path / "a", heldout=heldout)
+    monkeypatch.setattr(numerics.Numerics, "synchronous", property(lambda self: False))
+    reads = []
+    monkeypatch.setattr(loop.torch, "stack", lambda ts, *a, stack=torch.stack: reads.append(len(ts)) or stack(ts, *a))
+    found = run(model(), text, SHORT, tmp_path / "b", heldout=heldout)
+    assert (found.tokens, found.loss_last, found.heldout) == (expected.tokens, expected.loss_last, expected.heldout)
+    a, b = curve(tmp_path / "a"), curve(tmp_path / "b")
+    assert all(a[key] == b[key] for key in ("step", "tokens", "loss", "lr", "grad_norm", "heldout"))
+    assert reads.count(3) == 2  # steps 1-3 and 4-6 at their held-out losses, 7 and 8 at the end
+
+    with pytest.raises(TrainingError, match=r"loss is nan in step 5 .*state is that of step 3"):
+        run(model(), text, SHORT, tmp_path / "c", Spoils(5, math.nan))
+    assert [line["step"] for line in read_metrics(tmp_path / "c")] == [1, 2, 3]
+    assert all(value.isfinite().all() for value in torch.load(tmp_path / "c" / "resume.pt")["model"].values())
 
 
 def test_no_memory_names_the_settings_to_change(text, tmp_path):

@@ -235,7 +235,7 @@ class _Training:
             state.step += 1
             self.pending.append(values)
             now = time.perf_counter()
-            if self.numerics.device == "cpu" or now - self.mark >= FLUSH_SECONDS or state.step == steps:
+            if self.numerics.synchronous or now - self.mark >= FLUSH_SECONDS or state.step == steps:
                 self._flush()
             if self.heldout is not None and (state.step == steps or (every > 0 and state.step % every == 0)):
                 self._flush()
@@ -269,7 +269,7 @@ class _Training:
             if self.config.clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm, foreach=True)
             values = torch.stack([sums.pop("loss") / weight, norm, *(value / weight for value in sums.values())])
-            if self.numerics.device == "cpu":  # nothing to wait for: stop before the weights are spoilt
+            if self.numerics.synchronous:  # stop before the weights are spoilt
                 self._check(values.tolist(), step + 1, rows)
             for optimizer in self.optimizers:
                 optimizer.step()

@@ -1,7 +1,7 @@
 """Losses at the output head, computed in pieces so that the logits of a whole batch are never in memory at once.
 
-A piece's gradient is formed right after its loss, while its logits are still in cache: on a CPU that halves the time of
-the head against `F.cross_entropy` over all logits, and on a GPU it removes the largest tensors of a step.
+A piece's gradient is formed right after its loss, while its logits are still in cache: on a CPU that takes about 40%
+off the time of the head against `F.cross_entropy` over all logits; on a GPU it saves the largest tensors of a step.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Elements of the logits in one piece: what a core's cache holds on a CPU, 1 GiB of fp32 on a GPU.
-PIECE = {"cpu": 1 << 20, "cuda": 1 << 28}
+PIECE = {"cpu": 1 << 19, "cuda": 1 << 28}
 
 
 def cross_entropy_sum(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -54,46 +54,50 @@ def target_logprobs(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tenso
 
 
 class _CrossEntropy:
-    """Loss and gradient of one piece; the gradient overwrites the logits."""
+    """Loss and gradient of one piece.
 
-    sums = 1
+    Called with fp32 logits, which it may overwrite. Returns the sums [k], the loss first; the dense part of the logits'
+    gradient; and what its rows are still to be divided by, (N, 1) or None (cheaper on the narrow side of the products).
+    Beside the dense part the gradient is -`one_hot` at each target.
+    """
+
+    n_sums = 1
+    one_hot = 1.0
 
     def __init__(self, targets_N: Tensor):
         self.targets_N = targets_N
 
-    def __call__(self, piece: slice, logits_NV: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        targets_N1 = self.targets_N[piece].unsqueeze(1)
-        normaliser_N1 = logits_NV.logsumexp(1, keepdim=True)
-        loss = (normaliser_N1 - logits_NV.gather(1, targets_N1)).sum().unsqueeze(0)
-        if not gradient:
-            return loss, None
-        probabilities_NV = logits_NV.sub_(normaliser_N1).exp_()
-        return loss, probabilities_NV.scatter_add_(1, targets_N1, torch.full_like(normaliser_N1, -1.0))
+    def __call__(self, piece: slice, logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        picked_N1 = logits_NV.gather(1, self.targets_N[piece].unsqueeze(1))
+        largest_N1 = logits_NV.amax(1, keepdim=True)
+        weights_NV = logits_NV.sub_(largest_N1).exp_()
+        normaliser_N1 = weights_NV.sum(1, keepdim=True)
+        loss = (normaliser_N1.log() + largest_N1 - picked_N1).sum()
+        return loss.unsqueeze(0), weights_NV, normaliser_N1
 
 
 class _SoftTargets:
-    """Distillation's loss and gradient of one piece."""
+    """Distillation's loss and gradient of one piece, as `_CrossEntropy`."""
 
-    sums = 3
+    n_sums = 3
 
     def __init__(self, targets_N: Tensor, h_NE: Tensor, weight_VE: Tensor, temperature: float, share: float):
+        self.targets_N, self.one_hot = targets_N, 1 - share
         self.hard = _CrossEntropy(targets_N)
         self.h_NE, self.weight_VE = h_NE.detach(), weight_VE.detach().to(h_NE.dtype)
         self.temperature, self.share = temperature, share
 
-    def __call__(self, piece: slice, logits_NV: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, piece: slice, logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         T, share = self.temperature, self.share
         teacher_NV = F.log_softmax(F.linear(self.h_NE[piece], self.weight_VE).to(logits_NV.dtype) / T, dim=1)
         student_NV = F.log_softmax(logits_NV / T, dim=1)
         wanted_NV = teacher_NV.exp()
-        soft = (wanted_NV * (teacher_NV - student_NV)).sum().unsqueeze(0)
-        hard, gradient_NV = self.hard(piece, logits_NV, gradient)
-        sums = torch.cat([share * T**2 * soft + (1 - share) * hard, soft, hard])
-        if gradient_NV is None:
-            return sums, None
+        soft = (wanted_NV * teacher_NV.sub_(student_NV)).sum().unsqueeze(0)
+        hard, weights_NV, normaliser_N1 = self.hard(piece, logits_NV)
         # d(T^2 KL)/dlogits = T (student_T - teacher_T)
-        soft_gradient_NV = student_NV.exp_().sub_(wanted_NV)
-        return sums, gradient_NV.mul_(1 - share).add_(soft_gradient_NV, alpha=share * T)
+        difference_NV = student_NV.exp_().sub_(wanted_NV)
+        gradient_NV = weights_NV.div_(normaliser_N1).mul_(1 - share).add_(difference_NV, alpha=share * T)
+        return torch.cat([share * T**2 * soft + (1 - share) * hard, soft, hard]), gradient_NV, None
 
 
 class _Pieces(torch.autograd.Function):
@@ -103,25 +107,34 @@ class _Pieces(torch.autograd.Function):
     def forward(ctx, h_ND: Tensor, weight_VD: Tensor, loss: Callable, gradient: bool) -> Tensor:
         device = h_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+        wide = torch.promote_types(dtype, torch.float32)
         with torch.autocast(device, enabled=False):
             h, weight = h_ND.to(dtype), weight_VD.to(dtype)
-            total = torch.zeros(loss.sums, dtype=torch.promote_types(dtype, torch.float32), device=h.device)
-            if gradient:
-                h_gradient, weight_gradient = torch.empty_like(h), torch.zeros_like(weight_VD)
-            rows = max(1, PIECE[device] // weight.size(0))
-            for start in range(0, h.size(0), rows):
+            total = torch.zeros(loss.n_sums, dtype=wide, device=h.device)
+            h_gradient, weight_gradient = torch.empty_like(h), torch.zeros_like(weight_VD)
+            rows = min(len(h), max(1, PIECE[device] // len(weight)))
+            logits = torch.empty(rows, len(weight), dtype=dtype, device=h.device)
+            for start in range(0, len(h), max(1, rows)):
                 piece = slice(start, start + rows)
-                sums, logits_gradient = loss(piece, F.linear(h[piece], weight).to(total.dtype), gradient)
+                h_piece = h[piece]
+                product = torch.mm(h_piece, weight.T, out=logits[: len(h_piece)])
+                sums, dense, divisor = loss(piece, product.to(wide))
                 total += sums
-                if gradient:
-                    logits_gradient = logits_gradient.to(dtype)
-                    torch.mm(logits_gradient, weight, out=h_gradient[piece])
-                    if dtype == weight_gradient.dtype:
-                        weight_gradient.addmm_(logits_gradient.T, h[piece])
-                    else:
-                        weight_gradient += logits_gradient.T @ h[piece]
-        if gradient:
-            ctx.save_for_backward(h_gradient.to(h_ND.dtype), weight_gradient)
+                if not gradient:
+                    continue
+                dense = dense.to(dtype)
+                part = torch.mm(dense, weight, out=h_gradient[piece])
+                if divisor is not None:
+                    part.div_(divisor)
+                    h_piece = (h_piece / divisor).to(dtype)
+                part.sub_(weight[loss.targets_N[piece]], alpha=loss.one_hot)
+                if dtype == weight_gradient.dtype:
+                    weight_gradient.addmm_(dense.T, h_piece)
+                else:
+                    weight_gradient += dense.T @ h_piece
+            if gradient:
+                weight_gradient.index_add_(0, loss.targets_N, h.to(weight_gradient.dtype), alpha=-loss.one_hot)
+                ctx.save_for_backward(h_gradient.to(h_ND.dtype), weight_gradient)
         return total
 
     @staticmethod

@@ -30,6 +30,11 @@ class Numerics:
     compile: bool
     note: str  # one line for a person
 
+    @property
+    def synchronous(self) -> bool:
+        """Whether reading a result makes nothing wait: a CPU has computed it by then, a GPU has not."""
+        return self.device == "cpu"
+
     def autocast(self) -> AbstractContextManager:
         """The context a forward pass runs in: weights stay fp32, matrix products are bf16 where chosen."""
         return torch.autocast(self.device, torch.bfloat16) if self.bf16 else nullcontext()

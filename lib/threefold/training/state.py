@@ -49,13 +49,14 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
-def curve(folder: str | Path) -> dict[str, Any]:
-    """A training's course as columns, for plots and records.
+def curve(folder: str | Path, points: int = 2000) -> dict[str, Any]:
+    """A training's course as columns, for plots and records: about `points` steps at most, evenly spaced.
 
     {"step", "tokens", "loss", "lr", "grad_norm", ... of the steps, "heldout": {"step", "tokens", "loss", ...}}.
     """
     lines = read_metrics(folder)
     steps = [line for line in lines if "heldout_loss" not in line]
+    steps = steps[(len(steps) - 1) % (apart := -(-len(steps) // points)) :: apart] if steps else []
     held = [{k.replace("heldout_", ""): v for k, v in line.items()} for line in lines if "heldout_loss" in line]
     return {**_columns(steps), "heldout": _columns(held)}
 
