@@ -270,7 +270,7 @@ print(json.dumps(out))
 LOAD = """
 config = SourceConfig(source="gsm8k", split="train")
 resolved = sources.resolve(config, {data!r})
-out = {{"kind": resolved.kind, "revision": resolved.revision, "fingerprint": resolved.fingerprint}}
+out = {{"kind": resolved.kind, "revision": resolved.revision, "content": resolved.content}}
 out["items"] = sources.load(config, {data!r})
 """
 FILES = {
@@ -288,7 +288,7 @@ def test_the_hub_its_cache_and_the_recorded_commit(tmp_path):
         assert first == {
             "kind": "hub",
             "revision": COMMIT,
-            "fingerprint": f"hub:openai/gsm8k@{COMMIT}:main:train",
+            "content": f"hub:openai/gsm8k@{COMMIT}:main:train",
             "items": items,
         }
         assert json.loads((tmp_path / "cache" / "revisions.json").read_text()) == {"openai/gsm8k": COMMIT}

@@ -173,8 +173,6 @@ def _tokenised(form: str, source: SourceConfig, tokenizer: PreTrainedTokenizerFa
             "format": FORMAT,
             "form": form,
             "data": resolved.fingerprint,
-            "reader": reader,
-            "shuffle": resolved.source is not None and resolved.source.shuffle,
             "part": [source.skip_examples, source.max_examples],
             "code": code_fingerprint(*CODE),
             "tokenizer": tokenizer_hash(tokenizer),

@@ -62,20 +62,32 @@ class Source:
 class Resolved:
     """A source that was found.
 
-    kind: "embedded", "local", "cache", "hub" or "own" (a path). files: what is read; empty for the cache and the hub,
-    one folder for a local clone of the hub's repository. fingerprint: changes when the content does (hashes of the
-    files, or the hub's commit). revision: the hub's commit, "" for files.
+    kind: "embedded", "local", "cache", "hub" or "own" (a path). files: what is read; none for the cache and the hub, one
+    folder for a local clone of the hub's repository. content: what the data is: a hash over the files' contents, or the
+    hub's commit. revision: the hub's commit, "" for files.
     """
 
     name: str
     split: str
     kind: str
     files: tuple[Path, ...]
-    fingerprint: str
+    content: str
     revision: str
     licence: str
     reader: str
     source: Source | None = None
+
+    @property
+    def shuffle(self) -> bool:
+        """Whether items are taken in the fixed random order."""
+        return self.source is not None and self.source.shuffle
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 that changes with the content, the reader or the order of the items; where it was found does
+        not count.
+        """
+        return sha256_json([self.content, self.reader, self.shuffle])
 
 
 def registry() -> dict[str, Source]:
@@ -126,7 +138,7 @@ def resolve(config: SourceConfig, data_dir: str | Path = "") -> Resolved:
                 f"embedded source {source.name!r}, split {config.split!r}: data/{missing} is missing: "
                 "restore it with `git checkout data/sample`"
             )
-        return Resolved(kind="embedded", files=files, fingerprint=_fingerprint(files), revision="", **common)
+        return Resolved(kind="embedded", files=files, content=_content(files), revision="", **common)
 
     tried = []
     folder = local_folder(data_dir)
@@ -134,11 +146,11 @@ def resolve(config: SourceConfig, data_dir: str | Path = "") -> Resolved:
         tried.append("no local data folder was given")
     else:
         if files := _split_files(folder, source, config.split):
-            return Resolved(kind="local", files=files, fingerprint=_fingerprint(files), revision="", **common)
+            return Resolved(kind="local", files=files, content=_content(files), revision="", **common)
         clone = folder / source.hub
         if source.hub and clone.is_dir() and config.split in source.splits:
             inside = tuple(path for path in sorted(clone.rglob("*")) if path.is_file() and not _hidden(path, clone))
-            return Resolved(kind="local", files=(clone,), fingerprint=_fingerprint(inside), revision="", **common)
+            return Resolved(kind="local", files=(clone,), content=_content(inside), revision="", **common)
         wanted = [" + ".join(part) for part in source.local.get(config.split, ())]
         tried.append(f"{folder} holds none of {', '.join([*wanted, f'{source.hub}/'])}")
 
@@ -150,7 +162,7 @@ def resolve(config: SourceConfig, data_dir: str | Path = "") -> Resolved:
     if commit in cached or (cached and not commit):
         commit = commit or next(iter(cached))
         return Resolved(
-            kind="cache", files=(), fingerprint=_hub_name(source, commit, config.split), revision=commit, **common
+            kind="cache", files=(), content=_hub_name(source, commit, config.split), revision=commit, **common
         )
     where = f"the Hugging Face cache has no {_hub_label(source)}"
     tried.append(where + (f" at commit {commit[:12]}, only {', '.join(c[:12] for c in cached)}" if cached else ""))
@@ -159,9 +171,7 @@ def resolve(config: SourceConfig, data_dir: str | Path = "") -> Resolved:
     except SourceError as error:
         tried.append(str(error))
         raise SourceError(_nowhere(source, config.split, tried)) from error
-    return Resolved(
-        kind="hub", files=(), fingerprint=_hub_name(source, commit, config.split), revision=commit, **common
-    )
+    return Resolved(kind="hub", files=(), content=_hub_name(source, commit, config.split), revision=commit, **common)
 
 
 def iterate(config: SourceConfig, data_dir: str | Path = "") -> Iterator[Any]:
@@ -181,7 +191,7 @@ def load(config: SourceConfig, data_dir: str | Path = "") -> list[Any]:
 
 def _items(resolved: Resolved, config: SourceConfig) -> Iterator[Any]:
     items = _read(resolved)
-    if resolved.source is not None and resolved.source.shuffle:
+    if resolved.shuffle:
         everything = list(items)
         order = np.random.default_rng(SHUFFLE_SEED).permutation(len(everything))
         items = (everything[index] for index in order)
@@ -277,7 +287,7 @@ def _own(config: SourceConfig, data_dir: str | Path) -> Resolved:
     _check_reader(config.reader)
     files = (path,) if path.is_file() else _folder_files(path, config.split)
     return Resolved(
-        given.name, config.split, "own", files, _fingerprint(files), "", "not stated (own files)", config.reader
+        given.name, config.split, "own", files, _content(files), "", "not stated (own files)", config.reader
     )
 
 
@@ -303,7 +313,7 @@ def _hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _fingerprint(files: tuple[Path, ...]) -> str:
+def _content(files: tuple[Path, ...]) -> str:
     """SHA-256 over the contents of the files, in their order; names and folders do not count."""
     return sha256_json([_file_hash(path) for path in files])
 
