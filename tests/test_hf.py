@@ -345,7 +345,7 @@ def test_a_tied_head_may_be_written_twice_but_not_differ(folder):
     change(folder, lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"].clone()}))
     assert load_checkpoint(folder).unembed is None
     change(folder, lambda state: state["lm_head.weight"].add_(1))
-    with pytest.raises(CheckpointError, match="lm_head[.]weight differs from the embedding"):
+    with pytest.raises(CheckpointError, match=r"lm_head[.]weight differs from the embedding"):
         load_checkpoint(folder)
 
 
@@ -363,7 +363,7 @@ def test_damaged_and_foreign_files_are_refused(folder):
 
 def test_weights_that_are_no_floats_are_refused(folder):
     change(folder, lambda state: state.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)}))
-    with pytest.raises(CheckpointError, match="model[.]norm[.]weight is torch[.]int64"):
+    with pytest.raises(CheckpointError, match=r"model[.]norm[.]weight is torch[.]int64"):
         load_checkpoint(folder)
 
 
