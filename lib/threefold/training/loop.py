@@ -369,7 +369,7 @@ class _Training:
         resumed = f", resumed after step {state.step}" if state.step else ""
         self.say(
             f"{self.name}: {self.feed.steps} steps of {self.feed.batch_size} {self.batch_name}{resumed}; "
-            f"{self.n_parameters / 1e6:.1f}M parameters; {self.numerics.note}"
+            f"{self.n_parameters:,} parameters; {self.numerics.note}"
         )
 
     def _check(self, values: list[float], step: int, rows: list[int]) -> None:
