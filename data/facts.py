@@ -2,7 +2,7 @@
 
     python data/facts.py [--data-dir DATA]
 
-Documents, words and bytes are those of the text pretraining would read; tokens are GPT-2's where its tokenizer is found.
+Documents, words and bytes are those of the text pretraining would read; tokens are GPT-2's if its tokenizer is found.
 A source that is not found is left out and named on standard error.
 """
 

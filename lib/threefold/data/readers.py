@@ -275,8 +275,8 @@ def read_files(reader: str, paths: Iterable[Path]) -> Iterator:
 def shared_prompt(chosen: str, rejected: str) -> str:
     """The dialogue both sides begin with, up to and including its last "\\n\\nAssistant:"; "" if there is none.
 
-    Mostly the sides differ in their last turn only. Where one goes on beyond a further mark (14 of the 4,666 pairs in the
-    two base test files) the prompt ends where they part, and the rest of each dialogue is its response.
+    Mostly the sides differ in their last turn only. Where one goes on beyond a further mark (14 of 4,666 pairs of the two
+    base test files) the prompt ends where they part, and the rest of each dialogue is its response.
     """
     low, high = 0, min(len(chosen), len(rejected))
     while low < high:  # bisection: comparing slices is fast, comparing characters in Python is not

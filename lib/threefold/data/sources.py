@@ -62,7 +62,7 @@ class Source:
 class Resolved:
     """A source that was found.
 
-    kind: "embedded", "local", "cache", "hub" or "own" (a path). files: what is read; none for the cache and the hub, one
+    kind: "embedded", "local", "cache", "hub" or "own" (a path). files: what is read; none for the cache and hub, one
     folder for a local clone of the hub's repository. content: what the data is: a hash over the files' contents, or the
     hub's commit. revision: the hub's commit, "" for files.
     """
