@@ -83,6 +83,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv("THREEFOLD_RUNS", str(runs))
     monkeypatch.setenv("THREEFOLD_DATA", "")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setattr(executor, "forking_is_safe", lambda: False)  # importing everything would not pay here
     return tmp_path
 
 
@@ -256,8 +257,8 @@ def test_executes_skips_and_goes_stale(project):
     # The same weights come out of pretraining, so what was built on them stays; only the damaged stage is made again.
     done, _ = execute(run, "pretrain", "sft", jobs=1)
     assert set(done.executed) == {"pretrain", "sft"}
-    done, _ = execute(run, "pretrain", "sft", jobs=1, force=True)
-    assert set(done.executed) == {"pretrain", "sft"}
+    done, _ = execute(run, "sft", force=True)
+    assert set(done.executed) == {"sft"}
 
 
 def test_failed_notebook_is_kept_aside_and_neighbours_stop(project):
@@ -347,6 +348,51 @@ def test_a_signal_leaves_no_process_and_nothing_half_written(project, number):
         assert child.returncode == 128 + number
         assert said == "threefold: stopped; the same command goes on from here\n"
         assert not (paths.RUNS / "tiny" / ".executing").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are forked on Linux only")
+@pytest.mark.slow
+def test_kernels_from_the_nursery(project, monkeypatch):
+    monkeypatch.setattr(executor, "forking_is_safe", lambda: True)
+    monkeypatch.setattr(executor, "NURSERY_FROM", 1)
+    monkeypatch.setattr(executor, "cores", lambda: 4)
+    extra = """
+import os, random, sys, threading
+began = 'torch' in sys.modules
+import psutil, torch
+(torch.ones(300, 300) @ torch.ones(300, 300)).sum().item()
+print('nursed', began, torch.get_num_threads(), psutil.Process().parent().cmdline()[2:3], os.getcwd(), random.random())
+if {death}: os.kill(os.getpid(), 9)
+"""
+    write_stage(paths.NOTEBOOKS, "01_pretrain", extra.format(death=False))
+    _, lines = execute(opened(project), "data", "pretrain", "gpt2", jobs=2)
+    said = [line.split()[2:] for line in lines if " nursed " in line]
+    where = str(paths.PROJECT)
+    assert [line[:-1] for line in said] == [["True", "2", "['threefold.pipeline.nursery']", where]] * 2
+    assert said[0][-1] != said[1][-1]  # no two kernels draw the same
+    assert not [child for child in psutil.Process().children(recursive=True) if "nursery" in " ".join(child.cmdline())]
+
+    write_stage(paths.NOTEBOOKS, "01_pretrain", extra.format(death=True))
+    with pytest.raises(executor.StageFailed, match=r"kernel died \(killed\)"):
+        execute(opened(project), "pretrain", "gpt2", jobs=1)
+
+
+def test_a_kernel_starts_the_usual_way_where_the_nursery_is_gone(project, monkeypatch):
+    monkeypatch.setattr(executor._Workers, "_address", str(project / "nobody"))
+    monkeypatch.setattr(executor, "forking_is_safe", lambda: True)
+    monkeypatch.setattr(executor, "NURSERY_FROM", 1)
+    monkeypatch.setattr(executor.subprocess, "Popen", without_nursery(subprocess.Popen))
+    done, _ = execute(opened(project), "data", "pretrain", jobs=1)
+    assert set(done.executed) == {"data", "pretrain"}
+
+
+def without_nursery(popen):
+    def start(command, **options):
+        if command[-2:-1] == ["threefold.pipeline.nursery"]:
+            command = [sys.executable, "-c", ""]
+        return popen(command, **options)
+
+    return start
 
 
 # Cleaning -----------------------------------------------------------------------------------------------------------

@@ -143,15 +143,16 @@ def _sections(preset: Preset, stage: str) -> dict[str, Any]:
     if kind == "ablations":
         return {**corpus, "ablations": preset.ablations}
     if kind == "evaluate":
-        own: dict[str, Any] = {}
         if model == "random":
             own = {"model": preset.model}
+        elif model in ("sft", "dpo"):
+            own = {"dpo": {"beta": preset.dpo.beta}}  # scales the rewards
         elif model in ("gpt2", "distilgpt2"):
             own = {"baselines": _baseline(preset, model)}
         else:
             own = {"baselines": _plain([entry for entry in preset.baselines.external if entry.name == model])}
         return {"evaluation": preset.evaluation, **own}
-    return {"evaluation": {"bootstrap": preset.evaluation.bootstrap}}
+    return {"preset": {"name": preset.name}, "evaluation": {"bootstrap": preset.evaluation.bootstrap}}
 
 
 def _baseline(preset: Preset, name: str) -> dict[str, str]:

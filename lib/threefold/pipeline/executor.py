@@ -15,6 +15,7 @@ import os
 import queue
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -264,14 +265,21 @@ class _Workers:
         worker = self._idle.pop() if self._idle else _Worker(self._inbox)
         environment = self._environment(threads)
         if more and self._nursery is None and forking_is_safe():
-            # It imports while the first stages, whose kernels start the usual way, do their work.
-            self._nursery = subprocess.Popen(
-                [sys.executable, "-m", "threefold.pipeline.nursery", self._address],
-                stdin=subprocess.PIPE,
-                stdout=sys.stderr,
-                env={**os.environ, **environment},
-                start_new_session=True,
-            )
+            # It imports while the first stage, whose kernel starts the usual way, does its work.
+            address = ""
+            with socket.socket(socket.AF_UNIX) as listener:  # open before the nursery is: who asks early waits
+                listener.bind(self._address)
+                listener.listen()
+                self._nursery = subprocess.Popen(
+                    [sys.executable, "-m", "threefold.pipeline.nursery", str(listener.fileno())],
+                    stdin=subprocess.PIPE,
+                    stdout=2,  # nothing that escapes a kernel belongs between the pipeline's lines
+                    pass_fds=[listener.fileno()],
+                    env={**os.environ, **environment},
+                    start_new_session=True,
+                )
+        else:
+            address = self._address if self._nursery is not None else ""
         notebook = paths.NOTEBOOKS / f"{step.notebook}.ipynb"
         partial = self._partial(step)
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +298,7 @@ class _Workers:
                 "parameters": parameters,
                 "cwd": str(paths.PROJECT),
                 "environment": environment,
-                "nursery": self._address if self._nursery is not None else "",
+                "nursery": address,
             }
         )
 
@@ -302,7 +310,8 @@ class _Workers:
             if job is None:
                 continue  # an idle worker that was closed
             if event["event"] == "text":
-                self.say(f"{job.step.name}: {event['text']}")
+                named = event["text"].startswith(job.step.name)  # many a message says whose it is
+                self.say(event["text"] if named else f"{job.step.name}: {event['text']}")
                 continue
             seconds = time.monotonic() - job.began
             try:

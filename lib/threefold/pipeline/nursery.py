@@ -1,12 +1,12 @@
 """Kernels in a fraction of a second: a process that has imported the heavy packages once and forks a kernel on demand.
 
-Importing torch and transformers takes 5 to 15 s of a core; thirteen notebooks would pay for it thirteen times, which is
 Importing torch and transformers takes 5 to 15 s of a core; a dozen notebooks would pay for it a dozen times, which is
-own DataLoader workers. It imports other people's packages, never threefold itself: a kernel must run the code that its
-fingerprint was taken of. Used on Linux without a GPU (a CUDA context does not survive a fork); elsewhere, and until the
-nursery is ready, kernels start the usual way.
+much of a smoke run. The nursery only imports: no tensor is made and no thread pool started before the fork, as in
+torch's own DataLoader workers. It imports other people's packages, never threefold itself: a kernel must run the code
+that its fingerprint was taken of. Used on Linux without a GPU (a CUDA context does not survive a fork); elsewhere, and
+where the nursery is gone, kernels start the usual way.
 
-    python -m threefold.pipeline.nursery SOCKET
+    python -m threefold.pipeline.nursery FD        FD: of a listening Unix socket
 
 Protocol, one connection a kernel: the client sends {"argv", "env", "cwd"} and gets {"pid"}, later {"status"} as of
 subprocess. A client that hangs up has its kernel killed; when stdin ends, all are killed and the nursery leaves.
@@ -34,6 +34,8 @@ from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 from threefold import paths
 
 FLOORS = ("model", "data", "training", "evaluation", "comparison")  # what notebooks call
+# What no file names: the kernel itself, and what torch loads at an optimizer's first step.
+ALSO = ("ipykernel.kernelapp", "matplotlib_inline.backend_inline", "matplotlib.pyplot", "torch._dynamo")
 
 
 # The nursery --------------------------------------------------------------------------------------------------------
@@ -55,9 +57,9 @@ def imports() -> list[tuple[str, tuple[str, ...]]]:
     return [(name, tuple(sorted(names))) for name, names in sorted(found.items()) if name.split(".")[0] != "threefold"]
 
 
-def serve(address: str) -> None:
+def serve(listener: socket.socket) -> None:
     """Imports, then forks kernels until stdin ends."""
-    for module, names in [("ipykernel.kernelapp", ()), ("matplotlib_inline.backend_inline", ()), *imports()]:
+    for module, names in [*((module, ()) for module in ALSO), *imports()]:
         # What is optional, or wrong, is for the notebook that needs it to report.
         with contextlib.suppress(Exception):
             taken = importlib.import_module(module)
@@ -65,9 +67,6 @@ def serve(address: str) -> None:
                 getattr(taken, name)  # transformers loads its classes when they are asked for
     gc.collect()
     gc.freeze()  # the collector must not touch, and so copy, what all kernels share
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
-    listener.listen()
     wake, on_signal = socket.socketpair()
     on_signal.setblocking(False)
     signal.set_wakeup_fd(on_signal.fileno())
@@ -165,7 +164,7 @@ class Forked:
     stdin = stdout = stderr = None
 
     def __init__(self, address: str, argv: list[str], env: dict[str, str], cwd: str):
-        """Raises OSError when there is no nursery at this address (yet)."""
+        """Waits until the nursery has imported. Raises OSError when it is gone."""
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(address)
         self._socket.sendall(json.dumps({"argv": argv, "env": env, "cwd": cwd}).encode() + b"\n")
@@ -228,4 +227,4 @@ class Provisioner(LocalProvisioner):
 
 if __name__ == "__main__":
     del sys.path[0]  # the folder it was started in is no place to import from
-    serve(sys.argv[1])
+    serve(socket.socket(fileno=int(sys.argv[1])))

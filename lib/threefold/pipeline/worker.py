@@ -78,6 +78,14 @@ class Lines:
             self._emit({"event": "text", "text": shown[-1]})
 
 
+class Manager(AsyncKernelManager):
+    """jupyter_client's manager, without its interrupt before a shutdown: an idle kernel only reports it as an error."""
+
+    async def _async_interrupt_kernel(self) -> None:
+        if not self.shutting_down:
+            await super()._async_interrupt_kernel()
+
+
 class Client(PapermillNotebookClient):
     """papermill's client that passes on what the notebook prints and remembers how its kernel ended."""
 
@@ -86,11 +94,11 @@ class Client(PapermillNotebookClient):
     nursery = ""
     kernel_status: int | None = None
 
-    def create_kernel_manager(self) -> AsyncKernelManager:
+    def create_kernel_manager(self) -> Manager:
         # Over sockets in a folder of our own: no other user can connect, and no two kernels can pick the same port.
         file = SOCKETS / f"{uuid.uuid4().hex[:8]}.json"
         transport = "ipc" if os.name == "posix" and len(str(file)) < LONGEST_SOCKET else "tcp"
-        self.km = AsyncKernelManager(kernel_name=self.kernel_name, transport=transport, connection_file=str(file))
+        self.km = Manager(kernel_name=self.kernel_name, transport=transport, connection_file=str(file))
         self.km.provisioner = Provisioner(kernel_id=file.stem, kernel_spec=self.km.kernel_spec, parent=self.km)
         self.km.provisioner.nursery = self.nursery
         return self.km
