@@ -1,0 +1,449 @@
+"""Sentences drawn from records: each is a function's output, carries its evidence, and claims no more than it holds.
+
+A difference is stated only where `Difference.detected` says so; equivalence only where the whole interval lies within
+the measure's margin; everything else is "no detectable difference". Confounds are attached by the same functions, so
+that a sentence cannot appear without them.
+"""
+
+from dataclasses import dataclass
+
+from threefold.comparison import claims, models, tables, training
+from threefold.comparison.differences import (
+    BETTER,
+    EQUIVALENT,
+    UNRESOLVED,
+    WORSE,
+    Difference,
+    smallest_detectable,
+)
+from threefold.comparison.load import Comparison
+from threefold.comparison.measures import BITS_PER_BYTE, PERPLEXITY, PROBLEMS, SENTIMENT
+from threefold.comparison.results import NBSP, Result, compact, duration, listed, percent, plain
+from threefold.records import escape, table
+
+
+@dataclass(frozen=True)
+class Insight:
+    """One sentence (Markdown) and the names of the records it rests on."""
+
+    key: str
+    sentence: str
+    evidence: tuple[str, ...]
+    differs: bool = False  # whether it claims that two things differ
+
+
+def _evidence(comparison: Comparison, protocol: str | None, *names: str) -> tuple[str, ...]:
+    return tuple(
+        f"evaluation/{model}/{protocol}" for model in names if f"evaluation/{model}/{protocol}" in comparison.records
+    )
+
+
+# Differences in words ------------------------------------------------------------------------------------------------
+
+
+def _values(comparison: Comparison, one: Difference) -> str:
+    """A detected difference with both values, its interval, p and n."""
+    ours, theirs = (
+        one.measure.text(one.measure.value(comparison, model), with_interval=False) for model in (one.b, one.a)
+    )
+    p = one.p_text if one.p_text.startswith("<") else f"={NBSP}{one.p_text}"
+    return f"{one.measure.title.lower()} ({ours} against {theirs}; {one.text}, p{NBSP}{p}, n{NBSP}={NBSP}{one.n:,})"
+
+
+def _equivalent(_: Comparison, one: Difference) -> str:
+    margin = one.measure.change_text(one.measure.margin).removeprefix("+")
+    return f"{one.measure.title.lower()} ({one.text}, margin ±{margin})"
+
+
+def _unresolved(_: Comparison, one: Difference) -> str:
+    least = smallest_detectable(one)
+    able = f"; {one.n:,} items would show {100 * least:.1f} pp" if least else ""
+    return f"{one.measure.title.lower()} ({one.text}{able})"
+
+
+_WORDS = {BETTER: _values, WORSE: _values, EQUIVALENT: _equivalent, UNRESOLVED: _unresolved}
+
+
+def _described(comparison: Comparison, key: str, found: list[Difference], sentences: dict[str, str]) -> list[Insight]:
+    """One insight a verdict that occurs; `sentences` hold {b}, {a} and {what}."""
+    insights = []
+    for verdict, sentence in sentences.items():
+        part = [one for one in found if one.verdict == verdict]
+        if not part:
+            continue
+        ours, theirs = (escape(comparison.name(model)) for model in (part[0].b, part[0].a))
+        what = listed([_WORDS[verdict](comparison, one) for one in part])
+        text = sentence.format(b=ours, a=theirs, what=what)
+        insights.append(
+            _insight(comparison, f"{key}-{verdict.replace(' ', '-')}", text, part, verdict in (BETTER, WORSE))
+        )
+    return insights
+
+
+def _insight(comparison: Comparison, key: str, sentence: str, found: list[Difference], differs: bool) -> Insight:
+    evidence = [name for one in found for name in _evidence(comparison, one.measure.protocol(comparison), one.a, one.b)]
+    return Insight(key, sentence, tuple(dict.fromkeys(evidence)), differs)
+
+
+def _against(comparison: Comparison, baseline: str) -> list[Difference]:
+    """Our last evaluated stage against a baseline, adjusted as in the table of all stages."""
+    model = next((m for m in reversed(models.LINEAGE) if m in comparison.models), "")
+    return [one for one in tables.against(comparison, baseline) if one.b == model]
+
+
+def standing(comparison: Comparison, baseline: str = "gpt2") -> list[Insight]:
+    """Where our last stage exceeds, lags and matches a baseline, and where that cannot be told."""
+    sentences = {
+        BETTER: "**{b} exceeds {a}** in {what}.",
+        WORSE: "**{b} lags {a}** in {what}.",
+        EQUIVALENT: "**{b} matches {a}** in {what}.",
+        UNRESOLVED: "Between {b} and {a} there is **no detectable difference** in {what}.",
+    }
+    return _described(comparison, f"{baseline}", _against(comparison, baseline), sentences)
+
+
+def stage_changes(comparison: Comparison) -> list[Insight]:
+    """What SFT and DPO each changed, and what they left undetectably the same."""
+    every = tables.stage_changes(comparison)
+    sentences = {
+        BETTER: "**{b} improves on {a}** in {what}.",
+        WORSE: "**{b} loses against {a}** in {what}.",
+        EQUIVALENT: "{b} is equivalent to {a} in {what}.",
+        UNRESOLVED: "From {a} to {b} there is **no detectable difference** in {what}.",
+    }
+    return [
+        insight
+        for stage in models.LINEAGE[1:]
+        for insight in _described(comparison, stage, [one for one in every if one.b == stage], sentences)
+    ]
+
+
+def in_short(comparison: Comparison, key: str, found: list[Difference]) -> list[Insight]:
+    """One sentence for a whole comparison: what is better, worse, equivalent and not resolved."""
+    if not found:
+        return []
+    parts = []
+    for verdict in (BETTER, WORSE, EQUIVALENT, UNRESOLVED):
+        part = [one for one in found if one.verdict == verdict]
+        if part:
+            shown = [f"{one.measure.title.lower()} ({one.text})" for one in part]
+            parts.append(f"{verdict} in {listed(shown)}")
+    ours, theirs = (escape(comparison.name(model)) for model in (found[0].b, found[0].a))
+    sentence = f"**{ours} against {theirs}**: {'; '.join(parts)}."
+    return [_insight(comparison, key, sentence, found, any(one.verdict in (BETTER, WORSE) for one in found))]
+
+
+# Single findings -----------------------------------------------------------------------------------------------------
+
+
+def control(comparison: Comparison) -> list[Insight]:
+    """Whether untrained weights are at chance, which tells that the protocols leak nothing."""
+    value = SENTIMENT.value(comparison, "random") if "random" in comparison.models else None
+    if value is None or value.low is None:
+        return []
+    majority = tables.majority_class(comparison)
+    shown = SENTIMENT.text(value)
+    chance = f"chance 50%{f', majority class {percent(majority)}' if majority is not None else ''}"
+    low, high = min(0.5, 1 - (majority or 0.5)), max(0.5, majority or 0.5)
+    if value.low <= high and value.high >= low:
+        sentence = f"The random control answers sentiment at chance ({shown}; {chance})."
+        return [Insight("control", sentence, _evidence(comparison, value.protocol, "random"))]
+    sentence = f"The random control is **not** at chance in sentiment ({shown}; {chance}): a bias to explain."
+    return [Insight("control", sentence, _evidence(comparison, value.protocol, "random"), differs=True)]
+
+
+def definitions(comparison: Comparison) -> list[Insight]:
+    """How far one model's perplexity moves with the definition of perplexity."""
+    model = next((m for m in ("pretrain", *comparison.models) if m in comparison.models), None)
+    if model is None:
+        return []
+    shown = {}
+    for protocol in comparison.protocols:
+        for metric in ("word_perplexity", "perplexity"):
+            value = comparison.metric(model, protocol, metric)
+            if value is not None:
+                shown[f"{protocol}, per {'word' if metric == 'word_perplexity' else 'token'}"] = value.value
+                break
+    if len(shown) < 2:
+        return []
+    least, most = min(shown, key=shown.get), max(shown, key=shown.get)
+    sentence = (
+        f"The same weights ({escape(comparison.name(model))}) have a perplexity of {plain(shown[least])} "
+        f"({escape(least)}) or "
+        f"{plain(shown[most])} ({escape(most)}): a factor of {shown[most] / shown[least]:.2f} by definition alone."
+    )
+    names = dict.fromkeys(title.partition(",")[0] for title in (least, most))
+    return [Insight("definitions", sentence, tuple(f"evaluation/{model}/{name}" for name in names))]
+
+
+def prompts(comparison: Comparison) -> list[Insight]:
+    """Spread over wordings beside the sampling error of the items."""
+    protocol = SENTIMENT.protocol(comparison)
+    widest = None
+    for model in comparison.models:
+        low = comparison.metric(model, protocol, "template_lowest") if protocol else None
+        high = comparison.metric(model, protocol, "template_highest") if protocol else None
+        if low and high and (widest is None or high.value - low.value > widest[2].value - widest[1].value):
+            widest = (model, low, high)
+    if widest is None:
+        return []
+    model, low, high = widest
+    value = SENTIMENT.value(comparison, model)
+    half = (value.high - value.low) / 2 if value and value.low is not None else None
+    beside = f", beside a sampling error of ±{100 * half:.1f} pp" if half is not None else ""
+    sentence = (
+        f"Over the wordings of the prompt, the sentiment accuracy of {escape(comparison.name(model))} spans "
+        f"{percent(low.value)} "
+        f"to {percent(high.value)}{beside}: the widest span of any model here."
+    )
+    return [Insight("prompts", sentence, _evidence(comparison, protocol, model))]
+
+
+def cost(comparison: Comparison) -> list[Insight]:
+    """What the three stages took."""
+    found = [one for one in training.trainings(comparison) if one.stage in models.LINEAGE]
+    if not found:
+        return []
+    tokens, seconds = sum(one.tokens for one in found), sum(one.seconds for one in found)
+    devices = listed(sorted({one.device for one in found}))
+    names = listed([escape(comparison.name(one.stage)) for one in found])
+    sentence = f"{names} took {compact(tokens)} tokens and {duration(seconds)} in all ({devices})."
+    return [Insight("cost", sentence, tuple(f"stage/{one.stage}" for one in found))]
+
+
+def ledger(comparison: Comparison) -> list[Insight]:
+    """How the claims came out."""
+    number = claims.counts(claims.judge(comparison))
+    verbs = {
+        claims.SUPPORTED: "supports {}",
+        claims.CONTRADICTED: "contradicts {}",
+        claims.NOT_RESOLVED: "leaves {} unresolved",
+        claims.NOT_MEASURED: "does not measure {}",
+    }
+    shown = listed([verbs[verdict].format(count) for verdict, count in number.items()])
+    total = sum(number.values())
+    return [Insight("ledger", f"Of {total} claims that comparisons of this kind make, this run {shown}.", ())]
+
+
+def key_insights(comparison: Comparison) -> list[Insight]:
+    """The report's list, in its order."""
+    changes = tables.stage_changes(comparison)
+    return [
+        *control(comparison),
+        *(
+            one
+            for stage in models.LINEAGE[1:]
+            for one in in_short(comparison, stage, [d for d in changes if d.b == stage])
+        ),
+        *in_short(comparison, "gpt2", _against(comparison, "gpt2")),
+        *in_short(comparison, "distilgpt2", _against(comparison, "distilgpt2")),
+        *definitions(comparison),
+        *prompts(comparison),
+        *cost(comparison),
+        *ledger(comparison),
+    ]
+
+
+# Confounds and limits ------------------------------------------------------------------------------------------------
+
+
+def confounds(comparison: Comparison) -> list[Insight]:
+    """What stands between these numbers and a general statement; each line follows from a record."""
+    found: list[Insight] = []
+
+    def add(key: str, sentence: str, *evidence: str) -> None:
+        found.append(Insight(key, sentence, evidence))
+
+    here = [name for name in models.BASELINES if name in comparison.models and comparison.is_trained_here(name)]
+    if here:
+        shown = listed([escape(comparison.name(name)) for name in here])
+        are = "carry" if len(here) > 1 else "carries"
+        add(
+            "baseline",
+            f"{shown} {are} the architecture's name, not the published weights: trained here, on this run's text and "
+            f"budget. "
+            "Nothing here says how the published models would fare.",
+            *(f"stage/{name}" for name in here),
+        )
+    found += _in_domain(comparison)
+    strangers = [
+        m
+        for m in comparison.models
+        if "pretrain" in comparison.models and not comparison.share_tokenizer(m, "pretrain")
+    ]
+    if strangers:
+        add(
+            "tokenizer",
+            f"{listed([escape(comparison.name(m)) for m in strangers])} cut text into other tokens than Threefold: "
+            f"only bits per "
+            "byte compare.",
+            *(f"evaluation/{m}/{PERPLEXITY.protocol(comparison)}" for m in strangers),
+        )
+    found += _sizes(comparison)
+    seeds = max((one.get("seeds", 1) for one in _seeded(comparison)), default=1)
+    if seeds <= 1:
+        add("seeds", "Every stage was trained once: no interval here holds the spread between training seeds.")
+    if not tables.measured_by_turns(comparison) and any(
+        "speed" in comparison.evaluations(m) for m in comparison.models
+    ):
+        add(
+            "speed",
+            "Models were timed in separate processes, one after another or side by side: the speed table describes, "
+            "and a ratio "
+            "of two of its rows is not a result.",
+        )
+    return found
+
+
+def _seeded(comparison: Comparison) -> list[dict]:
+    return [
+        facts
+        for stage in comparison.trained
+        if (facts := comparison.stage(stage)) and isinstance(facts.get("seeds"), int)
+    ]
+
+
+def _sources(comparison: Comparison, *stages: str) -> set[str]:
+    """Names of the sources that stages trained on, from the configuration in their fingerprints."""
+    names: set[str] = set()
+    for stage in stages:
+        data = ((comparison.stage(stage) or {}).get("fingerprint") or {}).get("config", {}).get("data", {})
+        for part, entries in data.items() if isinstance(data, dict) else ():
+            if not part.endswith("heldout"):
+                names |= {entry.get("source") or "" for entry in entries}
+    return names - {""}
+
+
+def _in_domain(comparison: Comparison) -> list[Insight]:
+    trained = _sources(comparison, "pretrain", "sft", "dpo")
+    zero_shot = [m for m in comparison.models if m != "random" and not comparison.is_trained_here(m)]
+    hits: dict[str, str] = {}
+    for model in comparison.models:
+        for record in comparison.evaluations(model).values():
+            note = record.get("settings", {}).get("data") or {}
+            family = _family(note.get("source", ""))
+            for source in trained:
+                if family and _family(source) == family:
+                    hits[note["source"]] = source
+    if not hits:
+        return []
+    shown = listed([escape(name) for name in sorted(hits)])
+    sentence = f"Threefold trained on other parts of what it is tested on ({shown})"
+    if zero_shot:
+        others = listed([escape(comparison.name(m)) for m in zero_shot])
+        sentence += f"; {others} did not, as far as is known: in-domain training meets zero-shot use there"
+    return [Insight("in-domain", f"{sentence}.", tuple(f"stage/{s}" for s in models.LINEAGE if comparison.stage(s)))]
+
+
+def _family(source: str) -> str:
+    """ "wikitext-2" and "wikitext-103" are one family, a source otherwise its own."""
+    return source.split("-")[0] if source.startswith("wikitext") else source
+
+
+def _sizes(comparison: Comparison) -> list[Insight]:
+    """Sub-sampled sets and few units, with their n."""
+    model = next((m for m in ("dpo", "pretrain", *comparison.models) if m in comparison.models), None)
+    if model is None:
+        return []
+    parts, evidence = [], []
+    for protocol, record in comparison.evaluations(model).items():
+        settings = record.get("settings", {})
+        if (settings.get("data") or {}).get("subsampled"):
+            n = settings.get("items") or settings.get("documents") or settings["data"].get("examples")
+            parts.append(f"{escape(protocol)} (n = {n:,})")
+            evidence.append(f"evaluation/{model}/{protocol}")
+    insights = []
+    if parts:
+        insights.append(Insight("subsampled", f"Sets used in part only: {listed(parts)}.", tuple(evidence)))
+    value = PERPLEXITY.value(comparison, model)
+    if value is not None and value.n is not None and value.n < 100:
+        sentence = (
+            f"Perplexity intervals resample {value.n} document{'s' if value.n != 1 else ''}, too few for a percentile "
+            f"interval to be "
+            "exact; paired differences over the same documents are steadier than the intervals of the values."
+        )
+        insights.append(Insight("documents", sentence, _evidence(comparison, value.protocol, model)))
+    return insights
+
+
+# Publishing ----------------------------------------------------------------------------------------------------------
+
+
+def bullets(name: str, insights: list[Insight], otherwise: str) -> Result:
+    """A list of sentences as a record; `otherwise` stands where there is none."""
+    values = {
+        "insights": [
+            {"key": one.key, "sentence": one.sentence, "evidence": list(one.evidence), "differs": one.differs}
+            for one in insights
+        ]
+    }
+    text = "\n".join(f"- {one.sentence}" for one in insights) or otherwise
+    return Result(f"comparison/{name}", values, markdown=text)
+
+
+# Numbers for prose ---------------------------------------------------------------------------------------------------
+
+
+def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[str, str]:
+    """Everything `index.qmd` quotes, as text."""
+    found = training.trainings(comparison)
+    lineage = [one for one in found if one.stage in models.LINEAGE]
+    verdicts = claims.counts(claims.judge(comparison))
+    values = {
+        "run": run or "–",
+        "preset": preset or "–",
+        "n_models": str(len(comparison.models)),
+        "models": listed([comparison.name(m) for m in comparison.models]),
+        "n_protocols": str(len(comparison.protocols)),
+        "n_evaluations": str(sum(len(comparison.evaluations(m)) for m in comparison.models)),
+        "parameters": _parameters(comparison, "pretrain"),
+        "parameters_gpt2": _parameters(comparison, "gpt2"),
+        "gpt2": comparison.name("gpt2"),
+        "distilgpt2": comparison.name("distilgpt2"),
+        "tokens_pretrain": compact(sum(one.tokens for one in lineage if one.stage == "pretrain")),
+        "tokens_total": compact(sum(one.tokens for one in lineage)),
+        "training_time": duration(sum(one.seconds for one in lineage)),
+        "device": listed(sorted({one.device for one in lineage})) or "–",
+        "sources_pretrain": listed(sorted(_sources(comparison, "pretrain"))) or "–",
+        "sources_sft": listed(sorted(_sources(comparison, "sft"))) or "–",
+        "sources_dpo": listed(sorted(_sources(comparison, "dpo"))) or "–",
+        "n_claims": str(sum(verdicts.values())),
+        "n_supported": str(verdicts[claims.SUPPORTED]),
+        "n_contradicted": str(verdicts[claims.CONTRADICTED]),
+        "n_not_resolved": str(verdicts[claims.NOT_RESOLVED]),
+        "n_not_measured": str(verdicts[claims.NOT_MEASURED]),
+        "resamples": f"{comparison.resamples:,}",
+        "majority": percent(tables.majority_class(comparison))
+        if tables.majority_class(comparison) is not None
+        else "–",
+    }
+    for measure in (PERPLEXITY, BITS_PER_BYTE, SENTIMENT, PROBLEMS):
+        values[f"protocol_{measure.key}"] = measure.protocol(comparison) or "–"
+    for measure in (*tables.HEADLINE, *tables.STAGED):
+        for model in comparison.models:
+            if model in models.OWN:
+                values[f"{measure.key}_{model}"] = measure.text(measure.value(comparison, model)) or "not measured"
+    values["perplexity_gap"] = _gap(comparison)
+    return values
+
+
+def _parameters(comparison: Comparison, model: str) -> str:
+    total = training.total_parameters(comparison, model)
+    return compact(total) if total else "–"
+
+
+def _gap(comparison: Comparison) -> str:
+    """Bits per byte of our pretrained model against GPT-2, as the comparison allows to say it."""
+    one = next(
+        (d for d in tables.against(comparison, "gpt2") if d.b == "pretrain" and d.measure is BITS_PER_BYTE), None
+    )
+    if one is None:
+        return "not measured"
+    return f"{one.verdict} ({one.text} bits per byte)"
+
+
+def publishable_variables(comparison: Comparison, run: str = "", preset: str = "") -> Result:
+    """The record "variables", shown as a table of names and values."""
+    values = variables(comparison, run, preset)
+    rows = [{"Variable": name, "Value": value} for name, value in values.items()]
+    return Result("variables", values, markdown=table(rows))

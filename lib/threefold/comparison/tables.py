@@ -1,0 +1,501 @@
+"""The report's tables, one function a table. Each returns a `Result` to publish; none computes what a record does not
+hold."""
+
+import re
+from itertools import pairwise
+from typing import Any
+
+from threefold import records
+from threefold.comparison import ablations, models, training
+from threefold.comparison.differences import Difference, adjust, difference
+from threefold.comparison.load import Comparison
+from threefold.comparison.measures import (
+    BITS_PER_BYTE,
+    COMPARED,
+    HEADLINE,
+    PERPLEXITY,
+    PREFERENCES,
+    PROBLEMS,
+    RESPONSE_LOSS,
+    SENTIMENT,
+    STAGED,
+    Measure,
+)
+from threefold.comparison.results import (
+    NBSP,
+    Result,
+    compact,
+    duration,
+    interval,
+    percent,
+    plain,
+    signed,
+)
+
+
+def _grouped(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
+    """The rows with repeated entries of the leading column left blank, as they are shown."""
+    return [
+        row | {column: "" if place and rows[place - 1][column] == row[column] else row[column]}
+        for place, row in enumerate(rows)
+    ]
+
+
+def _result(name: str, rows: list[dict[str, Any]], columns: dict[str, str] | None = None, **values: Any) -> Result:
+    leading = next(iter(rows[0])) if rows else ""
+    shown = records.table(_grouped(rows, leading), columns) if rows else "*Not measured in this run.*"
+    return Result(f"comparison/{name}", {"rows": rows, **values}, markdown=shown)
+
+
+# What was compared ---------------------------------------------------------------------------------------------------
+
+
+def model_configurations(comparison: Comparison) -> Result:
+    """Size, shape and origin of every model."""
+    rows = []
+    for model in comparison.models:
+        record, facts = comparison.model(model) or {}, comparison.facts(model)
+        config = record.get("config") or {}
+        total = training.total_parameters(comparison, model)
+        heads = config.get("n_head")
+        kv = config.get("n_kv_head")
+        rows.append(
+            {
+                "Model": comparison.name(model),
+                "Parameters": compact(total) if total else None,
+                "Layers": config.get("n_layer"),
+                "Width": config.get("d_model"),
+                "Heads": f"{heads} ({kv} KV)" if heads and kv and kv not in (-1, heads) else heads,
+                "Feed-forward": config.get("d_ff"),
+                "Context": config.get("context") or facts.get("context"),
+                "Vocabulary": config.get("vocab_size") or facts.get("vocabulary"),
+                "Weights": _origin(comparison, model),
+            }
+        )
+    return _result("models", rows)
+
+
+def _origin(comparison: Comparison, model: str) -> str:
+    if model == "random":
+        return "random initialisation"
+    stage = comparison.stage(model)
+    if stage is None:
+        revision = comparison.facts(model).get("revision")
+        return f"published, revision {revision[:8]}" if revision else "published"
+    tokens = stage.get("tokens")
+    return f"trained here on {compact(tokens)} tokens" if tokens else "trained here"
+
+
+def parameters(comparison: Comparison) -> Result:
+    """Parameters by component of the models trained here."""
+    rows, named = [], {}
+    for model in ("gpt2", "distilgpt2", "pretrain"):
+        counts = (comparison.values(f"model/{model}") or {}).get("parameters")
+        if isinstance(counts, dict):
+            named[model] = counts
+    components = list(dict.fromkeys(part for counts in named.values() for part in counts if part != "total"))
+    for part in [*components, "total"]:
+        rows.append(
+            {"Component": part.replace("_", " ")}
+            | {comparison.name(model): counts.get(part, 0) for model, counts in named.items()}
+        )
+    return _result("parameters", rows if named else [])
+
+
+# component -> (field of the configuration, GPT-2's choice, names of the choices, claimed benefit, ablated variant)
+_COMPONENTS = (
+    (
+        "Normalisation",
+        "norm",
+        "layer",
+        {"rms": "RMSNorm", "layer": "LayerNorm"},
+        "10–15% faster training",
+        "norm=layer",
+    ),
+    ("Feed-forward", "ffn", "gelu", {"swiglu": "SwiGLU", "gelu": "GELU MLP"}, "2–4% lower perplexity", "ffn=gelu"),
+    (
+        "Positions",
+        "position",
+        "learned",
+        {"rope": "rotary (RoPE)", "learned": "learned, absolute", "none": "none"},
+        "extrapolates better",
+        "position=learned",
+    ),
+    ("Attention sinks", "sinks", 0, {}, "stable beyond the training length", "sinks=0"),
+    ("QK normalisation", "qk_norm", False, {True: "yes", False: "no"}, "–", "qk_norm=false"),
+    ("Biases", "bias", True, {True: "yes", False: "no"}, "–", ""),
+    ("Tied embeddings", "tie_embeddings", True, {True: "yes", False: "no"}, "–", ""),
+)
+
+
+def architecture(comparison: Comparison) -> Result:
+    """GPT-2's choices beside this model's, the benefit that is claimed beside the one that was measured."""
+    config = (comparison.model("pretrain") or {}).get("config") or {}
+    rows = []
+    for component, key, theirs, names, claimed, variant in _COMPONENTS:
+        if key not in config:
+            continue
+        ours = config[key]
+        same = ours == theirs
+        rows.append(
+            {
+                "Component": component,
+                "GPT-2": str(names.get(theirs, theirs)),
+                "Threefold": str(names.get(ours, ours)),
+                "Claimed": "–" if same else claimed,
+                "Measured here": "same as GPT-2" if same else _ablated(comparison, variant),
+            }
+        )
+    return _result("architecture", rows)
+
+
+def _ablated(comparison: Comparison, variant: str) -> str:
+    parts = []
+    for quantity, what in (("heldout_loss", "perplexity"), ("tokens_per_second", "training speed")):
+        one = ablations.effect(comparison, variant, quantity) if variant else None
+        if one is not None:
+            bounds = [None if x is None else signed(100 * x, 1) for x in (one.low, one.high)]
+            parts.append(f"{what} {interval(signed(100 * one.change, 1, '%'), *bounds)} ({one.basis})")
+    return "; ".join(parts) or "not measured here"
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+def headline(comparison: Comparison) -> Result:
+    """Every model by every headline measure, with 95% intervals.
+
+    Perplexity per token stands only beside models that share the tokenizer of the pretrained model; bits per byte
+    stands beside all.
+    """
+    rows, values = [], {}
+    reference = "pretrain" if "pretrain" in comparison.models else (comparison.models or [""])[0]
+    present = [measure for measure in HEADLINE if measure.protocol(comparison)]
+    for model in comparison.models:
+        row: dict[str, Any] = {"Model": comparison.name(model)}
+        values[model] = {}
+        for measure in present:
+            value = measure.value(comparison, model)
+            if value is not None and measure is PERPLEXITY and not comparison.share_tokenizer(model, reference):
+                value = None
+            row[_heading(measure)] = measure.text(value)
+            if value is not None:
+                values[model][measure.key] = {"value": value.value, "low": value.low, "high": value.high, "n": value.n}
+        rows.append(row)
+    majority = majority_class(comparison)
+    protocols = {measure.key: measure.protocol(comparison) for measure in present}
+    return _result("headline", rows, models=values, protocols=protocols, majority=majority)
+
+
+def _heading(measure: Measure) -> str:
+    return f"{measure.title}{NBSP}{'↓' if measure.better == 'lower' else '↑'}".replace(" ", NBSP)
+
+
+def majority_class(comparison: Comparison) -> float | None:
+    """Accuracy of always answering the more frequent label of the sentiment set."""
+    protocol = SENTIMENT.protocol(comparison)
+    for model in comparison.models:
+        settings = comparison.evaluations(model).get(protocol or "", {}).get("settings", {})
+        if "majority_accuracy" in settings:
+            return float(settings["majority_accuracy"])
+    return None
+
+
+_SHARES = ("accuracy", "exact match", "share of items", "share of pairs", "sd of accuracy")
+
+
+def metric_text(entry: dict[str, Any] | None, *, with_interval: bool = True) -> str | None:
+    """A metric of a record in its own unit; None when it was not measured."""
+    if entry is None or entry.get("value") is None:
+        return None
+    share = str(entry.get("unit") or "").startswith(_SHARES)
+    form = percent if share else lambda x: plain(x, 3)
+    text = form(entry["value"])
+    if not with_interval or entry.get("low") is None or entry.get("high") is None:
+        return text
+    short = (lambda x: f"{100 * x:.1f}") if share else form
+    return interval(text, short(entry["low"]), short(entry["high"]))
+
+
+def _columns(comparison: Comparison, columns: dict[str, tuple[str | None, str]]) -> list[dict[str, Any]]:
+    """One row a model, one column a (protocol, metric); columns that no model has are left out."""
+    rows = []
+    for model in comparison.models:
+        evaluations = comparison.evaluations(model)
+        row: dict[str, Any] = {"Model": comparison.name(model)}
+        for title, (protocol, metric) in columns.items():
+            row[title] = metric_text(evaluations.get(protocol or "", {}).get("metrics", {}).get(metric))
+        rows.append(row)
+    empty = [title for title in columns if all(row[title] is None for row in rows)]
+    return [
+        {title: cell for title, cell in row.items() if title not in empty} for row in rows if len(empty) < len(columns)
+    ]
+
+
+def sentiment(comparison: Comparison) -> Result:
+    """Sentiment under every setting: shots, the spread over templates and draws, and the precedent's one prompt."""
+    settings = [
+        p for p in comparison.protocols if re.fullmatch(r"[^/]+/\d+-shot", p) and _has(comparison, p, "accuracy")
+    ]
+    columns: dict[str, tuple[str | None, str]] = {}
+    for protocol in sorted(settings, key=lambda p: int(re.search(r"(\d+)-shot", p).group(1))):
+        columns[protocol.rpartition("/")[2]] = (protocol, "accuracy")
+    main = SENTIMENT.protocol(comparison)
+    columns |= {
+        "all templates": (main, "accuracy_mean"),
+        "worst template": (main, "template_lowest"),
+        "best template": (main, "template_highest"),
+        "sd over templates": (main, "template_spread"),
+        "sd over draws": (main, "draw_spread"),
+        "answers “positive”": (main, "positive_rate"),
+    }
+    columns |= {
+        p: (p, "accuracy") for p in comparison.protocols if "precedent" in p and _has(comparison, p, "accuracy")
+    }
+    return _result("sentiment", _columns(comparison, columns), protocol=main, majority=majority_class(comparison))
+
+
+def _has(comparison: Comparison, protocol: str, metric: str) -> bool:
+    return any(comparison.metric(model, protocol, metric) for model in comparison.models)
+
+
+def tasks(comparison: Comparison) -> Result:
+    """What is generated or preferred: word problems, instructions, preferences, with what went unanswered."""
+    problems, answers = PROBLEMS.protocol(comparison), RESPONSE_LOSS.protocol(comparison)
+    pairs = PREFERENCES.protocol(comparison)
+    columns: dict[str, tuple[str | None, str]] = {
+        "Problems, strict": (problems, "exact_match"),
+        "Problems, last number": (problems, "flexible_match"),
+        "no strict answer": (problems, "invalid"),
+        "Instructions, exact": (answers, "exact_match"),
+        "Response loss (nats/token)": (answers, "response_loss"),
+        "Preferences": (pairs, "accuracy"),
+        "Preferences, per token": (pairs, "accuracy_per_token"),
+        "Reward margin": (pairs, "reward_margin"),
+        "KL to SFT (nats/token)": (pairs, "kl"),
+    }
+    protocols_ = {"problems": problems, "instructions": answers, "preferences": pairs}
+    return _result("tasks", _columns(comparison, columns), protocols=protocols_)
+
+
+def protocols(comparison: Comparison) -> Result:
+    """The same models under every definition of perplexity that was run."""
+    columns: dict[str, tuple[str, str]] = {}
+    for protocol in comparison.protocols:
+        names = dict.fromkeys(
+            name
+            for model in comparison.models
+            for name in comparison.evaluations(model).get(protocol, {}).get("metrics", {})
+        )
+        for metric in names:
+            short = protocol.rpartition("/")[2]
+            if metric == "word_perplexity" or (metric == "perplexity" and "word_perplexity" not in names):
+                title = "per word" if metric == "word_perplexity" else "per token"
+                columns[f"{short} ({title})"] = (protocol, metric)
+        if "bits_per_byte" in names and "word_perplexity" in names:
+            columns[f"{protocol.rpartition('/')[2]} (bits/byte)"] = (protocol, "bits_per_byte")
+    rows = []
+    for model in comparison.models:
+        row: dict[str, Any] = {"Model": comparison.name(model)}
+        shown = []
+        for title, (protocol, metric) in columns.items():
+            value = comparison.metric(model, protocol, metric)
+            measure = BITS_PER_BYTE if metric == "bits_per_byte" else PERPLEXITY
+            row[title] = measure.text(value, with_interval=False)
+            if value is not None and metric != "bits_per_byte":
+                shown.append(value.value)
+        row["largest / smallest"] = f"{max(shown) / min(shown):.2f}" if len(shown) > 1 else None
+        rows.append(row)
+    return _result("protocols", rows if columns else [])
+
+
+def stage_evolution(comparison: Comparison) -> Result:
+    """Each stage's value, its change from the stage before and since pretraining, always on the same items."""
+    present = [stage for stage in models.LINEAGE if stage in comparison.models]
+    steps = [(m, a, b) for m in STAGED for a, b in pairwise(present)]
+    changes = dict(zip(steps, adjust(difference(comparison, *step) for step in steps), strict=True))
+    totals = {
+        (measure, stage): difference(comparison, measure, present[0], stage)
+        for measure in STAGED
+        for stage in present[2:]
+    }
+    rows, found = [], []
+    for measure in STAGED:
+        for place, stage in enumerate(present):
+            value = measure.value(comparison, stage)
+            if value is None:
+                continue
+            change = changes.get((measure, present[place - 1], stage)) if place else None
+            total = totals.get((measure, stage))
+            rows.append(
+                {
+                    "Measure": _heading(measure),
+                    "Stage": comparison.name(stage),
+                    "Value": measure.text(value),
+                    "Change from the stage before": change.text if change else None,
+                    "p (Holm)": change.p_text if change else None,
+                    "Verdict": change.verdict if change else None,
+                    "Change since pretraining": total.text if total else None,
+                }
+            )
+            found += [one.values() for one in (change, total) if one is not None]
+    return _result("stages", rows, differences=found)
+
+
+def stage_changes(comparison: Comparison) -> list[Difference]:
+    """The differences of `stage_evolution`'s table, adjusted as there."""
+    present = [stage for stage in models.LINEAGE if stage in comparison.models]
+    steps = [(m, a, b) for m in STAGED for a, b in pairwise(present)]
+    return [one for one in adjust(difference(comparison, *step) for step in steps) if one is not None]
+
+
+def against(comparison: Comparison, baseline: str, subjects: tuple[str, ...] = models.LINEAGE) -> list[Difference]:
+    """Each subject against a baseline on every measure any two models share, adjusted together."""
+    if baseline not in comparison.models:
+        return []
+    subjects = tuple(model for model in subjects if model in comparison.models and model != baseline)
+    pairs = [difference(comparison, measure, baseline, model) for measure in COMPARED for model in subjects]
+    return [one for one in adjust(pairs) if one is not None]
+
+
+def standing(comparison: Comparison, baseline: str = "gpt2") -> Result:
+    """Where our stages match, exceed or lag a baseline."""
+    found = against(comparison, baseline)
+    return _result(
+        f"against-{baseline}", _standing_rows(comparison, found), differences=[one.values() for one in found]
+    )
+
+
+def _standing_rows(comparison: Comparison, found: list[Difference]) -> list[dict[str, Any]]:
+    return [
+        {
+            "Measure": _heading(one.measure),
+            "Model": comparison.name(one.b),
+            "Value": one.measure.text(one.measure.value(comparison, one.b)),
+            f"{comparison.name(one.a)}": one.measure.text(one.measure.value(comparison, one.a)),
+            "Difference": one.text,
+            "p (Holm)": one.p_text,
+            "Verdict": one.verdict,
+        }
+        for one in found
+    ]
+
+
+def distilgpt2(comparison: Comparison) -> Result:
+    """DistilGPT-2 against its teacher, and our stages against DistilGPT-2."""
+    others = ("gpt2", *models.LINEAGE)
+    found = against(comparison, "distilgpt2", others)
+    return _result("distilgpt2", _standing_rows(comparison, found), differences=[one.values() for one in found])
+
+
+# Training and speed --------------------------------------------------------------------------------------------------
+
+
+def stability(comparison: Comparison) -> Result:
+    """How each stage's loss went."""
+    rows = []
+    for curve in training.curves(comparison):
+        heldout = None
+        if curve.heldout_start is not None and curve.heldout_end is not None:
+            heldout = f"{plain(curve.heldout_start, 3)} → {plain(curve.heldout_end, 3)}"
+        rows.append(
+            {
+                "Stage": comparison.name(curve.stage),
+                "Steps": curve.steps,
+                "Training loss": f"{plain(curve.start, 3)} → {plain(curve.end, 3)}",
+                "Held-out loss": heldout,
+                "Largest setback (nats)": plain(curve.setback, 3),
+                "Steady": "yes" if curve.stable else "no",
+            }
+        )
+    return _result("stability", rows)
+
+
+def efficiency(comparison: Comparison, price_per_hour: float | None = None, currency: str = "USD") -> Result:
+    """Tokens, time and cost of each stage. Without a price the cost is not stated."""
+    rows = []
+    total_seconds = 0.0
+    for one in training.trainings(comparison):
+        total_seconds += one.seconds
+        cost = None if price_per_hour is None else one.seconds / 3600 * price_per_hour
+        rows.append(
+            {
+                "Stage": comparison.name(one.stage),
+                "Tokens": one.tokens,
+                "Time": f"{duration(one.seconds)} ({one.timed})",
+                "Tokens per hour": compact(one.tokens_per_hour),
+                "GFLOP/s (6N)": plain(one.flops_per_second / 1e9, 1) if one.flops_per_second else None,
+                "Share of peak": percent(one.mfu) if one.mfu is not None else "peak not known",
+                "Device": one.device,
+                "Cost": "not stated" if cost is None else f"{plain(cost)} {currency}",
+            }
+        )
+    return _result("efficiency", rows, seconds=total_seconds, price_per_hour=price_per_hour)
+
+
+def speed(comparison: Comparison) -> Result:
+    """Generation speed of every model, from the speed protocol."""
+    rows = []
+    for protocol in comparison.protocols:
+        if not protocol.startswith("speed"):
+            continue
+        for model in comparison.models:
+            metrics = comparison.evaluations(model).get(protocol, {}).get("metrics", {})
+            if metrics:
+                rows.append(
+                    {"Model": comparison.name(model)}
+                    | {_speed_title(name): _rate(entry) for name, entry in metrics.items()}
+                )
+    return _result("speed", rows, by_turns=measured_by_turns(comparison))
+
+
+def measured_by_turns(comparison: Comparison) -> bool:
+    """Whether the models' timings alternated in one process; only then do their speeds compare."""
+    timed = [comparison.evaluations(model).get("speed") for model in comparison.models]
+    others = [record["settings"].get("measured_by_turns_with") for record in timed if record]
+    return bool(others) and all(others)
+
+
+def _speed_title(name: str) -> str:
+    """ "decode_b8" -> "decoding, batch 8"."""
+    phase, _, batch = name.partition("_b")
+    return f"{ {'prefill': 'prompt', 'decode': 'decoding'}.get(phase, phase) }, batch {batch}" if batch else name
+
+
+def _rate(entry: dict[str, Any]) -> str:
+    bounds = [None if entry.get(key) is None else compact(entry[key]) for key in ("low", "high")]
+    return interval(compact(entry["value"]), *bounds)
+
+
+# Provenance ----------------------------------------------------------------------------------------------------------
+
+
+def provenance(comparison: Comparison) -> Result:
+    """Where every result comes from: fingerprint, weights, commit, machine."""
+    rows = []
+    for name, record in comparison.records.items():
+        if not name.startswith("stage/"):
+            continue
+        facts = record.values
+        git = facts.get("git") or {}
+        commit = f"{git['commit'][:10]}{' + changes' if git.get('dirty') else ''}" if git.get("commit") else None
+        hardware = facts.get("hardware") or {}
+        weights = facts.get("weights_sha256")
+        rows.append(
+            {
+                "Stage": name.partition("/")[2],
+                "Notebook": record.notebook,
+                "Fingerprint": (facts.get("fingerprint") or {}).get("digest", "")[:12] or None,
+                "Weights (SHA-256)": weights[:12] if weights else None,
+                "Commit": commit,
+                "Machine": _machine(hardware),
+                "Wall time": duration(facts["wall_seconds"]) if facts.get("wall_seconds") is not None else None,
+            }
+        )
+    return _result("provenance", rows)
+
+
+def _machine(hardware: dict[str, Any]) -> str | None:
+    parts = [*(hardware.get("gpu") or []), hardware.get("cpu")]
+    shown = ", ".join(part for part in parts if part)
+    return f"{shown} ({hardware['cores']} cores)" if shown and hardware.get("cores") else shown or None
