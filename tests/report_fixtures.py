@@ -1,0 +1,309 @@
+"""A fake finished run: executed notebooks with records, checkpoints, run.json and per-item results, made in a
+second."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+from threefold import records
+from threefold.evaluation import statistics
+
+MODELS = ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")
+NOTEBOOKS = {
+    "data": "00_data",
+    "pretrain": "01_pretrain",
+    "gpt2": "01_pretrain-gpt2",
+    "distilgpt2": "01_pretrain-distilgpt2",
+    "sft": "02_sft",
+    "dpo": "03_dpo",
+    "ablations": "05_ablations",
+}
+CONFIG = {
+    "n_layer": 4, "d_model": 128, "n_head": 4, "n_kv_head": -1, "d_ff": 344, "context": 256, "vocab_size": 2048,
+    "norm": "rms", "ffn": "swiglu", "position": "rope", "sinks": 1, "qk_norm": False, "bias": False, "tie_embeddings":
+    True,
+}  # fmt: skip
+GPT2 = CONFIG | {"norm": "layer", "ffn": "gelu", "position": "learned", "sinks": 0, "bias": True, "d_ff": 512}
+PARAMETERS = {"embeddings": 262144, "attention": 262144, "ffn": 528384, "norms": 1152, "positions": 0, "total": 1053824}
+# Nats per token, and shares correct: sentiment, problems, instructions, preferences.
+SKILL = {
+    "random": (7.60, 0.50, 0.0, 0.0, 0.50),
+    "gpt2": (2.30, 0.80, 0.02, 0.0, 0.55),
+    "distilgpt2": (2.55, 0.72, 0.01, 0.0, 0.54),
+    "pretrain": (2.10, 0.90, 0.03, 0.01, 0.56),
+    "sft": (2.20, 0.91, 0.92, 0.75, 0.70),
+    "dpo": (2.22, 0.91, 0.91, 0.74, 0.90),
+}
+
+
+def output(name: str, values: dict, markdown: str | None = None, figure=None, text: str | None = None):
+    """One display output as `records.publish` makes it."""
+    data, metadata = records.bundle(name, values, markdown=markdown, figure=figure, text=text)
+    return nbformat.v4.new_output("display_data", data=data, metadata=metadata)
+
+
+def cell(source: str, *outputs):
+    made = nbformat.v4.new_code_cell(source)
+    made.outputs = list(outputs)
+    return made
+
+
+def notebook(path: Path, *cells) -> Path:
+    made = nbformat.v4.new_notebook(cells=list(cells))
+    made.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(made, path)
+    return path
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _metric(interval, unit: str) -> dict:
+    value, low, high, n = interval
+    return {"value": float(value), "low": low, "high": high, "n": n, "unit": unit, "interval": "test"}
+
+
+def _share(correct, unit="accuracy") -> dict:
+    return _metric(statistics.wilson(float(np.sum(correct)), len(correct)), unit)
+
+
+def evaluations(
+    model: str, skill, *, source: str = "sample", n: int = 300, seed: int = 0, tokenizer: str = "bpe"
+) -> dict:
+    """protocol -> (metrics, items, settings) of one model; items are the same for all models, answers depend on
+    `seed`."""
+    world, generator = np.random.default_rng(7), np.random.default_rng(seed)
+    nats, sentiment, problems, instructions, preferences = skill
+    settings = {
+        "version": 1, "parameters": PARAMETERS["total"], "precision": "float32", "context": 256, "vocabulary": 2048,
+        "tokenizer_sha256": sha(tokenizer),
+        "data": {"source": f"{source}-text", "split": "test", "subsampled": source != "sample", "examples": 40},
+    }  # fmt: skip
+    found = {}
+    tokens = world.integers(200, 900, 40)
+    hard = world.normal(0, 0.1, 40)
+    for protocol, extra in (("disjoint-256", 0.0), ("stride-128", -0.1), ("lines-100", 0.4)):
+        loss = nats + extra + hard + generator.normal(0, 0.01, 40)
+        items = pd.DataFrame({"document": np.arange(40), "nats": loss * tokens, "tokens": tokens, "bytes": 4 * tokens})
+        options = {"resamples": 500}
+        metrics = {
+            "perplexity": _metric(
+                statistics.bootstrap_ratio(items.nats, items.tokens, transform=np.exp, **options),
+                "perplexity per token",
+            ),
+            "bits_per_byte": _metric(
+                statistics.bootstrap_ratio(items.nats, items.bytes, transform=lambda x: x / np.log(2), **options),
+                "bits per byte",
+            ),
+        }
+        if protocol == "lines-100":
+            metrics["word_perplexity"] = _metric((np.exp(1.3 * nats), None, None, 40), "perplexity per word")
+        found[f"{source}-text/{protocol}"] = (metrics, items, settings | {"documents": 40})
+    difficulty = world.random(n)
+    labels = world.integers(0, 2, n)
+    for shots in (0, 3):
+        frames = []
+        for place, template in enumerate(("lm-eval", "review", "movie")):
+            for draw in range(1 if shots == 0 else 2):
+                level = max(0.5, sentiment - 0.04 * place) if model != "random" else 0.5
+                correct = difficulty + generator.normal(0, 0.05, n) < level
+                frames.append(
+                    pd.DataFrame(
+                        {"item": np.arange(n), "template": template, "draw": draw, "label": labels, "correct": correct}
+                    )
+                )
+        items = pd.concat(frames, ignore_index=True)
+        by_template = items.groupby("template").correct.mean()
+        first = items[items.template == "lm-eval"].groupby("item").correct.mean()
+        metrics = {
+            "accuracy": _metric(statistics.bootstrap_mean(first, resamples=500), "accuracy"),
+            "accuracy_mean": _metric(statistics.bootstrap_mean(items.correct, items.item, resamples=500), "accuracy"),
+            "template_spread": _metric((by_template.std(), None, None, 3), "sd of accuracy over templates"),
+            "template_lowest": _metric((by_template.min(), None, None, n), "accuracy"),
+            "template_highest": _metric((by_template.max(), None, None, n), "accuracy"),
+        }
+        found[f"{source}-sentiment/{shots}-shot"] = (metrics, items, settings | {"items": n, "majority_accuracy": 0.51})
+    found[f"{source}-sentiment/precedent-3-shot"] = ({"accuracy": _share(first[:200])}, items[:200], settings)
+    correct = difficulty + generator.normal(0, 0.02, n) < problems
+    items = pd.DataFrame({"item": np.arange(n), "correct": correct})
+    metrics = {"exact_match": _share(correct, "exact match"), "flexible_match": _share(correct, "exact match")}
+    metrics["invalid"] = _share(~correct, "share of items")
+    found[f"{source}-problems/5-shot"] = (metrics, items, settings | {"items": n})
+    answered = pd.array([bool(x) for x in difficulty[:100] < instructions] + [None] * (n - 100), dtype="boolean")
+    reply = world.integers(5, 30, n)
+    items = pd.DataFrame({"item": np.arange(n), "nats": reply * (0.5 * nats), "tokens": reply, "correct": answered})
+    metrics = {
+        "response_loss": _metric(statistics.bootstrap_ratio(items.nats, items.tokens, resamples=500), "nats per token"),
+        "exact_match": _share(difficulty[:100] < instructions, "exact match"),
+    }
+    found[f"{source}-instructions/responses"] = (metrics, items, settings | {"items": n})
+    correct = np.where(difficulty + generator.normal(0, 0.1, n) < preferences, 1.0, 0.0)
+    items = pd.DataFrame({"item": np.arange(n), "correct": correct})
+    metrics = {"accuracy": _share(correct)}
+    if model in ("sft", "dpo"):
+        metrics["kl"] = _metric((0.0 if model == "sft" else 0.05, None, None, n), "nats per token")
+    found[f"{source}-preferences/preferences"] = (metrics, items, settings | {"pairs": n})
+    rows = [
+        {"repeat": r, "batch": b, "phase": phase, "tokens_per_second": rate * b * (1 + 0.01 * r)}
+        for r in range(5)
+        for b in (1, 8)
+        for phase, rate in (("prefill", 9000.0), ("decode", 250.0 if model != "distilgpt2" else 480.0))
+    ]
+    items = pd.DataFrame(rows)
+    metrics = {}
+    for (phase, batch), group in items.groupby(["phase", "batch"], sort=False):
+        low, value, high = np.quantile(group.tokens_per_second, [0.25, 0.5, 0.75])
+        metrics[f"{phase}_b{batch}"] = _metric((value, float(low), float(high), 5), "tokens per second")
+    others = [one for one in MODELS if one != model]
+    found["speed"] = (
+        metrics,
+        items,
+        {"version": 1, "measured_by_turns_with": others, "parameters": PARAMETERS["total"]},
+    )
+    return found
+
+
+def stage_values(stage: str, weights: str | None, tokens: int | None = None, sources=("sample-text",)) -> dict:
+    return {
+        "stage": stage,
+        "fingerprint": {
+            "digest": sha(f"fingerprint {stage}"),
+            "stage": stage,
+            "config": {"data": {stage: [{"source": name, "split": "train"} for name in sources]}},
+        },
+        "git": {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False},
+        "hardware": {"cpu": "Test CPU", "cores": 2, "memory_gib": 8.0, "gpu": []},
+        "wall_seconds": 31.5,
+        "device_seconds": 30.0 if tokens else None,
+        "tokens": tokens,
+        "outputs": {"model.safetensors": weights} if weights else {},
+        "weights_sha256": weights,
+        "started": "2026-01-01T00:00:00+00:00",
+        "finished": "2026-01-01T00:00:31+00:00",
+    }
+
+
+def make_run(
+    folder: Path,
+    *,
+    skills: dict | None = None,
+    source: str = "sample",
+    seeds: dict[str, int] | None = None,
+    hub: tuple[str, ...] = (),
+    ablations: bool = True,
+    tokenizers: dict[str, str] | None = None,
+) -> Path:
+    """Write a whole run to `folder` and return it.
+
+    skills: as SKILL, to change what models can do. seeds: noise of each model's answers; equal seeds and skills make
+    equal results. hub: baselines without a stage of their own. tokenizers: for models that have another one.
+    """
+    skills = SKILL | (skills or {})
+    notebooks = folder / "notebooks"
+    small = "| a | b |\n|---|---|\n| 1 | 2 |"
+    head = "#| label: tbl-{0}\n#| tbl-cap: The {0}.\nshow()"
+    data_cells = [
+        cell(head.format("sources"), output("data/sources", {"rows": []}, small)),
+        cell(head.format("tokenizer"), output("tokenizer", {"kind": "train"}, small)),
+        cell("finish()", output("stage/data", stage_values("data", None), "done")),
+    ]
+    notebook(notebooks / "00_data.ipynb", *data_cells)
+    steps = np.arange(1, 101)
+    for stage in ("pretrain", "gpt2", "distilgpt2", "sft", "dpo"):
+        if stage in hub:
+            continue
+        weights = f"weights of {stage}"
+        (folder / stage).mkdir(parents=True, exist_ok=True)
+        (folder / stage / "model.safetensors").write_text(weights)
+        values = stage_values(stage, sha(weights), 400_000 if stage in ("sft", "dpo") else 2_500_000)
+        (folder / stage / "run.json").write_text(json.dumps(values))
+        start, end = (0.69, 0.40) if stage == "dpo" else (7.5, skills[stage][0])
+        loss = end + (start - end) * np.exp(-steps / 15) + np.random.default_rng(3).normal(0, 0.02, 100)
+        curve = {
+            "step": steps.tolist(), "tokens": (steps * values["tokens"] // 100).tolist(), "loss": loss.tolist(),
+            "lr": [0.003] * 100, "heldout": {"step": [1, 100], "loss": [start, end]},
+        }  # fmt: skip
+        config = GPT2 if stage in ("gpt2", "distilgpt2") else CONFIG
+        notebook(
+            notebooks / f"{NOTEBOOKS[stage]}.ipynb",
+            cell("model()", output(f"model/{stage}", {"parameters": PARAMETERS, "config": config}, "model")),
+            cell("curve()", output(f"curve/{stage}", curve, "curve")),
+            cell("finish()", output(f"stage/{stage}", values, "done")),
+        )
+    for index, model in enumerate(MODELS):
+        noise, tokenizer = (seeds or {}).get(model, index), (tokenizers or {}).get(model, "bpe")
+        found = evaluations(model, skills[model], source=source, seed=noise, tokenizer=tokenizer)
+        cells = []
+        items_folder = folder / "evaluation" / model / "items"
+        items_folder.mkdir(parents=True, exist_ok=True)
+        for protocol, (metrics, items, settings) in found.items():
+            file = items_folder / f"{protocol.replace('/', '_')}.parquet"
+            items.to_parquet(file, index=False)
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            values = {
+                "model": model, "protocol": protocol, "weights_sha256": sha(f"weights of {model}"), "metrics": metrics,
+                "settings": settings,
+                "items": {"file": file.name, "sha256": content, "rows": len(items)},
+            }  # fmt: skip
+            cells.append(cell("evaluate()", output(f"evaluation/{model}/{protocol}", values, "evaluated")))
+        notebook(notebooks / f"04_evaluate-{model}.ipynb", *cells)
+    if ablations:
+        base = {"variant": "base", "heldout_loss": [2.10, 2.12, 2.11], "tokens_per_second": [9000.0, 9100.0, 9050.0]}
+        layer = {
+            "variant": "norm=layer",
+            "heldout_loss": [2.101, 2.119, 2.112],
+            "tokens_per_second": [8800.0, 8870.0, 8840.0],
+        }
+        gelu = {
+            "variant": "ffn=gelu",
+            "heldout_loss": [2.18, 2.205, 2.19],
+            "tokens_per_second": [9300.0, 9400.0, 9350.0],
+        }
+        cells = [
+            cell("ablate()", output(f"ablation/{v['variant'].replace('=', '-')}", v, "x")) for v in (base, layer, gelu)
+        ]
+        notebook(notebooks / "05_ablations.ipynb", *cells)
+    return folder
+
+
+def execute_compare(run: Path, script: Path) -> Path:
+    """Execute the percent script of 06_compare against a fake run without a kernel, and write the executed notebook."""
+    import jupytext
+    from threefold.comparison import Comparison
+    from threefold.comparison import results as comparison_results
+
+    source = jupytext.read(script)
+    shown: list = []
+
+    def publish(name, values, **options):
+        shown.append(output(name, values, **options))
+
+    class Stage:
+        class run:
+            name = "fake"
+
+        class preset:
+            name = "smoke"
+
+    namespace = {"comparison": Comparison.load(run), "stage": Stage}
+    exec("from threefold.comparison import claims, figures, insights, tables", namespace)
+    original, comparison_results.records.publish = comparison_results.records.publish, publish
+    try:
+        for entry in source.cells:
+            if entry.cell_type != "code":
+                continue
+            entry.outputs = []
+            if ".publish()" in entry.source:
+                shown.clear()
+                exec(entry.source, namespace)
+                entry.outputs = list(shown)
+    finally:
+        comparison_results.records.publish = original
+    path = run / "notebooks" / "06_compare.ipynb"
+    notebook(path, *source.cells)
+    return path
