@@ -222,6 +222,27 @@ def test_scoring_covers_every_row_once_in_one_shape():
     assert (batches[-1].targets_BT[3] == IGNORE).all()
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 12), st.integers(0, 99))
+def test_stratified_epochs_are_permutations_of_even_batches(n, batch_size, seed):
+    lengths = np.random.default_rng(seed).integers(1, 1000, n)
+    batches = list(shuffled(n, batch_size, seed, 2 * n, 0, lengths))
+    order = np.concatenate(batches)
+    for epoch in range(2 * batch_size):
+        assert sorted(order[epoch * n : (epoch + 1) * n].tolist()) == list(range(n))
+    resumed = next(shuffled(n, batch_size, seed, 2 * n, n, lengths))
+    assert resumed.tolist() == batches[n].tolist()
+
+
+def test_stratified_batches_are_of_about_the_same_size():
+    lengths = np.random.default_rng(0).exponential(300, 1600).astype(np.int64) + 1
+    totals = {
+        name: np.array([lengths[index].sum() for index in shuffled(1600, 16, 1, 100, 0, by)])
+        for name, by in (("random", None), ("stratified", lengths))
+    }
+    assert totals["stratified"].std() < 0.35 * totals["random"].std()
+
+
 def test_a_batch_larger_than_the_data():
     assert [len(set(index.tolist())) for index in shuffled(3, 8, 0, 2, 0)] == [3, 3]
 

@@ -273,6 +273,13 @@ resolved = sources.resolve(config, {data!r})
 out = {{"kind": resolved.kind, "revision": resolved.revision, "content": resolved.content}}
 out["items"] = sources.load(config, {data!r})
 """
+FORGED = """
+sources._revisions_file().write_text(json.dumps({"openai/gsm8k": "c" * 40}))
+try:
+    sources.resolve(config)
+except ThreefoldError as error:
+    out = {"loaded": out, "error": str(error)}
+"""
 FILES = {
     "README.md": card("main", ["train", "test"]),
     "main/train-00000-of-00001.parquet": parquet([problem(i) for i in range(3)]),
@@ -292,17 +299,14 @@ def test_the_hub_its_cache_and_the_recorded_commit(tmp_path):
             "items": items,
         }
         assert json.loads((tmp_path / "cache" / "revisions.json").read_text()) == {"openai/gsm8k": COMMIT}
-        # The hub moves on; the recorded commit stays, from the cache and, on another machine's cache, from the hub.
+        # The hub moves on; the recorded commit stays, from the hub with an empty cache, and from the cache. A commit
+        # that the hub no longer has is an error, not another commit.
         hub.commits.append(LATER)
-        assert in_process(load, tmp_path, HF_ENDPOINT=hub.url) == first | {"kind": "cache"}
         assert in_process(load, tmp_path, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "other")) == first
-        # A commit that the hub no longer has is an error, not another commit.
-        (tmp_path / "cache" / "revisions.json").write_text(json.dumps({"openai/gsm8k": "c" * 40}))
-        gone = in_process(load, tmp_path, HF_ENDPOINT=hub.url)["error"]
-        assert (
-            f"(2) the Hugging Face cache has no openai/gsm8k, config main at commit cccccccccccc, only {COMMIT[:12]}"
-            in gone
-        )
+        both = in_process(load + FORGED, tmp_path, HF_ENDPOINT=hub.url)
+        assert both["loaded"] == first | {"kind": "cache"}
+        gone = both["error"]
+        assert f"cache has no openai/gsm8k, config main at commit cccccccccccc, only {COMMIT[:12]}; (3)" in gone
         assert "(3) the hub did not give openai/gsm8k at cccccccccccc (RevisionNotFoundError" in gone
     # Without a network, and with nothing recorded: what the cache holds is taken and recorded.
     (tmp_path / "cache" / "revisions.json").unlink()

@@ -115,12 +115,9 @@ def test_training_is_deterministic(trained):
         "from threefold.data.tokenizer import build_tokenizer, tokenizer_hash\n"
         f"print(tokenizer_hash(build_tokenizer(TokenizerConfig(vocab_size=400), {TEXTS!r})))"
     )
-    for seed, threads in (("1", "1"), ("2", "2")):
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads}
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-        )
-        assert done.stdout.strip() == tokenizer_hash(trained)
+    environment = {**os.environ, "PYTHONHASHSEED": "2", "RAYON_NUM_THREADS": "2"}
+    output = subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
+    assert output.strip() == tokenizer_hash(trained)
 
 
 def test_impossible_sizes():
@@ -138,7 +135,7 @@ def test_the_sample_fills_a_tokenizer():
 
 
 @real
-@pytest.mark.parametrize("sinks", [0, 1, 4])
+@pytest.mark.parametrize("sinks", [0, 2])
 def test_gpt2_keeps_its_ids(sinks, tmp_path):
     tokenizer = build_tokenizer(TokenizerConfig(kind="gpt2"), sinks=sinks, data_dir=DATA)
     assert sink_ids(tokenizer) == list(range(50257, 50257 + sinks))

@@ -25,7 +25,7 @@ from threefold.data.wikitext import articles, split_lines
 from threefold.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"  # separates documents in plain text files, as in TinyStories' own
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+ASSISTANT = "\n\nAssistant:"
 REVIEWS_A_DOCUMENT = (4, 8)
 TABULAR = (".jsonl", ".json", ".tsv", ".parquet")
 PLAIN = (".txt", ".raw", ".tokens", ".text", ".md")
@@ -275,8 +275,8 @@ def read_files(reader: str, paths: Iterable[Path]) -> Iterator:
 def shared_prompt(chosen: str, rejected: str) -> str:
     """The dialogue both sides begin with, up to and including its last "\\n\\nAssistant:"; "" if there is none.
 
-    Mostly the sides differ in their last turn only. Where one goes on beyond a further mark (14 of 4,666 pairs of the two
-    base test files) the prompt ends where they part, and the rest of each dialogue is its response.
+    Mostly the sides differ in their last turn only. Where one goes on beyond a further mark (14 of 4,666 pairs of the
+    two base test files) the prompt ends where they part, and the rest of each dialogue is its response.
     """
     low, high = 0, min(len(chosen), len(rejected))
     while low < high:  # bisection: comparing slices is fast, comparing characters in Python is not

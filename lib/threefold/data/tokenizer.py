@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from threefold.config import TokenizerConfig
 from threefold.data.packing import Documents
+from threefold.data.sources import gpt2_tokenizer_file
 from threefold.errors import DataError, SourceError
 from threefold.provenance import sha256_json
 
@@ -49,11 +50,13 @@ def build_tokenizer(
     if config.kind == "gpt2":
         backend = _gpt2(data_dir)
     else:
-        backend = train_bpe(texts, config.vocab_size, [EOS, *sink_tokens(sinks)])
+        backend = train_bpe(texts, config.vocab_size, [EOS, *sink_tokens(sinks)], config.split_digits)
     return wrap(backend, sinks, context)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]) -> Tokenizer:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str], split_digits: bool = False
+) -> Tokenizer:
     """A byte-level BPE (Sennrich et al. 2016; GPT-2's splitting into words) whose ids begin with the special tokens.
 
     Raises DataError if vocab_size cannot be reached on these texts or is smaller than bytes and special tokens
@@ -65,7 +68,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[st
             f"tokenizer.vocab_size = {vocab_size}: at least {least} (256 bytes and {len(special_tokens)} special)"
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    splitting = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split_digits:
+        splitting = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), splitting])
+    tokenizer.pre_tokenizer = splitting
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -178,8 +184,6 @@ def _context(tokenizer: PreTrainedTokenizerFast) -> int | None:
 
 
 def _gpt2(data_dir: str | Path) -> Tokenizer:
-    from threefold.data.sources import gpt2_tokenizer_file
-
     file = gpt2_tokenizer_file(data_dir)
     tokenizer = Tokenizer.from_file(str(file))
     if tokenizer.get_vocab_size() != 50257 or tokenizer.token_to_id(EOS) != 50256:
