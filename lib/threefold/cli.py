@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
     report = command("report", _report, "render a run's report")
     report.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
+    report.add_argument("--data-dir", default="", metavar="FOLDER", help="local data folder (default: as in the run)")
     mode = report.add_mutually_exclusive_group()
     mode.add_argument(
         "--publish", action="store_true", help="make the run the published one in report/, render nothing"
@@ -232,7 +233,14 @@ def _report(options: argparse.Namespace) -> int:
         report.require(paths.REPORT)
         print("report/: everything it embeds, quotes and cites is there")
         return 0
-    run = _open(options.run)
+    from threefold.pipeline.staleness import survey
+
+    run = _open(options.run, options.data_dir)
+    behind = [name for name, state in survey(run).items() if state.kind != "fresh"]
+    if behind and run.finished("compare") is not None:
+        print(
+            f"threefold: the report shows an earlier state of {', '.join(behind)}: `threefold status`", file=sys.stderr
+        )
     if options.publish:
         published = report.publish(run)
         print(f"report/executed: {len(published)} notebooks of run {run.name}")
@@ -289,8 +297,11 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     folder = _checkpoint(options)
+    from transformers.utils import logging
+
     from threefold.model import export
 
+    logging.disable_progress_bar()
     kind = export(folder, options.out)
     print(
         f"{options.out}: stage {options.stage} of run {options.run} as {kind}, its logits checked against transformers'"

@@ -8,7 +8,7 @@ import re
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from threefold import paths
@@ -122,26 +122,6 @@ def clean(
     return notebook
 
 
-def leaks(notebook: Mapping, private: Mapping[str, str] | None = None) -> list[str]:
-    """Where a notebook still names this machine: "cell 3 output: /home/me/..." for each such text."""
-    patterns = [old for old, _ in _replacements(private or {})]
-    host = _host_pattern(notebook)
-    found = []
-
-    def look(where: str, value: object) -> None:
-        for text in _texts(value):
-            found.extend(f"{where}: {pattern}" for pattern in patterns if pattern in text)
-            if host is not None and (match := host.search(text)):
-                found.append(f"{where}: {match.group()}")
-
-    look("metadata", notebook.get("metadata", {}))
-    for index, cell in enumerate(notebook["cells"]):
-        look(f"cell {index} source", cell.get("source", ""))
-        look(f"cell {index} metadata", cell.get("metadata", {}))
-        look(f"cell {index} output", cell.get("outputs", []))
-    return sorted(set(found))
-
-
 def _replacements(private: Mapping[str, str]) -> list[tuple[str, str]]:
     """(text of this machine, what stands for it), longest first so that a folder wins over its parent."""
     known = {f"{old.rstrip('/')}": new for old, new in private.items() if len(old) > 1}
@@ -163,7 +143,7 @@ def _host_pattern(notebook: Mapping) -> re.Pattern | None:
 
 
 def _map_text(value, function):
-    """`value` with `function` applied to every string in it; keys stay."""
+    """`value` with `function` applied to every string in it, keys too (a source's path is one)."""
     if isinstance(value, str):
         return function(value)
     if isinstance(value, list):
@@ -171,22 +151,10 @@ def _map_text(value, function):
     if isinstance(value, dict):
         # Pictures are base64: long, and a slash in them is no path.
         return {
-            key: item if key.startswith("image/") and key != "image/svg+xml" else _map_text(item, function)
+            function(key): item if key.startswith("image/") and key != "image/svg+xml" else _map_text(item, function)
             for key, item in value.items()
         }
     return value
-
-
-def _texts(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if not (key.startswith("image/") and key != "image/svg+xml"):
-                yield from _texts(item)
 
 
 def _merge_streams(outputs: list[dict]) -> list[dict]:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from threefold import errors, paths, stages
+from threefold import config, errors, paths, stages
 from threefold.errors import MissingInput, RecordError, ThreefoldError
 from threefold.pipeline import cleaning
 from threefold.pipeline.staleness import State, state
@@ -284,7 +284,7 @@ class _Workers:
         partial = self._partial(step)
         partial.parent.mkdir(parents=True, exist_ok=True)
         parameters = {
-            "preset": _preset_from_anywhere(self.run.asked.get("preset", "")),
+            "preset": self._preset,
             "run": self.run.name,
             **({"overrides": self.run.asked["overrides"]} if "overrides" in self.run.asked else {}),
             **step.parameters,
@@ -341,7 +341,11 @@ class _Workers:
                 notebook,
                 input_path=f"notebooks/{step.notebook}.ipynb",
                 output_path=f"runs/{self.run.name}/notebooks/{final.name}",
-                private={self.run.data_dir: "$THREEFOLD_DATA"} if self.run.data_dir else {},
+                private={
+                    **_own_paths(config.to_dict(self.run.preset)),
+                    self._preset: Path(self._preset).name,
+                    self.run.data_dir: "$THREEFOLD_DATA",
+                },
             )
         if kind == "done" and notebook is not None and not raised:
             cleaning.write_notebook(final, notebook)
@@ -377,6 +381,12 @@ class _Workers:
         }
 
     @property
+    def _preset(self) -> str:
+        """A preset's file is named from where the person stands; a notebook is executed in the project's folder."""
+        preset = self.run.asked.get("preset", "")
+        return str(Path(preset).resolve()) if preset.endswith(".toml") or "/" in preset else preset
+
+    @property
     def _address(self) -> str:
         return f"{self._sockets.name}/nursery"
 
@@ -389,9 +399,12 @@ class _Workers:
         shutil.rmtree(self.run.path / ".executing", ignore_errors=True)
 
 
-def _preset_from_anywhere(preset: str) -> str:
-    """A preset's file is named from where the person stands, a notebook is executed in the project's folder."""
-    return str(Path(preset).resolve()) if preset.endswith(".toml") or "/" in preset else preset
+def _own_paths(value: object) -> dict[str, str]:
+    """{absolute path: its last part} of every such path in a preset: own data, own models."""
+    if isinstance(value, str):
+        return {value: Path(value).name} if Path(value).is_absolute() else {}
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return {path: name for part in parts for path, name in _own_paths(part).items()}
 
 
 def _stop(processes: list[subprocess.Popen]) -> None:

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from threefold import provenance, records, stages
+from threefold import records, stages
 from threefold.errors import RecordError, SourceError
 from threefold.provenance import Fingerprint
 from threefold.run import Run
 from threefold.stages import Step
 
+EXECUTION = ("stage", "started", "finished", "wall_seconds", "outputs")  # what tells one execution from another
 Kind = Literal["fresh", "stale", "missing", "failed"]
 
 
@@ -69,6 +70,15 @@ def survey(run: Run) -> dict[str, State]:
     return found
 
 
+def same_execution(published: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Whether a notebook's record of its stage and a run.json come from one execution.
+
+    Not all of them is compared: a path in the configuration (own data, an own model) is cut short in the notebook.
+    """
+    pairs = [(part.get("fingerprint", {}).get("digest"), *map(part.get, EXECUTION)) for part in (published, facts)]
+    return pairs[0] == pairs[1]
+
+
 def _changes(facts: Mapping[str, Any], expected: Fingerprint) -> list[str]:
     """What changed between the inputs a stage was made from and those it would be made from now."""
     made = Fingerprint.from_dict(facts["fingerprint"])
@@ -90,6 +100,6 @@ def _damage(run: Run, step: Step, facts: Mapping[str, Any]) -> list[str]:
     published = records.read(notebook).get(f"stage/{step.name}")
     if published is None:
         return [f"the executed notebook {notebook.name} holds no record stage/{step.name}"]
-    if provenance.sha256_json(published.values) != provenance.sha256_json(facts):
+    if not same_execution(published.values, facts):
         return [f"the executed notebook {notebook.name} is of another execution than {step.name}/run.json"]
     return []

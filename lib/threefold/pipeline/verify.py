@@ -2,6 +2,7 @@
 
 from threefold import provenance, records, stages
 from threefold.errors import RecordError
+from threefold.pipeline.staleness import same_execution
 from threefold.provenance import Fingerprint
 from threefold.run import RUN_FILE, Run
 
@@ -9,8 +10,8 @@ from threefold.run import RUN_FILE, Run
 def verify(run: Run) -> tuple[int, list[str]]:
     """(files read, one line for each thing that does not hold). Only finished stages are looked at.
 
-    Checked: the fingerprint's digest against its components, each output's hash, no output beyond those, the weights
-    against their parents' children, the executed notebook's record against run.json.
+    Checked: the fingerprint's digest against its components, each output's hash, that there is no output beyond those,
+    that a stage was made from the weights its parents now have, and the executed notebook's record against run.json.
     """
     problems: list[str] = []
     files = 0
@@ -52,6 +53,6 @@ def _notebook(run: Run, executed: str, stage: str, facts: dict) -> list[str]:
     record = found.get(f"stage/{stage}")
     if record is None:
         return [f"{name}: no record stage/{stage}"]
-    if provenance.sha256_json(record.values) != provenance.sha256_json(facts):
+    if not same_execution(record.values, facts):
         return [f"{name}: its record stage/{stage} is not what run.json says"]
     return []
