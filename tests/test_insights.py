@@ -122,3 +122,16 @@ def test_numbers_for_prose():
     assert compact(253_000_000) == "253M" and compact(4096) == "4,096" and compact(1.5e9) == "1.5B"
     assert duration(90) == "90.0 s" and duration(600) == "10.0 min" and duration(97_200) == "27.0 h"
     assert listed(["a"]) == "a" and listed(["a", "b", "c"]) == "a, b and c" and listed([]) == ""
+
+
+def test_what_adjustment_took_away_and_what_is_at_zero_is_said(comparison):
+    from threefold.comparison.differences import Difference
+    from threefold.comparison.measures import INSTRUCTIONS, SENTIMENT
+
+    lost = Difference(SENTIMENT, "gpt2", "dpo", 0.05, 0.01, 0.09, 0.03, 300, "x", adjusted=0.12, family=15)
+    (one,) = insights.in_short(comparison, "x", [lost])
+    sentence = one.sentence.replace("\u00a0", " ")
+    assert "no detectable difference in sentiment (+5.0 pp [+1.0, +9.0], yet p = 0.120 adjusted for 15" in sentence
+    assert not one.differs
+    floor = Difference(INSTRUCTIONS, "gpt2", "distilgpt2", 0.0, -0.03, 0.03, 1.0, 100, "x")
+    assert "both 0.0%" in insights.in_short(comparison, "x", [floor])[0].sentence

@@ -65,6 +65,7 @@ tables.architecture(comparison).publish()
 
 # %%
 #| label: fig-loss-curves
+#| fig-alt: "Loss against tokens trained on, one panel for pretraining and the baselines, one for SFT, one for DPO."
 #| fig-cap: "Loss against non-padding tokens. Faint: every logged step; line: running mean over 5% of the steps; dots: held-out loss. DPO's loss is per pair and has another unit."
 figures.loss_curves(comparison).publish()
 
@@ -92,6 +93,7 @@ tables.headline(comparison).publish()
 
 # %%
 #| label: fig-cross-model
+#| fig-alt: "One panel a measure; every model is a point with its interval."
 #| fig-cap: "Every model on the measures that all models share, with 95% intervals. Dashed: the majority class (sentiment) and a coin's throw (preferences)."
 figures.cross_model(comparison).publish()
 
@@ -125,6 +127,7 @@ tables.stage_evolution(comparison).publish()
 
 # %%
 #| label: fig-stages
+#| fig-alt: "One panel a measure; the three stages from left to right with their intervals, the baselines as level lines."
 #| fig-cap: "From pretraining through SFT to DPO, with 95% intervals; level lines are the baselines where they compare."
 figures.stage_evolution(comparison).publish()
 

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from threefold import records
 from threefold.comparison import ablations, training
 from threefold.comparison.differences import difference
 from threefold.comparison.load import Comparison
 from threefold.comparison.measures import PERPLEXITY, PROBLEMS, SENTIMENT, Measure
 from threefold.comparison.results import Result, compact, duration, interval, plain, signed
-from threefold.comparison.tables import measured_by_turns
+from threefold.comparison.tables import markdown_table, measured_by_turns
 from threefold.evaluation import statistics
 
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
@@ -348,7 +347,7 @@ def ledger(comparison: Comparison) -> Result:
         }
         for one in verdicts
     }
-    return Result("comparison/claims", {"claims": values}, markdown=records.table(rows))
+    return Result("comparison/claims", {"claims": values}, markdown=markdown_table(rows))
 
 
 def counts(verdicts: list[Verdict]) -> dict[str, int]:

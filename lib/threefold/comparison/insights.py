@@ -50,15 +50,26 @@ def _values(comparison: Comparison, one: Difference) -> str:
     return f"{one.measure.title.lower()} ({ours} against {theirs}; {one.text}, p{NBSP}{p}, n{NBSP}={NBSP}{one.n:,})"
 
 
-def _equivalent(_: Comparison, one: Difference) -> str:
+def _change(comparison: Comparison, one: Difference) -> str:
+    """The change with its interval, and what a reader needs to take it rightly: both at zero, or the adjusted p."""
+    values = [one.measure.value(comparison, model) for model in (one.b, one.a)]
+    if one.measure.kind == "share" and all(value is not None and value.value == 0 for value in values):
+        return f"both {percent(0)}, {one.text}"
+    outside = one.low is not None and one.high is not None and (one.low > 0 or one.high < 0)
+    if outside and not one.detected:
+        return f"{one.text}, yet p{NBSP}={NBSP}{one.p_text} adjusted for {one.family} comparisons"
+    return one.text
+
+
+def _equivalent(comparison: Comparison, one: Difference) -> str:
     margin = one.measure.change_text(one.measure.margin).removeprefix("+")
-    return f"{one.measure.title.lower()} ({one.text}, margin ±{margin})"
+    return f"{one.measure.title.lower()} ({_change(comparison, one)}, margin ±{margin})"
 
 
-def _unresolved(_: Comparison, one: Difference) -> str:
+def _unresolved(comparison: Comparison, one: Difference) -> str:
     least = smallest_detectable(one)
     able = f"; {one.n:,} items would show {100 * least:.1f} pp" if least else ""
-    return f"{one.measure.title.lower()} ({one.text}{able})"
+    return f"{one.measure.title.lower()} ({_change(comparison, one)}{able})"
 
 
 _WORDS = {BETTER: _values, WORSE: _values, EQUIVALENT: _equivalent, UNRESOLVED: _unresolved}
@@ -126,7 +137,7 @@ def in_short(comparison: Comparison, key: str, found: list[Difference]) -> list[
     for verdict in (BETTER, WORSE, EQUIVALENT, UNRESOLVED):
         part = [one for one in found if one.verdict == verdict]
         if part:
-            shown = [f"{one.measure.title.lower()} ({one.text})" for one in part]
+            shown = [f"{one.measure.title.lower()} ({_change(comparison, one)})" for one in part]
             parts.append(f"{verdict} in {listed(shown)}")
     ours, theirs = (escape(comparison.name(model)) for model in (found[0].b, found[0].a))
     sentence = f"**{ours} against {theirs}**: {'; '.join(parts)}."

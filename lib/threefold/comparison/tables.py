@@ -41,9 +41,21 @@ def _grouped(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
     ]
 
 
-def _result(name: str, rows: list[dict[str, Any]], columns: dict[str, str] | None = None, **values: Any) -> Result:
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """`records.table` that keeps no-break spaces, so that an interval stands on one line."""
+    return records.table(rows, formats=dict.fromkeys(rows[0], _kept))
+
+
+def _kept(value: Any) -> Any:
+    """A text escaped between its no-break spaces; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    return records.Markdown(NBSP.join(records.escape(part) for part in value.split(NBSP)))
+
+
+def _result(name: str, rows: list[dict[str, Any]], **values: Any) -> Result:
     leading = next(iter(rows[0])) if rows else ""
-    shown = records.table(_grouped(rows, leading), columns) if rows else "*Not measured in this run.*"
+    shown = markdown_table(_grouped(rows, leading)) if rows else "*Not measured in this run.*"
     return Result(f"comparison/{name}", {"rows": rows, **values}, markdown=shown)
 
 
@@ -249,9 +261,8 @@ def sentiment(comparison: Comparison) -> Result:
         "sd over draws": (main, "draw_spread"),
         "answers “positive”": (main, "positive_rate"),
     }
-    columns |= {
-        p: (p, "accuracy") for p in comparison.protocols if "precedent" in p and _has(comparison, p, "accuracy")
-    }
+    precedent = [p for p in comparison.protocols if "/precedent" in p and _has(comparison, p, "accuracy")]
+    columns |= {p.rpartition("/")[2]: (p, "accuracy") for p in precedent}
     return _result("sentiment", _columns(comparison, columns), protocol=main, majority=majority_class(comparison))
 
 

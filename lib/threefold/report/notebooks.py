@@ -47,7 +47,7 @@ class Cell:
         if not self.displays:
             return self.caption
         metadata = self.displays[0].get("metadata", {})
-        said = self.options.get("fig-alt") or metadata.get("alt") or metadata.get("image/png", {}).get("alt")
+        said = metadata.get("image/png", {}).get("alt") or self.options.get("fig-alt")
         plain = str(self.displays[0].data.get("text/plain", ""))
         return str(said or ("" if plain.startswith("<") else plain) or self.caption)
 
