@@ -5,6 +5,7 @@ Each command imports what it needs when it runs, so that help and status do not 
 
 import argparse
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("threefold: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has left; there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has left; nor can the rest be flushed
         return 1
     except OSError as error:
         if error.errno not in SURROUNDINGS:
@@ -141,8 +142,6 @@ def _open(name: str, data_dir: str = ""):
 
 def _data_dir(run: str, given: str) -> str:
     """The data folder: as given, else $THREEFOLD_DATA (Run.open reads it), else the one the run was made with."""
-    import os
-
     from threefold import paths
 
     if given or os.environ.get("THREEFOLD_DATA"):

@@ -105,7 +105,7 @@ def execute(
     jobs = jobs or default_jobs()
     began = time.monotonic()
     outcome = Outcome()
-    with _lock(run), _Workers(run, say) as workers:
+    with _lock(run), _Workers(run, jobs, say) as workers:
         check(run, wanted, say)
         waiting = dict(wanted)
         roads = _roads(plan)
@@ -240,8 +240,9 @@ class _Job:
 class _Workers:
     """The worker processes of one run. Leaving the context stops them and everything they started."""
 
-    def __init__(self, run: Run, say: Callable[[str], None]):
+    def __init__(self, run: Run, jobs: int, say: Callable[[str], None]):
         self.run = run
+        self.jobs = jobs
         self.say = say
         self.busy: dict[str, _Job] = {}
         self._idle: list[_Worker] = []
@@ -262,6 +263,7 @@ class _Workers:
 
     def start(self, step: Step, threads: int, *, more: bool) -> None:
         """Begins a stage. more: enough stages follow that their kernels had better come from a nursery."""
+        self._idle = [worker for worker in self._idle if worker.process.poll() is None]
         worker = self._idle.pop() if self._idle else _Worker(self._inbox)
         environment = self._environment(threads)
         if more and self._nursery is None and forking_is_safe():
@@ -275,7 +277,7 @@ class _Workers:
                     stdin=subprocess.PIPE,
                     stdout=2,  # nothing that escapes a kernel belongs between the pipeline's lines
                     pass_fds=[listener.fileno()],
-                    env={**os.environ, **environment},
+                    env={**os.environ, **self._environment(max(1, cores() // self.jobs))},
                     start_new_session=True,
                 )
         else:
