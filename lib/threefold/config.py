@@ -47,6 +47,9 @@ class ModelConfig:
 class TokenizerConfig:
     kind: Literal["train", "gpt2"] = "train"  # train: a byte-level BPE learned on the preset's own pretraining text
     vocab_size: int = 4096  # of a trained tokenizer, special tokens included
+    split_digits: bool = (
+        False  # of a trained tokenizer: every digit is a token of its own, so numbers of any length read alike
+    )
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class SourceConfig:
     source: str = ""  # a name in data/sources.toml
     split: str = "train"
     path: str = ""  # own file or folder instead of a registered source (JSONL, JSON, text, TSV, Parquet)
-    reader: str = ""  # how to read `path`: text, wikitext, stories, instructions, preferences, sentiment, problems
+    # How to read `path`: text, wikitext, wikitext-raw, stories, reviews, instructions, preferences, sentiment, problems
+    reader: str = ""
     max_examples: int = -1
     skip_examples: int = 0  # leave out the first N: lets one split serve two disjoint purposes
 
@@ -655,8 +659,8 @@ def _check_source(source: SourceConfig, where: str, origin: str) -> None:
         raise ConfigError(f"{origin}: {where}: expected either source (a name in data/sources.toml) or path, not both")
     if source.path and not source.reader:
         raise ConfigError(
-            f"{origin}: {where}: a path needs a reader: text, wikitext, stories, instructions, preferences, "
-            "sentiment or problems"
+            f"{origin}: {where}: a path needs a reader: text, wikitext, wikitext-raw, stories, reviews, "
+            "instructions, preferences, sentiment or problems"
         )
 
 
