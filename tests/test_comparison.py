@@ -334,3 +334,10 @@ def test_a_model_keeps_its_colour_in_every_figure(comparison):
     lines = [line for axes in figure.axes for line in axes.get_lines() if line.get_label() == "Threefold pretrain"]
     assert [line.get_color() for line in lines] == [models.colour("pretrain")]
     assert all(axes.get_xlabel() for axes in figure.axes)
+
+
+def test_sentences_and_table_adjust_over_the_same_family(comparison):
+    told = {one["p_adjusted"] for one in tables.distilgpt2(comparison).values["differences"]}
+    assert {one.adjusted for one in tables.against(comparison, "distilgpt2")} == told
+    assert {one.a for one in tables.against(comparison, "distilgpt2")} == {"distilgpt2"}
+    assert {one.b for one in tables.against(comparison, "distilgpt2")} == {"gpt2", "pretrain", "sft", "dpo"}

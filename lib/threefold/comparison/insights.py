@@ -56,7 +56,7 @@ def _change(comparison: Comparison, one: Difference) -> str:
     if one.measure.kind == "share" and all(value is not None and value.value == 0 for value in values):
         return f"both {percent(0)}, {one.text}"
     outside = one.low is not None and one.high is not None and (one.low > 0 or one.high < 0)
-    if outside and not one.detected:
+    if outside and one.verdict == UNRESOLVED:
         return f"{one.text}, yet p{NBSP}={NBSP}{one.p_text} adjusted for {one.family} comparisons"
     return one.text
 

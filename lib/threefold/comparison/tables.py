@@ -360,12 +360,16 @@ def stage_changes(comparison: Comparison) -> list[Difference]:
     return [one for one in adjust(difference(comparison, *step) for step in steps) if one is not None]
 
 
-def against(comparison: Comparison, baseline: str, subjects: tuple[str, ...] = models.LINEAGE) -> list[Difference]:
-    """Each subject against a baseline on every measure any two models share, adjusted together."""
+def against(comparison: Comparison, baseline: str) -> list[Difference]:
+    """Our stages (and DistilGPT-2's teacher) against a baseline on every measure any two models share.
+
+    All of them are one table's family of comparisons, adjusted together.
+    """
+    subjects = (*(("gpt2",) if baseline == "distilgpt2" else ()), *models.LINEAGE)
     if baseline not in comparison.models:
         return []
-    subjects = tuple(model for model in subjects if model in comparison.models and model != baseline)
-    pairs = [difference(comparison, measure, baseline, model) for measure in COMPARED for model in subjects]
+    present = [model for model in subjects if model in comparison.models]
+    pairs = [difference(comparison, measure, baseline, model) for measure in COMPARED for model in present]
     return [one for one in adjust(pairs) if one is not None]
 
 
@@ -394,8 +398,7 @@ def _standing_rows(comparison: Comparison, found: list[Difference]) -> list[dict
 
 def distilgpt2(comparison: Comparison) -> Result:
     """DistilGPT-2 against its teacher, and our stages against DistilGPT-2."""
-    others = ("gpt2", *models.LINEAGE)
-    found = against(comparison, "distilgpt2", others)
+    found = against(comparison, "distilgpt2")
     return _result("distilgpt2", _standing_rows(comparison, found), differences=[one.values() for one in found])
 
 
