@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from threefold.config import ModelConfig, load_preset
 from threefold.errors import ConfigError, DataError
 from threefold.model import Decoder, KVCache, parameter_counts
-from threefold.model.decoder import rotary_tables, rotate, segment_positions
+from threefold.model.decoder import rotary_tables, segment_positions
+from threefold.model.kernels import rms_norm, rotate
 
 BASE = ModelConfig(n_layer=2, d_model=32, n_head=4, d_ff=48, context=64, vocab_size=50)
 GPT2 = {"norm": "layer", "ffn": "gelu", "position": "learned", "bias": True, "sinks": 0}
@@ -338,3 +339,49 @@ def test_impossible_sizes_are_refused(parts, message):
 def test_an_unknown_kernel_is_refused():
     with pytest.raises(ConfigError, match="auto, sdpa, explicit"):
         Decoder(BASE, attention="flash")
+
+
+# Gradients written by hand
+
+
+def rotary(T: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(part.to(dtype).unsqueeze(-2) for part in rotary_tables(torch.arange(T) * 5, width, 100.0))
+
+
+def test_written_gradients_are_the_derivatives():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 5, 3, 8), (8,)))
+    weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, w: rms_norm(a, w, 1e-2), (x.requires_grad_(), weight))
+    assert torch.autograd.gradcheck(lambda a: rms_norm(a, weight.detach(), 1e-2), (x,))
+    assert torch.autograd.gradcheck(lambda a: rotate(a, *rotary(5, 8)), (x,))
+    assert torch.autograd.gradcheck(lambda a: rotate(a.transpose(1, 2), *rotary(3, 8)), (x,)), "any layout"
+
+
+@torch.no_grad()
+def test_written_forms_equal_the_plain_ones_bit_for_bit():
+    x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(8, generator=torch.Generator().manual_seed(1))
+    tables = rotary(5, 8, torch.float32)
+    plain = rms_norm(x, weight, 1e-5), rotate(x, *tables)
+    with torch.enable_grad():
+        written = rms_norm(x.clone().requires_grad_(), weight, 1e-5), rotate(x.clone().requires_grad_(), *tables)
+    for a, b in zip(written, plain, strict=True):
+        assert a.grad_fn is not None and not b.requires_grad
+        torch.testing.assert_close(a.detach(), b, rtol=2e-7, atol=2e-7)
+
+
+def test_a_compiled_model_is_one_graph_that_computes_the_same():
+    """Traced as training compiles it, forward and backward, but run without the minutes of a C++ compiler."""
+    segments = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 3, -1], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+    for parts in ({"n_kv_head": 2, "qk_norm": True}, GPT2):
+        results = []
+        for compiled in (False, True):
+            model = decoder(**parts)
+            hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True, backend="aot_eager")
+            states = (hidden if compiled else model.hidden)(tokens(2, 10), None, segments)
+            states.square().sum().backward()
+            gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            results.append((states.detach(), torch.cat(gradients)))
+        close(results[1][0], results[0][0])
+        close(results[1][1], results[0][1], 1e-4)

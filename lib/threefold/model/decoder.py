@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from threefold.config import ModelConfig
 from threefold.errors import ConfigError, DataError
+from threefold.model.kernels import rms_norm, rotate
 
 SINK, PADDING = 0, -1  # segment numbers that are no document
 ATTENTION_KINDS = ("auto", "sdpa", "explicit")
@@ -52,7 +53,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -71,12 +72,6 @@ def rotary_tables(positions: Tensor, head_width: int, theta: float) -> tuple[Ten
     exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=positions.device) / head_width
     angles = positions[..., None].float() * (1.0 / theta**exponents)
     return angles.cos(), angles.sin()
-
-
-def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + K/2) of a head by its position's angle (rotate-half layout)."""
-    first, second = x_BTHK.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def segment_positions(segments_BT: Tensor) -> Tensor:
