@@ -6,11 +6,13 @@ own tokenizer would put before it (our BOS, nothing for GPT-2); only the positio
 vocabulary.
 """
 
+import copy
 import hashlib
 import importlib.util
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,6 +204,9 @@ class LanguageModel:
                 f"{self.name}: the tokenizer has {len(self.tokenizer)} tokens, the model only "
                 f"{self.backend.vocab_size}: they do not belong together"
             )
+        self._plain = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        self._plain.no_padding()
+        self._plain.no_truncation()
         bare = self.tokenizer("a", add_special_tokens=False).input_ids
         dressed = self.tokenizer("a").input_ids
         at = len(dressed) - len(bare)
@@ -420,20 +425,19 @@ class LanguageModel:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
-        if not texts:
-            return []
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of a text and, for each token, the character at which it ends (never decreasing, last =
         len(text)).
         """
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ends_N = np.array([end for _, end in encoding.offset_mapping], np.int64)
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        ends_N = np.array([end for _, end in encoding.offsets], np.int64)
         ends_N = np.maximum.accumulate(ends_N) if len(ends_N) else ends_N
         if len(ends_N):
             ends_N[-1] = len(text)
-        return np.array(encoding.input_ids, np.int64), ends_N
+        return np.array(encoding.ids, np.int64), ends_N
 
     # Scores -----------------------------------------------------------------------------------------------------------
 
@@ -624,14 +628,16 @@ def sha256_state(model: torch.nn.Module) -> str:
 
 @contextmanager
 def _load_report_as_values() -> Iterator[None]:
-    """transformers logs what did not fit while loading and draws progress bars; here the former is an error instead."""
+    """transformers logs what did not fit while loading and draws progress bars. Here the former is an error instead,
+    and the bars (that of a GGUF file has no switch) would only litter a notebook."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -127,10 +127,11 @@ def lm_eval(
     """`{source}/lm-eval`: lm-evaluation-harness's `wikitext` task, document by document.
 
     Text: each article detokenised (` @-@ ` to `-`, ...). Windows: as long as the model's context; the first begins
-    with the model's BOS (EOS where it has none), each later one with the last token of the window before, and every
-    token is scored. Words and bytes are counted on the article before detokenisation (words: `re.split(r"\\s+",
-    article)`). Equal to lm-eval 0.4 run with `add_bos_token=False` (else it would score the BOS itself). Reproduces
-    GPT-2 124M's word perplexity 37.37 and 0.9769 bits per byte on WikiText-2 raw test.
+    with the model's BOS (EOS where it has none), each later one with the last token of the window before, the last
+    one with as much before it as fills the context, and every token is scored. Words and bytes are counted on the
+    article before detokenisation (words: `re.split(r"\\s+", article)`). Equal to lm-eval 0.4 run with
+    `add_bos_token=False` (else it would score the BOS itself). Reproduces GPT-2 124M's word perplexity 37.37 and
+    0.9769 bits per byte on WikiText-2 raw test.
     """
     name = f"{source}/lm-eval"
     # (document, page): an article is one page but for a few
@@ -152,7 +153,9 @@ def lm_eval(
         tokens[index] = len(ids)
         first = model.context - len(start) + 1
         windows = [(start, ids[:first])]
-        windows += [([ids[at - 1]], ids[at : at + model.context]) for at in range(first, len(ids), model.context)]
+        for at in range(first, len(ids), model.context):
+            end = min(at + model.context, len(ids))
+            windows.append((ids[max(0, end - model.context - 1) : at], ids[at:end]))  # the last one reaches back
         requests += windows
         owners += [index] * len(windows)
     spans = model.token_loglikelihoods(

@@ -87,7 +87,7 @@ def pairs(
         rows["reference_logp_chosen"], rows["reference_logp_rejected"] = reference_N2.T
         rows["reward_margin"] = rewards_N2[:, 0] - rewards_N2[:, 1]
         rows["reward_correct"] = _preferred(rewards_N2)
-        rows["kl"] = _divergence(model, reference, requests[::2])
+        rows["kl"] = _divergence(model, reference, requests[::2], scoring.batch_tokens)
         options = {"resamples": scoring.bootstrap, "seed": scoring.seed}
         margin = statistics.bootstrap_mean(rows["reward_margin"], **options)
         kl = statistics.bootstrap_ratio(rows["kl"], rows["tokens_chosen"], **options)
@@ -132,22 +132,23 @@ def _preferred(values_N2: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * np.sign(values_N2[:, 0] - values_N2[:, 1])
 
 
-def _divergence(model: LanguageModel, reference: LanguageModel, requests: Sequence) -> np.ndarray:
+def _divergence(model: LanguageModel, reference: LanguageModel, requests: Sequence, batch_tokens: int) -> np.ndarray:
     """Sum over each target's positions of KL(model || reference) of the next-token distributions, in nats."""
     totals = np.zeros(len(requests))
     rows = [[*context, *target[:-1]] for context, target in requests]
-    # The distributions of all targets of a batch are held at once; the states of a whole row are far smaller.
-    start = 0
-    while start < len(rows):
-        end, targets = start, 0
-        while end < len(rows) and (
-            end == start or (targets + len(requests[end][1])) * model.backend.vocab_size <= KL_LOGITS
-        ):
-            targets += len(requests[end][1])
-            end += 1
-        starts = [len(context) - 1 for context, _ in requests[start:end]]
-        ours, theirs = (m.logprobs(rows[start:end], starts) for m in (model, reference))
-        for index, (p_TV, q_TV) in enumerate(zip(ours, theirs, strict=True), start):
+    batches: list[list[int]] = []
+    logits = 0
+    for index in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
+        needed = len(requests[index][1]) * model.backend.vocab_size
+        full = not batches or (len(batches[-1]) + 1) * len(rows[batches[-1][0]]) > batch_tokens
+        if full or logits + needed > KL_LOGITS:
+            batches.append([])
+            logits = 0
+        batches[-1].append(index)
+        logits += needed
+    for batch in batches:
+        starts = [len(requests[i][0]) - 1 for i in batch]
+        ours, theirs = (m.logprobs([rows[i] for i in batch], starts) for m in (model, reference))
+        for index, p_TV, q_TV in zip(batch, ours, theirs, strict=True):
             totals[index] = float((p_TV.exp() * (p_TV - q_TV)).sum(dim=-1).double().sum())
-        start = end
     return totals
