@@ -371,6 +371,7 @@ def test_written_forms_equal_the_plain_ones_bit_for_bit():
         torch.testing.assert_close(a.detach(), b, rtol=2e-7, atol=2e-7)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_one_graph_that_computes_the_same():
     """Traced as training compiles it, forward and backward, but run without the minutes of a C++ compiler."""
     segments = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 3, -1], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
