@@ -83,6 +83,12 @@ def test_prefix_is_what_the_tokenizer_puts_before_a_text():
     assert ours.facts["tokenizer_sha256"] == theirs.facts["tokenizer_sha256"], "the ids of text are the same"
 
 
+def test_several_sinks_are_all_part_of_the_prefix():
+    model = LanguageModel.random(model_config(sinks=4), tokenizer(4), 0)
+    assert len(model.prefix_ids) == 4 == len(set(model.prefix_ids))
+    assert not set(model.prefix_ids) & set(model.encode(["a baker sang"])[0])
+
+
 def test_ends_cover_a_text_with_characters_of_several_bytes():
     model = language_model()
     text = "café “quoted” 日本 naïve . "
@@ -240,6 +246,29 @@ def test_locations(tmp_path, monkeypatch):
     by_name = LanguageModel.from_location(ExternalConfig(name="row", location="mine"), data_dir=tmp_path)
     assert by_name.name == "row"
     assert LanguageModel.from_location(str(tmp_path / "mine")).weights_sha256 == by_name.weights_sha256
+
+
+def test_a_hub_model_comes_from_the_cache_at_its_commit(tmp_path, monkeypatch):
+    """A cache as the hub's client lays it out; its commit is in the facts, its file's hash in the record."""
+    for module in ("huggingface_hub.constants", "transformers.utils.hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--tiny"
+    snapshot = repository / "snapshots" / commit
+    llama().save_pretrained(snapshot)
+    tokenizer().save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for revision in ("", "main", commit):
+        model = LanguageModel.from_location("someone/tiny", revision)
+        assert model.facts["revision"] == commit and model.name == "tiny"
+        assert model.weights_sha256 == hashlib.sha256((snapshot / "model.safetensors").read_bytes()).hexdigest()
+    with pytest.raises(SourceError, match="no model 'someone/tiny'"):
+        LanguageModel.from_location("someone/tiny", "f" * 40)
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="other weight formats are not read"):
+        LanguageModel.from_location("someone/tiny")
 
 
 def test_pickled_weights_are_not_read(tmp_path):
