@@ -24,7 +24,6 @@ overrides = ""
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-
 from threefold.data.tokenizer import load_tokenizer
 from threefold.model import generate, load_checkpoint
 from threefold.run import Run

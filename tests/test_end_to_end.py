@@ -1,0 +1,125 @@
+"""The whole road as a person goes it: the command line, every notebook in its own kernel, the rendered report."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+PRESET = PROJECT / "tests" / "presets" / "tiny.toml"
+STAGES = 14  # data, 5 trainings, 6 evaluations, ablations, compare
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def call(runs: Path, *words: str, module: str = "threefold.cli") -> subprocess.CompletedProcess:
+    environment = {**os.environ, "THREEFOLD_RUNS": str(runs), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", module, *words],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+def papermill(runs: Path, notebook: str, *parameters: str) -> subprocess.CompletedProcess:
+    out = runs / f"{notebook}.out.ipynb"
+    words = [f"notebooks/{notebook}.ipynb", str(out), "--no-progress-bar"]
+    return call(runs, *words, *parameters, module="papermill")
+
+
+@pytest.fixture(scope="module")
+def run(runs):
+    """The tiny preset from nothing to a compared run."""
+    done = call(runs, "run", "--preset", str(PRESET))
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    return runs / "tiny"
+
+
+def test_a_stage_without_its_input_names_the_notebook_that_makes_it(runs, tmp_path):
+    done = papermill(tmp_path, "02_sft", "-p", "preset", str(PRESET))
+    assert done.returncode != 0
+    assert "MissingInput" in done.stderr
+    assert "01_pretrain.ipynb" in done.stderr
+    assert not (tmp_path / "tiny" / "sft").exists()
+
+
+def test_a_misspelt_parameter_stops_with_the_near_miss(runs):
+    done = papermill(runs, "02_sft", "-p", "preset", str(PRESET), "-p", "learning_rte", "1e-3")
+    assert done.returncode != 0
+    assert "did you mean learning_rate?" in done.stderr
+
+
+def test_every_stage_left_a_checkpoint_or_results_and_an_executed_notebook(run):
+    for stage in ("pretrain", "gpt2", "distilgpt2", "sft", "dpo"):
+        facts = json.loads((run / stage / "run.json").read_text())
+        assert facts["tokens"] > 0
+        assert facts["weights_sha256"] == facts["outputs"]["model.safetensors"]
+        assert (run / stage / "metrics.jsonl").stat().st_size > 0
+    assert len(list((run / "notebooks").glob("*.ipynb"))) == STAGES
+    assert not list((run / "notebooks").glob("*.failed.ipynb"))
+
+
+def test_a_second_run_skips_everything_quickly(runs, run):
+    begin = time.monotonic()
+    done = call(runs, "run", "--preset", str(PRESET))
+    assert done.returncode == 0
+    assert f"0 stages executed, {STAGES} fresh and skipped" in done.stdout
+    assert time.monotonic() - begin < 60  # 10 s on an idle machine; tests may share it
+
+
+def test_transformers_alone_generates_what_we_generate(runs, run):
+    """A checkpoint is a standard one: no code of ours is needed to run it as it was trained."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prompt = "The old miller"
+    done = call(runs, "generate", "--run", "tiny", "--stage", "dpo", "--max-new-tokens", "24", prompt)
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(run / "dpo")
+    tokenizer = AutoTokenizer.from_pretrained(run / "dpo")
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=24)
+    assert done.stdout.rstrip("\n") == tokenizer.decode(ids[0], skip_special_tokens=True).rstrip("\n")
+
+
+def test_the_report_is_rendered_and_loads_nothing_from_outside(runs, run):
+    done = call(runs, "report", "--run", "tiny")
+    assert done.returncode == 0, done.stderr
+    html = (run / "report" / "index.html").read_text(encoding="utf-8")
+    for section in ("Claims ledger", "Limitations", "Provenance", "References"):
+        assert section in html
+    assert "{{<" not in html
+    assert "?@" not in html
+    for loading in ('src="http', "<script", '<link rel="stylesheet"', "@import"):
+        assert loading not in html
+
+
+def test_a_report_names_no_place_on_this_machine(run):
+    for notebook in (run / "notebooks").glob("*.ipynb"):
+        text = notebook.read_text(encoding="utf-8")
+        assert str(PROJECT) not in text, notebook.name
+        assert str(run.parent) not in text, notebook.name
+
+
+def test_swapped_weights_are_refused_with_both_hashes(runs, run, tmp_path):
+    """Results of other weights than the stage's checkpoint never enter the comparison."""
+    copy = tmp_path / "tiny"
+    shutil.copytree(run, copy)
+    shutil.copyfile(copy / "pretrain" / "model.safetensors", copy / "sft" / "model.safetensors")
+    hashes = [json.loads((run / s / "run.json").read_text())["weights_sha256"] for s in ("pretrain", "sft")]
+    done = papermill(tmp_path, "06_compare", "-p", "preset", str(PRESET))
+    assert done.returncode != 0
+    for digest in hashes:
+        assert digest in done.stderr
