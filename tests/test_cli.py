@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import nbformat
 import pytest
@@ -123,10 +122,8 @@ def test_help_and_status_do_not_wait_for_torch(project):
         f"paths.RUNS = Path({str(paths.RUNS)!r}); paths.NOTEBOOKS = Path({str(paths.NOTEBOOKS)!r});"
         f"cli.main(['status', '--run', 'tiny']); print([name for name in {heavy!r} if name in sys.modules])"
     )
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert time.monotonic() - began < 3  # measured 0.3 s
 
 
 def test_status_tells_each_stage_and_why(project, capsys):
