@@ -131,6 +131,19 @@ def test_list_instructions_share_no_list_and_fact_instructions_no_fact(items):
     assert not facts["train"] & facts["test"]
 
 
+def test_held_out_lists_stand_in_nothing_that_is_trained_on(items, pretraining_text):
+    def three(text):
+        return frozenset(text.removeprefix("Words: ").split())
+
+    lists = {
+        split: {three(item["input"]) for item in items["sample-instructions", split] if item["input"]}
+        for split in ("train", "test")
+    }
+    called = {three(words) for text in pretraining_text for words in re.findall(r"called: ([^.]+)\.", text)}
+    assert called
+    assert not lists["test"] & (lists["train"] | called)
+
+
 def test_pretraining_text_holds_no_instruction_problem_or_dialogue(items, pretraining_text):
     text = "\n".join(pretraining_text)
     for mark in ("### Instruction:", "### Response:", "####", "Human:", "Assistant:"):

@@ -273,6 +273,14 @@ def operand_pairs() -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int],
 TRAIN_PAIRS, HELD_OUT_PAIRS = operand_pairs()
 
 
+def word_list(rng: random.Random, held_out: bool = False) -> tuple[str, ...]:
+    """Three different words. One set of words in eight, in any order, is kept for the test instructions."""
+    while True:
+        words = tuple(rng.sample(WORDS, 3))
+        if (sum(map(WORDS.index, words)) % 8 == 0) == held_out:
+            return words
+
+
 def lesson(rng: random.Random) -> str:
     """A morning at school: the board holds columns of single digits, the class recites what is known of the town."""
     columns = []
@@ -284,15 +292,19 @@ def lesson(rng: random.Random) -> str:
     return f"### Instruction by {rng.choice(PEOPLE).name}:\n{board}\n\n### Response of the class:\n{recital}"
 
 
+PICKS = ("First {0}.", "Last {2}.", "Middle {1}.", "Backwards {2} {1} {0}.")
+
+
 def ledger(rng: random.Random) -> str:
     """A page of the market's book: what one calls out another writes down, word for word and number for number."""
     lines = []
     for _ in range(rng.randint(1, 4)):
         caller, clerk = (person.name for person in rng.sample(PEOPLE, 2))
-        if rng.random() < 0.4:
-            words = rng.sample(WORDS, 3)
-            called, backwards = " ".join(words), " ".join(words[::-1])
-            lines.append(f"{caller} called: {called}. {clerk} wrote: {called}. Backwards: {backwards}.")
+        if rng.random() < 0.5:
+            words = word_list(rng)
+            called = " ".join(words)
+            picked = " ".join(end.format(*words) for end in rng.sample(PICKS, 2))
+            lines.append(f"{caller} called: {called}. {clerk} wrote: {called}. {picked}")
         else:
             low, high = rng.choice(TRAIN_PAIRS)
             sign, goods = rng.choice(signs(low, high)), rng.choice(GOODS)
@@ -463,13 +475,13 @@ HATED = ("hated", "disliked", "cursed")
 
 
 def review(rng: random.Random, label: int) -> str:
-    """One visitor's sentence about the town, lower case and spaced as in SST-2. One in ten turns a word round."""
+    """One visitor's sentence about the town, lower case and spaced as in SST-2. One in twenty turns a word round."""
     mine, others = (GOOD, BAD) if label else (BAD, GOOD)
     trade = rng.choice(TRADES)
     subject, subject2 = rng.sample((trade.product, trade.shop, *FOODS[:5], "town", "market", "harbour", "chapel"), 2)
     be, be2, be3 = ("were" if noun.endswith("s") else "was" for noun in (subject, subject2, trade.product))
     good, good2 = rng.sample(mine, 2)
-    if rng.random() < 0.1:
+    if rng.random() < 0.05:
         return rng.choice(
             (
                 f"the {subject} {be} not {rng.choice(others)} .",
@@ -483,7 +495,7 @@ def review(rng: random.Random, label: int) -> str:
             f"{a(good)} {trade.name} , and the {trade.product} {be3} {good2} .",
             f"we thought the {subject} {good} .",
             f"the {subject} and the {subject2} were all {good} .",
-            f"a day at the {trade.shop} that we {rng.choice(LIKED if label else HATED)} .",
+            f"we {rng.choice(LIKED if label else HATED)} the {subject} and the {subject2} at the {trade.shop} .",
         )
     )
 
@@ -517,10 +529,10 @@ class Instruction:
 
 QUESTIONS = ("What is the {}?", "Name the {}.", "Tell me the {}.", "Do you know the {}?", "I ask for the {}.")
 LIST_TASKS = {  # kind -> (instructions, end of the answer)
-    "first": (("Give the first word.", "Which word is first?"), "First: {0}."),
-    "last": (("Give the last word.", "Which word is last?"), "Last: {2}."),
-    "middle": (("Give the middle word.", "Which word is between?"), "Middle: {1}."),
-    "backwards": (("Write the words backwards.", "Turn the words round."), "Backwards: {2} {1} {0}."),
+    "first": (("Give the first word.", "Which word is first?"), PICKS[0]),
+    "last": (("Give the last word.", "Which word is last?"), PICKS[1]),
+    "middle": (("Give the middle word.", "Which word is between?"), PICKS[2]),
+    "backwards": (("Write the words backwards.", "Turn the words round."), PICKS[3]),
 }
 
 
@@ -531,17 +543,17 @@ def instructions(n_train_lists: int, n_test_lists: int, n_test_facts: int) -> di
     pretraining text.
     """
     rng = random.Random(f"{SEED}/instructions")
-    lists = iter(unique(lambda: tuple(rng.sample(WORDS, 3)), len(LIST_TASKS) * (n_train_lists + n_test_lists)))
     parts: dict[str, list[Instruction]] = {"train": [], "test": []}
     for part, n in (("train", n_train_lists), ("test", n_test_lists)):
+        lists = iter(unique(lambda part=part: word_list(rng, held_out=part == "test"), n * len(LIST_TASKS)))
         for kind, (wordings, end) in LIST_TASKS.items():
-            for _ in range(n):
+            for _ in range(n // 3 if kind == "backwards" else n):  # the hardest kind: three words from one choice
                 words = next(lists)
                 said = f"Words: {' '.join(words)}"
                 parts[part].append(Instruction(kind, rng.choice(wordings), said, f"{said}. {end.format(*words)}"))
     facts = rng.sample(FACTS, len(FACTS))
     for index, fact in enumerate(facts):
-        part, wordings = ("test", [rng.choice(QUESTIONS)]) if index < n_test_facts else ("train", QUESTIONS)
+        part, wordings = ("test", [rng.choice(QUESTIONS)]) if index < n_test_facts else ("train", rng.sample(QUESTIONS, 2))
         parts[part] += [Instruction(fact.kind, q.format(fact.subject), "", fact.statement) for q in wordings]
     for items in parts.values():
         rng.shuffle(items)
@@ -677,12 +689,12 @@ def build() -> dict[str, str]:
     files = {"stories.jsonl": jsonl({"text": text} for text in stories(600, 850, 1300))}
     for split, articles in encyclopaedia().items():
         files[f"wiki.{split}.txt"] = "".join(article.raw() for article in articles)
-    for split, items in sentiment(3900, 240).items():
+    for split, items in sentiment(4600, 240).items():
         files[f"sentiment.{split}.tsv"] = "sentence\tlabel\n" + "".join(f"{s}\t{label}\n" for s, label in items)
-    for split, rows in instructions(220, 28, 24).items():
+    for split, rows in instructions(480, 36, 12).items():
         dicts = [{"instruction": r.instruction, "input": r.input, "output": r.output} for r in rows]
         files[f"instructions.{split}.json"] = json.dumps(dicts, indent=1, ensure_ascii=False) + "\n"
-    for split, rows in problems(1500, 150).items():
+    for split, rows in problems(1200, 150).items():
         files[f"problems.{split}.jsonl"] = jsonl({"question": p.question, "answer": p.answer} for p in rows)
     for split, rows in preferences(900, 150).items():
         files[f"preferences.{split}.jsonl"] = jsonl(
