@@ -553,7 +553,8 @@ def instructions(n_train_lists: int, n_test_lists: int, n_test_facts: int) -> di
                 parts[part].append(Instruction(kind, rng.choice(wordings), said, f"{said}. {end.format(*words)}"))
     facts = rng.sample(FACTS, len(FACTS))
     for index, fact in enumerate(facts):
-        part, wordings = ("test", [rng.choice(QUESTIONS)]) if index < n_test_facts else ("train", rng.sample(QUESTIONS, 2))
+        part, n = ("test", 1) if index < n_test_facts else ("train", 2)
+        wordings = rng.sample(QUESTIONS, n)
         parts[part] += [Instruction(fact.kind, q.format(fact.subject), "", fact.statement) for q in wordings]
     for items in parts.values():
         rng.shuffle(items)
