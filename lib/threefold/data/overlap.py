@@ -9,9 +9,9 @@ documents of the training source hold the run, which makes it a template and no 
   `1,000` and `doesn't`; holes (`<unk>`) and PTB's brackets (`-lrb-`) are no words.
 - An evaluation question (`pieces`) shorter than 13 words, but of 8 at least, is searched for as a whole: GPT-3 took as
   few as 8 in its analysis of overlap, lm-eval leaves such texts out. A short answer alone is no evidence of its item.
-- *Exact lines* of 8 words and more count however many documents hold them: a paragraph is copied, a phrase is common.
-  So does, at any length, a training item's question that is the whole question of an evaluation item. A shorter line
-  inside running text is no evidence.
+- *Exact lines* of 8 words and more count; from 13 words on, however many documents hold them: a paragraph is copied, a
+  phrase is common. So does, at any length, a training item's question that is the whole question of an evaluation
+  item. A shorter line inside running text is no evidence.
 - Of a document not 200 characters around a match are removed, but what it stands in: the lines of an article, a review
   among several, else the whole item.
 
@@ -194,14 +194,16 @@ def _chunks(reader: str, items: Iterable[str | Mapping]) -> Iterator[_Chunk]:
 
 # The index ------------------------------------------------------------------------------------------------------------
 
-GRAM, LINE, QUESTION = range(3)  # the ways to be found, tagged into the hashes so that one table holds all three
-TAGS = np.array([0, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F], np.uint64)
+# The ways to be found, tagged into the hashes so that one table holds all: n-grams, lines shorter than one, longer
+# lines, whole questions. From LINE on they count however many documents hold them.
+GRAM, PHRASE, LINE, QUESTION = range(4)
+TAGS = np.array([0, 0xE7037ED1A0B428DB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F], np.uint64)
 
 
 class Index:
     """The hashes of the evaluation texts, sorted, and in which sets each is.
 
-    names: the sets. hashes: uint64 [n]. sets: uint64 [n], bit s for set names[s]. exact: bool [n], a line or question.
+    names: the sets. hashes: uint64 [n]. sets: uint64 [n], bit s for set names[s]. ways: int64 [n], GRAM to QUESTION.
     lengths: of the n-grams, the preset's and those of shorter texts.
     """
 
@@ -226,11 +228,11 @@ class Index:
         self.lengths = sorted(lengths)
         hashes = np.concatenate([part for part, _, _ in parts]) if parts else np.empty(0, np.uint64)
         masks = np.repeat([1 << number for _, number, _ in parts], [len(part) for part, _, _ in parts])
-        ways = np.repeat([way != GRAM for _, _, way in parts], [len(part) for part, _, _ in parts]).astype(bool)
+        ways = np.repeat([way for _, _, way in parts], [len(part) for part, _, _ in parts])
         order = np.argsort(hashes, kind="stable")
         self.hashes, starts = np.unique(hashes[order], return_index=True)
         self.sets = np.bitwise_or.reduceat(masks[order].astype(np.uint64), starts) if parts else hashes
-        self.exact = ways[order][starts]
+        self.ways = ways[order][starts]
         self._filter = np.zeros(1 << FILTER_BITS, bool)
         self._filter[self.hashes >> np.uint64(64 - FILTER_BITS)] = True
 
@@ -245,8 +247,9 @@ class Index:
         for length, first, values in hashed.grams(piece, lengths or [self.ngram]):
             yield GRAM, values, np.full(len(first), length), first
         first, end = hashed.starts[:-1], hashed.starts[1:]
-        long = end - first >= self.line
-        yield LINE, hashed.runs(first[long], end[long]), (end - first)[long], first[long]
+        for way, least, below in ((PHRASE, self.line, self.ngram), (LINE, max(self.line, self.ngram), np.inf)):
+            fits = (end - first >= least) & (end - first < below)
+            yield way, hashed.runs(first[fits], end[fits]), (end - first)[fits], first[fits]
         edges = np.searchsorted(piece, np.arange(len(chunk.question) + 1))
         first, end = edges[:-1], edges[1:]
         asked = np.array(chunk.question) & (end > first)
@@ -283,6 +286,7 @@ class Index:
         owners: list[tuple[int, int]] = []
         sizes: list[np.ndarray] = []
         holders = np.zeros(len(self.hashes), np.int64)  # documents that hold each
+        copies = self.ways >= LINE
         common = self.common if self.common >= 0 else np.iinfo(np.int64).max
         documents = total = 0
         for chunk in _chunks(reader, items):
@@ -293,22 +297,22 @@ class Index:
                 continue
             document = np.array([number for number, _ in chunk.owner])
             np.add.at(holders, np.unique(np.stack([document[unit], place], axis=1), axis=0)[:, 1], 1)
-            wanted = self.exact[place] | (holders[place] <= common)  # what is a template by now need not be kept
+            wanted = copies[place] | (holders[place] <= common)  # what is a template by now need not be kept
             unit, place = unit[wanted], place[wanted]
             kept, unit = np.unique(unit, return_inverse=True)
             hits.append((unit + len(owners), place))
             owners += [chunk.owner[index] for index in kept]
             sizes.append(counts[kept])
-        found = Found(documents, total, templates=int(((holders > common) & ~self.exact).sum()))
+        found = Found(documents, total, templates=int(((holders > common) & ~copies).sum()))
         if not hits:
             return found
         unit, place = (np.concatenate(part) for part in zip(*hits, strict=True))
-        evidence = self.exact[place] | (holders[place] <= common)
+        evidence = copies[place] | (holders[place] <= common)
         unit, place = unit[evidence], place[evidence]
         document = np.array([number for number, _ in owners])[unit]
         for number, name in enumerate(self.names):
             inside = (self.sets[place] >> np.uint64(number)) & np.uint64(1) == 1
-            ways = {"ngram": inside & ~self.exact[place], "exact": inside & self.exact[place]}
+            ways = {"ngram": inside & (self.ways[place] == GRAM), "exact": inside & (self.ways[place] != GRAM)}
             if inside.any():
                 found.sets[name] = {way: len(np.unique(document[here])) for way, here in ways.items()}
         size = np.concatenate(sizes)
@@ -324,7 +328,7 @@ class Found:
     """What a training source shares with the evaluation sets.
 
     documents, words: searched. sets: {set: {"ngram": documents that share an n-gram, "exact": a line or a question}}.
-    templates: n-grams of the sets that more than `common` documents hold, and that are therefore no evidence.
+    templates: runs and shorter lines of the sets that more than `common` documents hold: no evidence.
     drop: {document: its parts that hold evidence}, documents and parts counted from 0. words_dropped: of these parts.
     """
 
