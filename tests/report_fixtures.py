@@ -209,6 +209,7 @@ def make_run(
     head = "#| label: tbl-{0}\n#| tbl-cap: The {0}.\nshow()"
     data_cells = [
         cell(head.format("sources"), output("data/sources", {"rows": []}, small)),
+        cell(head.format("overlap"), output("data/overlap", {"sources": []}, small)),
         cell(head.format("tokenizer"), output("tokenizer", {"kind": "train"}, small)),
         cell("finish()", output("stage/data", stage_values("data", None), "done")),
     ]

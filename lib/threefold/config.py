@@ -76,6 +76,16 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class OverlapConfig:
+    """The search of training text against what is measured on (`threefold.data.overlap`)."""
+
+    ngram: int = 13  # words of a run that is evidence
+    common: int = 10  # an n-gram in more documents of a training source is a template, no evidence; -1: none is
+    line: int = 8  # words of the shortest line, and of the shortest question inside other text, that is evidence
+    remove: bool = True  # take what was found out of the training text; false: only report it
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One stage's optimisation. Batch sizes are rows of `model.context` positions (DPO: pairs)."""
 
@@ -167,6 +177,7 @@ class Preset:
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     pretrain: TrainConfig = field(default_factory=TrainConfig)
     gpt2: TrainConfig = field(default_factory=TrainConfig)
     distilgpt2: TrainConfig = field(default_factory=TrainConfig)
@@ -295,6 +306,29 @@ def join_overrides(overrides: Mapping[str, object] | Iterable[str]) -> str:
 def model_names(preset: Preset) -> list[str]:
     """Every model the run evaluates, in the report's order: the random control, baselines, our stages, externals."""
     return [*OWN_MODELS, *(external.name for external in preset.baselines.external)]
+
+
+def evaluation_sources(preset: Preset) -> dict[str, SourceConfig]:
+    """The sources that evaluations read, by key of [evaluation]; those that are not set left out."""
+    found = {entry.name: getattr(preset.evaluation, entry.name) for entry in fields(preset.evaluation)}
+    return {
+        name: value for name, value in found.items() if isinstance(value, SourceConfig) and (value.source or value.path)
+    }
+
+
+def measured_on(preset: Preset) -> dict[str, SourceConfig]:
+    """What no model of the preset may be trained on, by use: what evaluations score and the held-out text of stages.
+
+    Demonstrations are not among them: they are shown, not scored, and come from training splits. One source with
+    several uses is named by the first.
+    """
+    found = {name: value for name, value in evaluation_sources(preset).items() if not name.endswith("_demonstrations")}
+    for part in ("pretrain_heldout", "sft_heldout", "dpo_heldout"):
+        sources = getattr(preset.data, part)
+        for number, source in enumerate(sources, start=1):
+            if source not in found.values():
+                found[part if len(sources) == 1 else f"{part}_{number}"] = source
+    return found
 
 
 def check_name(name: str, what: str) -> str:
@@ -517,6 +551,7 @@ _RULES: dict[type, dict[str, Rule]] = {
         **dict.fromkeys(("rope_theta", "norm_eps"), _above(0)),
     },
     SourceConfig: {"max_examples": _off_or(_least(1)), "skip_examples": _least(0)},
+    OverlapConfig: {"ngram": _least(2), "common": _off_or(_least(1)), "line": _least(1)},
     TrainConfig: {
         **dict.fromkeys(("steps", "tokens", "checkpoint_every", "evaluate_every"), _off_or(_least(1))),
         **dict.fromkeys(("epochs", "clip"), _off_or(_above(0))),

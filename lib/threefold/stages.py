@@ -21,6 +21,8 @@ from threefold.errors import ConfigError, MissingInput, SourceError
 from threefold.provenance import Fingerprint
 from threefold.run import Run, stage_notebook
 
+TRAINS = ("pretrain", "gpt2", "distilgpt2", "sft", "dpo", "ablations")  # the stages that read training text
+
 
 @dataclass(frozen=True)
 class Step:
@@ -126,19 +128,24 @@ def _sections(preset: Preset, stage: str) -> dict[str, Any]:
             "model": rows,
             "tokenizer": preset.tokenizer,
             "data": preset.data,
-            "evaluation": _plain(_evaluation_sources(preset)),
+            "evaluation": _plain(config.evaluation_sources(preset)),
+            "overlap": preset.overlap,
         }
+    removes = preset.overlap.remove and kind in TRAINS
+    cleaned = {"overlap": preset.overlap, "measured_on": _plain(config.measured_on(preset))} if removes else {}
+    corpus |= cleaned
     if kind == "pretrain":
         return {**corpus, "pretrain": preset.pretrain}
     if kind in ("gpt2", "distilgpt2"):
         return {**corpus, kind: getattr(preset, kind), "baselines": _baseline(preset, "gpt2")}
     if kind == "sft":
         own = {"sft": preset.data.sft, "sft_heldout": preset.data.sft_heldout}
-        return {"data": _plain(own | (text if preset.sft.replay else {})), "sft": preset.sft}
+        return {"data": _plain(own | (text if preset.sft.replay else {})), "sft": preset.sft, **cleaned}
     if kind == "dpo":
         return {
             "data": _plain({"dpo": preset.data.dpo, "dpo_heldout": preset.data.dpo_heldout}),
             "dpo": preset.dpo,
+            **cleaned,
         }
     if kind == "ablations":
         return {**corpus, "ablations": preset.ablations}
@@ -171,14 +178,6 @@ def _plain(value: Any) -> Any:
     return asdict(value) if hasattr(value, "__dataclass_fields__") else value
 
 
-def _evaluation_sources(preset: Preset) -> dict[str, SourceConfig]:
-    return {
-        entry.name: value
-        for entry in fields(preset.evaluation)
-        if isinstance(value := getattr(preset.evaluation, entry.name), SourceConfig)
-    }
-
-
 # Data ---------------------------------------------------------------------------------------------------------------
 
 
@@ -194,12 +193,13 @@ def sources(preset: Preset, stage: str) -> list[SourceConfig]:
         "ablations": text,
         "sft": [*data.sft, *data.sft_heldout, *(text if preset.sft.replay else [])],
         "dpo": [*data.dpo, *data.dpo_heldout],
-        "evaluate": list(_evaluation_sources(preset).values()),
+        "evaluate": list(config.evaluation_sources(preset).values()),
         "compare": [],
     }
     by_kind["data"] = [source for entry in fields(data) for source in getattr(data, entry.name)] + by_kind["evaluate"]
-    named = [source for source in by_kind[kind] if source.source or source.path]
-    return list(dict.fromkeys(named))
+    if preset.overlap.remove and kind in TRAINS:  # what the training text is cleaned against
+        by_kind[kind] = [*by_kind[kind], *config.measured_on(preset).values()]
+    return list(dict.fromkeys(by_kind[kind]))
 
 
 def _data(run: Run, stage: str) -> dict[str, str]:

@@ -24,12 +24,12 @@ data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging F
 overrides = ""  # "section.key=value; ..."
 
 # %%
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pandas as pd
 from threefold import records
-from threefold.config import SourceConfig
-from threefold.data import corpus
+from threefold.config import evaluation_sources
+from threefold.data import corpus, exclusion
 from threefold.data.tokenizer import build_tokenizer, tokenizer_hash
 from threefold.run import open_stage
 from threefold.stages import fingerprint
@@ -37,6 +37,39 @@ from threefold.stages import fingerprint
 stage = open_stage("data", globals())
 folder = stage.begin(fingerprint(stage.run, stage.name))
 model_config, sources = stage.preset.model, stage.config
+
+# %% [markdown]
+# ## Overlap with the evaluation sets
+#
+# A model must not be trained on what it is measured by. Every training text is searched for runs of words that an evaluation
+# set holds [Brown et al. 2020, appendix C], and for whole lines and questions of it, on lower-case letters and digits. Runs
+# that many documents of a source hold are templates and count for nothing. What is found is taken out before anything is
+# trained, the tokenizer included: the lines of an article, single reviews, otherwise the whole item.
+
+# %%
+#| label: tbl-overlap
+#| tbl-cap: "Training text against the evaluation sets: documents that share a run of words / a whole line or question with each set, and what was removed (lines of articles, single reviews, or whole items). Templates are runs that too many documents of the source hold to be evidence."
+exclude = exclusion.of_preset(stage.preset, stage.run.data_dir)
+searched = [
+    {"use": use, **exclude.describe(source)} for use in ("pretrain", "sft", "dpo") for source in getattr(sources, use)
+]
+setting = stage.preset.overlap
+columns = {
+    "use": "used for",
+    "name": "source",
+    "documents": "documents",
+    "words": "words",
+    "found": f"documents found by {setting.ngram}-gram / line of {setting.line} words or question",
+    "templates": "templates",
+    "documents_found": "documents found",
+    "parts_removed": "parts removed",
+    "words_removed": "words removed",
+}
+records.publish(
+    "data/overlap",
+    {"setting": asdict(setting), "sets": list(exclude.sets), "sources": searched},
+    markdown=records.table(searched, columns),
+)
 
 # %% [markdown]
 # ## Tokenizer
@@ -50,7 +83,7 @@ model_config, sources = stage.preset.model, stage.config
 #| tbl-cap: "The tokenizer. Bytes per token are measured on the held-out pretraining text."
 tokenizer = build_tokenizer(
     stage.preset.tokenizer,
-    corpus.mixture_texts(sources.pretrain, stage.run.data_dir),
+    corpus.mixture_texts(sources.pretrain, stage.run.data_dir, exclude),
     sinks=model_config.sinks,
     data_dir=stage.run.data_dir,
     context=model_config.context,
@@ -80,19 +113,20 @@ records.publish("tokenizer", facts, markdown=records.table(table))
 # %% [markdown]
 # ## Sources
 #
-# Everything the run trains on or is measured by. Words and bytes are those of the text as pretraining would read it.
+# Everything the run trains on or is measured by. Words and bytes are those of the text as pretraining would read it, of
+# training text after removal.
 
 # %%
 #| label: tbl-sources
 #| tbl-cap: "Every source that the run reads, with its licence and size. The pinned revisions and content hashes are in the record."
 uses = {entry.name.replace("_heldout", ", held out"): getattr(sources, entry.name) for entry in fields(sources)}
-for entry in fields(stage.preset.evaluation):
-    value = getattr(stage.preset.evaluation, entry.name)
-    if isinstance(value, SourceConfig) and (value.source or value.path):
-        uses[f"evaluation: {entry.name.replace('_', ' ')}"] = (value,)
+uses |= {
+    f"evaluation: {name.replace('_', ' ')}": (source,) for name, source in evaluation_sources(stage.preset).items()
+}
+trained_on = dict.fromkeys(("pretrain", "sft", "dpo"), exclude)
 
 described = [
-    {"use": use, **corpus.describe(source, stage.run.data_dir, tokenizer)}
+    {"use": use, **corpus.describe(source, stage.run.data_dir, tokenizer, trained_on.get(use))}
     for use, parts in uses.items()
     for source in parts
 ]
@@ -115,9 +149,9 @@ records.publish("data/sources", {"sources": described}, markdown=records.table(d
 
 # %%
 packed = {
-    "pretrain": corpus.pretraining_rows(sources.pretrain, tokenizer, model_config, stage.run.data_dir),
-    "sft": corpus.example_rows(sources.sft, tokenizer, model_config, stage.run.data_dir),
-    "dpo": corpus.preference_rows(sources.dpo, tokenizer, model_config, stage.run.data_dir),
+    "pretrain": corpus.pretraining_rows(sources.pretrain, tokenizer, model_config, stage.run.data_dir, exclude),
+    "sft": corpus.example_rows(sources.sft, tokenizer, model_config, stage.run.data_dir, exclude),
+    "dpo": corpus.preference_rows(sources.dpo, tokenizer, model_config, stage.run.data_dir, exclude),
 }
 rows = [
     {

@@ -39,7 +39,7 @@ from dataclasses import asdict, replace
 
 import matplotlib.pyplot as plt
 from threefold import records
-from threefold.data import corpus
+from threefold.data import corpus, exclusion
 from threefold.data.tokenizer import load_tokenizer, without_bos
 from threefold.model import load_checkpoint, parameter_counts
 from threefold.model.gpt2 import gpt2_counterpart
@@ -74,10 +74,13 @@ records.publish(
 
 # %% [markdown]
 # ## The text
+#
+# Without what it shares with the evaluation sets (notebook 00).
 
 # %%
 sources = stage.preset.data
-rows = corpus.pretraining_rows(sources.pretrain, tokenizer, config, stage.run.data_dir)
+exclude = exclusion.of_preset(stage.preset, stage.run.data_dir)
+rows = corpus.pretraining_rows(sources.pretrain, tokenizer, config, stage.run.data_dir, exclude)
 heldout = corpus.pretraining_rows(sources.pretrain_heldout, tokenizer, config, stage.run.data_dir)
 print(
     f"{len(rows):,} rows of {rows.width}, {rows.n_tokens:,} tokens, {rows.utilisation:.1%} filled; {len(heldout):,} rows held out"

@@ -35,7 +35,7 @@ from dataclasses import asdict
 
 import matplotlib.pyplot as plt
 from threefold import records
-from threefold.data import corpus
+from threefold.data import corpus, exclusion
 from threefold.data.tokenizer import load_tokenizer
 from threefold.model import load_checkpoint
 from threefold.run import open_stage
@@ -50,13 +50,16 @@ model, tokenizer = load_checkpoint(parent), load_tokenizer(parent)
 # %% [markdown]
 # ## Examples
 #
-# Prompts stand in the format in which the model is later asked. An example longer than a row is left out, and counted.
+# Prompts stand in the format in which the model is later asked. An example longer than a row is left out, and counted;
+# what is shared with the evaluation sets was left out before (notebook 00).
 
 # %%
 sources, data_dir = stage.preset.data, stage.run.data_dir
-rows = corpus.example_rows(sources.sft, tokenizer, model.config, data_dir)
+exclude = exclusion.of_preset(stage.preset, data_dir)
+rows = corpus.example_rows(sources.sft, tokenizer, model.config, data_dir, exclude)
 heldout = corpus.example_rows(sources.sft_heldout, tokenizer, model.config, data_dir)
-text = corpus.pretraining_rows(sources.pretrain, tokenizer, model.config, data_dir) if stage.config.replay else None
+replays = sources.pretrain if stage.config.replay else ()
+text = corpus.pretraining_rows(replays, tokenizer, model.config, data_dir, exclude) if replays else None
 print(
     f"{len(rows):,} rows, {rows.n_tokens:,} tokens, {rows.utilisation:.1%} filled, {rows.n_dropped:,} examples too long"
 )

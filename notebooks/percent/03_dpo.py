@@ -38,7 +38,7 @@ from dataclasses import asdict
 
 import matplotlib.pyplot as plt
 from threefold import records
-from threefold.data import corpus
+from threefold.data import corpus, exclusion
 from threefold.data.tokenizer import load_tokenizer
 from threefold.model import load_checkpoint
 from threefold.run import open_stage
@@ -53,11 +53,13 @@ model, tokenizer = load_checkpoint(parent), load_tokenizer(parent)
 # %% [markdown]
 # ## Pairs
 #
-# Both replies share the dialogue before them. A pair with a side longer than a row is left out, and counted.
+# Both replies share the dialogue before them. A pair with a side longer than a row is left out, and counted; a pair
+# that is shared with the evaluation sets was left out before (notebook 00).
 
 # %%
 sources, data_dir = stage.preset.data, stage.run.data_dir
-pairs = corpus.preference_rows(sources.dpo, tokenizer, model.config, data_dir)
+exclude = exclusion.of_preset(stage.preset, data_dir)
+pairs = corpus.preference_rows(sources.dpo, tokenizer, model.config, data_dir, exclude)
 heldout = corpus.preference_rows(sources.dpo_heldout, tokenizer, model.config, data_dir)
 print(f"{len(pairs):,} pairs to train on ({pairs.n_dropped:,} too long), {len(heldout):,} held out")
 

@@ -32,7 +32,7 @@ from dataclasses import asdict, replace
 
 import matplotlib.pyplot as plt
 from threefold import records
-from threefold.data import corpus
+from threefold.data import corpus, exclusion
 from threefold.data.tokenizer import load_tokenizer, with_sinks
 from threefold.run import open_stage
 from threefold.stages import fingerprint
@@ -51,13 +51,14 @@ folder = stage.begin(fingerprint(stage.run, stage.name))
 base = replace(stage.preset.model, vocab_size=len(tokenizer))
 train_config = replace(stage.config.train, steps=stage.config.steps, tokens=-1, epochs=-1.0)
 sources = stage.preset.data
+exclude = exclusion.of_preset(stage.preset, stage.run.data_dir)
 
 
 def rows_for(config):
     fitting = with_sinks(tokenizer, config.sinks)
-    return tuple(
-        corpus.pretraining_rows(part, fitting, config, stage.run.data_dir)
-        for part in (sources.pretrain, sources.pretrain_heldout)
+    return (
+        corpus.pretraining_rows(sources.pretrain, fitting, config, stage.run.data_dir, exclude),
+        corpus.pretraining_rows(sources.pretrain_heldout, fitting, config, stage.run.data_dir),
     )
 
 

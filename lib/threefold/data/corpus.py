@@ -1,8 +1,11 @@
 """Tokenised corpora: sources read, turned into text, tokenised once and kept, then packed into rows.
 
 A tokenised source lies in the cache folder under a key made of its content, the part of it that is taken, the reader's
-and templates' code and the tokenizer; whatever of these changes, another one is made. Token files are memory-mapped: a
-600M-token corpus takes no memory beyond the rows in use.
+and templates' code, the tokenizer and what was excluded; whatever of these changes, another one is made. Token files
+are memory-mapped: a 600M-token corpus takes no memory beyond the rows in use.
+
+`exclude`, wherever it can be given, leaves out what a source shares with the evaluation sets of a preset; the
+tokenizer, too, is trained on text without it.
 """
 
 import json
@@ -19,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from threefold.config import ModelConfig, SourceConfig
 from threefold.data import sources as registry
+from threefold.data.exclusion import Exclusion
 from threefold.data.packing import Documents, PackedRows, PairedRows, pack_documents, pack_examples, pack_pairs
 from threefold.data.templates import as_document, as_prompt_response
 from threefold.data.tokenizer import encode, sink_ids, tokenizer_hash
@@ -42,16 +46,20 @@ class Tokenised:
 # Texts ----------------------------------------------------------------------------------------------------------------
 
 
-def texts(source: SourceConfig, data_dir: str | Path = "") -> Iterator[str]:
+def texts(source: SourceConfig, data_dir: str | Path = "", exclude: Exclusion | None = None) -> Iterator[str]:
     """A source's documents as text to pretrain on, whatever its reader; empty ones are left out."""
+    if exclude is not None:
+        return exclude.documents(source)
     reader = registry.resolve(source, data_dir).reader
     return (text for item in registry.iterate(source, data_dir) if (text := as_document(reader, item)))
 
 
-def mixture_texts(sources: Iterable[SourceConfig], data_dir: str | Path = "") -> Iterator[str]:
+def mixture_texts(
+    sources: Iterable[SourceConfig], data_dir: str | Path = "", exclude: Exclusion | None = None
+) -> Iterator[str]:
     """The documents of several sources, one source after the other: what a tokenizer is trained on."""
     for source in sources:
-        yield from texts(source, data_dir)
+        yield from texts(source, data_dir, exclude)
 
 
 def examples(source: SourceConfig, data_dir: str | Path = "") -> Iterator[tuple[str, str]]:
@@ -64,22 +72,35 @@ def examples(source: SourceConfig, data_dir: str | Path = "") -> Iterator[tuple[
 
 
 def tokenise_documents(
-    source: SourceConfig, tokenizer: PreTrainedTokenizerFast, data_dir: str | Path = ""
+    source: SourceConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    data_dir: str | Path = "",
+    exclude: Exclusion | None = None,
 ) -> Documents:
     """A source's documents as tokens, from the cache or made now."""
-    return _tokenised("documents", source, tokenizer, data_dir).documents
+    return _tokenised("documents", source, tokenizer, data_dir, exclude).documents
 
 
-def tokenise_examples(source: SourceConfig, tokenizer: PreTrainedTokenizerFast, data_dir: str | Path = "") -> Tokenised:
+def tokenise_examples(
+    source: SourceConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    data_dir: str | Path = "",
+    exclude: Exclusion | None = None,
+) -> Tokenised:
     """A source's examples as tokens, one document an example. Prompt and response are tokenised apart, as in
     generation.
     """
-    return _tokenised("examples", source, tokenizer, data_dir)
+    return _tokenised("examples", source, tokenizer, data_dir, exclude)
 
 
-def tokenise_pairs(source: SourceConfig, tokenizer: PreTrainedTokenizerFast, data_dir: str | Path = "") -> Tokenised:
+def tokenise_pairs(
+    source: SourceConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    data_dir: str | Path = "",
+    exclude: Exclusion | None = None,
+) -> Tokenised:
     """A source's preference pairs as tokens: documents 2i and 2i + 1 are the chosen and rejected sides of pair i."""
-    return _tokenised("pairs", source, tokenizer, data_dir)
+    return _tokenised("pairs", source, tokenizer, data_dir, exclude)
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -90,12 +111,13 @@ def pretraining_rows(
     tokenizer: PreTrainedTokenizerFast,
     config: ModelConfig,
     data_dir: str | Path = "",
+    exclude: Exclusion | None = None,
 ) -> PackedRows:
     """The rows of a mixture of sources for next-token training (and its held-out loss).
 
     The tokenizer's sinks are the model's: `with_sinks` or `without_bos` make one that has as many as `config.sinks`.
     """
-    parts = [tokenise_documents(source, tokenizer, data_dir) for source in _some(sources)]
+    parts = [tokenise_documents(source, tokenizer, data_dir, exclude) for source in _some(sources)]
     return pack_documents(parts, config, tokenizer.eos_token_id, sink_ids(tokenizer))
 
 
@@ -104,12 +126,13 @@ def example_rows(
     tokenizer: PreTrainedTokenizerFast,
     config: ModelConfig,
     data_dir: str | Path = "",
+    exclude: Exclusion | None = None,
 ) -> PackedRows:
     """The rows of a mixture of (prompt, response) sources for fine-tuning.
 
     `n_dropped` counts the examples that are too long for a row.
     """
-    parts = [tokenise_examples(source, tokenizer, data_dir) for source in _some(sources)]
+    parts = [tokenise_examples(source, tokenizer, data_dir, exclude) for source in _some(sources)]
     return pack_examples(_joined(parts), config, tokenizer.eos_token_id, sink_ids(tokenizer))
 
 
@@ -118,9 +141,10 @@ def preference_rows(
     tokenizer: PreTrainedTokenizerFast,
     config: ModelConfig,
     data_dir: str | Path = "",
+    exclude: Exclusion | None = None,
 ) -> PairedRows:
     """The pairs of a mixture of preference sources; `n_dropped` counts those with a side too long for a row."""
-    parts = [tokenise_pairs(source, tokenizer, data_dir) for source in _some(sources)]
+    parts = [tokenise_pairs(source, tokenizer, data_dir, exclude) for source in _some(sources)]
     return pack_pairs(_joined(parts), config, tokenizer.eos_token_id, sink_ids(tokenizer))
 
 
@@ -128,7 +152,10 @@ def preference_rows(
 
 
 def describe(
-    source: SourceConfig, data_dir: str | Path = "", tokenizer: PreTrainedTokenizerFast | None = None
+    source: SourceConfig,
+    data_dir: str | Path = "",
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    exclude: Exclusion | None = None,
 ) -> dict[str, Any]:
     """What a source is and holds, as published: no paths.
 
@@ -137,7 +164,7 @@ def describe(
     """
     resolved = registry.resolve(source, data_dir)
     documents = words = size = 0
-    for text in texts(source, data_dir):
+    for text in texts(source, data_dir, exclude):
         documents, words, size = documents + 1, words + len(text.split()), size + len(text.encode())
     facts = {
         "name": resolved.name,
@@ -152,14 +179,20 @@ def describe(
         "bytes": size,
     }
     if tokenizer is not None:
-        facts["tokens"] = tokenise_documents(source, tokenizer, data_dir).n_tokens
+        facts["tokens"] = tokenise_documents(source, tokenizer, data_dir, exclude).n_tokens
     return facts
 
 
 # The cache ------------------------------------------------------------------------------------------------------------
 
 
-def _tokenised(form: str, source: SourceConfig, tokenizer: PreTrainedTokenizerFast, data_dir: str | Path) -> Tokenised:
+def _tokenised(
+    form: str,
+    source: SourceConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    data_dir: str | Path,
+    exclude: Exclusion | None,
+) -> Tokenised:
     resolved = registry.resolve(source, data_dir)
     reader = resolved.reader
     if form == "examples" and reader not in EXAMPLE_READERS:
@@ -176,25 +209,31 @@ def _tokenised(form: str, source: SourceConfig, tokenizer: PreTrainedTokenizerFa
             "part": [source.skip_examples, source.max_examples],
             "code": code_fingerprint(*CODE),
             "tokenizer": tokenizer_hash(tokenizer),
+            "exclude": exclude.fingerprint if exclude and exclude.config.remove else "",
         }
     )
     folder = registry.cache_folder() / "tokens" / key
     if not _whole(folder):
-        pieces = _encoded(form, reader, registry.iterate(source, data_dir), tokenizer)
+        if form == "documents":
+            pieces = ((ids, 0) for ids in encode(tokenizer, texts(source, data_dir, exclude), CHUNK))
+        else:
+            items = exclude.items(source) if exclude else registry.iterate(source, data_dir)
+            pieces = _encoded(form, reader, items, tokenizer)
         facts = {"source": resolved.name, "split": resolved.split, "form": form}
         _write(folder, pieces, tokenizer, form != "documents", facts)
-    return _open(folder)
+    tokenised = _open(folder)
+    if not len(tokenised.documents):
+        raise DataError(
+            f"{resolved.name}, split {resolved.split!r}: nothing is left of it, every document shares text with "
+            f"{', '.join(exclude.sets) if exclude else 'nothing'}: train on another split, or measure on one"
+        )
+    return tokenised
 
 
 def _encoded(
     form: str, reader: str, items: Iterable[Any], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """(ids of a document, prompt length)."""
-    if form == "documents":
-        documents = (text for item in items if (text := as_document(reader, item)))
-        for ids in encode(tokenizer, documents, CHUNK):
-            yield ids, 0
-        return
+    """(ids of an example or of a pair's side, prompt length)."""
     sides: Callable[[Any], list[tuple[str, str]]]
     if form == "pairs":
         sides = lambda item: [(item["prompt"], item["chosen"]), (item["prompt"], item["rejected"])]  # noqa: E731

@@ -1,0 +1,355 @@
+"""Overlap of training text with what a model is measured on: found by n-grams and whole lines, and taken out.
+
+The method is GPT-3's (Brown et al. 2020, 2005.14165, appendix C; lm-eval's and NeMo Curator's decontamination follow
+it): a training text that shares a run of 13 words with an evaluation text holds a part of it, unless more than 10
+documents of the training source hold the run, which makes it a template and no leak. What is done otherwise:
+
+- *Words* are runs of letters and digits in lower case; whatever stands between two of them separates them. (There,
+  punctuation is deleted, and words end at spaces.) WikiText's `1 @,@ 000` and SST-2's `does n't` are then the words of
+  `1,000` and `doesn't`; holes (`<unk>`) and PTB's brackets (`-lrb-`) are no words.
+- An evaluation question (`pieces`) shorter than 13 words, but of 8 at least, is searched for as a whole: GPT-3 took as
+  few as 8 in its analysis of overlap, lm-eval leaves such texts out. A short answer alone is no evidence of its item.
+- *Exact lines* of 8 words and more count; from 13 words on, however many documents hold them: a paragraph is copied, a
+  phrase is common. So does, at any length, a training item's question that is the whole question of an evaluation
+  item. A shorter line inside running text is no evidence.
+- Of a document not 200 characters around a match are removed, but what it stands in: the lines of an article, a review
+  among several, else the whole item.
+
+Hashes are 64 bits; the chance that any of 10^9 training n-grams meets one of 10^6 others by accident is 5e-5.
+Only the evaluation texts are held in memory; the training text streams past them.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from threefold.data.templates import as_document
+
+PARAGRAPH = 8  # words; a shorter line does not make an article
+CHUNK = 1 << 20  # characters searched at a time
+FILTER_BITS = 24  # a table of 16 MiB answers nearly every lookup before the sorted hashes are asked
+LINES, BLOCKS = ("text", "wikitext", "wikitext-raw"), ("reviews",)  # readers whose documents lose parts, not themselves
+WORD_BASE, GRAM_BASE = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd: powers never vanish
+BYTES = np.random.default_rng(0).integers(1, 1 << 63, 256, np.uint64)  # fixed: the hashes of every run are the same
+
+
+# Words and their hashes -----------------------------------------------------------------------------------------------
+
+
+def words(text: str) -> list[str]:
+    """The words of a text as they are compared: `"Don't pay $1,000!"` -> `["don", "t", "pay", "1", "000"]`."""
+    return _plain(text).split()
+
+
+def _plain(text: str) -> str:
+    """Words between spaces; newlines stay where they are."""
+    return "\n".join(map(_plain_line, text.split("\n"))) if not text.isascii() else _plain_line(text)
+
+
+def _plain_line(text: str) -> str:
+    ascii = text.isascii()
+    text = (text if ascii else unicodedata.normalize("NFKC", text)).lower()
+    for mark, instead in (("<unk>", " "), ("-lrb-", " "), ("-rrb-", " "), (" n't", "n't")):
+        text = text.replace(mark, instead)
+    return text.translate(_SPACED) if ascii else re.sub(r"[^\w\n]+|_", " ", text)
+
+
+_SPACED = "".join(char if char.isalnum() or char == "\n" else " " for char in map(chr, range(128)))
+
+
+@dataclass(frozen=True)
+class _Hashed:
+    """The words of some lines. words: uint64 [n] hashes; line: int64 [n], the line of each; starts: int64 [lines + 1],
+    the place of each line's first word.
+    """
+
+    words: np.ndarray
+    line: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def of(cls, text: str) -> "_Hashed":
+        """A polynomial over its bytes for each word, modulo 2^64, then mixed (splitmix64's finaliser)."""
+        data = np.frombuffer(_plain(text).encode(), np.uint8)
+        inside = data > 32
+        edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
+        first, lengths = edges[::2], edges[1::2] - edges[::2]
+        newlines = np.flatnonzero(data == 10)
+        line = np.searchsorted(newlines, first)
+        hashes = np.empty(0, np.uint64)
+        if len(first):
+            before = np.cumsum(lengths) - lengths
+            place = np.arange(lengths.sum()) - np.repeat(before, lengths)
+            hashes = np.add.reduceat(BYTES[data[inside]] * _powers(WORD_BASE, lengths.max())[place], before)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                hashes = (hashes ^ (hashes >> np.uint64(shift))) * np.uint64(factor)
+            hashes ^= hashes >> np.uint64(31)
+        return cls(hashes, line, np.searchsorted(line, np.arange(len(newlines) + 2)))
+
+    def runs(self, first: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """uint64: the hash of words first[i] .. end[i], as `grams` hashes a run of that length; 0 for an empty one."""
+        lengths = end - first
+        some = lengths > 0
+        hashes = np.zeros(len(lengths), np.uint64)
+        if some.any():
+            first, lengths = first[some], lengths[some]
+            before = np.cumsum(lengths) - lengths
+            place = np.arange(lengths.sum()) - np.repeat(before, lengths)
+            values = self.words[np.repeat(first, lengths) + place] * _powers(GRAM_BASE, lengths.max())[place]
+            hashes[some] = np.add.reduceat(values, before)
+        return hashes
+
+    def grams(self, piece: np.ndarray, lengths: Iterable[int]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(length, first words, hashes) of every run of these lengths that lies in one piece; piece: int64 [n], the
+        piece of each word.
+        """
+        wanted, running = set(lengths), np.zeros(len(self.words), np.uint64)
+        powers = _powers(GRAM_BASE, max(wanted, default=1))
+        for length in range(1, max(wanted, default=0) + 1):
+            n = len(self.words) - length + 1
+            if n <= 0:
+                return
+            running = running[:n] + self.words[length - 1 :] * powers[length - 1]
+            if length in wanted:
+                first = np.flatnonzero(piece[:n] == piece[length - 1 :])
+                yield length, first, running[first]
+
+
+@lru_cache(maxsize=2)
+def _table(base: int, size: int) -> np.ndarray:
+    return np.concatenate(([np.uint64(1)], np.cumprod(np.full(size - 1, base, np.uint64))))
+
+
+def _powers(base: np.uint64, size: int) -> np.ndarray:
+    """uint64 [>= size]: base^0, base^1, ... modulo 2^64."""
+    return _table(base, 1 << int(size).bit_length())
+
+
+# What a document is made of -------------------------------------------------------------------------------------------
+
+
+def pieces(reader: str, item: str | Mapping) -> tuple[list[str], int]:
+    """(the texts of an item that are searched, how many of them are questions; those come first).
+
+    A question is what tells one item from another: the sentence of a review, a problem, an instruction with its input,
+    a dialogue with one reply (many share their first turn). No template is among the texts: a training prompt and an
+    evaluation prompt share their wording by design.
+    """
+    if reader == "instructions":
+        return [f"{item['instruction']}\n{item['input']}".strip("\n"), item["output"]], 1
+    if reader == "problems":
+        return [item["question"], item["answer"]], 1
+    if reader == "sentiment":
+        return [item["sentence"]], 1
+    if reader == "preferences":
+        return [item["prompt"] + item["chosen"], item["prompt"] + item["rejected"]], 2
+    if reader in BLOCKS:
+        sentences = [block.partition("\nQuestion:")[0] for block in item.split("\n\n")]
+        return sentences, len(sentences)
+    return [as_document(reader, item)], 0
+
+
+@dataclass
+class _Chunk:
+    """Documents put together to be searched at once. Lists by line, but for `question` (by piece)."""
+
+    text: list[str] = field(default_factory=list)
+    piece: list[int] = field(default_factory=list)
+    unit: list[int] = field(default_factory=list)  # counted over the chunk
+    question: list[bool] = field(default_factory=list)
+    owner: list[tuple[int, int]] = field(default_factory=list)  # of a unit: (document, unit of it)
+    size: int = 0
+
+    def add(self, number: int, reader: str, item: str | Mapping) -> None:
+        texts, questions = pieces(reader, item)
+        base = len(self.owner)
+        for place, text in enumerate(texts):
+            lines = text.count("\n") + 1
+            units = range(lines) if reader in LINES else [place if reader in BLOCKS else 0] * lines
+            self.piece += [len(self.question)] * lines
+            self.unit += [base + unit for unit in units]
+            self.question.append(place < questions)
+            self.text.append(text)
+            self.size += len(text) + 1
+        self.owner += [(number, unit) for unit in range(self.unit[-1] + 1 - base)]
+
+    def hashed(self) -> _Hashed:
+        return _Hashed.of("\n".join(self.text))
+
+
+def _chunks(reader: str, items: Iterable[str | Mapping]) -> Iterator[_Chunk]:
+    chunk = _Chunk()
+    for number, item in enumerate(items):
+        chunk.add(number, reader, item)
+        if chunk.size >= CHUNK:
+            yield chunk
+            chunk = _Chunk()
+    if chunk.size:
+        yield chunk
+
+
+# The index ------------------------------------------------------------------------------------------------------------
+
+# The ways to be found, tagged into the hashes so that one table holds all: n-grams, lines shorter than one, longer
+# lines, whole questions. From LINE on they count however many documents hold them.
+GRAM, PHRASE, LINE, QUESTION = range(4)
+TAGS = np.array([0, 0xE7037ED1A0B428DB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F], np.uint64)
+
+
+class Index:
+    """The hashes of the evaluation texts, sorted, and in which sets each is.
+
+    names: the sets. hashes: uint64 [n]. sets: uint64 [n], bit s for set names[s]. ways: int64 [n], GRAM to QUESTION.
+    lengths: of the n-grams, the preset's and those of shorter texts.
+    """
+
+    def __init__(
+        self,
+        sets: Mapping[str, tuple[str, Iterable[str | Mapping]]],
+        ngram: int = 13,
+        common: int = 10,
+        line: int = 8,
+    ):
+        """sets: {name: (reader, items)}. ngram: words of a run. common: an n-gram that more documents of a source hold
+        is a template; -1: none is. line: the fewest words of a line, or of a whole evaluation text, that are evidence.
+        """
+        self.names, self.ngram, self.common, self.line = list(sets), ngram, common, line
+        parts: list[tuple[np.ndarray, int, int]] = []
+        lengths = {ngram}
+        for number, (reader, items) in enumerate(sets.values()):
+            for chunk in _chunks(reader, items):
+                for way, values, counts, _ in self._candidates(chunk, chunk.hashed(), None):
+                    parts.append((values ^ TAGS[way], number, way))
+                    lengths.update(counts.tolist() if way == GRAM else ())
+        self.lengths = sorted(lengths)
+        hashes = np.concatenate([part for part, _, _ in parts]) if parts else np.empty(0, np.uint64)
+        masks = np.repeat([1 << number for _, number, _ in parts], [len(part) for part, _, _ in parts])
+        ways = np.repeat([way for _, _, way in parts], [len(part) for part, _, _ in parts])
+        order = np.argsort(hashes, kind="stable")
+        self.hashes, starts = np.unique(hashes[order], return_index=True)
+        self.sets = np.bitwise_or.reduceat(masks[order].astype(np.uint64), starts) if parts else hashes
+        self.ways = ways[order][starts]
+        self._filter = np.zeros(1 << FILTER_BITS, bool)
+        self._filter[self.hashes >> np.uint64(64 - FILTER_BITS)] = True
+
+    def _candidates(
+        self, chunk: _Chunk, hashed: _Hashed, lengths: list[int] | None
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        """(way, hashes, words each covers, first word of each) of all that a chunk can be found by.
+
+        lengths: of the n-grams; None: the preset's, and whole pieces that are shorter (what an index is made of).
+        """
+        piece = np.array(chunk.piece)[hashed.line]
+        for length, first, values in hashed.grams(piece, lengths or [self.ngram]):
+            yield GRAM, values, np.full(len(first), length), first
+        first, end = hashed.starts[:-1], hashed.starts[1:]
+        for way, least, below in ((PHRASE, self.line, self.ngram), (LINE, max(self.line, self.ngram), np.inf)):
+            fits = (end - first >= least) & (end - first < below)
+            yield way, hashed.runs(first[fits], end[fits]), (end - first)[fits], first[fits]
+        edges = np.searchsorted(piece, np.arange(len(chunk.question) + 1))
+        first, end = edges[:-1], edges[1:]
+        asked = np.array(chunk.question) & (end > first)
+        yield QUESTION, hashed.runs(first[asked], end[asked]), (end - first)[asked], first[asked]
+        if lengths is None:
+            short = asked & (end - first >= self.line) & (end - first < self.ngram)
+            yield GRAM, hashed.runs(first[short], end[short]), (end - first)[short], first[short]
+
+    def find(self, chunk: _Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a chunk of training text shares with the sets.
+
+        -> (units int64 [h], hashes found in them int64 [h] (places in `hashes`), words of every unit int64).
+        """
+        units, found = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        hashed = chunk.hashed()
+        unit = np.array(chunk.unit)[hashed.line]
+        for way, values, lengths, first in self._candidates(chunk, hashed, self.lengths):
+            values = values ^ TAGS[way]
+            maybe = np.flatnonzero(self._filter[values >> np.uint64(64 - FILTER_BITS)])
+            place = np.searchsorted(self.hashes, values[maybe])
+            place[place == len(self.hashes)] = 0
+            hit = self.hashes[place] == values[maybe]
+            maybe, place = maybe[hit], place[hit]
+            covered = np.repeat(first[maybe], lengths[maybe])  # every word of a hit, for the units it runs through
+            covered += np.arange(len(covered)) - np.repeat(np.cumsum(lengths[maybe]) - lengths[maybe], lengths[maybe])
+            units.append(unit[covered])
+            found.append(np.repeat(place, lengths[maybe]))
+        pairs = np.unique(np.stack([np.concatenate(units), np.concatenate(found)], axis=1), axis=0)
+        return pairs[:, 0], pairs[:, 1], np.bincount(unit, minlength=len(chunk.owner))
+
+    def search(self, reader: str, items: Iterable[str | Mapping]) -> "Found":
+        """What a training source shares with the sets, in one pass."""
+        hits: list[tuple[np.ndarray, np.ndarray]] = []  # (unit, hash), units counted over those hit
+        owners: list[tuple[int, int]] = []
+        sizes: list[np.ndarray] = []
+        holders = np.zeros(len(self.hashes), np.int64)  # documents that hold each
+        copies = self.ways >= LINE
+        common = self.common if self.common >= 0 else np.iinfo(np.int64).max
+        documents = total = 0
+        for chunk in _chunks(reader, items):
+            unit, place, counts = self.find(chunk)
+            total += int(counts.sum())
+            documents = chunk.owner[-1][0] + 1
+            if not len(unit):
+                continue
+            document = np.array([number for number, _ in chunk.owner])
+            np.add.at(holders, np.unique(np.stack([document[unit], place], axis=1), axis=0)[:, 1], 1)
+            wanted = copies[place] | (holders[place] <= common)  # what is a template by now need not be kept
+            unit, place = unit[wanted], place[wanted]
+            kept, unit = np.unique(unit, return_inverse=True)
+            hits.append((unit + len(owners), place))
+            owners += [chunk.owner[index] for index in kept]
+            sizes.append(counts[kept])
+        found = Found(documents, total, templates=int(((holders > common) & ~copies).sum()))
+        if not hits:
+            return found
+        unit, place = (np.concatenate(part) for part in zip(*hits, strict=True))
+        evidence = copies[place] | (holders[place] <= common)
+        unit, place = unit[evidence], place[evidence]
+        document = np.array([number for number, _ in owners])[unit]
+        for number, name in enumerate(self.names):
+            inside = (self.sets[place] >> np.uint64(number)) & np.uint64(1) == 1
+            ways = {"ngram": inside & (self.ways[place] == GRAM), "exact": inside & (self.ways[place] != GRAM)}
+            if inside.any():
+                found.sets[name] = {way: len(np.unique(document[here])) for way, here in ways.items()}
+        size = np.concatenate(sizes)
+        for index in np.unique(unit).tolist():
+            number, part = owners[index]
+            found.drop.setdefault(number, []).append(part)
+            found.words_dropped += int(size[index])
+        return found
+
+
+@dataclass
+class Found:
+    """What a training source shares with the evaluation sets.
+
+    documents, words: searched. sets: {set: {"ngram": documents that share an n-gram, "exact": a line or a question}}.
+    templates: runs and shorter lines of the sets that more than `common` documents hold: no evidence.
+    drop: {document: its parts that hold evidence}, documents and parts counted from 0. words_dropped: of these parts.
+    """
+
+    documents: int
+    words: int
+    templates: int = 0
+    words_dropped: int = 0
+    sets: dict[str, dict[str, int]] = field(default_factory=dict)
+    drop: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def parts_dropped(self) -> int:
+        return sum(map(len, self.drop.values()))
+
+
+def without(reader: str, text: str, parts: Iterable[int]) -> str:
+    """A document without some of its parts, "" if nothing is left: headings alone, lines of few words, are no text."""
+    parts = set(parts)
+    if reader in BLOCKS:
+        return "\n\n".join(block for place, block in enumerate(text.split("\n\n")) if place not in parts)
+    if reader not in LINES:
+        return ""
+    left = [part for place, part in enumerate(text.split("\n")) if place not in parts]
+    return "\n".join(left) if any(len(words(part)) >= PARAGRAPH for part in left) else ""
