@@ -181,43 +181,41 @@ def test_detectable_difference_has_the_power_it_says():
     assert statistics.detectable_difference(10_000) < statistics.detectable_difference(100)
 
 
-# Variance components ---------------------------------------------------------------------------------------------------
+# Variance components -------------------------------------------------------------------------------------------------
 
 
 def test_variance_components_equal_a_hand_made_anova():
     """Three crossed factors (one draw): statsmodels' mean squares, expected mean squares solved by hand."""
-    M, T, I = 3, 2, 5
-    y = np.random.default_rng(0).integers(0, 2, size=(M, T, 1, I)).astype(float)
+    M, T, N = 3, 2, 5
+    y = np.random.default_rng(0).integers(0, 2, size=(M, T, 1, N)).astype(float)
     m, t, _, i = (axis.ravel() for axis in np.indices(y.shape))
     fit = ols("y ~ C(m) * C(t) * C(i)", pd.DataFrame({"y": y.ravel(), "m": m, "t": t, "i": i})).fit()
     table = anova_lm(fit, typ=1)
     MS = (table["sum_sq"] / table["df"]).to_dict()
     m, t, i, mt, mi, ti, mti = (
-        MS[key] for key in (
-            "C(m)", "C(t)", "C(i)", "C(m):C(t)", "C(m):C(i)", "C(t):C(i)", "C(m):C(t):C(i)"
-        )
+        MS[key] for key in ("C(m)", "C(t)", "C(i)", "C(m):C(t)", "C(m):C(i)", "C(t):C(i)", "C(m):C(t):C(i)")
     )
     got = statistics.variance_components(y)
-    assert got.model == pytest.approx((m - mt - mi + mti) / (T * I))
-    assert got.template == pytest.approx((t - mt - ti + mti) / (M * I))
+    assert got.model == pytest.approx((m - mt - mi + mti) / (T * N))
+    assert got.template == pytest.approx((t - mt - ti + mti) / (M * N))
     assert got.item == pytest.approx((i - mi - ti + mti) / (M * T))
     assert got.model_item == pytest.approx((mi - mti) / T)
-    assert got.residual == pytest.approx((mt - mti) / I + (ti - mti) / M + mti)
+    assert got.residual == pytest.approx((mt - mti) / N + (ti - mti) / M + mti)
     assert got.draw is None and got.se_draw is None
     over = [max(0.0, value) for value in (got.item, got.model_item)]
-    assert got.se_item == pytest.approx(np.sqrt(sum(over) / I))
+    assert got.se_item == pytest.approx(np.sqrt(sum(over) / N))
 
 
 def test_variance_components_are_unbiased():
     """Mean of 300 simulated crossings with known components; standard errors against the spread of one model's mean."""
-    M, T, D, I = 4, 5, 5, 30
+    M, T, D, N = 4, 5, 5, 30
     known = {"model": 0.04, "template": 0.03, "draw": 0.02, "item": 0.10, "model_item": 0.05, "residual": 0.2 + 0.06}
-    axes = {"model": (M, 1, 1, 1), "template": (1, T, 1, 1), "draw": (1, 1, D, 1), "item": (1, 1, 1, I)}
-    axes |= {"model_item": (M, 1, 1, I)}
+    axes = {"model": (M, 1, 1, 1), "template": (1, T, 1, 1), "draw": (1, 1, D, 1), "item": (1, 1, 1, N)}
+    axes |= {"model_item": (M, 1, 1, N)}
     rng = np.random.default_rng(0)
     found, errors = [], []
     for _ in range(300):
-        y = rng.normal(0, np.sqrt(0.2), (M, T, D, I)) + rng.normal(0, np.sqrt(0.06), (M, T, 1, 1))
+        y = rng.normal(0, np.sqrt(0.2), (M, T, D, N)) + rng.normal(0, np.sqrt(0.06), (M, T, 1, 1))
         for name, shape in axes.items():
             y = y + rng.normal(0, np.sqrt(known[name]), shape)
         got = statistics.variance_components(y)
@@ -254,7 +252,7 @@ def test_variance_components_need_a_full_crossing(bad):
         statistics.variance_components(bad)
 
 
-# Imports ---------------------------------------------------------------------------------------------------------------
+# Imports -------------------------------------------------------------------------------------------------------------
 
 
 def test_comparison_imports_no_torch():

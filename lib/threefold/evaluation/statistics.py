@@ -266,9 +266,7 @@ def variance_components(correct_MTDI: Array) -> VarianceComponents:
     subsets = [frozenset(s) for size in range(1, len(factors) + 1) for s in combinations(factors, size)]
     cells = {s: math.prod(y.shape[axis] for axis in range(4) if axis not in s) for s in subsets}  # n_S
     square = {s: _mean_square(y, s) for s in subsets}
-    sigma2 = {
-        s: sum((-1) ** (len(u) - len(s)) * square[u] for u in subsets if u >= s) / cells[s] for s in subsets
-    }
+    sigma2 = {s: sum((-1) ** (len(u) - len(s)) * square[u] for u in subsets if u >= s) / cells[s] for s in subsets}
     model, template, draw, item = (frozenset({axis}) for axis in range(4))
     named = (model, template, draw, item, model | item)
 
