@@ -225,7 +225,7 @@ def test_variance_components_are_unbiased():
     means, sems = np.mean(found, axis=0), np.std(found, axis=0) / np.sqrt(300)
     assert np.all(np.abs(means - list(known.values())) < 4 * sems), means
     # One model's mean: templates bring sigma2(template) and sigma2(model x template), over T, and so on.
-    assert np.mean(errors, axis=0) == pytest.approx([0.09 / T, 0.02 / D, 0.15 / I], rel=0.15)
+    assert np.mean(errors, axis=0) == pytest.approx([0.09 / T, 0.02 / D, 0.15 / N], rel=0.15)
 
 
 def test_variance_components_of_one_source():

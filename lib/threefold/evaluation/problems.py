@@ -64,8 +64,8 @@ def few_shot(
       lines; one seeded draw serves all items and models.
     - Scoring: greedy, to EOS, `Question:` (lm-eval's other stop strings too) or `new_tokens`. Strict takes the number
       after the first `#### `, flexible the last number in the text; both compare after lm-eval's normalisation. An
-      empty generation is wrong, and so is an item that does not fit the context with its new tokens; more than one in twenty
-      of these is an error.
+      empty generation is wrong, and so is an item that does not fit the context with its new tokens; more than one in
+      twenty of these is an error.
     - Metrics, shares of items: `exact_match` (strict), `flexible_match`, `invalid` (no strict answer), each with a 95%
       Wilson interval; `unfinished` (cut off at `new_tokens`), without one.
     - Reproduces: both extractions of lm-eval 0.4's `gsm8k`, answer for answer on the same generations; GPT-2 124M is
