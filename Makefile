@@ -4,7 +4,7 @@ RUN ?= smoke
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: report test check env env-test notebooks lab lock clean-env
+.PHONY: report test check env env-test notebooks protocols lab lock clean-env
 
 report: env  ## environment, the smoke run end to end, the HTML report
 	$(BIN)/threefold run --preset smoke
@@ -37,6 +37,9 @@ lab: env
 
 notebooks: env  ## write notebooks/*.ipynb from notebooks/percent/*.py
 	$(BIN)/python -m threefold.pipeline.notebooks
+
+protocols: env  ## write docs/protocols.md from the protocols' docstrings
+	$(BIN)/python -m threefold.evaluation.protocols
 
 lock: env-test
 	( echo "# Versions the project was tested with; used as constraints: pip install -c requirements.lock -e '.[test]'"; \

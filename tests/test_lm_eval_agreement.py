@@ -86,11 +86,12 @@ def test_wikitext(kind, tmp_path):
     check_wikitext(original, tok, documents, tmp_path)
 
 
-def check_sst2(theirs, ours, items, shown, shots, folder):
+def check_sst2(theirs, ours, items, shown, shots, folder, stored=None):
+    """`stored`: the items as lm-eval is to read them, where ours went through a reader of their own."""
     expected = harness(
         theirs,
         "glue/sst2/default.yaml",
-        {"train": shown[:shots] or items[:1], "validation": items},
+        {"train": shown[:shots] or items[:1], "validation": stored or items},
         folder,
         num_fewshot=shots,
         fewshot_config={"sampler": "first_n", "split": "train"},
@@ -115,6 +116,18 @@ def test_sst2(kind, shots, tmp_path):
     items = [{"sentence": text(3 + i % 9, i), "label": i % 2} for i in range(40)]
     shown = [{"sentence": text(5, 300 + i), "label": i % 2} for i in range(3)]
     check_sst2(theirs, ours, items, shown, shots, tmp_path)
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+def test_sst2_as_the_hub_has_it(shots, tmp_path):
+    """The hub's sentences end in a space, which lm-eval keeps before the newline; the reader must too."""
+    rows = [{"idx": i, "sentence": f"{text(3 + i % 5, i)} ", "label": i % 2} for i in range(12)]
+    (tmp_path / "hub.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    items = list(sources.load(SourceConfig(path=str(tmp_path / "hub.jsonl"), reader="sentiment")))
+    assert [item["sentence"] for item in items] == [row["sentence"] for row in rows]
+    theirs, ours = pair(llama(context=512), tokenizer())
+    stored = [{"sentence": row["sentence"], "label": row["label"]} for row in rows]
+    check_sst2(theirs, ours, items, stored[:2], shots, tmp_path, stored)
 
 
 class Given(LM):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 from dataclasses import replace
 
 import pandas as pd
@@ -8,6 +9,7 @@ from evaluation_world import language_model, model_config, tokenizer
 from threefold.config import EvaluationConfig, SourceConfig
 from threefold.errors import EvaluationError, ThreefoldError
 from threefold.evaluation import PROTOCOLS, LanguageModel, describe, evaluate, save_items, speed
+from threefold.evaluation.protocols import PAGE
 
 
 def sample(name: str, split: str = "test", n: int = 8) -> SourceConfig:
@@ -122,11 +124,26 @@ def test_a_missing_source_is_one_clear_error():
 def test_every_protocol_documents_itself():
     page = describe()
     for protocol in PROTOCOLS.values():
-        assert f"### {protocol.title} (`{protocol.key}`, version {protocol.version})" in page
+        assert f"## {protocol.title} (`{protocol.key}`, version {protocol.version})" in page
         assert protocol.document.startswith("`"), "the docstring begins with the evaluation's name"
-        assert len(protocol.document) > 200
+        for part in ("Data", "Tokens", ("Windows", "Prompt"), "Scoring", "Metrics", "Reproduces"):
+            names = (part,) if isinstance(part, str) else part
+            assert any(re.search(rf"^- {name}\b", protocol.document, re.M) for name in names), (protocol.key, part)
     for figure in ("29.94", "25.2", "37.37", "0.9769", "40.64"):
         assert figure in page
+
+
+def test_every_metric_is_on_the_page():
+    model = LanguageModel.random(model_config(context=512), tokenizer(), 0)
+    config = replace(CONFIG, sentiment_calibration=True)
+    page = describe()
+    for evaluation in evaluate(model, config, reference=model):
+        for name in evaluation.metrics:
+            assert f"`{re.sub(r'_b[0-9]+$', '_b{B}', name)}`" in page, (evaluation.protocol, name)
+
+
+def test_the_page_is_up_to_date():
+    assert PAGE.read_text(encoding="utf-8") == describe(), "docs/protocols.md is old: run `make protocols`"
 
 
 # Speed ---------------------------------------------------------------------------------------------------------------

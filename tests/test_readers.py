@@ -116,7 +116,7 @@ def test_items_have_their_shapes():
     instruction = {"instruction": "Add.", "input": "1 2", "output": "3"}
     assert one("instructions", **instruction, text="ignored") == instruction
     assert one("instructions", instruction="Add.", input=None, output="3")["input"] == ""
-    assert one("sentiment", sentence="good ", label="positive", idx=3) == {"sentence": "good", "label": 1}
+    assert one("sentiment", sentence="good ", label="positive", idx=3) == {"sentence": "good ", "label": 1}
     assert one("problems", question=" q\n", answer="a") == {"question": "q", "answer": "a"}
 
 

@@ -155,3 +155,59 @@ def test_a_random_model_is_at_chance():
 def test_no_items_is_an_error():
     with pytest.raises(EvaluationError, match="no items"):
         sentiment.zero_shot(language_model(), [])
+
+
+# Calibration ---------------------------------------------------------------------------------------------------------
+
+
+class Biased(LanguageModel):
+    """log p(positive) - log p(negative) is a bias, plus or minus one where there is content, by the sentence."""
+
+    def __init__(self, bias):
+        base = language_model(context=512)
+        super().__init__("biased", base.backend, base.tokenizer, "0" * 64)
+        self.bias = bias
+
+    def loglikelihoods(self, requests, *, batch_tokens=0, describe=str):
+        truth = {f"{item['sentence']}\n": item["label"] for item in ITEMS}
+        spans = []
+        for index, (context, target) in enumerate(requests):
+            prompt = self.tokenizer.decode(context[len(self.prefix_ids) :])
+            margin = self.bias + next((2 * label - 1 for s, label in truth.items() if s in prompt), 0)
+            spans.append(ScoredSpan(-5.0 + (margin if index % 2 else 0.0), len(target), False))
+        return spans
+
+
+def test_calibration_takes_a_constant_bias_away():
+    """Closed form: a bias of 3 nats hides a signal of 1; divided by what no content gives, every answer is right."""
+    result = sentiment.zero_shot(Biased(3.0), ITEMS, templates=1, calibration=True, scoring=QUICK)
+    share = np.mean([item["label"] for item in ITEMS])
+    assert result.metrics["accuracy"]["value"] == pytest.approx(share) and result.metrics["positive_rate"]["value"] == 1
+    assert result.metrics["accuracy_calibrated"]["value"] == 1.0
+    assert result.metrics["accuracy_calibrated"]["interval"] == "Wilson"
+    assert result.items["correct_calibrated"].all() and not result.items["correct"].all()
+    assert result.settings["calibration"] == ["N/A", "[MASK]", ""]
+
+
+def test_calibration_averages_probabilities_over_the_content_free_inputs():
+    free = np.log([[0.1, 0.3], [0.2, 0.1], [0.3, 0.2]])
+    assert sentiment.content_free_logprobs(free) == pytest.approx(np.log([0.2, 0.2]))
+
+
+def test_calibration_is_off_by_default_and_never_instead():
+    off = sentiment.zero_shot(Biased(3.0), ITEMS, templates=1, scoring=QUICK)
+    assert "accuracy_calibrated" not in off.metrics and off.settings["calibration"] is None
+    on = sentiment.few_shot(Biased(3.0), ITEMS, SHOWN, 2, templates=1, draws=2, calibration=True, scoring=QUICK)
+    plain = sentiment.few_shot(Biased(3.0), ITEMS, SHOWN, 2, templates=1, draws=2, scoring=QUICK)
+    assert {k: v for k, v in on.metrics.items() if k != "accuracy_calibrated"} == plain.metrics
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_likelihood_that_is_no_number_names_the_item(value):
+    original = llama(context=256)
+    bad = tokenizer()("日", add_special_tokens=False).input_ids[-1]
+    original.model.embed_tokens.weight.data[bad] = value
+    model = LanguageModel.from_model(original, tokenizer(), "broken", convert=False)
+    items = [*ITEMS[:6], {"sentence": "日", "label": 1}]
+    with pytest.raises(EvaluationError, match=r"sst2/0-shot: item 6, template lm-eval, label 'negative'"):
+        sentiment.zero_shot(model, items, scoring=QUICK)

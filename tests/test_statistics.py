@@ -1,8 +1,14 @@
+import subprocess
+import sys
+
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -173,3 +179,90 @@ def test_detectable_difference_has_the_power_it_says():
         found += statistics.mcnemar_exact(a_only, b_only) < 0.05
     assert 0.70 < found / 1500 < 0.88  # the exact test is a little conservative
     assert statistics.detectable_difference(10_000) < statistics.detectable_difference(100)
+
+
+# Variance components -------------------------------------------------------------------------------------------------
+
+
+def test_variance_components_equal_a_hand_made_anova():
+    """Three crossed factors (one draw): statsmodels' mean squares, expected mean squares solved by hand."""
+    M, T, N = 3, 2, 5
+    y = np.random.default_rng(0).integers(0, 2, size=(M, T, 1, N)).astype(float)
+    m, t, _, i = (axis.ravel() for axis in np.indices(y.shape))
+    fit = ols("y ~ C(m) * C(t) * C(i)", pd.DataFrame({"y": y.ravel(), "m": m, "t": t, "i": i})).fit()
+    table = anova_lm(fit, typ=1)
+    MS = (table["sum_sq"] / table["df"]).to_dict()
+    m, t, i, mt, mi, ti, mti = (
+        MS[key] for key in ("C(m)", "C(t)", "C(i)", "C(m):C(t)", "C(m):C(i)", "C(t):C(i)", "C(m):C(t):C(i)")
+    )
+    got = statistics.variance_components(y)
+    assert got.model == pytest.approx((m - mt - mi + mti) / (T * N))
+    assert got.template == pytest.approx((t - mt - ti + mti) / (M * N))
+    assert got.item == pytest.approx((i - mi - ti + mti) / (M * T))
+    assert got.model_item == pytest.approx((mi - mti) / T)
+    assert got.residual == pytest.approx((mt - mti) / N + (ti - mti) / M + mti)
+    assert got.draw is None and got.se_draw is None
+    over = [max(0.0, value) for value in (got.item, got.model_item)]
+    assert got.se_item == pytest.approx(np.sqrt(sum(over) / N))
+
+
+def test_variance_components_are_unbiased():
+    """Mean of 300 simulated crossings with known components; standard errors against the spread of one model's mean."""
+    M, T, D, N = 4, 5, 5, 30
+    known = {"model": 0.04, "template": 0.03, "draw": 0.02, "item": 0.10, "model_item": 0.05, "residual": 0.2 + 0.06}
+    axes = {"model": (M, 1, 1, 1), "template": (1, T, 1, 1), "draw": (1, 1, D, 1), "item": (1, 1, 1, N)}
+    axes |= {"model_item": (M, 1, 1, N)}
+    rng = np.random.default_rng(0)
+    found, errors = [], []
+    for _ in range(300):
+        y = rng.normal(0, np.sqrt(0.2), (M, T, D, N)) + rng.normal(0, np.sqrt(0.06), (M, T, 1, 1))
+        for name, shape in axes.items():
+            y = y + rng.normal(0, np.sqrt(known[name]), shape)
+        got = statistics.variance_components(y)
+        found.append([getattr(got, name) for name in known])
+        errors.append([got.se_template**2, got.se_draw**2, got.se_item**2])
+        assert got.total == pytest.approx(sum(found[-1]))
+    means, sems = np.mean(found, axis=0), np.std(found, axis=0) / np.sqrt(300)
+    assert np.all(np.abs(means - list(known.values())) < 4 * sems), means
+    # One model's mean: templates bring sigma2(template) and sigma2(model x template), over T, and so on.
+    assert np.mean(errors, axis=0) == pytest.approx([0.09 / T, 0.02 / D, 0.15 / N], rel=0.15)
+
+
+def test_variance_components_of_one_source():
+    """Answers that depend on one factor alone: the variance of its levels is all there is."""
+    levels = np.array([1.0, 0.0, 0.0, 1.0, 1.0])
+    y = np.broadcast_to(levels[None, :, None, None], (3, 5, 2, 40))
+    got = statistics.variance_components(y)
+    assert got.template == pytest.approx(levels.var(ddof=1)) and got.total == pytest.approx(got.template)
+    assert got.se_template == pytest.approx(levels.std(ddof=1) / np.sqrt(5))
+    for name in ("model", "draw", "item", "model_item", "residual", "se_draw", "se_item", "se_interaction"):
+        assert getattr(got, name) == pytest.approx(0.0, abs=1e-12), name
+
+
+def test_variance_components_of_identical_models():
+    """The same weights twice: no variance between models, and none of models by items."""
+    y = np.random.default_rng(0).integers(0, 2, size=(1, 5, 5, 50)).repeat(2, axis=0)
+    got = statistics.variance_components(y)
+    assert got.model_item == pytest.approx(0.0, abs=1e-12) and got.model == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((2, 3, 4)), np.zeros((1, 1, 1, 1)), np.full((2, 2, 2, 2), np.nan)])
+def test_variance_components_need_a_full_crossing(bad):
+    with pytest.raises(ValueError, match="variance components need"):
+        statistics.variance_components(bad)
+
+
+# Imports -------------------------------------------------------------------------------------------------------------
+
+
+def test_comparison_imports_no_torch():
+    """Readers of records start in a second: what they use of the evaluation is its statistics."""
+    code = (
+        "import importlib, pkgutil, sys, threefold.comparison as package\n"
+        "for module in pkgutil.iter_modules(package.__path__):\n"
+        "    importlib.import_module(f'{package.__name__}.{module.name}')\n"
+        "assert 'threefold.evaluation.statistics' in sys.modules\n"
+        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

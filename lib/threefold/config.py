@@ -145,6 +145,7 @@ class EvaluationConfig:
     sentiment_shots: tuple[int, ...] = (0, 3)
     sentiment_templates: int = 5  # how many of the protocol's templates
     sentiment_draws: int = 5  # demonstration draws of each few-shot setting
+    sentiment_calibration: bool = False  # also publish accuracy under contextual calibration
     problems: SourceConfig = field(default_factory=SourceConfig)
     problem_demonstrations: SourceConfig = field(default_factory=SourceConfig)
     problem_shots: int = 5

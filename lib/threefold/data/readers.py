@@ -221,7 +221,7 @@ def _preferences(rows: Iterable[Row]) -> Iterator[dict]:
 def _sentiment(rows: Iterable[Row]) -> Iterator[dict]:
     labels = {value: number for number, name in enumerate(LABELS) for value in (number, str(number), name)}
     for row in rows:
-        sentence = _string(row, "sentence", "text").strip()
+        sentence = _string(row, "sentence", "text")  # as it is: the hub's end in a space, and lm-eval scores it
         label = row.columns.get("label")
         if isinstance(label, bool) or not isinstance(label, int | str) or label not in labels:
             what = "no column 'label'" if "label" not in row.columns else f"label {label!r}"

@@ -26,11 +26,16 @@ def responses(
 ) -> Evaluation:
     """`{source}/responses`: nats per token of held-out responses, and exact match of greedy answers.
 
-    Prompt: the template of training (`### Instruction:` ... `### Response:`). `response_loss` is over the tokens of the
-    reference response and its EOS, as SFT trains them, summed over all examples and divided once; examples that do not
-    fit the context whole are left out and counted. `exact_match` is over the first `generations` examples: the greedy
-    answer (to EOS, the next `###` heading or `new_tokens`) equals the reference after stripping white space. An empty
-    answer, or a prompt that leaves no room for an answer, counts as wrong.
+    - Data: `evaluation.instructions` (Alpaca, the part held out of SFT).
+    - Tokens: the model's own, prefix tokens (BOS) first; prompt and response apart, as in training.
+    - Prompt: the template of training (`### Instruction:` ... `### Response:`).
+    - Scoring: log-likelihood of the reference response and its EOS, as SFT trains them, summed over all examples and
+      divided once; examples that do not fit the context whole are left out and counted. The first `generations` are
+      also answered greedily (to EOS, the next `###` heading or `new_tokens`), right where the answer equals the
+      reference after stripping white space; an empty answer, or a prompt that leaves no room for one, is wrong.
+    - Metrics: `response_loss` (nats per token; 95% bootstrap over examples), `exact_match` (share of items; 95%
+      Wilson), `unfinished` (share cut off at `new_tokens`), without an interval.
+    - Reproduces: SFT's own loss on the same tokens; no published figure.
     """
     name = f"{source}/responses"
     if not items:

@@ -90,9 +90,15 @@ def disjoint(
 ) -> Evaluation:
     """`{source}/disjoint-{window}`: the text cut into windows that do not overlap.
 
-    Text: the hub's rows joined by blank lines, one stream over all documents, the model's own tokens. Windows: `window`
-    positions, the model's prefix tokens (BOS) included and repeated in each. Scored: all tokens but the first of a
-    window, which has nothing before it. Reproduces GPT-2 124M's 29.94 on WikiText-2 raw test at window 1024.
+    - Data: `evaluation.perplexity` (WikiText-2 raw, test); the hub's rows joined by blank lines into one stream over
+      all documents. Other text: the documents, joined likewise.
+    - Tokens: the model's own, of the whole stream, without special tokens.
+    - Windows: `window` positions each, the model's prefix tokens (BOS; GPT-2 has none) included and repeated in each.
+    - Scoring: natural-log likelihood of every token but the first of a window, which has nothing before it; one sum
+      over all tokens, divided once. A token belongs to the document in which it begins.
+    - Metrics: `perplexity` (per token), `bits_per_byte` (UTF-8 bytes of the scored tokens), both with a 95% percentile
+      bootstrap over documents; `tokens_per_byte`, without one.
+    - Reproduces: GPT-2 124M's 29.94 on WikiText-2 raw test at window 1024.
     """
     return _windowed(model, documents, window, None, f"{source}/disjoint-{window}", wikitext, scoring)
 
@@ -109,9 +115,14 @@ def strided(
 ) -> Evaluation:
     """`{source}/stride-{stride}`: windows that move by `stride` tokens, each token scored once.
 
-    Text and windows as in `disjoint`; a window scores only what the one before it did not, so that every token but
-    the first ones has at least `window - stride` positions before it. Reproduces GPT-2 124M's 25.2 (and GPT-2 large's
-    16.44) on WikiText-2 raw test at window 1024, stride 512.
+    - Data: as `disjoint`, of it the first `evaluation.strided_documents` documents (-1: all).
+    - Tokens: as `disjoint`.
+    - Windows: as `disjoint`, each beginning `stride` tokens after the one before.
+    - Scoring: a window scores only what the one before it did not, so that every token but the first ones has at least
+      `window - stride` positions before it; sums as in `disjoint`.
+    - Metrics: `perplexity` (per token), `bits_per_byte`, both with a 95% percentile bootstrap over documents;
+      `tokens_per_byte`, without one.
+    - Reproduces: GPT-2 124M's 25.2 and GPT-2 large's 16.44 on WikiText-2 raw test at window 1024, stride 512.
     """
     return _windowed(model, documents, window, stride, f"{source}/stride-{stride}", wikitext, scoring)
 
@@ -126,12 +137,17 @@ def lm_eval(
 ) -> Evaluation:
     """`{source}/lm-eval`: lm-evaluation-harness's `wikitext` task, document by document.
 
-    Text: each article detokenised (` @-@ ` to `-`, ...). Windows: as long as the model's context; the first begins
-    with the model's BOS (EOS where it has none), each later one with the last token of the window before, the last
-    one with as much before it as fills the context, and every token is scored. Words and bytes are counted on the
-    article before detokenisation (words: `re.split(r"\\s+", article)`). Equal to lm-eval 0.4 run with
-    `add_bos_token=False` (else it would score the BOS itself). Reproduces GPT-2 124M's word perplexity 37.37 and
-    0.9769 bits per byte on WikiText-2 raw test.
+    - Data: `evaluation.perplexity` (WikiText-2 raw, test), cut into the pages of
+      `EleutherAI/wikitext_document_level`: an article is one page but for a few.
+    - Tokens: the model's own, of each page after lm-eval's detokenizer (` @-@ ` to `-`, ...), without special tokens.
+    - Windows: as long as the model's context; the first begins with the model's BOS (EOS where it has none), each later
+      one with the last token of the window before, the last one with as much before it as fills the context.
+    - Scoring: every token is scored. Words and bytes are counted on the page before detokenisation (words:
+      `re.split(r"\\s+", page)`); one sum of nats over all pages, divided once.
+    - Metrics: `word_perplexity`, `byte_perplexity`, `perplexity` (per token), `bits_per_byte`, each with a 95%
+      percentile bootstrap over pages; `tokens_per_byte`, without one.
+    - Reproduces: lm-eval 0.4's `wikitext` run with `add_bos_token=False` (else it would score the BOS itself), to 1e-3
+      on the same checkpoint; with it GPT-2 124M's word perplexity 37.37 and 0.9769 bits per byte.
     """
     name = f"{source}/lm-eval"
     # (document, page): an article is one page but for a few
@@ -198,8 +214,16 @@ def lines(
     """`{source}/lines-100`: the first 100 non-empty lines, each alone, cut at 512 positions.
 
     The precedent's protocol, kept to show how far it lies from the others: most tokens have little before them, and 100
-    lines are two articles. A line is a row of the hub's form, newline included; its first token is not scored; sums are
-    over tokens. On WikiText-2 validation it gives GPT-2 124M 40.64.
+    lines are two articles.
+
+    - Data: `evaluation.lines` (WikiText-2 raw, validation), its first 100 lines that are not blank; a line is a row of
+      the hub's form, newline included.
+    - Tokens: the model's own, of each line alone, without special tokens.
+    - Windows: one a line, cut at 512 positions, the model's prefix tokens included.
+    - Scoring: every token of a line but its first; one sum of nats over all lines, divided once.
+    - Metrics: `perplexity` (per token), `bits_per_byte` (bytes of the scored tokens), both with a 95% percentile
+      bootstrap over lines; `tokens_per_byte`, without one.
+    - Reproduces: 40.64 of GPT-2 124M on WikiText-2 raw validation.
     """
     name = f"{source}/lines-{count}"
     rows = [row for document in documents for row in (hub_rows(document) if wikitext else document.split("\n"))]

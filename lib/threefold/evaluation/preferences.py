@@ -4,7 +4,8 @@ Rewards are DPO's implicit ones (Rafailov et al. 2023, arXiv 2305.18290, section
 under the model and under the reference, here the SFT checkpoint.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -29,14 +30,20 @@ def pairs(
 ) -> Evaluation:
     """`{source}/preferences`: likelihood of chosen against rejected replies, and rewards against the reference.
 
-    Text: the dialogue verbatim to its last `Assistant:`, then a reply and EOS; only the reply is scored. A dialogue
-    too long for the context loses its beginning, the same for both replies; a pair whose longer reply does not fit
-    beside at least one token of the dialogue is left out; both are counted. `accuracy`: the chosen reply has the
-    higher log-likelihood; `accuracy_per_token`: the higher mean over its tokens (longer replies are not punished).
-    With a reference of the same tokenizer also `reward_margin`, `reward_accuracy` and `kl`: Kullback-Leibler
-    divergence of the model's next-token distributions from the reference's, averaged over the positions of the chosen
-    replies (the exact divergence at each position, not a sampled one). Ties count half: a model is its own reference
-    with accuracy .5.
+    - Data: `evaluation.preferences` (HH-RLHF, test).
+    - Tokens: the model's own, prefix tokens (BOS) first; dialogue and reply apart, the reply with EOS.
+    - Prompt: the dialogue verbatim to its last `Assistant:`. One too long for the context loses its beginning, the same
+      for both replies; a pair whose longer reply does not fit beside at least one token of it is left out; both are
+      counted.
+    - Scoring: log-likelihood of the reply; a reward is `beta` times its difference from the reference's (the SFT
+      checkpoint's, where it has the same tokenizer and no shorter context). Ties count half: a model is its own
+      reference with accuracy .5.
+    - Metrics: `accuracy` (share of pairs whose chosen reply is the likelier) and `accuracy_per_token` (by the mean over
+      its tokens: longer replies are not punished), `reward_accuracy`, each with a 95% Wilson interval; `reward_margin`
+      (nats times beta) and `kl` (nats per token: exact Kullback-Leibler divergence of the model's next-token
+      distribution from the reference's, averaged over positions of the chosen replies), with a 95% bootstrap over
+      pairs.
+    - Reproduces: the implicit rewards of Rafailov et al. 2023 (arXiv 2305.18290), as in TRL's DPO; no published figure.
     """
     name = f"{source}/preferences"
     if not items:
@@ -87,7 +94,7 @@ def pairs(
         rows["reference_logp_chosen"], rows["reference_logp_rejected"] = reference_N2.T
         rows["reward_margin"] = rewards_N2[:, 0] - rewards_N2[:, 1]
         rows["reward_correct"] = _preferred(rewards_N2)
-        rows["kl"] = _divergence(model, reference, requests[::2], scoring.batch_tokens)
+        rows["kl"] = _divergence(model, reference, requests[::2], scoring.batch_tokens, lambda i: describe(2 * i))
         options = {"resamples": scoring.bootstrap, "seed": scoring.seed}
         margin = statistics.bootstrap_mean(rows["reward_margin"], **options)
         kl = statistics.bootstrap_ratio(rows["kl"], rows["tokens_chosen"], **options)
@@ -132,7 +139,13 @@ def _preferred(values_N2: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * np.sign(values_N2[:, 0] - values_N2[:, 1])
 
 
-def _divergence(model: LanguageModel, reference: LanguageModel, requests: Sequence, batch_tokens: int) -> np.ndarray:
+def _divergence(
+    model: LanguageModel,
+    reference: LanguageModel,
+    requests: Sequence,
+    batch_tokens: int,
+    describe: Callable[[int], str],
+) -> np.ndarray:
     """Sum over each target's positions of KL(model || reference) of the next-token distributions, in nats."""
     totals = np.zeros(len(requests))
     rows = [[*context, *target[:-1]] for context, target in requests]
@@ -151,4 +164,6 @@ def _divergence(model: LanguageModel, reference: LanguageModel, requests: Sequen
         ours, theirs = (m.logprobs([rows[i] for i in batch], starts) for m in (model, reference))
         for index, p_TV, q_TV in zip(batch, ours, theirs, strict=True):
             totals[index] = float((p_TV.exp() * (p_TV - q_TV)).sum(dim=-1).double().sum())
+            if not math.isfinite(totals[index]):
+                raise EvaluationError(f"{describe(index)}: its divergence from {reference.name} is {totals[index]}")
     return totals

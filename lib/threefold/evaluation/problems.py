@@ -57,13 +57,19 @@ def few_shot(
 ) -> Evaluation:
     """`{source}/{shots}-shot`: greedy solutions after `shots` worked examples, exact match of the final number.
 
-    Prompt: `Question: {question}\\nAnswer:`, demonstrations with their full solutions before it, joined by blank
-    lines; one seeded draw of demonstrations serves all items and models. Generation is greedy, ends at EOS,
-    `Question:` or `new_tokens`. `exact_match` (strict) takes the number after the first `#### `, `flexible_match` the
-    last number in the text; both compare after lm-eval's normalisation. `invalid` is the share without a strict
-    answer, `unfinished` the share cut off at `new_tokens`. An empty generation counts as wrong, and so does an item
-    that does not fit the context; a prompt that leaves no room for the new tokens in more than one item of twenty is
-    refused.
+    - Data: `evaluation.problems` (GSM8K, test, 1,319 items; a preset may take fewer, and the settings say so);
+      demonstrations from `evaluation.problem_demonstrations` (GSM8K, train).
+    - Tokens: the model's own, prefix tokens (BOS) first.
+    - Prompt: `Question: {question}\\nAnswer:`, demonstrations with their full solutions before it, joined by blank
+      lines; one seeded draw serves all items and models.
+    - Scoring: greedy, to EOS, `Question:` (lm-eval's other stop strings too) or `new_tokens`. Strict takes the number
+      after the first `#### `, flexible the last number in the text; both compare after lm-eval's normalisation. An
+      empty generation is wrong, and so is an item that does not fit the context with its new tokens; more than one in
+      twenty of these is an error.
+    - Metrics, shares of items: `exact_match` (strict), `flexible_match`, `invalid` (no strict answer), each with a 95%
+      Wilson interval; `unfinished` (cut off at `new_tokens`), without one.
+    - Reproduces: both extractions of lm-eval 0.4's `gsm8k`, answer for answer on the same generations; GPT-2 124M is
+      published with about 0.3% 5-shot.
     """
     name = f"{source}/{shots}-shot"
     if not items:

@@ -2,18 +2,32 @@
 
 import inspect
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from threefold import paths
 from threefold.config import EvaluationConfig, SourceConfig
 from threefold.data import sources
 from threefold.errors import EvaluationError
 from threefold.evaluation import instructions, perplexity, preferences, problems, sentiment, speed
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import Evaluation, Progress, Scoring, quiet
+from threefold.provenance import atomic_write
+
+PAGE = paths.PROJECT / "docs" / "protocols.md"
+INTRODUCTION = """# Protocols
+
+*Written from the docstrings in `lib/threefold/evaluation` by `make protocols`; edit those.*
+
+Every number of the comparison is measured under one of these, the same code for every model. A protocol's version is
+raised when a number would come out differently. `{source}` is the name of its data, `{window}`, `{stride}` and
+`{shots}` are the preset's. Every evaluation keeps the result of each item, document or timing as Parquet, hashed in the
+run; a log-likelihood that is not a finite number stops it and names the item.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,8 +65,8 @@ PROTOCOLS = {
 
 def describe() -> str:
     """All protocols as one Markdown page, from their docstrings."""
-    sections = (f"### {p.title} (`{p.key}`, version {p.version})\n\n{p.document}\n" for p in PROTOCOLS.values())
-    return "\n".join(sections)
+    sections = (f"## {p.title} (`{p.key}`, version {p.version})\n\n{p.document}\n" for p in PROTOCOLS.values())
+    return "\n".join((INTRODUCTION, *sections))
 
 
 def evaluate(
@@ -145,7 +159,7 @@ def _planned(
                 "evaluation.sentiment_shots asks for demonstrations: set evaluation.sentiment_demonstrations.source, "
                 "or evaluation.sentiment_shots = [0]"
             )
-        templates = {"templates": config.sentiment_templates}
+        templates = {"templates": config.sentiment_templates, "calibration": config.sentiment_calibration}
         if 0 in config.sentiment_shots:
             yield task("zero-shot", config.sentiment, None, sentiment.zero_shot, **templates)
         for shots in few:
@@ -236,3 +250,14 @@ class _Data:
             "examples": len(self.items(source)),
             "subsampled": source.max_examples >= 0 or source.skip_examples > 0,
         }
+
+
+def main() -> int:
+    """Write the page."""
+    atomic_write(PAGE, describe().encode())
+    print(f"wrote {PAGE.relative_to(paths.PROJECT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

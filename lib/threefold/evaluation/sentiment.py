@@ -21,6 +21,7 @@ VERSION = 1  # of the protocols in this module; raised when a number would come 
 KEYS = "evaluation.sentiment_shots or model.context"
 PRECEDENT_SHOTS = 3
 PRECEDENT_ITEMS = 200
+CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,30 @@ def zero_shot(
     items: Sequence[Mapping],
     *,
     templates: int = len(TEMPLATES),
+    calibration: bool = False,
     source: str = "sst2",
     scoring: Scoring = SCORING,
 ) -> Evaluation:
     """`{source}/0-shot`: every item under every template, no demonstrations.
 
-    `accuracy` is that of the first template, which is lm-eval's `sst2` word for word, with Wilson's interval;
-    `accuracy_mean` is over all templates, its interval resampling items.
+    - Data: `evaluation.sentiment` (SST-2, validation, 872 items), sentences as the source has them (the hub's end in a
+      space, which lm-eval keeps too).
+    - Tokens: the model's own, prefix tokens (BOS) first; a label's tokens are what prompt and label together have
+      beyond the prompt's.
+    - Prompt: the first `evaluation.sentiment_templates` of five wordings; the first is `{sentence}\\nQuestion: Is this
+      sentence positive or negative?\\nAnswer:`, answered ` negative` or ` positive`.
+    - Scoring: the label of the higher summed log-likelihood, not normalised by length; a tie is the first label. An
+      item too long for the context is wrong; more than one in twenty is an error.
+    - Metrics, shares of items: `accuracy` (first template; 95% Wilson), `accuracy_mean` (over templates; 95% bootstrap
+      over items); without interval `template_spread` (sd of the templates' accuracies), `template_lowest`,
+      `template_highest`, `positive_rate` (how often the answer is positive); `accuracy_calibrated` where
+      `evaluation.sentiment_calibration` is on. The majority class's accuracy is in the settings.
+    - Calibration (off by default): contextual calibration (Zhao et al. 2021, arXiv 2102.09690). Each label's
+      probability is divided by the one it has after the same prompt with `N/A`, `[MASK]` and nothing in the place of
+      the sentence, averaged over the three.
+    - Reproduces: `accuracy` is lm-eval 0.4's `sst2` `acc`, the same prediction on every item.
     """
-    return _evaluate(model, items, [()], f"{source}/0-shot", TEMPLATES[:templates], scoring)
+    return _evaluate(model, items, [()], f"{source}/0-shot", TEMPLATES[:templates], scoring, calibration)
 
 
 def few_shot(
@@ -73,19 +89,28 @@ def few_shot(
     *,
     templates: int = len(TEMPLATES),
     draws: int = 5,
+    calibration: bool = False,
     source: str = "sst2",
     scoring: Scoring = SCORING,
 ) -> Evaluation:
     """`{source}/{shots}-shot`: every item under every template after each of several draws of demonstrations.
 
-    A draw takes `shots` demonstrations with the labels as even as can be, in random order, seeded; all items,
-    templates and models see the same draws. Demonstrations are joined by blank lines as lm-eval joins them.
-    `accuracy` is the first template's, averaged over the draws, `accuracy_mean` over templates and draws; intervals
-    resample items. The spreads (standard deviations of cell accuracies) tell what a template and what a draw is
-    worth.
+    - Data: `evaluation.sentiment` (SST-2, validation); demonstrations from `evaluation.sentiment_demonstrations`
+      (SST-2, train).
+    - Tokens: as zero-shot.
+    - Prompt: as zero-shot, after `shots` demonstrations of the same wording joined by blank lines. A draw (there are
+      `evaluation.sentiment_draws`) takes them seeded, labels as even as can be, in random order; all items, templates
+      and models see the same draws.
+    - Scoring: as zero-shot.
+    - Metrics, shares of items: `accuracy` (first template, averaged over draws) and `accuracy_mean` (over templates and
+      draws), both with a 95% bootstrap over items (Wilson where there is one draw or one cell); the rest as zero-shot,
+      and `draw_spread` (sd over the draws of a template's accuracy). The items hold every cell of items x templates x
+      draws, from which the variance is split into its sources.
+    - Calibration (off by default): as zero-shot, the demonstrations included.
+    - Reproduces: lm-eval 0.4's few-shot `sst2` given the same demonstrations, the same prediction on every item.
     """
     drawn = [draw(demonstrations, shots, scoring.seed, index) for index in range(draws)]
-    return _evaluate(model, items, drawn, f"{source}/{shots}-shot", TEMPLATES[:templates], scoring)
+    return _evaluate(model, items, drawn, f"{source}/{shots}-shot", TEMPLATES[:templates], scoring, calibration)
 
 
 def precedent(
@@ -98,9 +123,14 @@ def precedent(
 ) -> Evaluation:
     """`{source}/precedent-3-shot`: the precedent's protocol in form: one plain 3-shot prompt, the first 200 items.
 
-    Prompt: `Review: {sentence}\\nSentiment: {label}`, three fixed demonstrations (the first positive, the first
-    negative, the second positive of the demonstration split) and the first 200 items, one run. Its interval shows how
-    little 200 items under one prompt can tell.
+    - Data: the first 200 items of `evaluation.sentiment` (SST-2, validation).
+    - Tokens: as zero-shot.
+    - Prompt: `Review: {sentence}\\nSentiment: {label}`, three fixed demonstrations (the first positive, the first
+      negative, the second positive of `evaluation.sentiment_demonstrations`).
+    - Scoring: as zero-shot, one run.
+    - Metrics: `accuracy` (share of items; 95% Wilson), whose interval shows how little 200 items under one prompt can
+      tell; `positive_rate`, without one.
+    - Reproduces: no published figure: the precedent's code scored weights it had not trained.
     """
     fixed = _fixed(demonstrations)
     return _evaluate(
@@ -156,6 +186,7 @@ def _evaluate(
     name: str,
     templates: Sequence[Template],
     scoring: Scoring,
+    calibration: bool = False,
 ) -> Evaluation:
     if not items:
         raise EvaluationError(f"{name}: no items")
@@ -167,6 +198,16 @@ def _evaluate(
             logp_N2, long_N = _label_logprobs(model, items, template, demonstrations, name, scoring)
             n_long += int(long_N.sum())
             prediction = logp_N2.argmax(axis=1)  # a tie goes to the first label, as in lm-eval
+            calibrated = {}
+            if calibration:
+                free_F2, _ = _label_logprobs(
+                    model, _FREE_ITEMS, template, demonstrations, f"{name}, no content", scoring
+                )
+                choice = (logp_N2 - content_free_logprobs(free_F2)).argmax(axis=1)
+                calibrated = {
+                    "prediction_calibrated": np.where(long_N, -1, choice),
+                    "correct_calibrated": (choice == labels) & ~long_N,
+                }
             frames.append(
                 pd.DataFrame(
                     {
@@ -178,6 +219,7 @@ def _evaluate(
                         "logp_negative": logp_N2[:, 0],
                         "logp_positive": logp_N2[:, 1],
                         "correct": (prediction == labels) & ~long_N,
+                        **calibrated,
                     }
                 )
             )
@@ -190,10 +232,23 @@ def _evaluate(
         "shots": len(draws[0]),
         "draws": len(draws),
         "too_long": n_long,
+        "calibration": list(CONTENT_FREE) if calibration else None,
         "majority_label": LABELS[majority],
         "majority_accuracy": float((labels == majority).mean()),
     }
     return Evaluation(name, model.name, model.weights_sha256, _metrics(rows, scoring), rows, settings)
+
+
+def content_free_logprobs(free_F2: np.ndarray) -> np.ndarray:
+    """Log of both labels' probabilities averaged over F content-free inputs [F, 2] -> [2].
+
+    Contextual calibration answers argmax p / p_cf (Zhao et al. 2021, arXiv 2102.09690, section 5, W = diag(p_cf)^-1),
+    in logs argmax(log p - log p_cf); a common factor of both labels' probabilities changes nothing.
+    """
+    return np.logaddexp.reduce(free_F2, axis=0) - np.log(len(free_F2))
+
+
+_FREE_ITEMS = [{"sentence": text} for text in CONTENT_FREE]
 
 
 def _label_logprobs(
@@ -232,6 +287,8 @@ def _metrics(rows: pd.DataFrame, scoring: Scoring) -> dict[str, Metric]:
     first = rows[rows["template"] == rows["template"].iloc[0]]
     n = int(rows["item"].nunique())
     metrics = {"accuracy": _accuracy(first, scoring)}
+    if "correct_calibrated" in rows:
+        metrics["accuracy_calibrated"] = _accuracy(first, scoring, "correct_calibrated")
     if len(cells.index) > 1:
         metrics["accuracy_mean"] = _accuracy(rows, scoring)
         by_template = cells.mean(axis=1)
@@ -246,8 +303,8 @@ def _metrics(rows: pd.DataFrame, scoring: Scoring) -> dict[str, Metric]:
     return metrics
 
 
-def _accuracy(rows: pd.DataFrame, scoring: Scoring) -> Metric:
+def _accuracy(rows: pd.DataFrame, scoring: Scoring, correct: str = "correct") -> Metric:
     if not rows["item"].duplicated().any():
-        return metric(statistics.wilson(int(rows["correct"].sum()), len(rows)), "accuracy", "Wilson")
-    interval = statistics.bootstrap_mean(rows["correct"], rows["item"], resamples=scoring.bootstrap, seed=scoring.seed)
+        return metric(statistics.wilson(int(rows[correct].sum()), len(rows)), "accuracy", "Wilson")
+    interval = statistics.bootstrap_mean(rows[correct], rows["item"], resamples=scoring.bootstrap, seed=scoring.seed)
     return metric(interval, "accuracy", "bootstrap over items")

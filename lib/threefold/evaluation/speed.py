@@ -26,11 +26,16 @@ def measure(
 ) -> list[Evaluation]:
     """`speed`: tokens per second by batch size, one evaluation a model.
 
-    Random token ids, `prompt` positions (prefix included) in every row. `prefill_b{B}`: positions of the prompts over
-    the time of one forward that fills the cache and yields the next token's logits; `decode_b{B}`: tokens of
-    `new_tokens` greedy steps over their time. Every repeat times all models and batch sizes in turn, after one round
-    that is not counted; values are medians, low and high the quartiles of the repeats. On a GPU each timing ends with
-    a synchronisation. A model runs as the evaluations run it (see `backend` and `precision` in the settings).
+    - Data: none.
+    - Tokens: random ids, seeded.
+    - Prompt: `evaluation.speed_prompt` positions (prefix included) in every row.
+    - Scoring: every repeat times all batch sizes (and all models given) in turn, after one round that is not counted.
+      On a GPU each timing ends with a synchronisation. A model runs as the evaluations run it (see `backend` and
+      `precision` in the settings).
+    - Metrics, tokens per second: `prefill_b{B}` (positions of the prompts over the time of one forward that fills the
+      cache and yields the next token's logits), `decode_b{B}` (tokens of `new_tokens` greedy steps over their time);
+      values are medians, low and high the quartiles of the repeats, not a confidence interval.
+    - Reproduces: no published figure: it holds for the machine it ran on.
     """
     for model in models:
         if prompt + new_tokens > model.context:

@@ -9,6 +9,7 @@ else.
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +52,28 @@ class PairedDifference(NamedTuple):
     high: float | None
     p: float
     n: int
+
+
+class VarianceComponents(NamedTuple):
+    """Variance of one right/wrong answer by source, in squared proportions, and what each source makes uncertain.
+
+    The components are unbiased and add up to `total`; one that is truly zero may come out a little below it and is to
+    be read as zero. None: the crossing has one level of that factor, which can then not be told from what it is crossed
+    with. The standard errors are those of one given model's mean over the templates, draws and items of the crossing:
+    `se_template` what another choice of as many templates would change, and so on, `se_interaction` the rest.
+    """
+
+    model: float | None
+    template: float | None
+    draw: float | None
+    item: float | None
+    model_item: float | None
+    residual: float  # all other interactions and what is left
+    total: float
+    se_template: float | None
+    se_draw: float | None
+    se_item: float | None
+    se_interaction: float
 
 
 def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> Interval:
@@ -220,6 +243,58 @@ def detectable_difference(n: int, discordant: float = 0.2, *, power: float = 0.8
         needed = (z_alpha * math.sqrt(discordant) + z_power * math.sqrt(max(discordant - delta**2, 0.0))) ** 2
         low, high = (low, delta) if needed <= n * delta**2 else (delta, high)
     return high
+
+
+def variance_components(correct_MTDI: Array) -> VarianceComponents:
+    """Variance of correctness over a full crossing of models, templates, demonstration draws and items.
+
+    correct_MTDI: right (1) or wrong (0), or any score, [models, templates, draws, items], one answer a cell. All four
+    factors are random and crossed (every model and template sees the same draws). Analysis of variance by the method of
+    moments: for a set S of factors with mean square MS_S, E[MS_S] = sum over U containing S of n_U sigma2_U, where n_U
+    is the number of cells for each level of U (Cornfield & Tukey 1956; Searle, Casella & McCulloch 1992, ch. 4;
+    Brennan 2001, "Generalizability Theory", ch. 3), which inverts to sigma2_S = sum over U containing S of (-1)^(|U| -
+    |S|) MS_U / n_S. A factor of one level is left out of the model. A standard error takes the components of a source
+    and of its interaction with the model, below zero as zero, over the levels they are averaged over.
+    Raises ValueError for another number of axes, for fewer than two cells, or for values that are not finite.
+    """
+    y = np.asarray(correct_MTDI, np.float64)
+    if y.ndim != 4 or y.size < 2:
+        raise ValueError(f"variance components need [models, templates, draws, items], got shape {y.shape}")
+    if not np.isfinite(y).all():
+        raise ValueError("variance components need a full crossing: a value is missing or not finite")
+    factors = [axis for axis in range(4) if y.shape[axis] > 1]
+    subsets = [frozenset(s) for size in range(1, len(factors) + 1) for s in combinations(factors, size)]
+    cells = {s: math.prod(y.shape[axis] for axis in range(4) if axis not in s) for s in subsets}  # n_S
+    square = {s: _mean_square(y, s) for s in subsets}
+    sigma2 = {s: sum((-1) ** (len(u) - len(s)) * square[u] for u in subsets if u >= s) / cells[s] for s in subsets}
+    model, template, draw, item = (frozenset({axis}) for axis in range(4))
+    named = (model, template, draw, item, model | item)
+
+    def error(sources: list[frozenset]) -> float:
+        """Standard error of one model's mean from these components: each over its levels other than models."""
+        levels = [math.prod(y.shape[axis] for axis in s if axis) for s in sources]
+        return math.sqrt(sum(max(0.0, sigma2[s]) / n for s, n in zip(sources, levels, strict=True)))
+
+    alone = {source: [s for s in subsets if s - model == source] for source in (template, draw, item)}
+    return VarianceComponents(
+        *(sigma2.get(s) for s in named),
+        residual=sum(sigma2[s] for s in subsets if s not in named),
+        total=sum(sigma2.values()),
+        **{
+            f"se_{name}": error(alone[source]) if alone[source] else None
+            for name, source in (("template", template), ("draw", draw), ("item", item))
+        },
+        se_interaction=error([s for s in subsets if len(s - model) > 1]),
+    )
+
+
+def _mean_square(y: Array, factors: frozenset[int]) -> float:
+    """Mean square of the interaction of these axes (of the main effect, for one)."""
+    effect = y.mean(axis=tuple(axis for axis in range(y.ndim) if axis not in factors), keepdims=True)
+    for axis in factors:  # centring along every axis leaves the interaction alone
+        effect = effect - effect.mean(axis=axis, keepdims=True)
+    freedom = math.prod(y.shape[axis] - 1 for axis in factors)
+    return float((effect**2).sum()) * (y.size / effect.size) / freedom
 
 
 def resampled_sums(columns_DC: Array, resamples: int, seed: int) -> Array:
