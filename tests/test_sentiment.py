@@ -211,3 +211,14 @@ def test_a_likelihood_that_is_no_number_names_the_item(value):
     items = [*ITEMS[:6], {"sentence": "日", "label": 1}]
     with pytest.raises(EvaluationError, match=r"sst2/0-shot: item 6, template lm-eval, label 'negative'"):
         sentiment.zero_shot(model, items, scoring=QUICK)
+
+
+def test_the_grid_asks_the_first_items_under_every_template_and_draw_that_few_shot_uses():
+    model = Oracle(lambda prompt: len(prompt) % 2)
+    grid = sentiment.grid(model, ITEMS, SHOWN, 2, first=6, scoring=QUICK)
+    assert grid.protocol == "sst2/2-shot-grid"
+    cells = grid.items.groupby(["template", "draw", "item"]).size()
+    assert len(cells) == len(sentiment.TEMPLATES) * 5 * 6 and (cells == 1).all()
+    whole = sentiment.few_shot(Oracle(lambda prompt: len(prompt) % 2), ITEMS, SHOWN, 2, scoring=QUICK)
+    same = whole.items[whole.items["item"] < 6].reset_index(drop=True)
+    assert grid.items.equals(same)

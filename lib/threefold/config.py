@@ -145,6 +145,7 @@ class EvaluationConfig:
     sentiment_shots: tuple[int, ...] = (0, 3)
     sentiment_templates: int = 5  # how many of the protocol's templates
     sentiment_draws: int = 5  # demonstration draws of each few-shot setting
+    sentiment_grid_items: int = 0  # items asked under all five templates x five draws, to split the variance; 0: none
     sentiment_calibration: bool = False  # also publish accuracy under contextual calibration
     problems: SourceConfig = field(default_factory=SourceConfig)
     problem_demonstrations: SourceConfig = field(default_factory=SourceConfig)
@@ -572,7 +573,7 @@ _RULES: dict[type, dict[str, Rule]] = {
             _least(1),
         ),
         "strided_documents": _off_or(_least(1)),
-        "problem_shots": _least(0),
+        **dict.fromkeys(("problem_shots", "sentiment_grid_items"), _least(0)),
         "instruction_generations": _off_or(_least(0)),
         "sentiment_shots": ("numbers of at least 0", lambda shots: all(shot >= 0 for shot in shots)),
         "speed_batch_sizes": ("numbers of at least 1", lambda sizes: all(size >= 1 for size in sizes)),

@@ -54,6 +54,7 @@ PROTOCOLS = {
         Protocol("lines", "Perplexity, the precedent's 100 lines", perplexity.lines, perplexity.VERSION),
         Protocol("zero-shot", "Sentiment, zero-shot", sentiment.zero_shot, sentiment.VERSION),
         Protocol("few-shot", "Sentiment, few-shot", sentiment.few_shot, sentiment.VERSION),
+        Protocol("grid", "Sentiment, every template and draw", sentiment.grid, sentiment.VERSION),
         Protocol("precedent", "Sentiment, the precedent's prompt", sentiment.precedent, sentiment.VERSION),
         Protocol("problems", "Word problems", problems.few_shot, problems.VERSION),
         Protocol("instructions", "Held-out instructions", instructions.responses, instructions.VERSION),
@@ -165,6 +166,9 @@ def _planned(
         for shots in few:
             options = {**templates, "draws": config.sentiment_draws}
             yield task("few-shot", config.sentiment, shown, sentiment.few_shot, shots, **options)
+            if config.sentiment_grid_items > 0:
+                options = {"first": config.sentiment_grid_items}
+                yield task("grid", config.sentiment, shown, sentiment.grid, shots, **options)
         if _named(shown):
             yield task("precedent", config.sentiment, shown, sentiment.precedent)
     if _named(config.problems):

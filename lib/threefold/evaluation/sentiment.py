@@ -113,6 +113,33 @@ def few_shot(
     return _evaluate(model, items, drawn, f"{source}/{shots}-shot", TEMPLATES[:templates], scoring, calibration)
 
 
+def grid(
+    model: LanguageModel,
+    items: Sequence[Mapping],
+    demonstrations: Sequence[Mapping],
+    shots: int,
+    *,
+    first: int,
+    draws: int = 5,
+    source: str = "sst2",
+    scoring: Scoring = SCORING,
+) -> Evaluation:
+    """`{source}/{shots}-shot-grid`: the first items under every template after every draw, to tell how much of a score
+    is the prompt's.
+
+    - Data: the first `evaluation.sentiment_grid_items` items of `evaluation.sentiment`; demonstrations as few-shot.
+    - Tokens: as zero-shot.
+    - Prompt: all five wordings, each after the same five draws of demonstrations, as few-shot makes them.
+    - Scoring: as zero-shot.
+    - Metrics: as few-shot. The full crossing of items x templates x draws is what the variance of all models' answers is
+      split by; a few items suffice for that where all of them under 25 prompts would take hours. No score is quoted
+      from it.
+    - Reproduces: no published figure.
+    """
+    drawn = [draw(demonstrations, shots, scoring.seed, index) for index in range(draws)]
+    return _evaluate(model, items[:first], drawn, f"{source}/{shots}-shot-grid", TEMPLATES, scoring)
+
+
 def precedent(
     model: LanguageModel,
     items: Sequence[Mapping],
