@@ -121,7 +121,7 @@ tables.sentiment(comparison).publish()
 
 # %%
 #| label: tbl-variance
-#| tbl-cap: "What a right or wrong sentiment answer varies with, over all trained models: variance components of single answers, in squared percentage points. A factor run at one level has none to estimate; what it contributes lies in the residual."
+#| tbl-cap: "What a right or wrong sentiment answer varies with, over all trained models: variance components of single answers, in squared percentage points. A factor run at one level has none to estimate; what it contributes lies in the other components. The last column: the standard error that sampling that factor leaves in one model's accuracy."
 variance.table(comparison).publish()
 
 # %%

@@ -1,12 +1,11 @@
 """What the scores of a sentiment protocol vary with: models, wordings, demonstrations, items."""
 
-import math
 from typing import Any
 
 import numpy as np
 
 from threefold.comparison.load import Comparison
-from threefold.comparison.results import Result, plain
+from threefold.comparison.results import Result, percent, plain
 from threefold.comparison.tables import markdown_table
 
 _TITLES = {
@@ -56,6 +55,7 @@ def table(comparison: Comparison) -> Result:
     """Variance components of sentiment accuracy by protocol, of one answer right or wrong.
 
     A factor with one level has no variance to estimate: its cell says so, and what it contributes lies in the others.
+    The last column is what the templates, draws and items at hand leave uncertain in one model's accuracy.
     """
     from threefold.evaluation.statistics import variance_components
 
@@ -67,26 +67,20 @@ def table(comparison: Comparison) -> Result:
             continue
         correct_MTDI, levels = found
         components = variance_components(correct_MTDI)._asdict()
-        known = {name: components[name] for name in _TITLES if name not in _FACTORS or len(levels[name]) > 1}
-        total = sum(max(value, 0.0) for value in known.values())
         counts = {name: len(levels[name]) for name in _FACTORS}
-        values[protocol] = {"components": known, "levels": counts}
+        values[protocol] = {"components": components, "levels": counts}
         for name, title in _TITLES.items():
-            count = counts.get(name)
+            part, error = components[name], components.get(f"se_{name}")
             row: dict[str, Any] = {
                 "Protocol": protocol,
                 "Source": title,
-                "Levels": "–" if count is None else f"{count:,}",
+                "Levels": f"{counts[name]:,}" if name in counts else None,
+                "Variance (pp²)": "one level: not estimated" if part is None else plain(1e4 * part, 1),
+                "Share": percent(max(part, 0.0) / components["total"])
+                if part is not None and components["total"]
+                else None,
+                "SE of a model's accuracy (pp)": plain(100 * error, 2) if error is not None else None,
             }
-            if name not in known:
-                row |= {"Variance (pp²)": "one level: not estimated", "sd (pp)": "–", "Share": "–"}
-            else:
-                part = max(known[name], 0.0)
-                row |= {
-                    "Variance (pp²)": plain(1e4 * known[name], 1),
-                    "sd (pp)": plain(100 * math.sqrt(part), 1),
-                    "Share": f"{100 * part / total:.1f}%" if total else "–",
-                }
             rows.append(row)
     shown = [row | ({"Protocol": ""} if place % len(_TITLES) else {}) for place, row in enumerate(rows)]
     none = "*Per-item results of two or more trained models on one sentiment protocol are not at hand.*"
