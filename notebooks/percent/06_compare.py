@@ -221,9 +221,7 @@ claims.ledger(comparison).publish()
 
 # %%
 #| label: txt-limitations
-insights.bullets(
-    "limitations", insights.confounds(comparison), "The records show no confound.", comparison
-).publish()
+insights.bullets("limitations", insights.confounds(comparison), "The records show no confound.", comparison).publish()
 
 # %%
 #| label: tbl-provenance
