@@ -292,7 +292,7 @@ def execute_compare(run: Path, script: Path) -> Path:
             name = "smoke"
 
     namespace = {"comparison": Comparison.load(run), "stage": Stage}
-    exec("from threefold.comparison import claims, figures, insights, tables", namespace)
+    exec("from threefold.comparison import claims, figures, insights, precedent, tables, variance", namespace)
     original, comparison_results.records.publish = comparison_results.records.publish, publish
     try:
         for entry in source.cells:

@@ -79,6 +79,16 @@ def test_tables_and_figures_are_numbered_captioned_and_linked(page):
     assert "@tbl" not in page and "@fig" not in page and "{{" not in re.sub(r"<style.*?</style>", "", page, flags=re.S)
 
 
+def test_sentences_link_to_the_notebooks_that_lie_beside_the_page(page, run):
+    links = set(re.findall(r'href="(executed/[^"]+)"', page))
+    assert "executed/04_evaluate-dpo.ipynb" in links and "executed/03_dpo.ipynb" in links
+    assert all((run / "report" / link).is_file() for link in links)
+
+
+def test_every_claim_stands_with_what_the_precedent_asserted(page):
+    assert "“SFT +26% perplexity”" in page and "The precedent, rerun" in page
+
+
 def test_variables_and_citations_are_filled_in(page):
     assert "Radford et al. 2019" in page and "citeproc" not in page.lower()
     assert "1.05M parameters" in page and 'id="ref-bowyer2025position"' in page

@@ -1,14 +1,18 @@
-"""The claims ledger: what comparisons of this kind assert, and what this run's records say of it.
+"""The claims ledger: what the precedent's comparison page asserts, and what this run's records say of it.
 
-A claim has a reading, fixed before any result: a band that the measured effect must fall into. The verdict is
+A claim has a reading, fixed before any result: a band that the measured effect must fall into, its edges left out, so
+that no effect at all is no lower loss. The verdict is
 - supported: the whole interval lies inside the band;
 - contradicted: the whole interval lies outside it;
 - not resolved: the interval crosses the band's edge, or there is none (one seed, timings that do not compare);
-- not measured here: this run holds no record of it, or only of another data set, baseline or device.
+- not measured here: this run holds no record of it, or only of another data set, baseline, scale or device.
+
+Tokens an hour, hours and steady curves are counts of what one run did: they have no sampling error, and come out
+supported, contradicted or not measured, never unresolved.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +22,13 @@ from threefold.comparison import ablations, training
 from threefold.comparison.differences import difference
 from threefold.comparison.load import Comparison
 from threefold.comparison.measures import PERPLEXITY, PROBLEMS, SENTIMENT, Measure
-from threefold.comparison.results import Result, compact, duration, interval, plain, signed
+from threefold.comparison.results import NBSP, Result, compact, duration, interval, plain, signed
 from threefold.comparison.tables import markdown_table, measured_by_turns
-from threefold.evaluation import statistics
 
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
 NOT_RESOLVED, NOT_MEASURED = "not resolved", "not measured here"
 INFINITY = math.inf
+PARAMETERS, TOKENS = 253e6, 600e6  # of the model that the precedent's page is about, as it gives them
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Claim:
-    """One assertion and how it is tested."""
+    """One assertion and how it is tested: the page's own figure, what it asserts, and the band fixed for it."""
 
     key: str
+    source: str
     claimed: str
     reading: str
     band: tuple[float, float]
@@ -58,9 +63,9 @@ class Claim:
         if finding.unresolved or finding.low is None or finding.high is None:
             return Verdict(self, NOT_RESOLVED, f"{finding.text} ({finding.unresolved or 'no interval'})", finding)
         least, most = self.band
-        if least <= finding.low and finding.high <= most:
+        if least < finding.low and finding.high < most:
             return Verdict(self, SUPPORTED, finding.text, finding)
-        if finding.high < least or finding.low > most:
+        if finding.high <= least or finding.low >= most:
             return Verdict(self, CONTRADICTED, finding.text, finding)
         return Verdict(self, NOT_RESOLVED, finding.text, finding)
 
@@ -105,12 +110,15 @@ def _stage(measure: Measure, a: str, b: str, source: str) -> Callable[[Compariso
     def test(comparison: Comparison) -> Finding | None:
         one = difference(comparison, measure, a, b)
         if one is None:
+            measured = all(measure.value(comparison, model) for model in (a, b))
+            if measured and not measure.comparable(comparison, a, b):
+                return Finding("no common unit", instead="perplexities of different tokenizers")
             return None
         instead = _other_set(measure.protocol(comparison), source)
         if not instead and a == "gpt2" and comparison.is_trained_here("gpt2"):
             instead = "against a GPT-2 trained here on this run's text, not the published one"
         bounds = [None if x is None else 100 * x for x in (one.low, one.high)]
-        return Finding(one.text, *bounds, instead=instead)
+        return Finding(f"{one.text}, n{NBSP}={NBSP}{one.n:,}", *bounds, instead=instead)
 
     return test
 
@@ -125,7 +133,9 @@ def _problems(comparison: Comparison) -> Finding | None:
     if model is None:
         return None
     value = PROBLEMS.value(comparison, model)
-    text = f"{PROBLEMS.text(value)} ({comparison.name(model)}, n = {value.n})"
+    size = training.total_parameters(comparison, model)
+    scale = f", {compact(size)} parameters" if size else ""
+    text = f"{PROBLEMS.text(value)} ({comparison.name(model)}{scale}, n{NBSP}={NBSP}{value.n:,})"
     bounds = [None if x is None else 100 * x for x in (value.low, value.high)]
     return Finding(text, *bounds, instead=_other_set(value.protocol, "gsm8k"))
 
@@ -155,8 +165,8 @@ def _speed(a: str, b: str) -> Callable[[Comparison], Finding | None]:
             return Finding(f"{ratio:.2f}×", unresolved=f"{n} repeats")
         half = float(stats.t.ppf(0.975, n - 1) * logs.std(ddof=1) / math.sqrt(n))
         low, high = ratio * math.exp(-half), ratio * math.exp(half)
-        note = f", {instead}" if instead else ""
-        return Finding(f"{ratio:.2f}× [{low:.2f}, {high:.2f}], {n} repeats{note}", low, high)
+        text = interval(f"{ratio:.2f}×", f"{low:.2f}", f"{high:.2f}")
+        return Finding(f"{text}, {n} repeats", low, high, instead=instead)
 
     return test
 
@@ -167,7 +177,7 @@ def _rate(comparison: Comparison) -> Finding | None:
         return None
     rate = stage.tokens_per_hour / 1e6
     text = f"{compact(stage.tokens_per_hour)} tokens/hour on {stage.device}"
-    return Finding(text, rate, rate, instead="" if "H100" in stage.device else "not an H100")
+    return Finding(text, rate, rate, instead=_elsewhere([stage.device], stage.parameters))
 
 
 def _hours(comparison: Comparison) -> Finding | None:
@@ -176,8 +186,22 @@ def _hours(comparison: Comparison) -> Finding | None:
         return None
     seconds = sum(one.seconds for one in stages)
     devices = sorted({one.device for one in stages})
+    tokens = next(one.tokens for one in stages if one.stage == "pretrain")
     text = f"{duration(seconds)} on {', '.join(devices)}"
-    return Finding(text, seconds / 3600, seconds / 3600, instead="" if "H100" in devices[0] else "not an H100")
+    instead = _elsewhere(devices, stages[0].parameters, tokens)
+    return Finding(text, seconds / 3600, seconds / 3600, instead=instead)
+
+
+def _elsewhere(devices: list[str], parameters: int | None, tokens: float = TOKENS) -> str:
+    """Why a time is not that of the page's model: another device, or a size or budget not within a factor of two."""
+    if not all("H100" in device for device in devices):
+        return "not an H100"
+    if parameters is None:
+        return "of a model whose size is not recorded"
+    for have, claimed, unit in ((parameters, PARAMETERS, "parameters"), (tokens, TOKENS, "tokens")):
+        if not 0.5 <= have / claimed <= 2:
+            return f"{compact(have)} {unit}, not {compact(claimed)}"
+    return ""
 
 
 def _stable(comparison: Comparison) -> Finding | None:
@@ -206,26 +230,48 @@ def method_against_model(comparison: Comparison) -> Finding | None:
     shared = tables[0].index
     for table in tables[1:]:
         shared = shared.intersection(table.index)
-    columns_IC = np.column_stack([table.loc[shared].to_numpy(float) for table in tables])
-    templates, models_ = tables[0].shape[1], len(tables)
-
-    def spread(sums_BC: np.ndarray) -> np.ndarray:
-        means_BMT = 100 * sums_BC.reshape(len(sums_BC), models_, templates) / len(shared)
-        return means_BMT.var(axis=2, ddof=1).mean(axis=1), means_BMT.mean(axis=2).var(axis=1, ddof=1)
-
-    method, model = (float(part[0]) for part in spread(columns_IC.sum(axis=0, keepdims=True)))
-    drawn = spread(statistics.resampled_sums(columns_IC, comparison.resamples, 0))
-    low, high = (float(x) for x in np.quantile(drawn[0] - drawn[1], [0.025, 0.975]))
+    if len(shared) < 3:
+        return None
+    points_NMT = np.stack([100 * table.loc[shared].to_numpy(float) for table in tables], axis=1)
+    method, model, low, high = variances(points_NMT)
     text = (
-        f"sentiment: sd {math.sqrt(method):.1f} pp over templates, {math.sqrt(model):.1f} pp over models "
-        f"(difference of variances {signed(method - model, 1)} [{signed(low, 1)}, {signed(high, 1)}])"
+        f"sentiment: sd {math.sqrt(max(method, 0)):.1f} pp over templates, {math.sqrt(max(model, 0)):.1f} pp over "
+        f"models; difference of variances {interval(signed(method - model, 1), signed(low, 1), signed(high, 1))}"
     )
     return Finding(text, low, high)
+
+
+def variances(scores_NMT: np.ndarray) -> tuple[float, float, float, float]:
+    """Variance over templates (within models, averaged), over models (of their means), and the 95% interval of the
+    first less the second. scores_NMT: items x models x templates.
+
+    Means over few items differ by chance alone, which variances of observed means would count as spread, more of it
+    over templates than over models. Both are therefore averaged over pairs of *distinct* items, which is unbiased
+    (Hoeffding 1948: a U-statistic of degree two), and may come out below zero. Interval: jackknife over items with
+    Student's t; models and templates are taken as they are.
+    """
+    n, models_, templates = scores_NMT.shape
+    within_NMT = scores_NMT - scores_NMT.mean(axis=2, keepdims=True)
+    means_NM = scores_NMT.mean(axis=2)
+    between_NM = means_NM - means_NM.mean(axis=1, keepdims=True)
+    parts = []  # either variance is a sum of squares of linear scores of the items
+    for scores_NC, freedom in ((within_NMT.reshape(n, -1), models_ * (templates - 1)), (between_NM, models_ - 1)):
+        scaled_NC = scores_NC / math.sqrt(freedom)
+        total_C, own_N = scaled_NC.sum(axis=0), (scaled_NC**2).sum(axis=1)
+        whole = float((total_C**2).sum() - own_N.sum()) / (n * (n - 1))
+        rest_N = ((total_C - scaled_NC) ** 2).sum(axis=1) - (own_N.sum() - own_N)
+        parts.append((whole, rest_N / ((n - 1) * (n - 2))))
+    (method, method_N), (model, model_N) = parts
+    left_out_N = method_N - model_N
+    error = math.sqrt((n - 1) / n * float(((left_out_N - left_out_N.mean()) ** 2).sum()))
+    half = float(stats.t.ppf(0.975, n - 1)) * error
+    return method, model, method - model - half, method - model + half
 
 
 CLAIMS = (
     Claim(
         "rmsnorm-speed",
+        "RMSNorm 10-15% faster training",
         "RMSNorm trains 10–15% faster than LayerNorm",
         "at least +10% tokens/s",
         (10, INFINITY),
@@ -233,6 +279,7 @@ CLAIMS = (
     ),
     Claim(
         "swiglu-perplexity",
+        "SwiGLU 2-4% better perplexity",
         "SwiGLU lowers perplexity by 2–4%",
         "at least −2%",
         (-INFINITY, -2),
@@ -240,6 +287,7 @@ CLAIMS = (
     ),
     Claim(
         "rope-length",
+        "RoPE extrapolates better",
         "RoPE extrapolates better than learned positions",
         "lower loss past the training length",
         (-INFINITY, 0),
@@ -247,6 +295,7 @@ CLAIMS = (
     ),
     Claim(
         "sinks-length",
+        "sinks stable beyond training length",
         "Attention sinks keep the model stable beyond its training length",
         "lower loss with sinks than with the window alone",
         (-INFINITY, 0),
@@ -254,6 +303,7 @@ CLAIMS = (
     ),
     Claim(
         "gpt2-perplexity",
+        "-33% perplexity against GPT-2 with 13x fewer tokens",
         "33% lower WikiText-2 perplexity than GPT-2 with 13 times fewer tokens",
         "at least −33%",
         (-INFINITY, -33),
@@ -261,6 +311,7 @@ CLAIMS = (
     ),
     Claim(
         "sft-perplexity",
+        "SFT +26% perplexity",
         "SFT raises perplexity by 26%",
         "+13% to +39%",
         (13, 39),
@@ -268,6 +319,7 @@ CLAIMS = (
     ),
     Claim(
         "dpo-perplexity",
+        "DPO +0.5% perplexity",
         "DPO raises perplexity by 0.5%",
         "+0.25% to +0.75%",
         (0.25, 0.75),
@@ -275,6 +327,7 @@ CLAIMS = (
     ),
     Claim(
         "sft-sentiment",
+        "SFT +4pp SST-2",
         "SFT gains 4 points on SST-2",
         "+2 to +6 pp",
         (2, 6),
@@ -282,14 +335,18 @@ CLAIMS = (
     ),
     Claim(
         "dpo-sentiment",
+        "DPO -4pp SST-2",
         "DPO loses 4 points on SST-2",
         "−6 to −2 pp",
         (-6, -2),
         _stage(SENTIMENT, "sft", "dpo", "sst2"),
     ),
-    Claim("gsm8k-zero", "GSM8K is at 0% at this scale", "below 1%", (0, 1), _problems),
+    Claim(
+        "gsm8k-zero", "0% GSM8K at this scale", "GSM8K is at 0% at this scale", "below 1%", (-INFINITY, 1), _problems
+    ),
     Claim(
         "speed-gpt2",
+        "generation speed like GPT-2's",
         "Generation is as fast as GPT-2's",
         "within 10%",
         (0.9, 1.1),
@@ -297,22 +354,34 @@ CLAIMS = (
     ),
     Claim(
         "speed-distilgpt2",
+        "DistilGPT-2 twice as fast",
         "DistilGPT-2 generates twice as fast as GPT-2",
         "1.5 to 2.5 times",
         (1.5, 2.5),
         _speed("gpt2", "distilgpt2"),
     ),
-    Claim("tokens-per-hour", "Training runs at 30M tokens/hour on an H100", "15M to 45M", (15, 45), _rate),
-    Claim("hours", "All three stages take 27 hours on an H100", "13.5 to 40.5 h", (13.5, 40.5), _hours),
+    Claim(
+        "tokens-per-hour",
+        "30M tokens/hour on an H100",
+        "Training runs at 30M tokens/hour on an H100",
+        "15M to 45M",
+        (15, 45),
+        _rate,
+    ),
+    Claim(
+        "hours", "27 hours in all", "All three stages take 27 hours on an H100", "13.5 to 40.5 h", (13.5, 40.5), _hours
+    ),
     Claim(
         "stability",
+        "both train stably",
         "Both architectures train stably",
         "no curve with a setback of a tenth of its start",
-        (0, 0),
+        (-INFINITY, 1),  # unsteady curves
         _stable,
     ),
     Claim(
         "method-outweighs-model",
+        "evaluation method outweighs model quality (variance of prompts against variance of models)",
         "Evaluation method outweighs model quality",
         "more variance over templates than over models",
         (0, INFINITY),
@@ -321,16 +390,23 @@ CLAIMS = (
 )
 
 
-def judge(comparison: Comparison, claims: tuple[Claim, ...] = CLAIMS) -> list[Verdict]:
-    """Every claim's verdict, in the ledger's order."""
-    return [claim.judge(comparison) for claim in claims]
+BY_KEY = {claim.key: claim for claim in CLAIMS}
+
+
+def judge(comparison: Comparison, *keys: str) -> dict[str, Verdict]:
+    """Verdicts by the claims' keys, of all claims in the ledger's order or of those named.
+
+    Raises KeyError for a key that the ledger has not.
+    """
+    return {key: BY_KEY[key].judge(comparison) for key in keys or BY_KEY}
 
 
 def ledger(comparison: Comparison) -> Result:
     """The claims ledger as a table."""
-    verdicts = judge(comparison)
+    verdicts = judge(comparison).values()
     rows = [
         {
+            "As asserted": f"“{one.claim.source}”",
             "Claim": one.claim.claimed,
             "Read as": one.claim.reading,
             "Measured here": one.measured,
@@ -340,6 +416,9 @@ def ledger(comparison: Comparison) -> Result:
     ]
     values = {
         one.claim.key: {
+            "source": one.claim.source,
+            "claimed": one.claim.claimed,
+            "reading": one.claim.reading,
             "verdict": one.verdict,
             "measured": one.measured,
             "low": one.finding.low if one.finding else None,
@@ -350,9 +429,7 @@ def ledger(comparison: Comparison) -> Result:
     return Result("comparison/claims", {"claims": values}, markdown=markdown_table(rows))
 
 
-def counts(verdicts: list[Verdict]) -> dict[str, int]:
+def counts(verdicts: Iterable[Verdict]) -> dict[str, int]:
     """How many claims came out how."""
-    return {
-        name: sum(one.verdict == name for one in verdicts)
-        for name in (SUPPORTED, CONTRADICTED, NOT_RESOLVED, NOT_MEASURED)
-    }
+    every = [one.verdict for one in verdicts]
+    return {name: every.count(name) for name in (SUPPORTED, CONTRADICTED, NOT_RESOLVED, NOT_MEASURED)}

@@ -6,15 +6,18 @@ that a sentence cannot appear without them.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
-from threefold.comparison import claims, models, tables, training
+from scipy import stats
+
+from threefold.comparison import caveats, claims, models, tables, training
 from threefold.comparison.differences import (
+    ALPHA,
     BETTER,
     EQUIVALENT,
     UNRESOLVED,
     WORSE,
     Difference,
-    smallest_detectable,
 )
 from threefold.comparison.load import Comparison
 from threefold.comparison.measures import BITS_PER_BYTE, PERPLEXITY, PROBLEMS, SENTIMENT
@@ -24,12 +27,14 @@ from threefold.records import escape, table
 
 @dataclass(frozen=True)
 class Insight:
-    """One sentence (Markdown) and the names of the records it rests on."""
+    """One sentence (Markdown), the names of the records it rests on, and what was computed from them."""
 
     key: str
     sentence: str
     evidence: tuple[str, ...]
     differs: bool = False  # whether it claims that two things differ
+    values: tuple[dict[str, Any], ...] = ()  # of each difference: change, interval, p, n, margin
+    confounds: tuple[str, ...] = ()  # keys of the caveats that the sentence carries
 
 
 def _evidence(comparison: Comparison, protocol: str | None, *names: str) -> tuple[str, ...]:
@@ -47,7 +52,14 @@ def _values(comparison: Comparison, one: Difference) -> str:
         one.measure.text(one.measure.value(comparison, model), with_interval=False) for model in (one.b, one.a)
     )
     p = one.p_text if one.p_text.startswith("<") else f"={NBSP}{one.p_text}"
-    return f"{one.measure.title.lower()} ({ours} against {theirs}; {one.text}, p{NBSP}{p}, n{NBSP}={NBSP}{one.n:,})"
+    small = f", all of it within the margin of {_margin(one)}" if one.within_margin else ""
+    return (
+        f"{one.measure.title.lower()} ({ours} against {theirs}; {one.text}, p{NBSP}{p}, n{NBSP}={NBSP}{one.n:,}{small})"
+    )
+
+
+def _margin(one: Difference) -> str:
+    return f"±{one.measure.size_text(one.measure.margin)}"
 
 
 def _change(comparison: Comparison, one: Difference) -> str:
@@ -55,6 +67,8 @@ def _change(comparison: Comparison, one: Difference) -> str:
     values = [one.measure.value(comparison, model) for model in (one.b, one.a)]
     if one.measure.kind == "share" and all(value is not None and value.value == 0 for value in values):
         return f"both {percent(0)}, {one.text}"
+    if one.identical:
+        return f"{one.text}, the same result on all {one.n:,}"
     outside = one.low is not None and one.high is not None and (one.low > 0 or one.high < 0)
     if outside and one.verdict == UNRESOLVED:
         return f"{one.text}, yet p{NBSP}={NBSP}{one.p_text} adjusted for {one.family} comparisons"
@@ -62,13 +76,12 @@ def _change(comparison: Comparison, one: Difference) -> str:
 
 
 def _equivalent(comparison: Comparison, one: Difference) -> str:
-    margin = one.measure.change_text(one.measure.margin).removeprefix("+")
-    return f"{one.measure.title.lower()} ({_change(comparison, one)}, margin ±{margin})"
+    return f"{one.measure.title.lower()} ({_change(comparison, one)}, margin {_margin(one)})"
 
 
 def _unresolved(comparison: Comparison, one: Difference) -> str:
-    least = smallest_detectable(one)
-    able = f"; {one.n:,} items would show {100 * least:.1f} pp" if least else ""
+    least = tables.could_show(one)
+    able = f"; could show {least}" if least else ""
     return f"{one.measure.title.lower()} ({_change(comparison, one)}{able})"
 
 
@@ -93,7 +106,9 @@ def _described(comparison: Comparison, key: str, found: list[Difference], senten
 
 def _insight(comparison: Comparison, key: str, sentence: str, found: list[Difference], differs: bool) -> Insight:
     evidence = [name for one in found for name in _evidence(comparison, one.measure.protocol(comparison), one.a, one.b)]
-    return Insight(key, sentence, tuple(dict.fromkeys(evidence)), differs)
+    keys, clause = caveats.clause(comparison, found)
+    values = tuple(one.values() for one in found)
+    return Insight(key, f"{sentence}{clause}", tuple(dict.fromkeys(evidence)), differs, values, keys)
 
 
 def _against(comparison: Comparison, baseline: str) -> list[Difference]:
@@ -129,6 +144,43 @@ def stage_changes(comparison: Comparison) -> list[Insight]:
     ]
 
 
+def since_pretraining(comparison: Comparison) -> list[Insight]:
+    """What all stages after pretraining changed together."""
+    sentences = {
+        BETTER: "**Since pretraining, {b} has improved** in {what}.",
+        WORSE: "**Since pretraining, {b} has lost** in {what}.",
+        EQUIVALENT: "Since pretraining, {b} is equivalent in {what}.",
+        UNRESOLVED: "Between {a} and {b} there is **no detectable difference** in {what}.",
+    }
+    return _described(comparison, "since-pretraining", tables.since_pretraining(comparison), sentences)
+
+
+def stage_evolution(comparison: Comparison) -> list[Insight]:
+    """Each stage against the one before, then the last against the first."""
+    return [*stage_changes(comparison), *since_pretraining(comparison)]
+
+
+def stability(comparison: Comparison) -> list[Insight]:
+    """Whether every stage trained steadily, and the largest setback of any. One curve a stage: no interval."""
+    found = training.curves(comparison)
+    if not found:
+        return []
+    worst = max(found, key=lambda one: one.setback / one.start)
+    largest = (
+        f"the largest setback of a running loss is {plain(worst.setback, 3)} of {plain(worst.start, 3)} nats "
+        f"({escape(comparison.name(worst.stage))})"
+    )
+    unsteady = listed([escape(comparison.name(one.stage)) for one in found if not one.stable])
+    count = len(found)
+    head = f"Not steady: {unsteady}, of {count} stages" if unsteady else f"All {count} stages trained steadily"
+    evidence = tuple(f"curve/{one.stage}" for one in found)
+    values = tuple(
+        {"stage": one.stage, "start": one.start, "end": one.end, "setback": one.setback, "steady": one.stable}
+        for one in found
+    )
+    return [Insight("stability", f"{head}; {largest}.", evidence, values=values)]
+
+
 def in_short(comparison: Comparison, key: str, found: list[Difference]) -> list[Insight]:
     """One sentence for a whole comparison: what is better, worse, equivalent and not resolved."""
     if not found:
@@ -156,8 +208,14 @@ def control(comparison: Comparison) -> list[Insight]:
     shown = SENTIMENT.text(value)
     chance = f"chance 50%{f', majority class {percent(majority)}' if majority is not None else ''}"
     low, high = min(0.5, 1 - (majority or 0.5)), max(0.5, majority or 0.5)
-    if value.low <= high and value.high >= low:
-        sentence = f"The random control answers sentiment at chance ({shown}; {chance})."
+    off = max(low - value.value, value.value - high, 0.0)
+    error = (value.high - value.low) / (2 * float(stats.norm.ppf(0.975)))
+    p = float(2 * stats.norm.sf(off / error)) if error else float(off == 0)
+    # One more test beside those of `tables.compared`, at its share of their 5%.
+    if p >= ALPHA / (1 + len(tables.compared(comparison))):
+        sentence = (
+            f"The random control answers sentiment at chance as far as {value.n:,} items tell ({shown}; {chance})."
+        )
         return [Insight("control", sentence, _evidence(comparison, value.protocol, "random"))]
     sentence = f"The random control is **not** at chance in sentiment ({shown}; {chance}): a bias to explain."
     return [Insight("control", sentence, _evidence(comparison, value.protocol, "random"), differs=True)]
@@ -224,7 +282,7 @@ def cost(comparison: Comparison) -> list[Insight]:
 
 def ledger(comparison: Comparison) -> list[Insight]:
     """How the claims came out."""
-    number = claims.counts(claims.judge(comparison))
+    number = claims.counts(claims.judge(comparison).values())
     verbs = {
         claims.SUPPORTED: "supports {}",
         claims.CONTRADICTED: "contradicts {}",
@@ -314,27 +372,16 @@ def _seeded(comparison: Comparison) -> list[dict]:
     ]
 
 
-def _sources(comparison: Comparison, *stages: str) -> set[str]:
-    """Names of the sources that stages trained on, from the configuration in their fingerprints."""
-    names: set[str] = set()
-    for stage in stages:
-        data = ((comparison.stage(stage) or {}).get("fingerprint") or {}).get("config", {}).get("data", {})
-        for part, entries in data.items() if isinstance(data, dict) else ():
-            if not part.endswith("heldout"):
-                names |= {entry.get("source") or "" for entry in entries}
-    return names - {""}
-
-
 def _in_domain(comparison: Comparison) -> list[Insight]:
-    trained = _sources(comparison, "pretrain", "sft", "dpo")
+    trained = caveats.sources(comparison, "pretrain", "sft", "dpo")
     zero_shot = [m for m in comparison.models if m != "random" and not comparison.is_trained_here(m)]
     hits: dict[str, str] = {}
     for model in comparison.models:
         for record in comparison.evaluations(model).values():
             note = record.get("settings", {}).get("data") or {}
-            family = _family(note.get("source", ""))
+            family = caveats.family(note.get("source", ""))
             for source in trained:
-                if family and _family(source) == family:
+                if family and caveats.family(source) == family:
                     hits[note["source"]] = source
     if not hits:
         return []
@@ -344,11 +391,6 @@ def _in_domain(comparison: Comparison) -> list[Insight]:
         others = listed([escape(comparison.name(m)) for m in zero_shot])
         sentence += f"; {others} did not, as far as is known: in-domain training meets zero-shot use there"
     return [Insight("in-domain", f"{sentence}.", tuple(f"stage/{s}" for s in models.LINEAGE if comparison.stage(s)))]
-
-
-def _family(source: str) -> str:
-    """ "wikitext-2" and "wikitext-103" are one family, a source otherwise its own."""
-    return source.split("-")[0] if source.startswith("wikitext") else source
 
 
 def _sizes(comparison: Comparison) -> list[Insight]:
@@ -380,16 +422,41 @@ def _sizes(comparison: Comparison) -> list[Insight]:
 # Publishing ----------------------------------------------------------------------------------------------------------
 
 
-def bullets(name: str, insights: list[Insight], otherwise: str) -> Result:
-    """A list of sentences as a record; `otherwise` stands where there is none."""
-    values = {
-        "insights": [
-            {"key": one.key, "sentence": one.sentence, "evidence": list(one.evidence), "differs": one.differs}
-            for one in insights
-        ]
-    }
-    text = "\n".join(f"- {one.sentence}" for one in insights) or otherwise
-    return Result(f"comparison/{name}", values, markdown=text)
+def bullets(name: str, insights: list[Insight], otherwise: str, comparison: Comparison | None = None) -> Result:
+    """A list of sentences as a record; `otherwise` stands where there is none.
+
+    comparison: where the records are; each sentence then ends with links to the notebooks that made them, as they lie
+    beside the rendered report.
+    """
+
+    def shown(one: Insight) -> dict[str, Any]:
+        return {
+            "key": one.key,
+            "sentence": one.sentence,
+            "evidence": list(one.evidence),
+            "notebooks": _notebooks(comparison, one),
+            "values": list(one.values),
+            "confounds": list(one.confounds),
+            "differs": one.differs,
+        }
+
+    values = [shown(one) for one in insights]
+    lines = [f"- {one['sentence']}{_links(one['notebooks'])}" for one in values]
+    return Result(f"comparison/{name}", {"insights": values}, markdown="\n".join(lines) or otherwise)
+
+
+def _notebooks(comparison: Comparison | None, one: Insight) -> list[str]:
+    """Files of the notebooks that made the evidence, each once."""
+    known = comparison.records if comparison else {}
+    return list(dict.fromkeys(known[name].notebook for name in one.evidence if name in known))
+
+
+def _links(notebooks: list[str]) -> str:
+    """ " (from [04_evaluate-sft](executed/04_evaluate-sft.ipynb))": where the report keeps its notebooks."""
+    if not notebooks:
+        return ""
+    links = [f"[{escape(name.removesuffix('.ipynb'))}](executed/{name})" for name in notebooks]
+    return f" (From {listed(links)}.)"
 
 
 # Numbers for prose ---------------------------------------------------------------------------------------------------
@@ -399,7 +466,7 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
     """Everything `index.qmd` quotes, as text."""
     found = training.trainings(comparison)
     lineage = [one for one in found if one.stage in models.LINEAGE]
-    verdicts = claims.counts(claims.judge(comparison))
+    verdicts = claims.counts(claims.judge(comparison).values())
     values = {
         "run": run or "–",
         "preset": preset or "–",
@@ -415,14 +482,15 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
         "tokens_total": compact(sum(one.tokens for one in lineage)),
         "training_time": duration(sum(one.seconds for one in lineage)),
         "device": listed(sorted({one.device for one in lineage})) or "–",
-        "sources_pretrain": listed(sorted(_sources(comparison, "pretrain"))) or "–",
-        "sources_sft": listed(sorted(_sources(comparison, "sft"))) or "–",
-        "sources_dpo": listed(sorted(_sources(comparison, "dpo"))) or "–",
+        "sources_pretrain": listed(sorted(caveats.sources(comparison, "pretrain"))) or "–",
+        "sources_sft": listed(sorted(caveats.sources(comparison, "sft"))) or "–",
+        "sources_dpo": listed(sorted(caveats.sources(comparison, "dpo"))) or "–",
         "n_claims": str(sum(verdicts.values())),
         "n_supported": str(verdicts[claims.SUPPORTED]),
         "n_contradicted": str(verdicts[claims.CONTRADICTED]),
         "n_not_resolved": str(verdicts[claims.NOT_RESOLVED]),
         "n_not_measured": str(verdicts[claims.NOT_MEASURED]),
+        "n_compared": str(len(tables.compared(comparison))),
         "resamples": f"{comparison.resamples:,}",
         "majority": percent(tables.majority_class(comparison))
         if tables.majority_class(comparison) is not None
@@ -450,7 +518,8 @@ def _gap(comparison: Comparison) -> str:
     )
     if one is None:
         return "not measured"
-    return f"{one.verdict} ({one.text} bits per byte)"
+    confounds = "".join(f"; {caveat.text}" for caveat in caveats.of(comparison, one))
+    return f"{one.verdict} ({one.text} bits per byte{confounds})"
 
 
 def publishable_variables(comparison: Comparison, run: str = "", preset: str = "") -> Result:

@@ -133,6 +133,14 @@ class Comparison:
         one, other = (self.facts(model).get("tokenizer_sha256") for model in (a, b))
         return a == b or (one is not None and one == other)
 
+    def weights(self, model: str) -> str | None:
+        """SHA-256 of the weights that the model's evaluations ran; one for all of them (`verify`)."""
+        return next((values.get("weights_sha256") for values in self.evaluations(model).values()), None)
+
+    def same_weights(self, a: str, b: str) -> bool:
+        """Whether two models are one."""
+        return self.weights(a) is not None and self.weights(a) == self.weights(b)
+
     # Looking up -----------------------------------------------------------------------------------------------------
 
     def values(self, name: str) -> dict[str, Any] | None:

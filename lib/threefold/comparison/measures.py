@@ -30,6 +30,13 @@ class Pair:
         """Whether each entry is right or wrong."""
         return bool(np.isin(self.a, (0, 1)).all() and np.isin(self.b, (0, 1)).all())
 
+    @property
+    def identical(self) -> bool:
+        """Whether not a single result tells the two models apart."""
+        weights = (self.weights_a, self.weights_b)
+        same = weights[0] is None or np.array_equal(*weights)
+        return bool(same and np.array_equal(self.a, self.b))
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -106,6 +113,10 @@ class Measure:
         short = (lambda x: f"{100 * x:.1f}") if self.kind == "share" else form
         return interval(form(value.value), short(value.low), short(value.high))
 
+    def size_text(self, change: float) -> str:
+        """The size of a change, without its sign: a margin, the smallest detectable one."""
+        return self.change_text(abs(change)).removeprefix("+")
+
     def change_text(self, change: float, low: float | None = None, high: float | None = None) -> str:
         """A change with its interval, in percentage points, percent, bits or nats."""
         scale, decimals, unit = {
@@ -155,6 +166,15 @@ RESPONSE_LOSS = Measure(
     "response_loss", "Response loss", "lower", (_RESPONSES,), "response_loss", ("nats", "tokens"), "nats", 0.01
 )
 PREFERENCES = Measure("preferences", "Preferences", "higher", (_PREFERENCES,), "accuracy", ("correct",), "share", 0.02)
+# The precedent's own definitions, rerun for its table alone; nothing else compares by them.
+LINES = Measure(
+    "perplexity_lines", "Perplexity, 100 lines", "lower", (r"[^/]+/lines-\d+",), "perplexity", ("nats", "tokens"),
+    "perplexity", 0.01,
+)  # fmt: skip
+ONE_PROMPT = Measure(
+    "sentiment_prompt", "Sentiment, one prompt", "higher", (r"[^/]+/precedent-\d+-shot",), "accuracy", ("correct",),
+    "share", 0.02,
+)  # fmt: skip
 
 HEADLINE = (PERPLEXITY, BITS_PER_BYTE, SENTIMENT, PROBLEMS, INSTRUCTIONS, PREFERENCES)
 COMPARED = (BITS_PER_BYTE, SENTIMENT, PROBLEMS, INSTRUCTIONS, PREFERENCES)  # those that any two models share

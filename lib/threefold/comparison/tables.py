@@ -7,7 +7,7 @@ from typing import Any
 
 from threefold import records
 from threefold.comparison import ablations, models, training
-from threefold.comparison.differences import Difference, adjust, difference
+from threefold.comparison.differences import Difference, adjust, difference, smallest_detectable
 from threefold.comparison.load import Comparison
 from threefold.comparison.measures import (
     BITS_PER_BYTE,
@@ -323,21 +323,15 @@ def protocols(comparison: Comparison) -> Result:
 def stage_evolution(comparison: Comparison) -> Result:
     """Each stage's value, its change from the stage before and since pretraining, always on the same items."""
     present = [stage for stage in models.LINEAGE if stage in comparison.models]
-    steps = [(m, a, b) for m in STAGED for a, b in pairwise(present)]
-    changes = dict(zip(steps, adjust(difference(comparison, *step) for step in steps), strict=True))
-    totals = {
-        (measure, stage): difference(comparison, measure, present[0], stage)
-        for measure in STAGED
-        for stage in present[2:]
-    }
+    every = {(one.measure, one.a, one.b): one for one in compared(comparison)}
     rows, found = [], []
     for measure in STAGED:
         for place, stage in enumerate(present):
             value = measure.value(comparison, stage)
             if value is None:
                 continue
-            change = changes.get((measure, present[place - 1], stage)) if place else None
-            total = totals.get((measure, stage))
+            change = every.get((measure, present[place - 1], stage)) if place else None
+            total = every.get((measure, present[0], stage)) if place > 1 else None
             rows.append(
                 {
                     "Measure": _heading(measure),
@@ -346,6 +340,7 @@ def stage_evolution(comparison: Comparison) -> Result:
                     "Change from the stage before": change.text if change else None,
                     "p (Holm)": change.p_text if change else None,
                     "Verdict": change.verdict if change else None,
+                    "Could show": could_show(change) if change else None,
                     "Change since pretraining": total.text if total else None,
                 }
             )
@@ -353,24 +348,47 @@ def stage_evolution(comparison: Comparison) -> Result:
     return _result("stages", rows, differences=found)
 
 
-def stage_changes(comparison: Comparison) -> list[Difference]:
-    """The differences of `stage_evolution`'s table, adjusted as there."""
+def compared(comparison: Comparison) -> list[Difference]:
+    """Every difference between models that the report puts into words, adjusted together (Holm).
+
+    The family is the whole report, not a table: stage from stage, stages since pretraining, and the stages against
+    either baseline. In a run whose differences are all noise the chance of any false claim is thus at most 5%.
+    """
     present = [stage for stage in models.LINEAGE if stage in comparison.models]
-    steps = [(m, a, b) for m in STAGED for a, b in pairwise(present)]
+    steps = [(measure, a, b) for measure in STAGED for a, b in pairwise(present)]
+    steps += [(measure, present[0], stage) for measure in STAGED for stage in present[2:]]
+    for baseline in models.BASELINES:
+        subjects = (*(("gpt2",) if baseline == "distilgpt2" else ()), *models.LINEAGE)
+        if baseline in comparison.models:
+            steps += [(m, baseline, model) for m in COMPARED for model in subjects if model in comparison.models]
     return [one for one in adjust(difference(comparison, *step) for step in steps) if one is not None]
+
+
+def could_show(one: Difference) -> str | None:
+    """The smallest difference these units would show in a single test at 5% with 80% power, with their number."""
+    least = smallest_detectable(one)
+    return f"{one.measure.size_text(least)} (n = {one.n:,})".replace(" ", NBSP) if least is not None else None
+
+
+def stage_changes(comparison: Comparison) -> list[Difference]:
+    """Each stage against the one before, adjusted over the report."""
+    present = [stage for stage in models.LINEAGE if stage in comparison.models]
+    return [one for one in compared(comparison) if (one.a, one.b) in list(pairwise(present))]
+
+
+def since_pretraining(comparison: Comparison) -> list[Difference]:
+    """The last stage against the first where others lie between, adjusted over the report."""
+    present = [stage for stage in models.LINEAGE if stage in comparison.models]
+    ends = (present[0], present[-1]) if len(present) > 2 else ()
+    return [one for one in compared(comparison) if (one.a, one.b) == ends]
 
 
 def against(comparison: Comparison, baseline: str) -> list[Difference]:
     """Our stages (and DistilGPT-2's teacher) against a baseline on every measure any two models share.
 
-    All of them are one table's family of comparisons, adjusted together.
+    Adjusted over the report.
     """
-    subjects = (*(("gpt2",) if baseline == "distilgpt2" else ()), *models.LINEAGE)
-    if baseline not in comparison.models:
-        return []
-    present = [model for model in subjects if model in comparison.models]
-    pairs = [difference(comparison, measure, baseline, model) for measure in COMPARED for model in present]
-    return [one for one in adjust(pairs) if one is not None]
+    return [one for one in compared(comparison) if one.a == baseline]
 
 
 def standing(comparison: Comparison, baseline: str = "gpt2") -> Result:
@@ -391,6 +409,7 @@ def _standing_rows(comparison: Comparison, found: list[Difference]) -> list[dict
             "Difference": one.text,
             "p (Holm)": one.p_text,
             "Verdict": one.verdict,
+            "Could show": could_show(one),
         }
         for one in found
     ]
