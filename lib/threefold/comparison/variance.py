@@ -62,8 +62,12 @@ def table(comparison: Comparison) -> Result:
     rows: list[dict[str, Any]] = []
     values: dict[str, Any] = {}
     for protocol in comparison.protocols:
-        found = scores(comparison, protocol) if protocol.endswith("-shot") else None
-        if found is None or "/precedent" in protocol:
+        if "/precedent" in protocol or not protocol.endswith(("-shot", "-grid")):
+            continue
+        if f"{protocol}-grid" in comparison.protocols:  # a fuller crossing of the same prompts
+            continue
+        found = scores(comparison, protocol)
+        if found is None:
             continue
         correct_MTDI, levels = found
         components = variance_components(correct_MTDI)._asdict()

@@ -131,8 +131,8 @@ def grid(
     - Tokens: as zero-shot.
     - Prompt: all five wordings, each after the same five draws of demonstrations, as few-shot makes them.
     - Scoring: as zero-shot.
-    - Metrics: as few-shot. The full crossing of items x templates x draws is what the variance of all models' answers is
-      split by; a few items suffice for that where all of them under 25 prompts would take hours. No score is quoted
+    - Metrics: as few-shot. The variance of all models' answers is split over this full crossing of items, templates
+      and draws; a few items suffice for that where all of them under 25 prompts would take hours. No score is quoted
       from it.
     - Reproduces: no published figure.
     """
