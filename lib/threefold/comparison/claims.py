@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from threefold.comparison import ablations, training
+from threefold.comparison import ablations, models, seeds, training
 from threefold.comparison.differences import difference
 from threefold.comparison.load import Comparison
 from threefold.comparison.measures import PERPLEXITY, PROBLEMS, SENTIMENT, Measure
@@ -110,7 +110,8 @@ def _stage(measure: Measure, a: str, b: str, source: str) -> Callable[[Compariso
         if not instead and a == "gpt2" and comparison.is_trained_here("gpt2"):
             instead = "against a GPT-2 trained here on this run's text, not the published one"
         bounds = [None if x is None else 100 * x for x in (one.low, one.high)]
-        return Finding(one.text, *bounds, instead=instead)
+        trained = f", {seeds.basis(comparison)}" if {a, b} <= {*models.LINEAGE} else ""
+        return Finding(f"{one.text}{trained}", *bounds, instead=instead)
 
     return test
 

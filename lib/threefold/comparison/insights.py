@@ -7,7 +7,7 @@ that a sentence cannot appear without them.
 
 from dataclasses import dataclass
 
-from threefold.comparison import claims, models, tables, training
+from threefold.comparison import claims, models, seeds, tables, training
 from threefold.comparison.differences import (
     BETTER,
     EQUIVALENT,
@@ -20,6 +20,8 @@ from threefold.comparison.load import Comparison
 from threefold.comparison.measures import BITS_PER_BYTE, PERPLEXITY, PROBLEMS, SENTIMENT
 from threefold.comparison.results import NBSP, Result, compact, duration, listed, percent, plain
 from threefold.records import escape, table
+
+ONCE = "Every stage was trained once: no interval here holds the spread between training seeds."
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,12 @@ def standing(comparison: Comparison, baseline: str = "gpt2") -> list[Insight]:
 def stage_changes(comparison: Comparison) -> list[Insight]:
     """What SFT and DPO each changed, and what they left undetectably the same."""
     every = tables.stage_changes(comparison)
+    trained = f"; {seeds.basis(comparison)}"
     sentences = {
-        BETTER: "**{b} improves on {a}** in {what}.",
-        WORSE: "**{b} loses against {a}** in {what}.",
-        EQUIVALENT: "{b} is equivalent to {a} in {what}.",
-        UNRESOLVED: "From {a} to {b} there is **no detectable difference** in {what}.",
+        BETTER: f"**{{b}} improves on {{a}}** in {{what}}{trained}.",
+        WORSE: f"**{{b}} loses against {{a}}** in {{what}}{trained}.",
+        EQUIVALENT: f"{{b}} is equivalent to {{a}} in {{what}}{trained}.",
+        UNRESOLVED: f"From {{a}} to {{b}} there is **no detectable difference** in {{what}}{trained}.",
     }
     return [
         insight
@@ -129,8 +132,8 @@ def stage_changes(comparison: Comparison) -> list[Insight]:
     ]
 
 
-def in_short(comparison: Comparison, key: str, found: list[Difference]) -> list[Insight]:
-    """One sentence for a whole comparison: what is better, worse, equivalent and not resolved."""
+def in_short(comparison: Comparison, key: str, found: list[Difference], basis: str = "") -> list[Insight]:
+    """One sentence for a whole comparison: what is better, worse, equivalent and not resolved, and on what basis."""
     if not found:
         return []
     parts = []
@@ -140,7 +143,7 @@ def in_short(comparison: Comparison, key: str, found: list[Difference]) -> list[
             shown = [f"{one.measure.title.lower()} ({_change(comparison, one)})" for one in part]
             parts.append(f"{verdict} in {listed(shown)}")
     ours, theirs = (escape(comparison.name(model)) for model in (found[0].b, found[0].a))
-    sentence = f"**{ours} against {theirs}**: {'; '.join(parts)}."
+    sentence = f"**{ours} against {theirs}**{f' ({basis})' if basis else ''}: {'; '.join(parts)}."
     return [_insight(comparison, key, sentence, found, any(one.verdict in (BETTER, WORSE) for one in found))]
 
 
@@ -210,6 +213,54 @@ def prompts(comparison: Comparison) -> list[Insight]:
     return [Insight("prompts", sentence, _evidence(comparison, protocol, model))]
 
 
+def seed_spread(comparison: Comparison) -> list[Insight]:
+    """Which measures move more with the training seed than with the items, and which stage's change holds over seeds;
+    after one training, that neither was measured."""
+    if not comparison.replicates:
+        return [Insight("seeds", ONCE, ())]
+    count = len(seeds.trainings(comparison))
+    names = listed([escape(comparison.name(stage)) for stage in models.LINEAGE if comparison.stage(stage)])
+    began = seeds.seeds(comparison)
+    sentence = (
+        f"{names} were trained {count} times{f' (seeds {listed([str(seed) for seed in began])})' if began else ''}, on "
+        "the same text and measured on the same items."
+    )
+    others = [name for name in models.BASELINES if comparison.is_trained_here(name)]
+    if others:
+        sentence += f" {listed([escape(comparison.name(name)) for name in others])}: once, seed spread not measured."
+    found = [Insight("seeds", sentence, _stages(comparison))]
+    spreads = seeds.spreads(comparison)
+    for larger, words in (
+        (seeds.OVER_SEEDS, "**More over training seeds than over items** varies {}."),
+        (seeds.OVER_ITEMS, "**Less over training seeds than over items** varies {}."),
+        (seeds.UNRESOLVED, f"Which spread is the larger one, {count} seeds do not tell in {{}}."),
+    ):
+        part = [one for one in spreads if one.larger == larger]
+        if part:
+            shown = listed([_spread(comparison, one, brief=larger == seeds.UNRESOLVED) for one in part])
+            evidence = tuple(dict.fromkeys(f"evaluation/{one.stage}/{one.first.protocol}" for one in part))
+            key = f"seeds-{larger.replace(' ', '-')}"
+            found.append(Insight(key, words.format(shown), evidence, larger != seeds.UNRESOLVED))
+    for stage in models.LINEAGE[1:]:
+        part = [one for one, _ in seeds.changes(comparison) if one.b == stage]
+        found += in_short(comparison, f"seeds-{stage}", part, f"mean of {count} seeds, Student's interval")
+    return found
+
+
+def _stages(comparison: Comparison) -> tuple[str, ...]:
+    """Records of the lineage's first training; those of the replicates stand in the table of provenance."""
+    return tuple(f"stage/{stage}" for stage in models.LINEAGE if comparison.stage(stage))
+
+
+def _spread(comparison: Comparison, one: seeds.Spread, *, brief: bool) -> str:
+    what = f"{one.measure.title.lower()} of {escape(comparison.name(one.stage))}"
+    if brief:
+        return what
+    low, high = (one.measure.spread_text(x) for x in (one.deviation.low, one.deviation.high))
+    s, error = one.measure.spread_text(one.deviation.value), one.measure.spread_text(one.error)
+    return f"{what} (sd {s} [{low},{NBSP}{high}], standard error over items {error})"
+
+
 def cost(comparison: Comparison) -> list[Insight]:
     """What the three stages took."""
     found = [one for one in training.trainings(comparison) if one.stage in models.LINEAGE]
@@ -244,12 +295,13 @@ def key_insights(comparison: Comparison) -> list[Insight]:
         *(
             one
             for stage in models.LINEAGE[1:]
-            for one in in_short(comparison, stage, [d for d in changes if d.b == stage])
+            for one in in_short(comparison, stage, [d for d in changes if d.b == stage], seeds.basis(comparison))
         ),
         *in_short(comparison, "gpt2", _against(comparison, "gpt2")),
         *in_short(comparison, "distilgpt2", _against(comparison, "distilgpt2")),
         *definitions(comparison),
         *prompts(comparison),
+        *(one for one in seed_spread(comparison) if one.differs),
         *cost(comparison),
         *ledger(comparison),
     ]
@@ -291,9 +343,16 @@ def confounds(comparison: Comparison) -> list[Insight]:
             *(f"evaluation/{m}/{PERPLEXITY.protocol(comparison)}" for m in strangers),
         )
     found += _sizes(comparison)
-    seeds = max((one.get("seeds", 1) for one in _seeded(comparison)), default=1)
-    if seeds <= 1:
-        add("seeds", "Every stage was trained once: no interval here holds the spread between training seeds.")
+    if not comparison.replicates:
+        add("seeds", ONCE)
+    else:
+        add(
+            "seeds",
+            f"Outside the section on seeds, every interval holds the sampling of items for the first of "
+            f"{len(seeds.trainings(comparison))} trainings, not the spread between training seeds; baselines and "
+            "the random control have one seed each.",
+            *_stages(comparison),
+        )
     if not tables.measured_by_turns(comparison) and any(
         "speed" in comparison.evaluations(m) for m in comparison.models
     ):
@@ -304,14 +363,6 @@ def confounds(comparison: Comparison) -> list[Insight]:
             "of two of its rows is not a result.",
         )
     return found
-
-
-def _seeded(comparison: Comparison) -> list[dict]:
-    return [
-        facts
-        for stage in comparison.trained
-        if (facts := comparison.stage(stage)) and isinstance(facts.get("seeds"), int)
-    ]
 
 
 def _sources(comparison: Comparison, *stages: str) -> set[str]:
@@ -423,6 +474,7 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
         "n_contradicted": str(verdicts[claims.CONTRADICTED]),
         "n_not_resolved": str(verdicts[claims.NOT_RESOLVED]),
         "n_not_measured": str(verdicts[claims.NOT_MEASURED]),
+        "trained": f"{len(seeds.trainings(comparison))} times" if comparison.replicates else "once",
         "resamples": f"{comparison.resamples:,}",
         "majority": percent(tables.majority_class(comparison))
         if tables.majority_class(comparison) is not None

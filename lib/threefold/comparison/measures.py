@@ -106,6 +106,12 @@ class Measure:
         short = (lambda x: f"{100 * x:.1f}") if self.kind == "share" else form
         return interval(form(value.value), short(value.low), short(value.high))
 
+    def spread_text(self, spread: float) -> str:
+        """A standard deviation or error of the value: points of a proportion, else in the value's unit."""
+        return (
+            f"{100 * spread:.1f} pp" if self.kind == "share" else plain(spread, 2 if self.kind == "perplexity" else 4)
+        )
+
     def change_text(self, change: float, low: float | None = None, high: float | None = None) -> str:
         """A change with its interval, in percentage points, percent, bits or nats."""
         scale, decimals, unit = {

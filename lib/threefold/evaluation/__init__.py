@@ -5,7 +5,7 @@ A notebook needs four names: `LanguageModel` (from_checkpoint, from_location, ra
 """
 
 from threefold.evaluation.adapter import LanguageModel, ScoredSpan, sha256_state
-from threefold.evaluation.protocols import PROTOCOLS, Protocol, describe, evaluate, summary
+from threefold.evaluation.protocols import PROTOCOLS, Protocol, describe, evaluate, headline, summary
 from threefold.evaluation.results import Evaluation, save_items
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "ScoredSpan",
     "describe",
     "evaluate",
+    "headline",
     "save_items",
     "sha256_state",
     "summary",
