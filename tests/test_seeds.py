@@ -149,7 +149,7 @@ def test_headline_figures_alone_are_those_of_the_whole_evaluation():
         window=64,
         stride=32,
         perplexity=part("sample-text", "test", 2),
-        sentiment=part("sample-sentiment", "validation", 12),
+        sentiment=part("sample-sentiment", "validation", 6),
         instructions=part("sample-instructions", "test", 4),
         instruction_new_tokens=4,
         preferences=part("sample-preferences", "test", 4),
@@ -158,21 +158,18 @@ def test_headline_figures_alone_are_those_of_the_whole_evaluation():
         sentiment_templates=2,
         sentiment_draws=2,
         bootstrap=50,
-        speed_repeats=1,
-        speed_batch_sizes=(1,),
-        speed_prompt=8,
-        speed_new_tokens=2,
     )
     model = language_model(context=256)
-    whole = {one.protocol: one for one in evaluate(model, asked, seed=3)}
     reduced, only = headline(asked)
+    whole = {one.protocol: one for one in evaluate(model, asked, seed=3, only=only)}
     alone = evaluate(model, reduced, seed=3, only=only)
     assert [one.protocol for one in alone] == [
         *("sample-text/disjoint-64", "sample-sentiment/1-shot"),
         *("sample-instructions/responses", "sample-preferences/preferences"),
     ]
     for one in alone:
-        assert one.metrics.items() <= whole[one.protocol].metrics.items()
+        for name in one.metrics.keys() - {"draw_spread"}:  # an average over templates
+            assert one.metrics[name] == whole[one.protocol].metrics[name], (one.protocol, name)
     assert headline(EvaluationConfig(sentiment_shots=(0,)))[1][1] == "zero-shot"
 
 

@@ -230,17 +230,18 @@ def seed_spread(comparison: Comparison) -> list[Insight]:
         sentence += f" {listed([escape(comparison.name(name)) for name in others])}: once, seed spread not measured."
     found = [Insight("seeds", sentence, _stages(comparison))]
     spreads = seeds.spreads(comparison)
-    for larger, words in (
-        (seeds.OVER_SEEDS, "**More over training seeds than over items** varies {}."),
-        (seeds.OVER_ITEMS, "**Less over training seeds than over items** varies {}."),
-        (seeds.UNRESOLVED, f"Which spread is the larger one, {count} seeds do not tell in {{}}."),
-    ):
+    for larger, words in ((seeds.OVER_SEEDS, "More"), (seeds.OVER_ITEMS, "Less")):
         part = [one for one in spreads if one.larger == larger]
         if part:
-            shown = listed([_spread(comparison, one, brief=larger == seeds.UNRESOLVED) for one in part])
-            evidence = tuple(dict.fromkeys(f"evaluation/{one.stage}/{one.first.protocol}" for one in part))
-            key = f"seeds-{larger.replace(' ', '-')}"
-            found.append(Insight(key, words.format(shown), evidence, larger != seeds.UNRESOLVED))
+            sentence = f"**{words} over training seeds than over items** varies "
+            sentence += f"{listed([_spread(comparison, one) for one in part])}."
+            found.append(Insight(f"seeds-{larger.replace(' ', '-')}", sentence, _spread_evidence(part), differs=True))
+    part = [one for one in spreads if one.larger == seeds.UNRESOLVED]
+    if part:
+        sentence = (
+            f"For {len(part)} of {len(spreads)} figures {count} seeds do not tell which spread is the larger one."
+        )
+        found.append(Insight("seeds-not-resolved", sentence, _spread_evidence(part)))
     for stage in models.LINEAGE[1:]:
         part = [one for one, _ in seeds.changes(comparison) if one.b == stage]
         found += in_short(comparison, f"seeds-{stage}", part, f"mean of {count} seeds, Student's interval")
@@ -252,13 +253,14 @@ def _stages(comparison: Comparison) -> tuple[str, ...]:
     return tuple(f"stage/{stage}" for stage in models.LINEAGE if comparison.stage(stage))
 
 
-def _spread(comparison: Comparison, one: seeds.Spread, *, brief: bool) -> str:
+def _spread(comparison: Comparison, one: seeds.Spread) -> str:
+    s, error = one.measure.spread_text(*one.deviation[:3]), one.measure.spread_text(one.error)
     what = f"{one.measure.title.lower()} of {escape(comparison.name(one.stage))}"
-    if brief:
-        return what
-    low, high = (one.measure.spread_text(x) for x in (one.deviation.low, one.deviation.high))
-    s, error = one.measure.spread_text(one.deviation.value), one.measure.spread_text(one.error)
-    return f"{what} (sd {s} [{low},{NBSP}{high}], standard error over items {error})"
+    return f"{what} (sd {s}, standard error over items {error})"
+
+
+def _spread_evidence(found: list[seeds.Spread]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(f"evaluation/{one.stage}/{one.first.protocol}" for one in found))
 
 
 def cost(comparison: Comparison) -> list[Insight]:

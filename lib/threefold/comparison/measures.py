@@ -106,11 +106,12 @@ class Measure:
         short = (lambda x: f"{100 * x:.1f}") if self.kind == "share" else form
         return interval(form(value.value), short(value.low), short(value.high))
 
-    def spread_text(self, spread: float) -> str:
-        """A standard deviation or error of the value: points of a proportion, else in the value's unit."""
-        return (
-            f"{100 * spread:.1f} pp" if self.kind == "share" else plain(spread, 2 if self.kind == "perplexity" else 4)
-        )
+    def spread_text(self, spread: float, low: float | None = None, high: float | None = None) -> str:
+        """A standard deviation or error of the value with its interval: points of a proportion, else the value's
+        unit."""
+        scale, decimals, unit = {"share": (100, 1, " pp"), "perplexity": (1, 2, "")}.get(self.kind, (1, 4, ""))
+        bounds = [None if x is None else plain(scale * x, decimals) for x in (low, high)]
+        return interval(f"{plain(scale * spread, decimals)}{unit}", *bounds)
 
     def change_text(self, change: float, low: float | None = None, high: float | None = None) -> str:
         """A change with its interval, in percentage points, percent, bits or nats."""

@@ -373,10 +373,7 @@ def seed_spread(comparison: Comparison) -> Result:
             "Stage": comparison.name(one.stage),
             "Value by seed": ", ".join(_short(one, value) for value in one.values),
             "Mean": _short(one, one.mean),
-            "SD over seeds": interval(
-                one.measure.spread_text(one.deviation.value),
-                *(None if x is None else one.measure.spread_text(x) for x in one.deviation[1:3]),
-            ),
+            "SD over seeds": one.measure.spread_text(*one.deviation[:3]),
             "SE over items": None if one.error is None else one.measure.spread_text(one.error),
             "Larger": one.larger,
         }
