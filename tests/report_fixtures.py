@@ -197,11 +197,13 @@ def make_run(
     hub: tuple[str, ...] = (),
     ablations: bool = True,
     tokenizers: dict[str, str] | None = None,
+    replicates: tuple[dict, ...] = (),
 ) -> Path:
     """Write a whole run to `folder` and return it.
 
     skills: as SKILL, to change what models can do. seeds: noise of each model's answers; equal seeds and skills make
     equal results. hub: baselines without a stage of their own. tokenizers: for models that have another one.
+    replicates: skills of pretrain, sft and dpo in each further training, from replicate 2 on.
     """
     skills = SKILL | (skills or {})
     notebooks = folder / "notebooks"
@@ -215,15 +217,20 @@ def make_run(
     ]
     notebook(notebooks / "00_data.ipynb", *data_cells)
     steps = np.arange(1, 101)
-    for stage in ("pretrain", "gpt2", "distilgpt2", "sft", "dpo"):
-        if stage in hub:
+    lineage = ("pretrain", "sft", "dpo")
+    again = [(model, place) for place, _ in enumerate(replicates, 2) for model in lineage]
+    for model, place in [*((one, 1) for one in ("pretrain", "gpt2", "distilgpt2", "sft", "dpo")), *again]:
+        if model in hub:
             continue
+        stage, suffix = (model, "") if place == 1 else (f"{model}-seed{place}", f"-seed{place}")
+        home = folder / model if place == 1 else folder / "seeds" / str(place) / model
         weights = f"weights of {stage}"
-        (folder / stage).mkdir(parents=True, exist_ok=True)
-        (folder / stage / "model.safetensors").write_text(weights)
-        values = stage_values(stage, sha(weights), 400_000 if stage in ("sft", "dpo") else 2_500_000)
-        (folder / stage / "run.json").write_text(json.dumps(values))
-        start, end = (0.69, 0.40) if stage == "dpo" else (7.5, skills[stage][0])
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "model.safetensors").write_text(weights)
+        values = stage_values(stage, sha(weights), 400_000 if model in ("sft", "dpo") else 2_500_000)
+        values["fingerprint"]["seed"] = 1336 + place
+        (home / "run.json").write_text(json.dumps(values))
+        start, end = (0.69, 0.40) if model == "dpo" else (7.5, skills[model][0])
         loss = end + (start - end) * np.exp(-steps / 15) + np.random.default_rng(3).normal(0, 0.02, 100)
         curve = {
             "step": steps.tolist(), "tokens": (steps * values["tokens"] // 100).tolist(), "loss": loss.tolist(),
@@ -231,28 +238,33 @@ def make_run(
         }  # fmt: skip
         config = GPT2 if stage in ("gpt2", "distilgpt2") else CONFIG
         notebook(
-            notebooks / f"{NOTEBOOKS[stage]}.ipynb",
+            notebooks / f"{NOTEBOOKS[model]}{suffix}.ipynb",
             cell("model()", output(f"model/{stage}", {"parameters": PARAMETERS, "config": config}, "model")),
             cell("curve()", output(f"curve/{stage}", curve, "curve")),
             cell("finish()", output(f"stage/{stage}", values, "done")),
         )
-    for index, model in enumerate(MODELS):
+    for model, place in [*((one, 1) for one in MODELS), *again]:
+        index = MODELS.index(model) + 100 * (place - 1)
         noise, tokenizer = (seeds or {}).get(model, index), (tokenizers or {}).get(model, "bpe")
-        found = evaluations(model, skills[model], source=source, seed=noise, tokenizer=tokenizer)
+        skill = skills[model] if place == 1 else replicates[place - 2][model]
+        found = evaluations(model, skill, source=source, seed=noise, tokenizer=tokenizer)
+        subject = model if place == 1 else f"{model}-seed{place}"
+        home = folder if place == 1 else folder / "seeds" / str(place)
         cells = []
-        items_folder = folder / "evaluation" / model / "items"
+        items_folder = home / "evaluation" / model / "items"
         items_folder.mkdir(parents=True, exist_ok=True)
         for protocol, (metrics, items, settings) in found.items():
             file = items_folder / f"{protocol.replace('/', '_')}.parquet"
             items.to_parquet(file, index=False)
             content = hashlib.sha256(file.read_bytes()).hexdigest()
             values = {
-                "model": model, "protocol": protocol, "weights_sha256": sha(f"weights of {model}"), "metrics": metrics,
+                "model": subject, "protocol": protocol, "weights_sha256": sha(f"weights of {subject}"),
+                "metrics": metrics,
                 "settings": settings,
                 "items": {"file": file.name, "sha256": content, "rows": len(items)},
             }  # fmt: skip
-            cells.append(cell("evaluate()", output(f"evaluation/{model}/{protocol}", values, "evaluated")))
-        notebook(notebooks / f"04_evaluate-{model}.ipynb", *cells)
+            cells.append(cell("evaluate()", output(f"evaluation/{subject}/{protocol}", values, "evaluated")))
+        notebook(notebooks / f"04_evaluate-{subject}.ipynb", *cells)
     if ablations:
         base = {"variant": "base", "heldout_loss": [2.10, 2.12, 2.11], "tokens_per_second": [9000.0, 9100.0, 9050.0]}
         layer = {

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from threefold.comparison import Comparison, seeds
 
 PROJECT = Path(__file__).parents[1]
 PRESET = PROJECT / "tests" / "presets" / "tiny.toml"
-STAGES = 14  # data, 5 trainings, 6 evaluations, ablations, compare
+STAGES = 20  # data, 5 trainings, 6 evaluations, 3 + 3 of the second seed, ablations, compare
 
 pytestmark = pytest.mark.slow
 
@@ -63,13 +64,37 @@ def test_a_misspelt_parameter_stops_with_the_near_miss(runs):
 
 
 def test_every_stage_left_a_checkpoint_or_results_and_an_executed_notebook(run):
-    for stage in ("pretrain", "gpt2", "distilgpt2", "sft", "dpo"):
+    again = [f"seeds/2/{stage}" for stage in ("pretrain", "sft", "dpo")]
+    for stage in ("pretrain", "gpt2", "distilgpt2", "sft", "dpo", *again):
         facts = json.loads((run / stage / "run.json").read_text())
         assert facts["tokens"] > 0
         assert facts["weights_sha256"] == facts["outputs"]["model.safetensors"]
         assert (run / stage / "metrics.jsonl").stat().st_size > 0
     assert len(list((run / "notebooks").glob("*.ipynb"))) == STAGES
     assert not list((run / "notebooks").glob("*.failed.ipynb"))
+
+
+def test_a_second_seed_is_another_training_measured_on_the_same_items(run):
+    comparison = Comparison.load(run)
+    second = comparison.replicates[2]
+    for stage in ("pretrain", "sft", "dpo"):
+        ours, theirs = (one.stage(stage)["fingerprint"] for one in (comparison, second))
+        assert theirs["seed"] == ours["seed"] + 1
+        assert comparison.stage(stage)["weights_sha256"] != second.stage(stage)["weights_sha256"]
+        for protocol, found in second.evaluations(stage).items():
+            first = comparison.evaluations(stage)[protocol]
+            assert found["settings"]["data"] == first["settings"]["data"]
+            assert {name: m["n"] for name, m in found["metrics"].items()}.items() <= {
+                name: m["n"] for name, m in first["metrics"].items()
+            }.items()
+    assert second.stage("sft")["fingerprint"]["parents"] == {
+        "pretrain-seed2": second.stage("pretrain")["weights_sha256"]
+    }
+    assert {(one.measure.key, one.stage) for one in seeds.spreads(comparison)} >= {
+        ("perplexity", "pretrain"),
+        ("sentiment", "sft"),
+        ("preferences", "dpo"),
+    }
 
 
 def test_a_second_run_skips_everything_quickly(runs, run):
@@ -98,7 +123,7 @@ def test_the_report_is_rendered_and_loads_nothing_from_outside(runs, run):
     done = call(runs, "report", "--run", "tiny")
     assert done.returncode == 0, done.stderr
     html = (run / "report" / "index.html").read_text(encoding="utf-8")
-    for section in ("Claims ledger", "Limitations", "Provenance", "References"):
+    for section in ("Seed spread", "Claims ledger", "Limitations", "Provenance", "References"):
         assert section in html
     assert "{{<" not in html
     assert "?@" not in html

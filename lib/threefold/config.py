@@ -176,6 +176,7 @@ class Preset:
     name: str = ""
     description: str = ""
     seed: int = 1337
+    seeds: int = 1  # trainings of pretrain, sft and dpo, from seed, seed + 1, ...; the other stages run once
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -191,6 +192,7 @@ class Preset:
 
 
 OWN_MODELS = ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")  # the comparison's rows, in the report's order
+REPEATED = ("pretrain", "sft", "dpo")  # the stages that `seeds` trains again, each replicate from its own parent
 TRAINED = ("pretrain", "gpt2", "distilgpt2", "sft", "dpo")  # sections of a preset that are one TrainConfig each
 LENGTHS = ("steps", "tokens", "epochs")  # the three ways to say how long a stage trains
 _NO_LENGTH = dict.fromkeys(LENGTHS, -1)
@@ -333,6 +335,17 @@ def measured_on(preset: Preset) -> dict[str, SourceConfig]:
     return found
 
 
+def replicate_name(name: str, replicate: int) -> str:
+    """A stage's, model's or notebook's name in a replicate: ("sft", 2) -> "sft-seed2"; the first keeps its name."""
+    return name if replicate == 1 else f"{name}-seed{replicate}"
+
+
+def replicate_of(name: str) -> tuple[str, int]:
+    """The inverse of `replicate_name`: "sft-seed2" -> ("sft", 2), "sft" -> ("sft", 1)."""
+    found = _REPLICATE.fullmatch(name)
+    return (found[1], int(found[2])) if found else (name, 1)
+
+
 def check_name(name: str, what: str) -> str:
     """The name, if it can be a file name everywhere and cannot leave its folder; else ConfigError."""
     if not _NAME.fullmatch(name):
@@ -349,6 +362,7 @@ def near_miss(name: str, allowed: Iterable[str]) -> str | None:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_REPLICATE = re.compile(r"(.+)-seed([2-9]|[1-9]\d+)")  # replicates count from 1, which has no suffix
 
 
 def _read(path: Path) -> Preset:
@@ -544,6 +558,8 @@ def _off_or(rule: Rule) -> Rule:
     return f"-1 or {text}", lambda value: value == -1 or holds(value)
 
 
+_LARGEST_SEED = 2**32 - 1
+
 _RULES: dict[type, dict[str, Rule]] = {
     ModelConfig: {
         **dict.fromkeys(("n_layer", "d_model", "n_head", "d_ff"), _least(1)),
@@ -579,7 +595,7 @@ _RULES: dict[type, dict[str, Rule]] = {
         "speed_batch_sizes": ("numbers of at least 1", lambda sizes: all(size >= 1 for size in sizes)),
     },
     AblationConfig: {"steps": _off_or(_least(1)), "seeds": _least(1)},
-    Preset: {"seed": _between(0, 2**32 - 1)},
+    Preset: {"seed": _between(0, _LARGEST_SEED), "seeds": _least(1)},
 }
 
 
@@ -590,6 +606,11 @@ def validate(preset: Preset, origin: str = "preset") -> Preset:
         _check_rules(part, key, origin)
         if isinstance(part, SourceConfig):
             _check_source(part, key, origin)
+    if preset.seed + preset.seeds - 1 > _LARGEST_SEED:
+        raise ConfigError(
+            f"{origin}: seeds = {preset.seeds}: the last of them would be {preset.seed + preset.seeds - 1}, expected "
+            f"seed + seeds - 1 to be at most {_LARGEST_SEED}"
+        )
     _check_model(preset.model, "model", origin)
     if preset.tokenizer.kind == "train":
         least = 256 + max(preset.model.sinks, 0) + 1
@@ -708,6 +729,8 @@ def _check_externals(baselines: BaselinesConfig, origin: str) -> None:
         check_name(external.name, f"{origin}: {key}.name")
         if external.name in seen:
             raise ConfigError(f"{origin}: {key}.name = {external.name!r}: that model is there already; rename this one")
+        if replicate_of(external.name)[1] > 1:
+            raise ConfigError(f"{origin}: {key}.name = {external.name!r}: -seed and a number end a replicate's name")
         if not external.location:
             raise ConfigError(
                 f"{origin}: {key}.location: expected a folder, a hub id or package:NAME/FILE.gguf, it is empty"

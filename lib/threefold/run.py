@@ -3,6 +3,7 @@
     runs/<run>/config.toml              the resolved preset
     runs/<run>/data/                    tokenizer/ and what was read
     runs/<run>/<stage>/                 checkpoint or results, run.json (evaluations: evaluation/<model>/)
+    runs/<run>/seeds/<n>/           the same for replicate n >= 2 of pretrain, sft and dpo: stage "sft-seed2"
     runs/<run>/.<stage>.partial/        a stage at work, kept for resuming
     runs/<run>/notebooks/               executed notebooks
 
@@ -60,17 +61,23 @@ class StageNotebook:
 
     source: str  # stem in notebooks/
     executed: str  # stem in runs/<run>/notebooks/
-    parameters: dict[str, str]
+    parameters: dict[str, str | int]
 
 
 def stage_notebook(stage: str) -> StageNotebook:
-    """The notebook behind a stage: "gpt2" -> 01_pretrain with model=gpt2, executed as 01_pretrain-gpt2."""
-    kind, _, model = stage.partition("-")
-    if kind not in _STAGES or (kind == "evaluate") != bool(model):
+    """The notebook behind a stage: "gpt2" -> 01_pretrain with model=gpt2, executed as 01_pretrain-gpt2; "sft-seed2"
+    -> 02_sft with replicate=2, executed as 02_sft-seed2."""
+    base, replicate = config.replicate_of(stage)
+    kind, _, model = base.partition("-")
+    repeated = replicate == 1 or (model or kind) in config.REPEATED
+    if kind not in _STAGES or (kind == "evaluate") != bool(model) or not repeated:
         raise ConfigError(f"unknown stage {stage!r}{_hint(stage, _STAGES)}; allowed: {_stage_list()}")
     source = _STAGES[kind][0]
     model = model or (kind if kind in _PRETRAINED[1:] else "")
-    return StageNotebook(source, f"{source}-{model}" if model else source, {"model": model} if model else {})
+    parameters: dict[str, str | int] = {"model": model} if model else {}
+    parameters |= {"replicate": replicate} if replicate > 1 else {}
+    executed = config.replicate_name(f"{source}-{model}" if model else source, replicate)
+    return StageNotebook(source, executed, parameters)
 
 
 @dataclass(frozen=True)
@@ -134,10 +141,19 @@ class Run:
         return self.stage_folder("data") / "tokenizer"
 
     def stage_folder(self, stage: str) -> Path:
-        """Where a finished stage lies: runs/<run>/<stage>, evaluations in runs/<run>/evaluation/<model>."""
+        """Where a finished stage lies: runs/<run>/<stage>, evaluations in runs/<run>/evaluation/<model>; those of a
+        replicate n >= 2 in the same places below runs/<run>/seeds/<n>."""
         stage_notebook(stage)
-        kind, _, model = stage.partition("-")
-        return self.path / "evaluation" / config.check_name(model, "model") if kind == "evaluate" else self.path / stage
+        base, replicate = config.replicate_of(stage)
+        home = replicate_folder(self.path, replicate)
+        kind, _, model = base.partition("-")
+        return home / "evaluation" / config.check_name(model, "model") if kind == "evaluate" else home / base
+
+    def seed(self, stage: str) -> int:
+        """The seed of a stage: the preset's; a replicate of a training adds its place, an evaluation does not, so that
+        every replicate is asked the same prompts."""
+        base, replicate = config.replicate_of(stage)
+        return self.preset.seed + (replicate - 1 if base in config.REPEATED else 0)
 
     def partial_folder(self, stage: str) -> Path:
         """Where a stage works until it is finished."""
@@ -156,7 +172,7 @@ class Run:
             out = out.relative_to(paths.PROJECT)
         words = ["papermill", f"notebooks/{notebook.source}.ipynb", str(out)]
         for name, value in {**self.asked, **notebook.parameters}.items():
-            words += ["-p", name, value]
+            words += ["-p", name, str(value)]
         return shlex.join(words)
 
     def finished(self, stage: str) -> dict[str, Any] | None:
@@ -177,6 +193,11 @@ class Run:
             state = " was begun but is not finished" if self.partial_folder(stage).exists() else " is not there yet"
             raise MissingInput(f"stage {stage} of run {self.name}{state}: run `{self.command(stage)}`")
         return facts
+
+
+def replicate_folder(run: Path, replicate: int) -> Path:
+    """Where the stages of a replicate lie in a run's folder; the first's lie in the run itself."""
+    return run if replicate == 1 else run / "seeds" / str(replicate)
 
 
 def read_run_file(folder: Path) -> dict[str, Any] | None:
@@ -210,15 +231,32 @@ class Stage:
 
     @property
     def model(self) -> str:
-        """Which model a stage of notebook 01 or 04 is about: "gpt2" of "gpt2", "sft" of "evaluate-sft"."""
+        """Which model a stage of notebook 01 or 04 is about: "gpt2" of "gpt2", "sft" of "evaluate-sft-seed2"."""
+        return config.replicate_of(self.subject)[0]
+
+    @property
+    def subject(self) -> str:
+        """The model's name in records, where a replicate's is its own: "sft-seed2" of "evaluate-sft-seed2"."""
         return self.name.removeprefix("evaluate-")
+
+    @property
+    def replicate(self) -> int:
+        """Which training of the lineage this is about, from 1."""
+        return config.replicate_of(self.name)[1]
+
+    @property
+    def seed(self) -> int:
+        return self.run.seed(self.name)
 
     @property
     def partial(self) -> Path:
         return self.run.partial_folder(self.name)
 
     def require(self, stage: str) -> Path:
-        """Folder of a finished stage this one builds on. MissingInput names the notebook that makes it."""
+        """Folder of a finished stage this one builds on, of the same replicate where there are several. MissingInput
+        names the notebook that makes it."""
+        if stage in config.REPEATED:
+            stage = config.replicate_name(stage, self.replicate)
         self.run.require(stage)
         return self.run.stage_folder(stage)
 
@@ -288,23 +326,28 @@ def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
     """The stage a notebook is about, from the parameters among the notebook's `globals()`.
 
     Parameters are the public names that hold None, a string, a number or a truth value: preset, run, data_dir,
-    overrides ("a.b=c; d.e=f", or a list), `model` (notebooks 01 and 04), and every field of the stage's section of the
-    preset; None means the preset's value. An unknown one stops: papermill only warns, and a typo would run for hours.
+    overrides ("a.b=c; d.e=f", or a list), `model` (notebooks 01 and 04), `replicate` (01 to 04: which of the preset's
+    `seeds` trainings, from 1), and every field of the stage's section of the preset; None means the preset's value. An
+    unknown one stops: papermill only warns, and a typo would run for hours.
     When a stage is opened again in the same kernel, names that came after the first time are ordinary variables.
 
-    stage: "sft", ...; "pretrain" with model=gpt2 is stage "gpt2", "evaluate" with model=sft is "evaluate-sft".
+    stage: "sft", ...; "pretrain" with model=gpt2 is stage "gpt2", "evaluate" with model=sft is "evaluate-sft", "sft"
+    with replicate=2 is "sft-seed2".
     Raises ConfigError.
     """
+    stage, replicate = config.replicate_of(stage)
     kind = stage.partition("-")[0]
     if kind not in _STAGES:
         raise ConfigError(f"unknown stage {stage!r}{_hint(stage, _STAGES)}; allowed: {_stage_list()}")
     takes_model = kind in _PRETRAINED or kind == "evaluate"
     section = _STAGES[kind][1]
     known = {entry.name for entry in fields(type(getattr(Preset(), section)))}
-    allowed = [*DOOR, *(["model"] if takes_model else []), *sorted(known)]
+    repeats = takes_model or kind in config.REPEATED
+    own = [*(["model"] if takes_model else []), *(["replicate"] if repeats else [])]
+    allowed = [*DOOR, *own, *sorted(known)]
     given = _parameters(namespace, allowed, _STAGES[kind][0])
 
-    model = given.pop("model", None)
+    model, replicate = given.pop("model", None), given.pop("replicate", replicate)
     if stage == "pretrain" and model:
         if model not in _PRETRAINED:
             raise ConfigError(f"model {model!r}{_hint(str(model), _PRETRAINED)}; allowed: {', '.join(_PRETRAINED)}")
@@ -325,9 +368,27 @@ def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
         name = stage.partition("-")[2]
         if name not in models:
             raise ConfigError(f"model {name!r}{_hint(name, models)}; allowed in this preset: {', '.join(models)}")
+    stage = _replicate(stage, replicate, run.preset)
     folder = run.stage_folder(stage)
     provenance.recover_folder(folder)
     return Stage(stage, run, getattr(run.preset, section), folder)
+
+
+def _replicate(stage: str, replicate: Any, preset: Preset) -> str:
+    """The stage's name in that replicate. Raises ConfigError for one that the preset does not ask for."""
+    if type(replicate) is not int or replicate < 1:
+        raise ConfigError(f"parameter replicate = {replicate!r}: expected a whole number of at least 1")
+    model = stage.removeprefix("evaluate-")
+    if replicate > 1 and model not in config.REPEATED:
+        raise ConfigError(
+            f"parameter replicate = {replicate}: {model} is trained once; seeds repeats {', '.join(config.REPEATED)}"
+        )
+    if replicate > preset.seeds:
+        raise ConfigError(
+            f"parameter replicate = {replicate}: preset {preset.name} has seeds = {preset.seeds}; "
+            f"overrides='seeds={replicate}' asks for more"
+        )
+    return config.replicate_name(stage, replicate)
 
 
 _SEEN = (

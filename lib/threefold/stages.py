@@ -31,14 +31,16 @@ class Step:
     name: str  # "evaluate-sft"
     notebook: str  # stem in notebooks/: "04_evaluate"
     executed: str  # stem in runs/<run>/notebooks/: "04_evaluate-sft"
-    parameters: Mapping[str, str]  # {"model": "sft"}
+    parameters: Mapping[str, str | int]  # {"model": "sft"}
     needs: tuple[str, ...]  # the stages it comes after
 
 
 def steps(preset: Preset) -> dict[str, Step]:
     """The stages this preset asks for, by name, each after what it needs.
 
-    gpt2 and distilgpt2 are stages only where they are trained here; ablations only where they have steps.
+    gpt2 and distilgpt2 are stages only where they are trained here; ablations only where they have steps. With `seeds`
+    of 2 or more, pretrain, sft, dpo and their evaluations come again as replicates ("sft-seed2"): the same stages from
+    the same data, each after its own replicate's.
     """
     trained = [name for name in ("gpt2", "distilgpt2") if getattr(preset.baselines, name) == "train"]
     needs: dict[str, tuple[str, ...]] = {"data": (), "pretrain": ("data",), "sft": ("pretrain",), "dpo": ("sft",)}
@@ -50,6 +52,11 @@ def steps(preset: Preset) -> dict[str, Step]:
         # DPO is measured against the SFT checkpoint it started from: reward margins and the KL divergence to it.
         after = {"dpo": ("sft", "dpo"), "sft": ("sft",), "pretrain": ("pretrain",)}.get(model, ("data",))
         needs[f"evaluate-{model}"] = (model,) if model in trained else after
+    for replicate in range(2, preset.seeds + 1):
+        for name in [part for model in config.REPEATED for part in (model, f"evaluate-{model}")]:
+            needs[config.replicate_name(name, replicate)] = tuple(
+                config.replicate_name(need, replicate) if need in config.REPEATED else need for need in needs[name]
+            )
     if preset.ablations.steps > 0:
         needs["ablations"] = ("data",)
     needs["compare"] = tuple(needs)
@@ -104,15 +111,15 @@ def fingerprint(run: Run, stage: str) -> Fingerprint:
     if stage not in every:
         select(run.preset, stage)  # says what is allowed
         raise ConfigError(f"{stage} stands for several stages; name one: {', '.join(select(run.preset, stage))}")
-    step = every[stage]
+    step, base = every[stage], config.replicate_of(stage)[0]  # a replicate differs in parents and seed alone
     modules, cells = notebook_code(paths.NOTEBOOKS / f"{step.notebook}.ipynb")
     made = Fingerprint.of(
         stage,
-        _sections(run.preset, stage),
+        _sections(run.preset, base),
         modules,
-        _data(run, stage),
+        _data(run, base),
         {parent: _identity(run, stage, parent) for parent in step.needs},
-        run.preset.seed,
+        run.seed(stage),
     )
     return replace(made, code=provenance.sha256_json([made.code, cells]))
 

@@ -28,6 +28,7 @@ run = ""  # default: the preset's name
 data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging Face cache, then the hub
 overrides = ""  # "section.key=value; ..."
 model = "pretrain"  # or gpt2, distilgpt2
+replicate = 1  # which of the preset's `seeds` trainings of `pretrain`; from 2 on another seed, nothing else
 learning_rate = None  # None: the preset's value, as for every key of the section [pretrain], [gpt2] or [distilgpt2]
 muon_learning_rate = None
 steps = None
@@ -60,7 +61,7 @@ folder = stage.begin(fingerprint(stage.run, stage.name))
 
 # %%
 config = replace(stage.preset.model, vocab_size=len(tokenizer))
-if stage.name != "pretrain":
+if stage.model != "pretrain":
     config, tokenizer = gpt2_counterpart(config), without_bos(tokenizer)
 if teacher:
     config = replace(config, n_layer=(config.n_layer + 1) // 2)
@@ -93,7 +94,7 @@ print(
 # from its last state when the notebook is run again.
 
 # %%
-common = {"folder": folder, "tokenizer": tokenizer, "seed": stage.preset.seed, "heldout": heldout, "name": stage.name}
+common = {"folder": folder, "tokenizer": tokenizer, "seed": stage.seed, "heldout": heldout, "name": stage.name}
 if teacher:
     trained = distil(teacher, rows, stage.config, **common)
 else:

@@ -24,6 +24,7 @@ preset = "smoke"
 run = ""  # default: the preset's name
 data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging Face cache, then the hub
 overrides = ""  # "section.key=value; ..."
+replicate = 1  # which of the preset's `seeds` trainings; from 2 on another seed and that replicate's parent
 learning_rate = None  # None: the preset's value, as for every key of its section [sft]
 muon_learning_rate = None
 steps = None
@@ -76,9 +77,10 @@ trained = sft(
     stage.config,
     folder=folder,
     tokenizer=tokenizer,
-    seed=stage.preset.seed,
+    seed=stage.seed,
     heldout=heldout,
     replay=text,
+    name=stage.name,
 )
 result = trained.result
 print(result.note)
@@ -91,11 +93,14 @@ axes.plot(history["heldout"]["tokens"], history["heldout"]["loss"], "o-", label=
 axes.set(xlabel="tokens trained on", ylabel="loss (nats per target token)", title="SFT")
 axes.legend(frameon=False)
 records.publish(
-    "curve/sft",
+    f"curve/{stage.name}",
     history,
     figure=figure,
     text=f"Loss of SFT against tokens; on held-out responses it ends at {result.heldout_loss:.3f} nats per token.",
 )
 
 # %%
-records.publish("stage/sft", stage.finish(tokens=result.tokens, device_seconds=result.seconds, training=asdict(result)))
+records.publish(
+    f"stage/{stage.name}",
+    stage.finish(tokens=result.tokens, device_seconds=result.seconds, training=asdict(result)),
+)

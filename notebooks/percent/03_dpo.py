@@ -27,6 +27,7 @@ preset = "smoke"
 run = ""  # default: the preset's name
 data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging Face cache, then the hub
 overrides = ""  # "section.key=value; ..."
+replicate = 1  # which of the preset's `seeds` trainings; from 2 on another seed and that replicate's parent
 learning_rate = None  # None: the preset's value, as for every key of its section [dpo]
 muon_learning_rate = None
 beta = None
@@ -69,7 +70,16 @@ print(f"{len(pairs):,} pairs to train on ({pairs.n_dropped:,} too long), {len(he
 # Before the first step policy and reference are the same: the loss is $\log 2$ and every margin 0.
 
 # %%
-trained = dpo(model, pairs, stage.config, folder=folder, tokenizer=tokenizer, seed=stage.preset.seed, heldout=heldout)
+trained = dpo(
+    model,
+    pairs,
+    stage.config,
+    folder=folder,
+    tokenizer=tokenizer,
+    seed=stage.seed,
+    heldout=heldout,
+    name=stage.name,
+)
 result = trained.result
 print(result.note)
 
@@ -85,11 +95,14 @@ axes.annotate(
 axes.set(xlabel="tokens trained on", ylabel="DPO loss (nats per pair)", title="DPO")
 axes.legend(frameon=False)
 records.publish(
-    "curve/dpo",
+    f"curve/{stage.name}",
     history,
     figure=figure,
     text=f"DPO loss against tokens; on held-out pairs it ends at {result.heldout_loss:.3f} nats per pair.",
 )
 
 # %%
-records.publish("stage/dpo", stage.finish(tokens=result.tokens, device_seconds=result.seconds, training=asdict(result)))
+records.publish(
+    f"stage/{stage.name}",
+    stage.finish(tokens=result.tokens, device_seconds=result.seconds, training=asdict(result)),
+)

@@ -26,13 +26,14 @@ run = ""  # default: the preset's name
 data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging Face cache, then the hub
 overrides = ""  # "section.key=value; ..."
 model = "pretrain"
+replicate = 1  # which of the preset's `seeds` trainings of pretrain, sft or dpo
 
 # %%
 from dataclasses import replace
 
 from threefold import records
 from threefold.data.tokenizer import load_tokenizer
-from threefold.evaluation import LanguageModel, evaluate, save_items
+from threefold.evaluation import LanguageModel, evaluate, headline, save_items
 from threefold.run import open_stage
 from threefold.stages import fingerprint
 
@@ -59,23 +60,28 @@ elif getattr(baselines, stage.model, "train") != "train":
     location, revision = getattr(baselines, stage.model), getattr(baselines, f"{stage.model}_revision")
     subject = LanguageModel.from_location(location, revision, stage.run.data_dir, name=stage.model)
 else:
-    subject = LanguageModel.from_checkpoint(parents[stage.model], stage.model)
+    subject = LanguageModel.from_checkpoint(parents[stage.model], stage.subject)
 print(f"{subject.name}: context {subject.context}, weights {subject.weights_sha256[:12]}")
 
 # %% [markdown]
 # ## The protocols
 #
 # Preference rewards and the divergence of SFT and DPO are measured against the SFT checkpoint.
+#
+# A replicate shows how far a figure moves with the seed of training: it is measured by what the headline figures are read
+# from, on the same items and with the same demonstrations as the first training.
 
 # %%
+config, only = (stage.config, None) if stage.replicate == 1 else headline(stage.config)
 evaluations = evaluate(
     subject,
-    stage.config,
+    config,
     stage.run.data_dir,
     reference=reference,
     beta=stage.preset.dpo.beta,
-    seed=stage.preset.seed,
+    seed=stage.seed,
     progress=print,
+    only=only,
 )
 
 # %% [markdown]

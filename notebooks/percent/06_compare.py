@@ -156,6 +156,28 @@ insights.bullets(
 ).publish()
 
 # %% [markdown]
+# ## From seed to seed
+#
+# The sampling error of the items is one uncertainty, the seed of training another. Where the preset's `seeds` trained the
+# stages again, the figures of all trainings stand side by side: same text, same items, same demonstrations, other initial
+# weights and another order of the rows. Their standard deviation carries its chi-square interval, which three seeds leave
+# wide, and the change from stage to stage Student's interval over the seeds.
+
+# %%
+#| label: tbl-seeds
+#| tbl-cap: "Seed spread beside item sampling. SD over seeds: of the trainings' values, with its 95% interval; SE over items: from the first training's 95% interval. Larger: which of the two, where the chi-square test tells (Holm-adjusted over the table)."
+tables.seed_spread(comparison).publish()
+
+# %%
+#| label: tbl-seed-changes
+#| tbl-cap: "Each stage's change from the stage before, seed by seed, with Student's 95% interval of the mean over seeds (Holm-adjusted over the table), and beside it the first seed's change with its interval over items."
+tables.seed_changes(comparison).publish()
+
+# %%
+#| label: txt-seeds
+insights.bullets("seed-insights", insights.seed_spread(comparison), insights.ONCE, comparison).publish()
+
+# %% [markdown]
 # ## Against the baselines
 
 # %%

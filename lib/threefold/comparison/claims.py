@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from threefold.comparison import ablations, training
+from threefold.comparison import ablations, models, seeds, training
 from threefold.comparison.differences import difference
 from threefold.comparison.load import Comparison
 from threefold.comparison.measures import PERPLEXITY, PROBLEMS, SENTIMENT, Measure
@@ -118,7 +118,8 @@ def _stage(measure: Measure, a: str, b: str, source: str) -> Callable[[Compariso
         if not instead and a == "gpt2" and comparison.is_trained_here("gpt2"):
             instead = "against a GPT-2 trained here on this run's text, not the published one"
         bounds = [None if x is None else 100 * x for x in (one.low, one.high)]
-        return Finding(f"{one.text}, n{NBSP}={NBSP}{one.n:,}", *bounds, instead=instead)
+        trained = f", {seeds.basis(comparison)}" if {a, b} <= {*models.LINEAGE} else ""
+        return Finding(f"{one.text}, n{NBSP}={NBSP}{one.n:,}{trained}", *bounds, instead=instead)
 
     return test
 
@@ -218,6 +219,8 @@ def _stable(comparison: Comparison) -> Finding | None:
 def method_against_model(comparison: Comparison) -> Finding | None:
     """Variance of sentiment accuracy over templates, less its variance over trained models, in squared points."""
     protocol = SENTIMENT.protocol(comparison)
+    if f"{protocol}-grid" in comparison.protocols:  # more templates, and every draw
+        protocol = f"{protocol}-grid"
     trained = [model for model in comparison.models if model != "random"]
     frames = {model: comparison.items(model, protocol) for model in trained} if protocol else {}
     frames = {model: frame for model, frame in frames.items() if frame is not None and frame["template"].nunique() > 1}

@@ -10,7 +10,7 @@ from typing import Any
 
 from scipy import stats
 
-from threefold.comparison import caveats, claims, models, tables, training
+from threefold.comparison import caveats, claims, models, seeds, tables, training
 from threefold.comparison.differences import (
     ALPHA,
     BETTER,
@@ -23,6 +23,8 @@ from threefold.comparison.load import Comparison
 from threefold.comparison.measures import BITS_PER_BYTE, PERPLEXITY, PROBLEMS, SENTIMENT
 from threefold.comparison.results import NBSP, Result, compact, duration, listed, percent, plain
 from threefold.records import escape, table
+
+ONCE = "Every stage was trained once: no interval here holds the spread between training seeds."
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,12 @@ def standing(comparison: Comparison, baseline: str = "gpt2") -> list[Insight]:
 def stage_changes(comparison: Comparison) -> list[Insight]:
     """What SFT and DPO each changed, and what they left undetectably the same."""
     every = tables.stage_changes(comparison)
+    trained = f"; {seeds.basis(comparison)}"
     sentences = {
-        BETTER: "**{b} improves on {a}** in {what}.",
-        WORSE: "**{b} loses against {a}** in {what}.",
-        EQUIVALENT: "{b} is equivalent to {a} in {what}.",
-        UNRESOLVED: "From {a} to {b} there is **no detectable difference** in {what}.",
+        BETTER: f"**{{b}} improves on {{a}}** in {{what}}{trained}.",
+        WORSE: f"**{{b}} loses against {{a}}** in {{what}}{trained}.",
+        EQUIVALENT: f"{{b}} is equivalent to {{a}} in {{what}}{trained}.",
+        UNRESOLVED: f"From {{a}} to {{b}} there is **no detectable difference** in {{what}}{trained}.",
     }
     return [
         insight
@@ -181,8 +184,8 @@ def stability(comparison: Comparison) -> list[Insight]:
     return [Insight("stability", f"{head}; {largest}.", evidence, values=values)]
 
 
-def in_short(comparison: Comparison, key: str, found: list[Difference]) -> list[Insight]:
-    """One sentence for a whole comparison: what is better, worse, equivalent and not resolved."""
+def in_short(comparison: Comparison, key: str, found: list[Difference], basis: str = "") -> list[Insight]:
+    """One sentence for a whole comparison: what is better, worse, equivalent and not resolved, and on what basis."""
     if not found:
         return []
     parts = []
@@ -192,7 +195,7 @@ def in_short(comparison: Comparison, key: str, found: list[Difference]) -> list[
             shown = [f"{one.measure.title.lower()} ({_change(comparison, one)})" for one in part]
             parts.append(f"{verdict} in {listed(shown)}")
     ours, theirs = (escape(comparison.name(model)) for model in (found[0].b, found[0].a))
-    sentence = f"**{ours} against {theirs}**: {'; '.join(parts)}."
+    sentence = f"**{ours} against {theirs}**{f' ({basis})' if basis else ''}: {'; '.join(parts)}."
     return [_insight(comparison, key, sentence, found, any(one.verdict in (BETTER, WORSE) for one in found))]
 
 
@@ -268,6 +271,56 @@ def prompts(comparison: Comparison) -> list[Insight]:
     return [Insight("prompts", sentence, _evidence(comparison, protocol, model))]
 
 
+def seed_spread(comparison: Comparison) -> list[Insight]:
+    """Which measures move more with the training seed than with the items, and which stage's change holds over seeds;
+    after one training, that neither was measured."""
+    if not comparison.replicates:
+        return [Insight("seeds", ONCE, ())]
+    count = len(seeds.trainings(comparison))
+    names = listed([escape(comparison.name(stage)) for stage in models.LINEAGE if comparison.stage(stage)])
+    began = seeds.seeds(comparison)
+    sentence = (
+        f"{names} were trained {count} times{f' (seeds {listed([str(seed) for seed in began])})' if began else ''}, on "
+        "the same text and measured on the same items."
+    )
+    others = [name for name in models.BASELINES if comparison.is_trained_here(name)]
+    if others:
+        sentence += f" {listed([escape(comparison.name(name)) for name in others])}: once, seed spread not measured."
+    found = [Insight("seeds", sentence, _stages(comparison))]
+    spreads = seeds.spreads(comparison)
+    for larger, words in ((seeds.OVER_SEEDS, "More"), (seeds.OVER_ITEMS, "Less")):
+        part = [one for one in spreads if one.larger == larger]
+        if part:
+            sentence = f"**{words} over training seeds than over items** varies "
+            sentence += f"{listed([_spread(comparison, one) for one in part])}."
+            found.append(Insight(f"seeds-{larger.replace(' ', '-')}", sentence, _spread_evidence(part), differs=True))
+    part = [one for one in spreads if one.larger == seeds.UNRESOLVED]
+    if part:
+        sentence = (
+            f"For {len(part)} of {len(spreads)} figures {count} seeds do not tell which spread is the larger one."
+        )
+        found.append(Insight("seeds-not-resolved", sentence, _spread_evidence(part)))
+    for stage in models.LINEAGE[1:]:
+        part = [one for one, _ in seeds.changes(comparison) if one.b == stage]
+        found += in_short(comparison, f"seeds-{stage}", part, f"mean of {count} seeds, Student's interval")
+    return found
+
+
+def _stages(comparison: Comparison) -> tuple[str, ...]:
+    """Records of the lineage's first training; those of the replicates stand in the table of provenance."""
+    return tuple(f"stage/{stage}" for stage in models.LINEAGE if comparison.stage(stage))
+
+
+def _spread(comparison: Comparison, one: seeds.Spread) -> str:
+    s, error = one.measure.spread_text(*one.deviation[:3]), one.measure.spread_text(one.error)
+    what = f"{one.measure.title.lower()} of {escape(comparison.name(one.stage))}"
+    return f"{what} (sd {s}, standard error over items {error})"
+
+
+def _spread_evidence(found: list[seeds.Spread]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(f"evaluation/{one.stage}/{one.first.protocol}" for one in found))
+
+
 def cost(comparison: Comparison) -> list[Insight]:
     """What the three stages took."""
     found = [one for one in training.trainings(comparison) if one.stage in models.LINEAGE]
@@ -302,12 +355,13 @@ def key_insights(comparison: Comparison) -> list[Insight]:
         *(
             one
             for stage in models.LINEAGE[1:]
-            for one in in_short(comparison, stage, [d for d in changes if d.b == stage])
+            for one in in_short(comparison, stage, [d for d in changes if d.b == stage], seeds.basis(comparison))
         ),
         *in_short(comparison, "gpt2", _against(comparison, "gpt2")),
         *in_short(comparison, "distilgpt2", _against(comparison, "distilgpt2")),
         *definitions(comparison),
         *prompts(comparison),
+        *(one for one in seed_spread(comparison) if one.differs),
         *cost(comparison),
         *ledger(comparison),
     ]
@@ -349,9 +403,16 @@ def confounds(comparison: Comparison) -> list[Insight]:
             *(f"evaluation/{m}/{PERPLEXITY.protocol(comparison)}" for m in strangers),
         )
     found += _sizes(comparison)
-    seeds = max((one.get("seeds", 1) for one in _seeded(comparison)), default=1)
-    if seeds <= 1:
-        add("seeds", "Every stage was trained once: no interval here holds the spread between training seeds.")
+    if not comparison.replicates:
+        add("seeds", ONCE)
+    else:
+        add(
+            "seeds",
+            f"Outside the section on seeds, every interval holds the sampling of items for the first of "
+            f"{len(seeds.trainings(comparison))} trainings, not the spread between training seeds; baselines and "
+            "the random control have one seed each.",
+            *_stages(comparison),
+        )
     if not tables.measured_by_turns(comparison) and any(
         "speed" in comparison.evaluations(m) for m in comparison.models
     ):
@@ -364,12 +425,6 @@ def confounds(comparison: Comparison) -> list[Insight]:
     return found
 
 
-def _seeded(comparison: Comparison) -> list[dict]:
-    return [
-        facts
-        for stage in comparison.trained
-        if (facts := comparison.stage(stage)) and isinstance(facts.get("seeds"), int)
-    ]
 
 
 def _in_domain(comparison: Comparison) -> list[Insight]:
@@ -491,6 +546,7 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
         "n_not_resolved": str(verdicts[claims.NOT_RESOLVED]),
         "n_not_measured": str(verdicts[claims.NOT_MEASURED]),
         "n_compared": str(len(tables.compared(comparison))),
+        "trained": f"{len(seeds.trainings(comparison))} times" if comparison.replicates else "once",
         "resamples": f"{comparison.resamples:,}",
         "majority": percent(tables.majority_class(comparison))
         if tables.majority_class(comparison) is not None

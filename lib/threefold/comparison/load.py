@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from threefold import provenance, records, stages
+from threefold import config, provenance, records, stages
 from threefold.comparison import models
 from threefold.errors import MissingInput, RecordError
 from threefold.records import Record
-from threefold.run import Run, read_run_file, stage_notebook
+from threefold.run import Run, read_run_file, replicate_folder, stage_notebook
 
 OWN_NOTEBOOK = "06_compare"
 FACTS = ("parameters", "precision", "backend", "context", "vocabulary", "tokenizer_sha256", "revision", "location")
@@ -37,6 +37,9 @@ class Comparison:
     records: dict[str, Record]
     folder: Path | None = None  # the run's folder: per-item results lie there; None when only notebooks are at hand
     resamples: int = 10_000
+    # From 2 on: the other trainings of the lineage, each a comparison of its own under the first's names ("sft", not
+    # "sft-seed2"), so that whatever reads a figure of the first reads it of these, and no table shows them unasked.
+    replicates: dict[int, "Comparison"] = field(default_factory=dict)
     differences: dict[tuple[str, str, str], Any] = field(default_factory=dict, repr=False, compare=False)  # computed
     _items: dict[tuple[str, str], pd.DataFrame | None] = field(default_factory=dict, repr=False, compare=False)
 
@@ -51,7 +54,8 @@ class Comparison:
 
         Raises:
             MissingInput: a notebook that was not run; names the command.
-            RecordError: an error output, a record that stands twice, or weights that are not the stage's.
+            RecordError: an error output, a record that stands twice, weights that are not the stage's, or two
+                replicates of a stage with the same weights.
         """
         if isinstance(location, Run):
             plan = [stage for stage in stages.steps(location.preset) if stage != "compare"]
@@ -71,18 +75,38 @@ class Comparison:
             paths = [p for p in found if p.stem != OWN_NOTEBOOK and not p.name.endswith(".failed.ipynb")]
             if not paths:
                 raise MissingInput(f"{base.name}: no executed notebooks; `threefold run` makes them")
-        collected: dict[str, Record] = {}
+        collected: dict[int, dict[str, Record]] = {1: {}}
         for path in paths:
-            for name, record in records.read(path).items():
-                if name in collected:
-                    raise RecordError(f"record {name} stands in {collected[name].notebook} and in {record.notebook}")
-                collected[name] = record
-        comparison = cls(collected, folder, resamples)
-        comparison.verify()
-        return comparison
+            for full, record in records.read(path).items():
+                name, replicate = _first_name(full)
+                known = collected.setdefault(replicate, {})
+                if name in known:
+                    raise RecordError(f"record {full} stands in {known[name].notebook} and in {record.notebook}")
+                known[name] = record
+        first, *others = (
+            cls(collected[place], folder and replicate_folder(folder, place), resamples) for place in sorted(collected)
+        )
+        first.replicates.update(zip(sorted(collected)[1:], others, strict=True))
+        first.verify()
+        return first
 
     def verify(self) -> None:
-        """Every evaluation ran the weights that its stage made, and they still lie there. Raises RecordError."""
+        """Every evaluation ran the weights that its stage made, and they still lie there, of every replicate; and no
+        replicate is another one's copy. Raises RecordError."""
+        for place, replicate in self.replicates.items():
+            try:
+                replicate.verify()
+            except RecordError as error:
+                raise RecordError(f"replicate {place}: {error}") from error
+        for model in config.REPEATED:
+            made: dict[str, int] = {}
+            for place, replicate in {1: self, **self.replicates}.items():
+                weights = (replicate.stage(model) or {}).get("weights_sha256")
+                if weights and made.setdefault(weights, place) != place:
+                    raise RecordError(
+                        f"replicates {made[weights]} and {place} of {model} have the same weights {weights}: they are "
+                        f"one training; run {config.replicate_name(model, place)} again"
+                    )
         for model in self.models:
             made = self._made(model)
             for protocol, values in self.evaluations(model).items():
@@ -218,4 +242,17 @@ class Comparison:
 
     def dumps(self) -> str:
         """Record names and their values as JSON, for hashing what a comparison was made from."""
-        return json.dumps({name: record.values for name, record in sorted(self.records.items())}, sort_keys=True)
+        every = {
+            f"{place}/{name}": record.values
+            for place, one in {1: self, **self.replicates}.items()
+            for name, record in one.records.items()
+        }
+        return json.dumps(every, sort_keys=True)
+
+
+def _first_name(name: str) -> tuple[str, int]:
+    """A record's name in the first training, and the replicate it is of: "stage/sft-seed2" -> ("stage/sft", 2)."""
+    kind, slash, rest = name.partition("/")
+    subject, *protocol = rest.split("/")
+    base, replicate = config.replicate_of(subject)
+    return "/".join([f"{kind}{slash}{base}", *protocol]), replicate

@@ -117,6 +117,13 @@ class Measure:
         """The size of a change, without its sign: a margin, the smallest detectable one."""
         return self.change_text(abs(change)).removeprefix("+")
 
+    def spread_text(self, spread: float, low: float | None = None, high: float | None = None) -> str:
+        """A standard deviation or error of the value with its interval: points of a proportion, else the value's
+        unit."""
+        scale, decimals, unit = {"share": (100, 1, " pp"), "perplexity": (1, 2, "")}.get(self.kind, (1, 4, ""))
+        bounds = [None if x is None else plain(scale * x, decimals) for x in (low, high)]
+        return interval(f"{plain(scale * spread, decimals)}{unit}", *bounds)
+
     def change_text(self, change: float, low: float | None = None, high: float | None = None) -> str:
         """A change with its interval, in percentage points, percent, bits or nats."""
         scale, decimals, unit = {

@@ -2,11 +2,12 @@
 hold."""
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from threefold import records
-from threefold.comparison import ablations, models, training
+from threefold.comparison import ablations, models, seeds, training
 from threefold.comparison.differences import Difference, adjust, difference, smallest_detectable
 from threefold.comparison.load import Comparison
 from threefold.comparison.measures import (
@@ -383,6 +384,58 @@ def since_pretraining(comparison: Comparison) -> list[Difference]:
     return [one for one in compared(comparison) if (one.a, one.b) == ends]
 
 
+ONE_SEED = "*Training was run once (seeds = 1): how far a figure moves with the seed of training was not measured.*"
+
+
+def seed_spread(comparison: Comparison) -> Result:
+    """Every headline measure of every stage over the training seeds, beside its sampling error over items."""
+    found = seeds.spreads(comparison)
+    rows = [
+        {
+            "Measure": one.measure.title,
+            "Stage": comparison.name(one.stage),
+            "Value by seed": ", ".join(_short(one, value) for value in one.values),
+            "Mean": _short(one, one.mean),
+            "SD over seeds": one.measure.spread_text(*one.deviation[:3]),
+            "SE over items": None if one.error is None else one.measure.spread_text(one.error),
+            "Larger": one.larger,
+        }
+        for one in found
+    ]
+    return _seeded("seeds", comparison, rows, spreads=[one.as_record() for one in found])
+
+
+def _short(one: seeds.Spread, value: float) -> str | None:
+    return one.measure.text(replace(one.first, value=value), with_interval=False)
+
+
+def seed_changes(comparison: Comparison) -> Result:
+    """Each stage's change from the stage before, seed by seed, beside the change of the first training over items."""
+    found = seeds.changes(comparison)
+    rows = []
+    for over_seeds, each in found:
+        over_items = difference(comparison, over_seeds.measure, over_seeds.a, over_seeds.b)
+        rows.append(
+            {
+                "Measure": over_seeds.measure.title,
+                "Step": f"{comparison.name(over_seeds.a)} → {comparison.name(over_seeds.b)}",
+                "Change by seed": ", ".join(over_seeds.measure.change_text(change) for change in each),
+                "Mean over seeds": over_seeds.text,
+                "p (Holm)": over_seeds.p_text,
+                "Over seeds": over_seeds.verdict,
+                "First seed, over items": over_items.text if over_items else None,
+            }
+        )
+    return _seeded(
+        "seed-changes", comparison, rows, differences=[one.values() | {"changes": list(each)} for one, each in found]
+    )
+
+
+def _seeded(name: str, comparison: Comparison, rows: list[dict[str, Any]], **values: Any) -> Result:
+    made = _result(name, rows, seeds=seeds.seeds(comparison), trainings=len(seeds.trainings(comparison)), **values)
+    return made if comparison.replicates else replace(made, markdown=ONE_SEED)
+
+
 def against(comparison: Comparison, baseline: str) -> list[Difference]:
     """Our stages (and DistilGPT-2's teacher) against a baseline on every measure any two models share.
 
@@ -504,10 +557,10 @@ def _rate(entry: dict[str, Any]) -> str:
 
 
 def provenance(comparison: Comparison) -> Result:
-    """Where every result comes from: fingerprint, weights, commit, machine."""
+    """Where every result comes from, replicates included: fingerprint, weights, commit, machine."""
     rows = []
-    for name, record in comparison.records.items():
-        if not name.startswith("stage/"):
+    for record in [record for one in seeds.trainings(comparison) for record in one.records.values()]:
+        if not record.name.startswith("stage/"):
             continue
         facts = record.values
         git = facts.get("git") or {}
@@ -516,7 +569,7 @@ def provenance(comparison: Comparison) -> Result:
         weights = facts.get("weights_sha256")
         rows.append(
             {
-                "Stage": name.partition("/")[2],
+                "Stage": record.name.partition("/")[2],
                 "Notebook": record.notebook,
                 "Fingerprint": (facts.get("fingerprint") or {}).get("digest", "")[:12] or None,
                 "Weights (SHA-256)": weights[:12] if weights else None,

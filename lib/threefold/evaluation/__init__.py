@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from threefold.evaluation.adapter import LanguageModel, ScoredSpan, sha256_state
-    from threefold.evaluation.protocols import PROTOCOLS, Protocol, describe, evaluate, summary
+    from threefold.evaluation.protocols import PROTOCOLS, Protocol, describe, evaluate, headline, summary
     from threefold.evaluation.results import Evaluation, save_items
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ScoredSpan",
     "describe",
     "evaluate",
+    "headline",
     "save_items",
     "sha256_state",
     "summary",
@@ -28,7 +29,7 @@ __all__ = [
 
 _HOMES = {
     "adapter": ("LanguageModel", "ScoredSpan", "sha256_state"),
-    "protocols": ("PROTOCOLS", "Protocol", "describe", "evaluate", "summary"),
+    "protocols": ("PROTOCOLS", "Protocol", "describe", "evaluate", "headline", "summary"),
     "results": ("Evaluation", "save_items"),
 }
 

@@ -218,6 +218,48 @@ def paired_bootstrap(
     return PairedDifference(value, low, high, p, n)
 
 
+def paired_student(a: Sequence[float] | Array, b: Sequence[float] | Array) -> PairedDifference:
+    """Mean of `b - a` over pairs (a change seed by seed, say) with Student's interval and p-value at n - 1 degrees of
+    freedom. One pair, or pairs that all differ by the same, show no spread to judge by: no interval, and p = 1.
+    """
+    a_N, b_N = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a_N.shape != b_N.shape or a_N.ndim != 1 or len(a_N) == 0:
+        raise ValueError("paired measures need the same units in the same order")
+    n, mean = len(a_N), float((b_N - a_N).mean())
+    error = float((b_N - a_N).std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    if error <= 1e-12 * abs(mean):  # the last digit of a float is no spread
+        return PairedDifference(mean, None, None, 1.0, n)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
+    p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
+    return PairedDifference(mean, mean - half, mean + half, p, n)
+
+
+def deviation(values: Sequence[float] | Array) -> Interval:
+    """Standard deviation (n - 1) of normal values with its exact interval: (n - 1) s^2 / sigma^2 is chi-square with
+    n - 1 degrees of freedom (Snedecor & Cochran 1989, section 5.11). Values that are all the same have none.
+    """
+    values_N = np.asarray(values, np.float64)
+    n = len(values_N)
+    if n < 2:
+        raise ValueError("a standard deviation needs at least two values")
+    s = float(values_N.std(ddof=1))
+    if s <= 1e-12 * float(np.abs(values_N).max()):
+        return Interval(0.0, None, None, n)
+    most, least = stats.chi2.ppf([0.5 + CONFIDENCE / 2, 0.5 - CONFIDENCE / 2], n - 1) / (n - 1)
+    return Interval(s, s / math.sqrt(most), s / math.sqrt(least), n)
+
+
+def deviation_p(s: float, n: int, sigma: float) -> float:
+    """Two-sided chi-square p-value that n normal values with standard deviation `s` come from one of `sigma`."""
+    x = (n - 1) * (s / sigma) ** 2
+    return min(1.0, 2.0 * float(min(stats.chi2.cdf(x, n - 1), stats.chi2.sf(x, n - 1))))
+
+
+def standard_error(low: float, high: float) -> float:
+    """Standard error behind a 95% interval: half its width over the normal quantile."""
+    return (high - low) / (2 * float(stats.norm.ppf(0.5 + CONFIDENCE / 2)))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's (1979) step-down adjusted p-values, in the order given: family-wise error at most alpha where adjusted
     <= alpha.
