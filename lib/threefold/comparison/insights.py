@@ -425,8 +425,6 @@ def confounds(comparison: Comparison) -> list[Insight]:
     return found
 
 
-
-
 def _in_domain(comparison: Comparison) -> list[Insight]:
     trained = caveats.sources(comparison, "pretrain", "sft", "dpo")
     zero_shot = [m for m in comparison.models if m != "random" and not comparison.is_trained_here(m)]

@@ -36,6 +36,7 @@ from threefold.stages import Step
 
 # How long a stage takes against the others; only their order matters.
 WEIGHTS = {"data": 2, "pretrain": 8, "gpt2": 7, "distilgpt2": 6, "sft": 4, "dpo": 3, "evaluate": 4, "ablations": 6}
+EXTERNAL = 16  # evaluating a published model, many times the size of what is trained here
 STOP_SECONDS = 5.0  # between asking a worker to leave and killing it
 NURSERY_FROM = 3  # stages still to come from which importing the heavy packages once for all pays
 
@@ -133,7 +134,9 @@ def _roads(plan: Mapping[str, Step]) -> dict[str, int]:
     roads: dict[str, int] = {}
     for step in reversed(plan.values()):
         after = [roads[other.name] for other in plan.values() if step.name in other.needs]
-        roads[step.name] = WEIGHTS.get(step.name.partition("-")[0], 1) + max(after, default=0)
+        kind, _, model = step.name.partition("-")
+        external = kind == "evaluate" and config.replicate_of(model)[0] not in config.OWN_MODELS
+        roads[step.name] = (EXTERNAL if external else WEIGHTS.get(kind, 1)) + max(after, default=0)
     return roads
 
 
