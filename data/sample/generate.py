@@ -687,7 +687,7 @@ def jsonl(rows: Iterable[dict[str, str]]) -> str:
 
 def build() -> dict[str, str]:
     """File name -> content."""
-    files = {"stories.jsonl": jsonl({"text": text} for text in stories(600, 850, 1300))}
+    files = {"stories.jsonl": jsonl({"text": text} for text in stories(600, 850, 1500))}
     for split, articles in encyclopaedia().items():
         files[f"wiki.{split}.txt"] = "".join(article.raw() for article in articles)
     for split, items in sentiment(4600, 240).items():
@@ -695,7 +695,7 @@ def build() -> dict[str, str]:
     for split, rows in instructions(480, 36, 12).items():
         dicts = [{"instruction": r.instruction, "input": r.input, "output": r.output} for r in rows]
         files[f"instructions.{split}.json"] = json.dumps(dicts, indent=1, ensure_ascii=False) + "\n"
-    for split, rows in problems(1200, 150).items():
+    for split, rows in problems(1500, 150).items():
         files[f"problems.{split}.jsonl"] = jsonl({"question": p.question, "answer": p.answer} for p in rows)
     for split, rows in preferences(900, 150).items():
         files[f"preferences.{split}.jsonl"] = jsonl(

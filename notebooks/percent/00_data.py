@@ -185,9 +185,12 @@ pd.DataFrame(
 # What a model is asked and taught, as it stands in the rows.
 
 # %%
+shown = []
 for use in ("sft", "dpo"):
     prompt, response = next(corpus.examples(getattr(sources, use)[0], stage.run.data_dir))
-    print(f"--- {use}: prompt\n{prompt}\n--- {use}: response\n{response}\n")
+    shown.append({"used for": use, "prompt": prompt, "response": response})
+pd.set_option("display.max_colwidth", 600)
+pd.DataFrame(shown)
 
 # %%
 records.publish("stage/data", stage.finish())

@@ -254,17 +254,27 @@ def sentiment(comparison: Comparison) -> Result:
     for protocol in sorted(settings, key=lambda p: int(re.search(r"(\d+)-shot", p).group(1))):
         columns[protocol.rpartition("/")[2]] = (protocol, "accuracy")
     main = SENTIMENT.protocol(comparison)
+    spread, prompts = main, "all templates"
+    if f"{main}-grid" in comparison.protocols:  # every template and draw, on the first items only
+        spread = f"{main}-grid"
+        prompts = f"all prompts, first {_items(comparison, spread):,} items"
     columns |= {
-        "all templates": (main, "accuracy_mean"),
-        "worst template": (main, "template_lowest"),
-        "best template": (main, "template_highest"),
-        "sd over templates": (main, "template_spread"),
-        "sd over draws": (main, "draw_spread"),
+        prompts: (spread, "accuracy_mean"),
+        "worst template": (spread, "template_lowest"),
+        "best template": (spread, "template_highest"),
+        "sd over templates": (spread, "template_spread"),
+        "sd over draws": (spread, "draw_spread"),
         "answers “positive”": (main, "positive_rate"),
     }
     precedent = [p for p in comparison.protocols if "/precedent" in p and _has(comparison, p, "accuracy")]
     columns |= {p.rpartition("/")[2]: (p, "accuracy") for p in precedent}
     return _result("sentiment", _columns(comparison, columns), protocol=main, majority=majority_class(comparison))
+
+
+def _items(comparison: Comparison, protocol: str) -> int:
+    """How many items a protocol asked."""
+    asked = [comparison.evaluations(model).get(protocol, {}).get("settings", {}) for model in comparison.models]
+    return max(settings.get("items", 0) for settings in asked)
 
 
 def _has(comparison: Comparison, protocol: str, metric: str) -> bool:
