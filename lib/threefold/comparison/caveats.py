@@ -5,7 +5,7 @@ Each caveat names its cause only; `clause` says which measures of a sentence it 
 
 from dataclasses import dataclass
 
-from threefold.comparison import models
+from threefold.comparison import models, seeds
 from threefold.comparison.differences import Difference
 from threefold.comparison.load import Comparison
 from threefold.records import escape
@@ -71,8 +71,11 @@ def of(comparison: Comparison, one: Difference) -> list[Caveat]:
         found += _trained_on(comparison, one, source, task=one.measure.kind == "share")
     if data.get("subsampled"):
         found.append(Caveat("subsampled", f"a sub-sample of {escape(source)}"))
+    over_seeds = one.method == seeds.METHOD
+    if {one.a, one.b} <= {*models.LINEAGE} and not over_seeds:
+        found.append(Caveat("seeds", seeds.basis(comparison)))
     if one.n < FEW:
-        units = one.method.rpartition(" ")[2] if one.method.startswith("bootstrap") else "items"
+        units = one.method.rpartition(" ")[2] if " over " in one.method else "items"
         found.append(Caveat("units", f"{one.n} {units.removesuffix('s') if one.n == 1 else units} only"))
     return found
 

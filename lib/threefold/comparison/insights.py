@@ -133,12 +133,11 @@ def standing(comparison: Comparison, baseline: str = "gpt2") -> list[Insight]:
 def stage_changes(comparison: Comparison) -> list[Insight]:
     """What SFT and DPO each changed, and what they left undetectably the same."""
     every = tables.stage_changes(comparison)
-    trained = f"; {seeds.basis(comparison)}"
     sentences = {
-        BETTER: f"**{{b}} improves on {{a}}** in {{what}}{trained}.",
-        WORSE: f"**{{b}} loses against {{a}}** in {{what}}{trained}.",
-        EQUIVALENT: f"{{b}} is equivalent to {{a}} in {{what}}{trained}.",
-        UNRESOLVED: f"From {{a}} to {{b}} there is **no detectable difference** in {{what}}{trained}.",
+        BETTER: "**{b} improves on {a}** in {what}.",
+        WORSE: "**{b} loses against {a}** in {what}.",
+        EQUIVALENT: "{b} is equivalent to {a} in {what}.",
+        UNRESOLVED: "From {a} to {b} there is **no detectable difference** in {what}.",
     }
     return [
         insight
@@ -355,7 +354,7 @@ def key_insights(comparison: Comparison) -> list[Insight]:
         *(
             one
             for stage in models.LINEAGE[1:]
-            for one in in_short(comparison, stage, [d for d in changes if d.b == stage], seeds.basis(comparison))
+            for one in in_short(comparison, stage, [d for d in changes if d.b == stage])
         ),
         *in_short(comparison, "gpt2", _against(comparison, "gpt2")),
         *in_short(comparison, "distilgpt2", _against(comparison, "distilgpt2")),

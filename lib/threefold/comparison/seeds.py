@@ -18,6 +18,7 @@ from threefold.comparison.load import Comparison, Value
 from threefold.comparison.measures import HEADLINE, STAGED, Measure
 from threefold.evaluation import statistics
 
+METHOD = "Student's t over seeds"
 OVER_SEEDS, OVER_ITEMS, UNRESOLVED = "over seeds", "over items", "not resolved"
 
 
@@ -120,9 +121,7 @@ def changes(comparison: Comparison) -> list[tuple[Difference, tuple[float, ...]]
             test = statistics.paired_student(*zip(*pairs, strict=True))
             back = math.expm1 if measure.kind == "perplexity" else float
             bounds = [None if x is None else back(x) for x in (test.low, test.high)]
-            found.append(
-                Difference(measure, a, b, back(test.difference), *bounds, test.p, test.n, "Student's t over seeds")
-            )
+            found.append(Difference(measure, a, b, back(test.difference), *bounds, test.p, test.n, METHOD))
             single.append(tuple(back(after - before) for before, after in pairs))
     return [(one, each) for one, each in zip(adjust(found), single, strict=True) if one is not None]
 
