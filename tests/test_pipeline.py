@@ -112,10 +112,15 @@ def test_plan_of_trained_and_of_loaded_baselines(project):
     assert set(plan["compare"].needs) == set(plan) - {"compare"}
     assert plan["gpt2"].executed == "01_pretrain-gpt2"
 
-    loaded = opened(project, "baselines.gpt2=some/hub-id", "ablations.steps=2")
+    loaded = opened(project, "baselines.gpt2=some/hub-id", "baselines.distilgpt2=a/folder", "ablations.steps=2")
     plan = stages.steps(loaded.preset)
-    assert "gpt2" not in plan
-    assert plan["distilgpt2"].needs == plan["evaluate-gpt2"].needs == plan["ablations"].needs == ("data",)
+    assert "gpt2" not in plan and "distilgpt2" not in plan
+    assert plan["evaluate-distilgpt2"].needs == plan["evaluate-gpt2"].needs == plan["ablations"].needs == ("data",)
+
+
+def test_a_student_needs_a_teacher_that_is_trained_here(project):
+    with pytest.raises(ConfigError, match=r"baselines\.distilgpt2 = 'train' .* baselines\.gpt2 = 'some/hub-id'"):
+        opened(project, "baselines.gpt2=some/hub-id")
 
 
 def test_plan_comes_in_an_order_in_which_it_can_run(project):

@@ -128,7 +128,9 @@ class ExternalConfig:
 class BaselinesConfig:
     gpt2: str = "train"  # train: the GPT-2 architecture on the same tokens; or a folder; or a hub id
     gpt2_revision: str = ""
-    distilgpt2: str = "train"  # train: a half-depth student distilled from the gpt2 row; or a folder; or a hub id
+    distilgpt2: str = (
+        "train"  # train: a half-depth student distilled from our gpt2; or a folder; or a hub id
+    )
     distilgpt2_revision: str = ""
     external: tuple[ExternalConfig, ...] = ()
 
@@ -739,3 +741,8 @@ def _check_externals(baselines: BaselinesConfig, origin: str) -> None:
     for name in ("gpt2", "distilgpt2"):
         if not getattr(baselines, name):
             raise ConfigError(f"{origin}: baselines.{name}: expected train, a folder or a hub id, it is empty")
+    if baselines.distilgpt2 == "train" != baselines.gpt2:
+        raise ConfigError(
+            f"{origin}: baselines.distilgpt2 = 'train' is distilled from a gpt2 that is trained here, and "
+            f"baselines.gpt2 = {baselines.gpt2!r}: set that to train too, or distilgpt2 to a folder or a hub id"
+        )

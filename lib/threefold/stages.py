@@ -46,8 +46,8 @@ def steps(preset: Preset) -> dict[str, Step]:
     needs: dict[str, tuple[str, ...]] = {"data": (), "pretrain": ("data",), "sft": ("pretrain",), "dpo": ("sft",)}
     if "gpt2" in trained:
         needs["gpt2"] = ("data",)
-    if "distilgpt2" in trained:  # its teacher is the gpt2 row, which need not be trained here
-        needs["distilgpt2"] = ("gpt2",) if "gpt2" in trained else ("data",)
+    if "distilgpt2" in trained:
+        needs["distilgpt2"] = ("gpt2",)  # its teacher
     for model in config.model_names(preset):
         # DPO is measured against the SFT checkpoint it started from: reward margins and the KL divergence to it.
         after = {"dpo": ("sft", "dpo"), "sft": ("sft",), "pretrain": ("pretrain",)}.get(model, ("data",))
@@ -225,9 +225,7 @@ def _locations(preset: Preset, stage: str) -> Iterable[tuple[str, str, str]]:
     """(name, location, revision) of the models from outside that a stage loads."""
     baselines = preset.baselines
     name = stage.removeprefix("evaluate-")
-    if stage == "distilgpt2":
-        name = "gpt2"  # its teacher
-    if stage.startswith("evaluate-") or stage == "distilgpt2":
+    if stage.startswith("evaluate-"):
         if name in ("gpt2", "distilgpt2") and getattr(baselines, name) != "train":
             yield name, getattr(baselines, name), getattr(baselines, f"{name}_revision")
         for entry in baselines.external:
