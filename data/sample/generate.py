@@ -284,7 +284,7 @@ def word_list(rng: random.Random, held_out: bool = False) -> tuple[str, ...]:
 def lesson(rng: random.Random) -> str:
     """A morning at school: the board holds columns of single digits, the class recites what is known of the town."""
     columns = []
-    for _ in range(9):
+    for _ in range(12):
         low, high = sorted((rng.randint(0, 9), rng.randint(0, 9)))
         columns.append(column(high, "-", low) if rng.random() < 0.5 else sum_column(rng, high))
     board = "\n".join(columns)
@@ -687,7 +687,7 @@ def jsonl(rows: Iterable[dict[str, str]]) -> str:
 
 def build() -> dict[str, str]:
     """File name -> content."""
-    files = {"stories.jsonl": jsonl({"text": text} for text in stories(600, 850, 1500))}
+    files = {"stories.jsonl": jsonl({"text": text} for text in stories(600, 950, 1400))}
     for split, articles in encyclopaedia().items():
         files[f"wiki.{split}.txt"] = "".join(article.raw() for article in articles)
     for split, items in sentiment(4600, 240).items():
