@@ -14,7 +14,7 @@ test: env-test  ## environment, then the checks and the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 env: .venv/.installed
 env-test: .venv/.installed-test
