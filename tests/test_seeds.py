@@ -89,6 +89,7 @@ def test_a_replicate_that_cannot_be_meant_stops(stage, parameters, message, proj
     with pytest.raises(ConfigError) as caught:
         open_stage(stage, parameters)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (project / "runs" / "smoke").exists()  # nothing half-written
 
 
 def test_seeds_of_a_preset_are_checked():

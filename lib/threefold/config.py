@@ -128,9 +128,7 @@ class ExternalConfig:
 class BaselinesConfig:
     gpt2: str = "train"  # train: the GPT-2 architecture on the same tokens; or a folder; or a hub id
     gpt2_revision: str = ""
-    distilgpt2: str = (
-        "train"  # train: a half-depth student distilled from our gpt2; or a folder; or a hub id
-    )
+    distilgpt2: str = "train"  # train: a half-depth student distilled from our gpt2; or a folder; or a hub id
     distilgpt2_revision: str = ""
     external: tuple[ExternalConfig, ...] = ()
 

@@ -129,12 +129,16 @@ class Run:
         asked |= {"overrides": config.join_overrides(overrides)} if overrides else {}
         opened = cls(name, path, resolved, _data_folder(str(data_dir)), asked)
         if create:
-            text = config.to_toml(resolved)
-            file = path / "config.toml"
-            if not file.is_file() or file.read_text(encoding="utf-8") != text:
-                provenance.atomic_write(file, text)
-            opened.notebook("").parent.mkdir(exist_ok=True)  # papermill does not make its output's folder
+            opened.create()
         return opened
+
+    def create(self) -> None:
+        """Make the run's folders and write its config.toml if absent or changed."""
+        text = config.to_toml(self.preset)
+        file = self.path / "config.toml"
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            provenance.atomic_write(file, text)
+        self.notebook("").parent.mkdir(exist_ok=True)  # papermill does not make its output's folder
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -362,13 +366,14 @@ def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
         if isinstance(value, bool | float):
             raise ConfigError(f"parameter {name} = {value!r}: expected a string")
         door[name] = str(value)  # papermill's -p makes a number of a run named 2024
-    run = Run.open(**door, overrides=overrides)
+    run = Run.open(**door, overrides=overrides, create=False)
     if kind == "evaluate":
         models = config.model_names(run.preset)
         name = stage.partition("-")[2]
         if name not in models:
             raise ConfigError(f"model {name!r}{_hint(name, models)}; allowed in this preset: {', '.join(models)}")
     stage = _replicate(stage, replicate, run.preset)
+    run.create()  # only now, so that a wrong parameter leaves nothing behind
     folder = run.stage_folder(stage)
     provenance.recover_folder(folder)
     return Stage(stage, run, getattr(run.preset, section), folder)
