@@ -97,6 +97,7 @@ class AttentionContext:
     mask: Tensor | None  # additive, broadcastable to [B, H, T, S]; over the cache's own slots where there is a cache
     rotary: tuple[Tensor, Tensor] | None
     explicit: bool
+    cached_rotary: tuple[Tensor, Tensor] | None = None  # of all cached keys, where the cache holds them unrotated
 
 
 class KVCache:
@@ -142,6 +143,11 @@ class KVCache:
         """Slots filled in every row: the shared prefix, real tokens and padding."""
         return self.prefix_length + self.used
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, slots not filled yet included."""
+        return sum(part.nbytes for part in (self.keys, self.values, *(self.prefix or ())))
+
     def expand(self, batch: int, capacity: int | None = None) -> "KVCache":
         """`batch` rows that continue this cache's one row, which is shared, not copied.
 
@@ -168,7 +174,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> "KVCache":
         """The same cache with only these rows (an int64 index); frees what finished rows held."""
-        chosen = object.__new__(KVCache)
+        chosen = object.__new__(type(self))
         chosen.__dict__.update(self.__dict__)
         chosen.batch = len(rows)
         for name in ("keys", "values"):
@@ -203,6 +209,10 @@ class KVCache:
         self._next = self.next_position + counts_BT[:, -1:]
         return positions_BT
 
+    def unrotated_positions(self, length: int) -> Tensor | None:
+        """Positions [S] of all slots with `length` new tokens, where keys are written unrotated; None: rotated."""
+        return None
+
     def write(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values; returns all own ones so far, [B, G, S, K]."""
         end = self.used + k_BGTK.shape[2]
@@ -215,6 +225,89 @@ class KVCache:
         """Count `length` new tokens as written in every layer."""
         self.used += length
         self.next_position = self.prefix_length + self.used if self.real_BS is None else self._next
+
+
+class StreamingCache(KVCache):
+    """Keys and values of the first `sinks` tokens and of the last `window` ones, however many have passed (Xiao et al.
+    2023, 2309.17453, section 3.2). A token counts to the window that it sees.
+
+    Positions are those within the cache: 0..k-1 for the sinks, from k for the window in the order of the text, so that
+    none leaves the training context. Keys are held unrotated, for the position of each changes with every token that
+    leaves. What is held was computed when its token was processed, from what was held then. The window is a ring: the
+    newest token takes the slot of the oldest.
+
+    window: -1 for what the context leaves beside the sinks. sinks: -1 for the model's. Rows hold no padding. Raises
+    ConfigError where sinks and window do not fit the context.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        window: int = -1,
+        *,
+        sinks: int = -1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.sinks = config.sinks if sinks == -1 else sinks
+        if not 0 <= self.sinks < config.context:
+            raise ConfigError(f"sinks = {sinks}: allowed is -1 (the model's) or 0 to {config.context - 1}")
+        most = config.context - self.sinks
+        self.window = most if window == -1 else window
+        if not 1 <= self.window <= most:
+            raise ConfigError(
+                f"window = {window}: allowed is 1 to {most}, what the model's context of {config.context} leaves "
+                f"beside {self.sinks} sink{'' if self.sinks == 1 else 's'}"
+            )
+        super().__init__(config, batch, self.sinks + self.window, dtype=dtype, device=device)
+        self.seen = 0  # tokens that have passed
+
+    @classmethod
+    def of(cls, model: "Decoder", batch: int, window: int = -1, *, sinks: int = -1) -> "StreamingCache":
+        """A cache on the model's device and in its dtype."""
+        weight = model.embed.weight
+        return cls(model.config, batch, window, sinks=sinks, dtype=weight.dtype, device=weight.device)
+
+    def expand(self, batch: int, capacity: int | None = None) -> KVCache:
+        """Not here: ValueError."""
+        raise ValueError("a streaming cache cannot be shared: its positions move")
+
+    def begin(self, length: int, real_BT: Tensor | None) -> Tensor | None:
+        """As `KVCache.begin`. Past the window one token at a time: each sees another window. Learned positions are
+        part of what is cached; they count all tokens, and end with their table."""
+        if real_BT is not None:
+            raise ValueError("a streaming cache takes rows without padding")
+        if self.seen + length <= self.capacity:
+            return None
+        if length > 1:
+            raise ValueError(
+                f"a streaming cache of {self.capacity} slots takes one token at a time once they are full, "
+                f"not {length} after {self.seen}"
+            )
+        last = self.seen if self.config.position == "learned" else self.capacity - 1
+        return torch.tensor([last], device=self.keys.device)
+
+    def unrotated_positions(self, length: int) -> Tensor:
+        slots_S = torch.arange(min(self.seen + length, self.capacity), device=self.keys.device)
+        if self.seen + length <= self.capacity:
+            return slots_S
+        oldest = (self.seen + length - self.sinks) % self.window  # its place in the ring, the next to be written
+        return torch.where(slots_S < self.sinks, slots_S, self.sinks + (slots_S - self.sinks - oldest) % self.window)
+
+    def write(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values; returns all that are held [B, G, S, K], in the order of the slots."""
+        length = k_BGTK.shape[2]
+        begin = self.seen if self.seen < self.capacity else self.sinks + (self.seen - self.sinks) % self.window
+        end = max(self.used, begin + length)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, begin : begin + length] = k_BGTK
+        values[:, :, begin : begin + length] = v_BGTK
+        return keys[:, :, :end], values[:, :, :end]
+
+    def finish(self, length: int) -> None:
+        self.seen += length
+        self.used = min(self.seen, self.capacity)
 
 
 class Attention(nn.Module):
@@ -245,12 +338,15 @@ class Attention(nn.Module):
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         if context.rotary is not None:  # fp32 tables promote bf16 heads: the rotation is exact, then cast back
             q_BTHK = rotate(q_BTHK, *context.rotary).to(v_BGTK.dtype)
-            k_BTGK = rotate(k_BTGK, *context.rotary).to(v_BGTK.dtype)
+            if context.cached_rotary is None:
+                k_BTGK = rotate(k_BTGK, *context.rotary).to(v_BGTK.dtype)
         q_BHTK, k_BGTK = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2)
         if cache is None:
             k_BGSK, v_BGSK = k_BGTK, v_BGTK
         else:
             k_BGSK, v_BGSK = cache.write(self.layer, k_BGTK, v_BGTK)
+        if context.cached_rotary is not None:
+            k_BGSK = rotate(k_BGSK, *context.cached_rotary).to(v_BGTK.dtype)
         if cache is not None and cache.prefix is not None:
             prefix_k, prefix_v = (part[self.layer] for part in cache.prefix)
             out_BHTK = attend_shared(q_BHTK, prefix_k, prefix_v, k_BGSK, v_BGSK, context.mask)
@@ -431,13 +527,17 @@ class Decoder(nn.Module):
             positions_BT = torch.arange(start, start + T, device=tokens_BT.device)  # [T]: the same in every row
 
         h_BTD = self.embed(tokens_BT)
-        rotary = None
+        rotary = cached_rotary = None
         if self.position is not None:
             self._check_learned(positions_BT)
             h_BTD = h_BTD + self.position(positions_BT)
         elif self.config.position == "rope":
-            cos, sin = rotary_tables(positions_BT, self.config.d_model // self.config.n_head, self.config.rope_theta)
+            head_width = self.config.d_model // self.config.n_head
+            cos, sin = rotary_tables(positions_BT, head_width, self.config.rope_theta)
             rotary = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
+            unrotated_S = None if cache is None else cache.unrotated_positions(T)
+            if unrotated_S is not None:
+                cached_rotary = rotary_tables(unrotated_S, head_width, self.config.rope_theta)
 
         causal = mask is None and (cache is None or cache.length == 0)
         explicit = self.attention == "explicit" or (
@@ -445,7 +545,7 @@ class Decoder(nn.Module):
         )
         if explicit and causal and T > 1:
             mask = additive_mask(_causal(T, T, tokens_BT.device), dtype)
-        context = AttentionContext(causal, mask, rotary, explicit)
+        context = AttentionContext(causal, mask, rotary, explicit, cached_rotary)
         for block in self.blocks:
             h_BTD = block(h_BTD, context, cache)
         if cache is not None:

@@ -1,4 +1,5 @@
-"""Batched generation over the KV cache: greedy or sampled, with stop strings, every row ending for itself."""
+"""Generation over the KV cache, greedy or sampled: batches whose rows each end for themselves, with stop strings, and
+one stream of any length in constant memory."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
@@ -6,7 +7,7 @@ import torch
 from torch import Tensor
 
 from threefold.errors import ConfigError, DataError, EvaluationError
-from threefold.model.decoder import PADDING, SINK, Decoder, KVCache
+from threefold.model.decoder import PADDING, SINK, Decoder, KVCache, StreamingCache
 
 SHARED = 16  # tokens that prompts have in common before it pays to compute them once
 SLACK = 4  # tokens decoded beyond a stop string's bytes: tokenizers may drop a space at the start of what they decode
@@ -88,6 +89,78 @@ def generate(
             index = torch.tensor(kept, device=device)
             cache, tokens_B, active = cache.select(index), tokens_B[index], [active[i] for i in kept]
         logits_BV = model.head(model.hidden(tokens_B[:, None], cache=cache)[:, -1])
+
+
+def stream(
+    model: Decoder,
+    prompt: Sequence[int],
+    cache: StreamingCache,
+    max_new_tokens: int = -1,
+    *,
+    temperature: float = 0.0,
+    top_k: int = -1,
+    top_p: float = 1.0,
+    eos_id: int | None = None,
+    suppress: Collection[int] = (),
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """New token ids one by one, each from the sinks and the window of `cache`; as in `generate` while nothing has left
+    it. Memory does not depend on how many tokens are asked for, nor on the prompt's length.
+
+    prompt: token ids with whatever the tokenizer puts in front; its first tokens are what the cache holds as sinks.
+    cache: of one row, empty, or with what a stream before left in it: all but the last token that it gave.
+    max_new_tokens: -1 goes on for ever.
+    eos_id: ends the stream and is left out; None: nothing does.
+    suppress: ids that are never drawn.
+    temperature, top_k, top_p, generator: as in `generate`.
+
+    Raises ConfigError (impossible settings) and DataError (an empty prompt; learned positions, which cannot stream past
+    their table) before the first token is asked for, EvaluationError (logits that are no finite numbers).
+    """
+    _check_settings(0 if max_new_tokens == -1 else max_new_tokens, temperature, top_k, top_p, None, None)
+    if not len(prompt):
+        raise DataError("the prompt is empty: give at least one token, such as the BOS token")
+    room = model.config.context - cache.seen - len(prompt)
+    if model.config.position == "learned" and not 0 <= max_new_tokens <= room:
+        raise DataError(
+            f"this model has {model.config.context} learned positions, which leave {max(room, 0)} tokens after the "
+            "prompt: set max_new_tokens to no more, or stream a model with rotary positions"
+        )
+    return _stream(model, prompt, cache, max_new_tokens, temperature, top_k, top_p, eos_id, list(suppress), generator)
+
+
+@torch.inference_mode()
+def _stream(
+    model: Decoder,
+    prompt: Sequence[int],
+    cache: StreamingCache,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    eos_id: int | None,
+    suppress: list[int],
+    generator: torch.Generator | None,
+) -> Iterator[int]:
+    device = model.embed.weight.device
+    at_once = max(cache.capacity - cache.seen, 1)
+    hidden_BTD = model.hidden(torch.tensor([list(prompt[:at_once])], device=device), cache=cache)
+    for token in prompt[at_once:]:
+        hidden_BTD = model.hidden(torch.tensor([[token]], device=device), cache=cache)
+    given = 0
+    while given != max_new_tokens:
+        logits_BV = model.head(hidden_BTD[:, -1])
+        logits_BV[:, suppress] = float("-inf")
+        tokens_B = _pick(logits_BV, temperature, top_k, top_p, _draws(1, generator).to(device) if temperature else None)
+        token = int(tokens_B)
+        if token < 0:
+            raise EvaluationError(f"the logits of new token {given} are no finite numbers")
+        if token == eos_id:
+            return
+        yield token
+        given += 1
+        if given != max_new_tokens:
+            hidden_BTD = model.hidden(tokens_B[:, None], cache=cache)
 
 
 def _prefill(
