@@ -95,6 +95,9 @@ def call(capsys, *arguments: str) -> tuple[int, str, str]:
         (["report", "--run", "tiny"], "no run 'tiny'"),
         (["generate", "--run", "tiny", "Once"], "no run 'tiny'"),
         (["generate", "--run", "tiny", "--stage", "sfft", "Once"], "invalid choice"),
+        (["generate", "--stream", "--window", "0", "Once"], "expected a whole number of at least 1"),
+        (["generate", "--window", "9", "Once"], "--window goes with --stream"),
+        (["generate", "--stop-at-eos", "Once"], "--stop-at-eos goes with --stream"),
         (["export", "--run", "../x", "out"], "a name has only"),
     ],
 )
@@ -255,6 +258,45 @@ def test_generate_says_what_transformers_says(checkpoint, capsys):
     assert sampled[0] == sampled[1] != sampled[2]
     status, _, err = call(capsys, *arguments, "--top-p", "2")
     assert status == 2 and "top_p" in err
+
+
+def test_a_stream_says_what_generate_says_and_goes_on(checkpoint, capsys):
+    arguments = ["generate", "--run", "tiny", "--stage", "pretrain", "the cat", "--max-new-tokens"]
+    for settings in ([], ["--temperature", "1", "--seed", "1"]):
+        within = call(capsys, *arguments, "12", *settings)
+        assert call(capsys, *arguments, "12", *settings, "--stream", "--stop-at-eos") == within
+    status, out, err = call(capsys, *arguments, "80", "--stream", "--window", "9")  # the context has 32
+    assert (status, err) == (0, "") and out.startswith("the cat") and len(out) > 60
+    long = call(
+        capsys, "generate", "--run", "tiny", "--stage", "pretrain", "cat " * 60, "--max-new-tokens", "3", "--stream"
+    )
+    assert long[0] == 0 and long[1].startswith("cat " * 60) and long[2] == ""
+
+
+def test_ctrl_c_ends_a_stream_and_keeps_what_was_printed(checkpoint, capsys, monkeypatch):
+    from threefold import model
+
+    def interrupted(*arguments, **settings):
+        assert arguments[3] == -1, "without an end"
+        yield from arguments[1][1:]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "stream", interrupted)
+    arguments = ["generate", "--run", "tiny", "--stage", "pretrain", "the cat", "--stream"]
+    assert call(capsys, *arguments) == (0, "the catthe cat\n", "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["--window", "32"], "window = 32: allowed is 1 to 31"),
+        (["--top-k", "0"], "top_k = 0"),
+        (["--temperature", "-1"], "temperature = -1.0"),
+    ],
+)
+def test_an_impossible_stream_is_one_line_and_exit_2(checkpoint, capsys, settings, said):
+    status, out, err = call(capsys, "generate", "--run", "tiny", "--stage", "pretrain", "a", "--stream", *settings)
+    assert (status, out, err.count("\n")) == (2, "", 1) and said in err
 
 
 def test_export_gives_a_folder_that_loads(checkpoint, project, capsys):

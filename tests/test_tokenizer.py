@@ -12,6 +12,7 @@ from threefold.config import SourceConfig, TokenizerConfig
 from threefold.data import corpus
 from threefold.data.tokenizer import (
     build_tokenizer,
+    decode_stream,
     encode,
     encode_documents,
     load_tokenizer,
@@ -158,3 +159,25 @@ def test_another_tokenizer_is_not_gpt2s(trained, tmp_path):
 
 def test_names_of_sinks():
     assert sink_tokens(0) == [] and sink_tokens(3) == ["<|bos|>", "<|sink1|>", "<|sink2|>"]
+
+
+@given(st.lists(st.integers(0, 399), max_size=60))
+def test_streamed_text_is_the_decoded_text(trained, ids):
+    ids = [*ids, *trained("a", add_special_tokens=False)["input_ids"]]  # no character is cut off at the end
+    assert "".join(decode_stream(trained, ids)) == trained.decode(ids, skip_special_tokens=True)
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=20))
+def test_streamed_text_never_holds_half_a_character(trained, text):
+    ids = trained(text, split_special_tokens=True)["input_ids"]
+    assert "".join(decode_stream(trained, ids)) == text
+    for end in range(len(ids)):
+        assert text.startswith("".join(decode_stream(trained, ids[:end])))
+
+
+def test_streamed_text_comes_with_the_token_that_completes_it(trained):
+    ids = iter(trained("aé€𝄞", add_special_tokens=False)["input_ids"])  # 1 to 4 bytes, no merges
+    assert list(decode_stream(trained, ids)) == list("aé€𝄞")
+    ids = iter(trained("a€b", add_special_tokens=False)["input_ids"])
+    pieces = decode_stream(trained, ids)
+    assert (next(pieces), len(list(ids))) == ("a", 4), "nothing is read ahead"

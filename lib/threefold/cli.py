@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
@@ -76,11 +77,27 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT")
     generate.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
     generate.add_argument("--stage", default="dpo", choices=CHECKPOINTS, help="whose checkpoint (default: dpo)")
-    generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    generate.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", help="default: 64; with --stream: until Ctrl-C"
+    )
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
     generate.add_argument("--top-k", type=int, default=-1, metavar="K", help="-1: off")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    generate.add_argument(
+        "--stream",
+        action="store_true",
+        help="print as it comes, past the context and without an end: memory stays constant",
+    )
+    generate.add_argument(
+        "--window",
+        type=_positive,
+        metavar="W",
+        help="with --stream: recent tokens it sees beside the sinks (default: as many as the context leaves)",
+    )
+    generate.add_argument(
+        "--stop-at-eos", action="store_true", help="with --stream: let the end-of-text token be drawn, and end there"
+    )
 
     export = command("export", _export, "copy a stage's checkpoint as a Hugging Face folder")
     export.add_argument("out", metavar="OUT", type=Path, help="a folder that does not exist yet")
@@ -271,6 +288,8 @@ def _checkpoint(options: argparse.Namespace) -> Path:
 
 
 def _generate(options: argparse.Namespace) -> int:
+    if not options.stream and (options.window or options.stop_at_eos):
+        raise ConfigError(f"{'--window' if options.window else '--stop-at-eos'} goes with --stream")
     folder = _checkpoint(options)
     import torch
     from transformers import AutoTokenizer
@@ -279,18 +298,43 @@ def _generate(options: argparse.Namespace) -> int:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = load_checkpoint(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    prompt = tokenizer(options.prompt)["input_ids"]
-    (new,) = generate(
-        model,
-        [prompt],
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        eos_id=tokenizer.eos_token_id,
-        generator=torch.Generator().manual_seed(options.seed),
-    )
+    prompt = tokenizer(options.prompt, verbose=False)["input_ids"]  # verbose: a warning about the length, ours to judge
+    sampling = {
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "generator": torch.Generator().manual_seed(options.seed),
+    }
+    if options.stream:
+        return _stream(options, tokenizer, model, prompt, sampling)
+    (new,) = generate(model, [prompt], options.max_new_tokens or 64, eos_id=tokenizer.eos_token_id, **sampling)
     print(tokenizer.decode([*prompt, *new], skip_special_tokens=True))
+    return 0
+
+
+def _stream(options: argparse.Namespace, tokenizer, model, prompt: list[int], sampling: dict) -> int:
+    """Prints until as many tokens as asked for have come, or Ctrl-C, which is a good end. Unless the text may end at
+    EOS, that is never drawn: a model with sinks has not learned how text goes on after it."""
+    from threefold.data.tokenizer import decode_stream
+    from threefold.model import StreamingCache, stream
+
+    eos = tokenizer.eos_token_id
+    new = stream(
+        model,
+        prompt,
+        StreamingCache.of(model, 1, options.window or -1),
+        options.max_new_tokens or -1,
+        eos_id=eos if options.stop_at_eos else None,
+        suppress=() if options.stop_at_eos else (eos,),
+        **sampling,
+    )
+    try:
+        for piece in decode_stream(tokenizer, chain(prompt, new)):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        print(flush=True)
     return 0
 
 

@@ -5,6 +5,7 @@ and pads. A tokenizer with sinks puts them before every sequence by itself (its 
 vLLM or llama.cpp run the model as it was trained.
 """
 
+import codecs
 import copy
 import json
 import re
@@ -156,9 +157,34 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], chunk: int 
             yield np.array(encoding.ids, np.uint32)
 
 
+def decode_stream(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> Iterator[str]:
+    """The text of ids as they come, special tokens left out; a token may hold a part of a character only, which waits
+    for the rest. The pieces together are what `tokenizer.decode` makes of all ids, less a character cut off at the end.
+    The tokenizer must be a byte-level BPE, as all are here."""
+    special = set(tokenizer.all_special_ids)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for id in ids:
+        if id in special:
+            continue
+        piece = decoder.decode(bytes(_BYTES[char] for char in tokenizer.convert_ids_to_tokens(id)))
+        if piece:
+            yield piece
+
+
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Documents:
     """The stream of these documents, in memory."""
     return Documents.of(list(encode(tokenizer, texts)), tokenizer.eos_token_id)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level BPE's tokens stands for (GPT-2's encoder.py): printable ones stand
+    for themselves, the others are counted from U+0100."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(BYTES) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(BYTES + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
 
 
 def _prefixing(prefix: list[str], ids: list[int]) -> processors.PostProcessor:
