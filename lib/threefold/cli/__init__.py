@@ -306,7 +306,3 @@ def _export(options: argparse.Namespace) -> int:
         f"{options.out}: stage {options.stage} of run {options.run} as {kind}, its logits checked against transformers'"
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
