@@ -1,6 +1,8 @@
 """The command line: what it answers, what it refuses, and with which exit status."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 
@@ -91,7 +93,12 @@ def call(capsys, *arguments: str) -> tuple[int, str, str]:
         (["run", "--preset", "tiny.toml", "--data-dir", "nowhere"], "data_dir = 'nowhere': no such folder"),
         (["run", "--preset", "tiny.toml", "--jobs", "0"], "expected a whole number of at least 1"),
         (["status", "--run", "tiny"], "no run 'tiny'; runs: none yet"),
+        (["status", "--run", "tiny", "--json"], "no run 'tiny'"),
         (["verify", "--run", "tiny"], "no run 'tiny'"),
+        (["verify", "--run", "tiny", "--json"], "no run 'tiny'"),
+        (["tensorboard", "--run", "tiny"], "no run 'tiny'"),
+        (["clean", "--run", "tiny"], "no run 'tiny'"),
+        (["completion", "fish"], "invalid choice"),
         (["report", "--run", "tiny"], "no run 'tiny'"),
         (["generate", "--run", "tiny", "Once"], "no run 'tiny'"),
         (["generate", "--run", "tiny", "--stage", "sfft", "Once"], "invalid choice"),
@@ -108,13 +115,25 @@ def test_wrong_input_is_one_line_and_exit_2(project, capsys, arguments, said):
     assert not (project / "runs").exists()  # nothing half-written
 
 
+COMMANDS = ["run", "status", "verify", "compare", "tensorboard", "clean", "report", "generate", "export", "completion"]
+
+
 def test_help_and_version(capsys):
     status, out, _ = call(capsys, "--help")
     assert status == 0
-    assert all(name in out for name in ("run", "status", "verify", "report", "generate", "export"))
+    assert all(name in out for name in COMMANDS)
     assert call(capsys, "--version")[1].startswith("threefold 0.")
-    for name in ("run", "status", "verify", "report", "generate", "export"):
+    for name in COMMANDS:
         assert call(capsys, name, "--help")[0] == 0
+
+
+def test_the_readme_lists_every_command_and_each_line_of_it_is_understood():
+    text = (paths.PROJECT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    seen = {cli.parser().parse_args(words[1:]).command for words in lines if words[:1] == ["threefold"]}
+    assert seen | {"completion"} == set(COMMANDS)
+    assert "threefold completion bash" in text
 
 
 def test_help_and_status_do_not_wait_for_torch(project):
@@ -123,7 +142,9 @@ def test_help_and_status_do_not_wait_for_torch(project):
     script = (
         "import sys, threefold.cli as cli, threefold.paths as paths; from pathlib import Path;"
         f"paths.RUNS = Path({str(paths.RUNS)!r}); paths.NOTEBOOKS = Path({str(paths.NOTEBOOKS)!r});"
-        f"cli.main(['status', '--run', 'tiny']); print([name for name in {heavy!r} if name in sys.modules])"
+        "cli.main(['status', '--run', 'tiny']); cli.main(['status']); cli.main(['completion', 'bash']);"
+        "cli.main(['clean', '--run', 'tiny', '--keep-results', '--yes']); cli.main(['clean', '--cache', '--yes']);"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -196,6 +217,35 @@ def test_verify(project, capsys):
     facts["fingerprint"]["seed"] = 2
     (run.stage_folder("data") / "run.json").write_text(json.dumps(facts))
     assert "digest is not that of its components" in call(capsys, "verify", "--run", "tiny")[2]
+
+
+def test_json_for_scripts(project, capsys):
+    """Its keys are what the README promises."""
+    run = make("data")
+    (run.stage_folder("data") / "x.txt").write_text("x")
+    status, out, err = call(capsys, "status", "--run", "tiny", "--json")
+    told = json.loads(out)
+    assert (status, err, told["run"]) == (0, "", "tiny")
+    data, *others = told["stages"]
+    assert [data["stage"], *(other["stage"] for other in others)] == list(stages.steps(run.preset))
+    facts = json.loads((run.stage_folder("data") / "run.json").read_text())
+    assert data == {
+        "stage": "data",
+        "state": "fresh",
+        "reasons": [],
+        "wall_seconds": facts["wall_seconds"],
+        "finished": facts["finished"],
+        "fingerprint": facts["fingerprint"]["digest"],
+    }
+    assert others[0]["state"] == "missing" and others[0]["reasons"] == ["not made yet"]
+    assert others[0]["wall_seconds"] is None and others[0]["finished"] is None
+
+    status, out, err = call(capsys, "verify", "--run", "tiny", "--json")
+    assert (status, json.loads(out), err) == (0, {"run": "tiny", "files": 3, "problems": []}, "")
+    (run.stage_folder("data") / "x.txt").write_text("y")
+    status, out, err = call(capsys, "verify", "--run", "tiny", "--json")
+    problem = {"path": "data/x.txt", "problem": "changed since the stage wrote it"}
+    assert (status, json.loads(out), err) == (1, {"run": "tiny", "files": 3, "problems": [problem]}, "")
 
 
 def test_report_check_says_what_is_wrong_in_one_exit(project, capsys, monkeypatch):

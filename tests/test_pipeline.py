@@ -335,7 +335,7 @@ def test_what_lies_outside_the_selection_must_be_there(project):
 
 def test_one_pipeline_a_run(project):
     run = opened(project)
-    with executor._lock(run), pytest.raises(ThreefoldError, match=f"process {os.getpid()}"):
+    with executor.lock(run.path), pytest.raises(ThreefoldError, match=f"process {os.getpid()}"):
         execute(run, "data")
 
 

@@ -21,9 +21,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -38,6 +39,7 @@ from threefold.stages import Step
 WEIGHTS = {"data": 2, "pretrain": 8, "gpt2": 7, "distilgpt2": 6, "sft": 4, "dpo": 3, "evaluate": 4, "ablations": 6}
 EXTERNAL = 16  # evaluating a published model, many times the size of what is trained here
 STOP_SECONDS = 5.0  # between asking a worker to leave and killing it
+LOCK = ".lock"  # in the run's folder; held by its pipeline
 NURSERY_FROM = 3  # stages still to come from which importing the heavy packages once for all pays
 
 
@@ -106,7 +108,7 @@ def execute(
     jobs = jobs or default_jobs()
     began = time.monotonic()
     outcome = Outcome()
-    with _lock(run), _Workers(run, jobs, say) as workers:
+    with lock(run.path), _Workers(run, jobs, say) as workers:
         check(run, wanted, say)
         waiting = dict(wanted)
         roads = _roads(plan)
@@ -183,27 +185,43 @@ def _again(run: Run, stage: str) -> str:
 
 
 @contextlib.contextmanager
-def _lock(run: Run):
-    """One pipeline a run. The lock goes with the process, however it ends."""
-    run.path.mkdir(parents=True, exist_ok=True)
-    with open(run.path / ".lock", "a+", encoding="utf-8") as file:
-        try:
-            import fcntl
-        except ImportError:  # Windows has no advisory locks of this kind
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+def lock(folder: Path) -> Iterator[None]:
+    """One pipeline a run's folder, which is made if it is not there. The lock goes with the process, however it ends.
+    Raises ThreefoldError when another holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+        if not _locked(file):
             file.seek(0)
             raise ThreefoldError(
-                f"run {run.name} is being worked on by process {file.read().strip() or '?'}; "
+                f"run {folder.name} is being worked on by process {file.read().strip() or '?'}; "
                 "wait for it, or choose another run with --run"
-            ) from None
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def at_work(folder: Path) -> bool:
+    """Whether a pipeline works in a run's folder. A notebook that is executed without the pipeline holds no lock."""
+    try:
+        with open(folder / LOCK, encoding="utf-8") as file:
+            return not _locked(file, shared=True)
+    except FileNotFoundError:
+        return False
+
+
+def _locked(file: IO, *, shared: bool = False) -> bool:
+    """Whether the file's lock could be taken; closing the file gives it back."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no advisory locks of this kind
+        return True
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # Workers ------------------------------------------------------------------------------------------------------------

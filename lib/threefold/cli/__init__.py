@@ -4,16 +4,21 @@ Each command imports what it needs when it runs, so that help and status do not 
 """
 
 import argparse
+import contextlib
 import errno
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from threefold.errors import CheckpointError, ConfigError, MissingInput, ThreefoldError
+
+if TYPE_CHECKING:
+    from threefold.run import Run
 
 CHECKPOINTS = ("pretrain", "sft", "dpo", "gpt2", "distilgpt2")
 # What the environment, the disk or the rights of a person cause, and no fault of the program.
@@ -58,11 +63,32 @@ def parser() -> argparse.ArgumentParser:
     )
 
     status = command("status", _status, "say which stages are fresh, stale, missing or failed, and why")
-    status.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
+    status.add_argument(
+        "--run", default="", metavar="NAME", help="the run's name (default: all runs, with their sizes)"
+    )
     status.add_argument("--data-dir", default="", metavar="FOLDER", help="local data folder (default: as in the run)")
+    status.add_argument("--json", action="store_true", help="for scripts")
 
     verify = command("verify", _verify, "hash every output of a run again and compare with its run.json")
     verify.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
+    verify.add_argument("--json", action="store_true", help="for scripts")
+
+    compare = command("compare", _compare, "put the headline figures and presets of two or more runs side by side")
+    compare.add_argument("runs", nargs="+", metavar="RUN")
+
+    board = command("tensorboard", _tensorboard, "write a run's training metrics as TensorBoard event files")
+    board.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
+
+    clean = command("clean", _clean, "remove a run, what can be made again in it, or the cache")
+    target = clean.add_mutually_exclusive_group(required=True)
+    target.add_argument("--run", default="", metavar="NAME", help="the run to remove")
+    target.add_argument("--cache", action="store_true", help="remove tokens and hashes kept between runs")
+    clean.add_argument(
+        "--keep-results",
+        action="store_true",
+        help="of the run only its rendered report, TensorBoard's files, failed notebooks and interrupted stages",
+    )
+    clean.add_argument("--yes", action="store_true", help="remove without asking")
 
     report = command("report", _report, "render a run's report")
     report.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
@@ -103,6 +129,9 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT", type=Path, help="a folder that does not exist yet")
     export.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
     export.add_argument("--stage", default="dpo", choices=CHECKPOINTS, help="whose checkpoint (default: dpo)")
+
+    completion = command("completion", _completion, "print the shell's completion script")
+    completion.add_argument("shell", choices=("bash", "zsh"))
     return top
 
 
@@ -143,17 +172,10 @@ def _say(line: str) -> None:
 
 def _open(name: str, data_dir: str = ""):
     """A run that exists, as it was last configured."""
-    from threefold import config, paths
+    from threefold.cli import disk
     from threefold.run import Run
 
-    config.check_name(name, "run")
-    if not (paths.RUNS / name / "config.toml").is_file():
-        have = sorted(path.parent.name for path in paths.RUNS.glob("*/config.toml"))
-        miss = config.near_miss(name, have)
-        raise ConfigError(
-            f"no run {name!r}{f', did you mean {miss}?' if miss else ''}; "
-            f"runs: {', '.join(have) or 'none yet'}; `threefold run --run {name}` makes it"
-        )
+    disk.folder(name)
     return Run.open("", name, data_dir=_data_dir(name, data_dir), create=False)
 
 
@@ -217,15 +239,15 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from threefold.pipeline.staleness import survey
+    from threefold.cli import status
 
-    run = _open(options.run, options.data_dir)
-    found = survey(run)
-    width = max(map(len, found))
-    for name, state in found.items():
-        seconds = state.facts.get("wall_seconds")
-        time = f"{seconds:9.1f} s" if isinstance(seconds, int | float) else " " * 11
-        print(f"{name:<{width}}  {state.kind:<7}  {time}  {'; '.join(state.reasons)}".rstrip())
+    if options.run:
+        run = _open(options.run, options.data_dir)
+        states = status.of_run(run)
+        _say(_json(status.stages_json(run, states)) if options.json else status.stages_text(states))
+    else:
+        found = status.of_all(lambda name: _open(name, options.data_dir))
+        _say(_json(found) if options.json else status.all_text(found))
     return 0
 
 
@@ -234,12 +256,90 @@ def _verify(options: argparse.Namespace) -> int:
 
     run = _open(options.run)
     files, problems = verify(run)
+    if options.json:
+        told = [dict(zip(("path", "problem"), line.split(": ", 1), strict=True)) for line in problems]
+        _say(_json({"run": run.name, "files": files, "problems": told}))
+        return 1 if problems else 0
     for problem in problems:
         print(f"threefold: {run.name}/{problem}", file=sys.stderr)
     if problems:
         return 1
     print(f"run {run.name}: {files} files are what their run.json says")
     return 0
+
+
+def _json(values: object) -> str:
+    return json.dumps(values, indent=2, allow_nan=False)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from threefold.cli.compare import side_by_side
+
+    twice = next((name for name in options.runs if options.runs.count(name) > 1), None)
+    if twice or len(options.runs) < 2:
+        raise ConfigError(f"compare: run {twice} is named twice" if twice else "compare: name two runs or more")
+    runs = [_open(name) for name in options.runs]
+    text = side_by_side(runs)
+    for run in runs:
+        _warn_if_behind(run, f"the figures of run {run.name} show")
+    _say(text)
+    return 0
+
+
+def _warn_if_behind(run: "Run", what: str) -> None:
+    from threefold.pipeline.staleness import survey
+
+    behind = [name for name, state in survey(run).items() if state.kind != "fresh"]
+    if behind:
+        print(
+            f"threefold: {what} an earlier state of {', '.join(behind)}: `threefold status --run {run.name}`",
+            file=sys.stderr,
+        )
+
+
+def _tensorboard(options: argparse.Namespace) -> int:
+    from threefold.cli import tensorboard
+
+    out = tensorboard.export(_open(options.run), tensorboard.summary_writer())
+    print(f"`tensorboard --logdir {_from_here(out)}` shows the training of run {options.run}")
+    return 0
+
+
+def _clean(options: argparse.Namespace) -> int:
+    from threefold.cli import disk
+    from threefold.pipeline import executor
+
+    if options.cache and options.keep_results:
+        raise ConfigError("--keep-results is about a run; the cache holds no results")
+    home = None if options.cache else disk.removable(options.run)
+    with executor.lock(home) if home else contextlib.nullcontext():
+        find = disk.leftovers if options.keep_results else disk.whole
+        found = find(options.run) if home else disk.cache()
+        sizes = {path: disk.size(path) for path in found}
+        for path, count in sizes.items():
+            _say(f"{disk.size_text(count):>8}  {_from_here(path)}")
+        _say(f"{disk.size_text(sum(sizes.values()))} to free" if found else "nothing to remove")
+        if found and not options.yes:
+            if not sys.stdin.isatty():
+                raise ConfigError("nothing was removed: --yes removes it without asking")
+            if not _agreed():
+                return 0
+        disk.remove(found)
+    if home and not options.keep_results:
+        home.rmdir()
+    return 0
+
+
+def _agreed() -> bool:
+    try:
+        return input("Remove? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        print()
+        return False
+
+
+def _from_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -249,20 +349,15 @@ def _report(options: argparse.Namespace) -> int:
         report.require(paths.REPORT)
         print("report/: everything it embeds, quotes and cites is there")
         return 0
-    from threefold.pipeline.staleness import survey
-
     run = _open(options.run, options.data_dir)
-    behind = [name for name, state in survey(run).items() if state.kind != "fresh"]
-    if behind and run.finished("compare") is not None:
-        print(
-            f"threefold: the report shows an earlier state of {', '.join(behind)}: `threefold status`", file=sys.stderr
-        )
+    if run.finished("compare") is not None:
+        _warn_if_behind(run, "the report shows")
     if options.publish:
         published = report.publish(run)
         print(f"report/executed: {len(published)} notebooks of run {run.name}")
         return 0
     page = report.render(run, say=_say)
-    print(page.relative_to(Path.cwd()) if page.is_relative_to(Path.cwd()) else page)
+    print(_from_here(page))
     return 0
 
 
@@ -352,5 +447,11 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+# The shell ----------------------------------------------------------------------------------------------------------
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from threefold.cli.completion import script
+
+    print(script(parser(), options.shell))
+    return 0
