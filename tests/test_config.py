@@ -146,7 +146,7 @@ def test_impossible_values_are_refused(small, change, parts):
 
 
 def test_a_loaded_baseline_needs_no_training_length(small):
-    changed = override(small, {"gpt2.steps": -1, "baselines.gpt2": "some/folder"})
+    changed = override(small, {"gpt2.steps": -1, "baselines.gpt2": "a", "baselines.distilgpt2": "b"})
     assert changed.gpt2.steps == -1
     assert "exactly one" in refused(override, small, {"gpt2.steps": -1})
 

@@ -14,7 +14,7 @@ from threefold.comparison.measures import LINES, ONE_PROMPT, PERPLEXITY, PROBLEM
 from threefold.comparison.results import NBSP, Result, interval, listed, percent
 from threefold.comparison.tables import majority_class, markdown_table
 from threefold.evaluation import statistics
-from threefold.evaluation.sentiment import PRECEDENT_ITEMS
+from threefold.evaluation.results import PRECEDENT_ITEMS
 from threefold.records import escape
 
 PROBLEM_ITEMS = 50

@@ -15,6 +15,7 @@ from threefold.evaluation.statistics import Interval
 from threefold.provenance import atomic_write, sha256_bytes
 
 Metric = dict[str, Any]
+PRECEDENT_ITEMS = 200  # sentiment items of the precedent's protocol; here, for readers of records that load no model
 LENGTH_TOLERANCE = 0.05  # share of items that may be too long for the context before the setting itself is refused
 
 
