@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from threefold.comparison import ablations, models, seeds, training
+from threefold.comparison import ablations, models, seeds, training, variance
 from threefold.comparison.differences import difference
 from threefold.comparison.load import Comparison
-from threefold.comparison.measures import PERPLEXITY, PROBLEMS, SENTIMENT, Measure
+from threefold.comparison.measures import PERPLEXITY, PROBLEMS, SENTIMENT, Measure, fuller
 from threefold.comparison.results import NBSP, Result, compact, duration, interval, plain, signed
 from threefold.comparison.tables import markdown_table, measured_by_turns
 
@@ -218,24 +218,14 @@ def _stable(comparison: Comparison) -> Finding | None:
 
 def method_against_model(comparison: Comparison) -> Finding | None:
     """Variance of sentiment accuracy over templates, less its variance over trained models, in squared points."""
-    protocol = SENTIMENT.protocol(comparison)
-    if f"{protocol}-grid" in comparison.protocols:  # more templates, and every draw
-        protocol = f"{protocol}-grid"
-    trained = [model for model in comparison.models if model != "random"]
-    frames = {model: comparison.items(model, protocol) for model in trained} if protocol else {}
-    frames = {model: frame for model, frame in frames.items() if frame is not None and frame["template"].nunique() > 1}
-    if len(frames) < 2:
+    protocol = fuller(comparison, SENTIMENT.protocol(comparison))
+    found = variance.scores(comparison, protocol) if protocol else None
+    if found is None:
         return None
-    tables = [
-        frame.pivot_table(index="item", columns="template", values="correct", aggfunc="mean")
-        for frame in frames.values()
-    ]
-    shared = tables[0].index
-    for table in tables[1:]:
-        shared = shared.intersection(table.index)
-    if len(shared) < 3:
+    correct_MTDI, levels = found
+    if len(levels["template"]) < 2 or len(levels["item"]) < 3:
         return None
-    points_NMT = np.stack([100 * table.loc[shared].to_numpy(float) for table in tables], axis=1)
+    points_NMT = 100 * correct_MTDI.mean(axis=2).transpose(2, 0, 1)
     method, model, low, high = variances(points_NMT)
     text = (
         f"sentiment: sd {math.sqrt(max(method, 0)):.1f} pp over templates, {math.sqrt(max(model, 0)):.1f} pp over "

@@ -147,7 +147,7 @@ def _point(axes: Axes, value, place: float, model: str, comparison: Comparison) 
 
 def stage_evolution(comparison: Comparison) -> Result:
     """Pretrain, SFT, DPO from left to right: perplexity and tasks, with the baselines as level lines."""
-    stages = [stage for stage in models.LINEAGE if stage in comparison.models]
+    stages = models.lineage(comparison.models)
     measures = [m for m in (PERPLEXITY, SENTIMENT, PROBLEMS, INSTRUCTIONS, PREFERENCES) if m.protocol(comparison)]
     if len(stages) < 2 or not measures:
         return _empty("stage-evolution", "Fewer than two stages were evaluated.")

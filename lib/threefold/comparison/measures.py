@@ -38,6 +38,13 @@ class Pair:
         return bool(same and np.array_equal(self.a, self.b))
 
 
+def fuller(comparison: Comparison, protocol: str | None) -> str | None:
+    """The protocol that asks the same prompts with every template and draw, where it was measured (of fewer items);
+    else the protocol itself."""
+    grid = f"{protocol}-grid"
+    return grid if grid in comparison.protocols else protocol
+
+
 @dataclass(frozen=True)
 class Measure:
     """One row or column of the comparison."""

@@ -33,6 +33,12 @@ def ordered(models: Iterable[str]) -> list[str]:
     return [name for name in OWN if name in present] + [name for name in present if name not in OWN]
 
 
+def lineage(models: Iterable[str]) -> list[str]:
+    """The stages of this run's model that are among `models`, first to last."""
+    present = set(models)
+    return [stage for stage in LINEAGE if stage in present]
+
+
 def name(model: str, *, trained_here: bool = False) -> str:
     """What a reader is shown. A baseline says where its weights come from."""
     if model in _BASELINE_NAMES:

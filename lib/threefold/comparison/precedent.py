@@ -97,12 +97,12 @@ def sentences(comparison: Comparison) -> list[Insight]:
     least = statistics.detectable_difference(PRECEDENT_ITEMS)
     widths = (
         f"At n{NBSP}={NBSP}{PRECEDENT_ITEMS}, an accuracy of one half has the interval {_share(half)}, and two models "
-        f"that disagree on a fifth of the items must differ by {100 * least:.1f} points for an even chance of four in "
-        f"five to show it; the changes claimed are {100 * POINTS:.0f} points. None right of {PROBLEM_ITEMS} word "
+        f"that disagree on a fifth of the items must differ by {100 * least:.1f} points for a chance of four in five "
+        f"to show it; the changes claimed are {100 * POINTS:.0f} points. None right of {PROBLEM_ITEMS} word "
         f"problems is compatible with up to {percent(none.high)}."
     )
     figures = {"accuracy": half._asdict(), "smallest_detectable": least, "none_right": none._asdict()}
-    found = [Insight("precedent-widths", widths.replace("an even chance", "a chance"), (), values=(figures,))]
+    found = [Insight("precedent-widths", widths, (), values=(figures,))]
     control = ONE_PROMPT.value(comparison, "random") if "random" in comparison.models else None
     if control is not None:
         majority = majority_class(comparison)

@@ -21,6 +21,7 @@ from threefold.comparison.measures import (
     SENTIMENT,
     STAGED,
     Measure,
+    fuller,
 )
 from threefold.comparison.results import (
     NBSP,
@@ -254,10 +255,8 @@ def sentiment(comparison: Comparison) -> Result:
     for protocol in sorted(settings, key=lambda p: int(re.search(r"(\d+)-shot", p).group(1))):
         columns[protocol.rpartition("/")[2]] = (protocol, "accuracy")
     main = SENTIMENT.protocol(comparison)
-    spread, prompts = main, "all templates"
-    if f"{main}-grid" in comparison.protocols:  # every template and draw, on the first items only
-        spread = f"{main}-grid"
-        prompts = f"all prompts, first {_items(comparison, spread):,} items"
+    spread = fuller(comparison, main)
+    prompts = "all templates" if spread == main else f"all prompts, first {_items(comparison, spread):,} items"
     columns |= {
         prompts: (spread, "accuracy_mean"),
         "worst template": (spread, "template_lowest"),
@@ -333,7 +332,7 @@ def protocols(comparison: Comparison) -> Result:
 
 def stage_evolution(comparison: Comparison) -> Result:
     """Each stage's value, its change from the stage before and since pretraining, always on the same items."""
-    present = [stage for stage in models.LINEAGE if stage in comparison.models]
+    present = models.lineage(comparison.models)
     every = {(one.measure, one.a, one.b): one for one in compared(comparison)}
     rows, found = [], []
     for measure in STAGED:
@@ -365,7 +364,7 @@ def compared(comparison: Comparison) -> list[Difference]:
     The family is the whole report, not a table: stage from stage, stages since pretraining, and the stages against
     either baseline. In a run whose differences are all noise the chance of any false claim is thus at most 5%.
     """
-    present = [stage for stage in models.LINEAGE if stage in comparison.models]
+    present = models.lineage(comparison.models)
     steps = [(measure, a, b) for measure in STAGED for a, b in pairwise(present)]
     steps += [(measure, present[0], stage) for measure in STAGED for stage in present[2:]]
     for baseline in models.BASELINES:
@@ -383,13 +382,13 @@ def could_show(one: Difference) -> str | None:
 
 def stage_changes(comparison: Comparison) -> list[Difference]:
     """Each stage against the one before, adjusted over the report."""
-    present = [stage for stage in models.LINEAGE if stage in comparison.models]
+    present = models.lineage(comparison.models)
     return [one for one in compared(comparison) if (one.a, one.b) in list(pairwise(present))]
 
 
 def since_pretraining(comparison: Comparison) -> list[Difference]:
     """The last stage against the first where others lie between, adjusted over the report."""
-    present = [stage for stage in models.LINEAGE if stage in comparison.models]
+    present = models.lineage(comparison.models)
     ends = (present[0], present[-1]) if len(present) > 2 else ()
     return [one for one in compared(comparison) if (one.a, one.b) == ends]
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from threefold.comparison.load import Comparison
+from threefold.comparison.measures import fuller
 from threefold.comparison.results import Result, percent, plain
 from threefold.comparison.tables import markdown_table
 
@@ -64,7 +65,7 @@ def table(comparison: Comparison) -> Result:
     for protocol in comparison.protocols:
         if "/precedent" in protocol or not protocol.endswith(("-shot", "-grid")):
             continue
-        if f"{protocol}-grid" in comparison.protocols:  # a fuller crossing of the same prompts
+        if fuller(comparison, protocol) != protocol:
             continue
         found = scores(comparison, protocol)
         if found is None:
