@@ -222,6 +222,7 @@ def test_every_table_is_one_markdown_table_with_finite_values(comparison):
         tables.protocols(comparison),
         tables.sentiment(comparison),
         tables.tasks(comparison),
+        tables.preferences(comparison),
         tables.stage_evolution(comparison),
         tables.standing(comparison),
         tables.distilgpt2(comparison),

@@ -237,7 +237,14 @@ def test_replicates_are_comparisons_of_their_own_and_leak_into_no_table(comparis
     assert second.models == list(LINEAGE) and second.records["stage/sft"].name == "stage/sft-seed2"
     assert len(second.items("sft", "sample-sentiment/3-shot")) and second.model("sft") is not None
     alone = Comparison.load(make_run(tmp_path / "alone"))
-    for table in (tables.headline, tables.sentiment, tables.tasks, tables.stability, tables.efficiency):
+    for table in (
+        tables.headline,
+        tables.sentiment,
+        tables.tasks,
+        tables.preferences,
+        tables.stability,
+        tables.efficiency,
+    ):
         assert table(comparison).values == table(alone).values
     rows = {row["Stage"]: row for row in tables.provenance(comparison).values["rows"]}
     assert rows["sft-seed2"]["Weights (SHA-256)"] == sha("weights of sft-seed2")[:12]

@@ -66,12 +66,12 @@ tables.architecture(comparison).publish()
 # %%
 #| label: fig-loss-curves
 #| fig-alt: "Loss against tokens trained on, one panel for pretraining and the baselines, one for SFT, one for DPO."
-#| fig-cap: "Loss against non-padding tokens. Faint: every logged step; line: running mean over 5% of the steps; dots: held-out loss. DPO's loss is per pair and has another unit."
+#| fig-cap: "Loss against non-padding tokens. Faint: every logged step; line: running mean over 5% of the steps; dots: held-out loss. DPO's loss is per pair and has another unit; a distilled student's training loss is the distillation objective, its held-out loss the cross-entropy."
 figures.loss_curves(comparison).publish()
 
 # %%
 #| label: tbl-stability
-#| tbl-cap: "How each stage's loss went: mean of the first and the last tenth of the logged steps, held-out loss at start and end, and the largest rise of the running mean above the least it had been. Steady: a setback of at most a tenth of the starting loss, and an end no higher than the start."
+#| tbl-cap: "How each stage's loss went: mean of the first and the last tenth of the logged steps, held-out loss at start and end, and the largest rise of the running mean above the least it had been. Steady: a setback of at most a tenth of the starting loss, and an end no higher than the start. A distilled student's steps are of the distillation objective, its held-out loss is the cross-entropy."
 tables.stability(comparison).publish()
 
 # %%
@@ -126,8 +126,13 @@ variance.table(comparison).publish()
 
 # %%
 #| label: tbl-tasks
-#| tbl-cap: "Word problems, instructions and preferences. Strict takes the number after `####`, the last column of problems any last number; rewards and KL are against the SFT checkpoint."
+#| tbl-cap: "Word problems and instructions. Strict takes the number after `####`, the second column any last number."
 tables.tasks(comparison).publish()
+
+# %%
+#| label: tbl-preferences
+#| tbl-cap: "Preferences: how often the chosen answer is the likelier one, by its sum of log-probabilities and by its mean per token. Rewards and KL are against the SFT checkpoint."
+tables.preferences(comparison).publish()
 
 # %% [markdown]
 # ## From stage to stage

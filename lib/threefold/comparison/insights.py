@@ -106,9 +106,17 @@ def _described(comparison: Comparison, key: str, found: list[Difference], senten
     return insights
 
 
-def _insight(comparison: Comparison, key: str, sentence: str, found: list[Difference], differs: bool) -> Insight:
+def _insight(
+    comparison: Comparison,
+    key: str,
+    sentence: str,
+    found: list[Difference],
+    differs: bool,
+    about: list[Difference] | None = None,
+) -> Insight:
+    """A sentence with its evidence, and the confounds of the differences it is `about` (all that were found)."""
     evidence = [name for one in found for name in _evidence(comparison, one.measure.protocol(comparison), one.a, one.b)]
-    keys, clause = caveats.clause(comparison, found)
+    keys, clause = caveats.clause(comparison, found if about is None else about)
     values = tuple(one.values() for one in found)
     return Insight(key, f"{sentence}{clause}", tuple(dict.fromkeys(evidence)), differs, values, keys)
 
@@ -184,7 +192,10 @@ def stability(comparison: Comparison) -> list[Insight]:
 
 
 def in_short(comparison: Comparison, key: str, found: list[Difference], basis: str = "") -> list[Insight]:
-    """One sentence for a whole comparison: what is better, worse, equivalent and not resolved, and on what basis."""
+    """One sentence for a whole comparison: what is better, worse, equivalent and not resolved, and on what basis.
+
+    Its confounds are those of what was resolved; where nothing was, all of them.
+    """
     if not found:
         return []
     parts = []
@@ -195,7 +206,9 @@ def in_short(comparison: Comparison, key: str, found: list[Difference], basis: s
             parts.append(f"{verdict} in {listed(shown)}")
     ours, theirs = (escape(comparison.name(model)) for model in (found[0].b, found[0].a))
     sentence = f"**{ours} against {theirs}**{f' ({basis})' if basis else ''}: {'; '.join(parts)}."
-    return [_insight(comparison, key, sentence, found, any(one.verdict in (BETTER, WORSE) for one in found))]
+    resolved = [one for one in found if one.verdict != UNRESOLVED]
+    differs = any(one.verdict in (BETTER, WORSE) for one in resolved)
+    return [_insight(comparison, key, sentence, found, differs, about=resolved or found)]
 
 
 # Single findings -----------------------------------------------------------------------------------------------------

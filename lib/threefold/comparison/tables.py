@@ -109,6 +109,8 @@ def parameters(comparison: Comparison) -> Result:
             named[model] = counts
     components = list(dict.fromkeys(part for counts in named.values() for part in counts if part != "total"))
     for part in [*components, "total"]:
+        if not any(counts.get(part) for counts in named.values()):
+            continue  # no model has a head of its own, say
         rows.append(
             {"Component": part.replace("_", " ")}
             | {comparison.name(model): counts.get(part, 0) for model, counts in named.items()}
@@ -281,22 +283,29 @@ def _has(comparison: Comparison, protocol: str, metric: str) -> bool:
 
 
 def tasks(comparison: Comparison) -> Result:
-    """What is generated or preferred: word problems, instructions, preferences, with what went unanswered."""
+    """What is generated: word problems and instructions, with what went unanswered."""
     problems, answers = PROBLEMS.protocol(comparison), RESPONSE_LOSS.protocol(comparison)
-    pairs = PREFERENCES.protocol(comparison)
     columns: dict[str, tuple[str | None, str]] = {
         "Problems, strict": (problems, "exact_match"),
         "Problems, last number": (problems, "flexible_match"),
         "no strict answer": (problems, "invalid"),
         "Instructions, exact": (answers, "exact_match"),
         "Response loss (nats/token)": (answers, "response_loss"),
+    }
+    protocols_ = {"problems": problems, "instructions": answers}
+    return _result("tasks", _columns(comparison, columns), protocols=protocols_)
+
+
+def preferences(comparison: Comparison) -> Result:
+    """Which of two answers is preferred, and how far the policy has moved from its reference."""
+    pairs = PREFERENCES.protocol(comparison)
+    columns: dict[str, tuple[str | None, str]] = {
         "Preferences": (pairs, "accuracy"),
         "Preferences, per token": (pairs, "accuracy_per_token"),
         "Reward margin": (pairs, "reward_margin"),
         "KL to SFT (nats/token)": (pairs, "kl"),
     }
-    protocols_ = {"problems": problems, "instructions": answers, "preferences": pairs}
-    return _result("tasks", _columns(comparison, columns), protocols=protocols_)
+    return _result("preferences", _columns(comparison, columns), protocols={"preferences": pairs})
 
 
 def protocols(comparison: Comparison) -> Result:
