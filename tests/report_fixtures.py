@@ -243,6 +243,7 @@ def make_run(
             cell("curve()", output(f"curve/{stage}", curve, "curve")),
             cell("finish()", output(f"stage/{stage}", values, "done")),
         )
+    speed_cells: list = []
     for model, place in [*((one, 1) for one in MODELS), *again]:
         index = MODELS.index(model) + 100 * (place - 1)
         noise, tokenizer = (seeds or {}).get(model, index), (tokenizers or {}).get(model, "bpe")
@@ -251,9 +252,12 @@ def make_run(
         subject = model if place == 1 else f"{model}-seed{place}"
         home = folder if place == 1 else folder / "seeds" / str(place)
         cells = []
-        items_folder = home / "evaluation" / model / "items"
-        items_folder.mkdir(parents=True, exist_ok=True)
+        if place > 1:
+            del found["speed"]
         for protocol, (metrics, items, settings) in found.items():
+            timed = protocol == "speed"
+            items_folder = home / (f"speed/items/{model}" if timed else f"evaluation/{model}/items")
+            items_folder.mkdir(parents=True, exist_ok=True)
             file = items_folder / f"{protocol.replace('/', '_')}.parquet"
             items.to_parquet(file, index=False)
             content = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -263,8 +267,10 @@ def make_run(
                 "settings": settings,
                 "items": {"file": file.name, "sha256": content, "rows": len(items)},
             }  # fmt: skip
-            cells.append(cell("evaluate()", output(f"evaluation/{subject}/{protocol}", values, "evaluated")))
+            name = f"speed/{subject}" if timed else f"evaluation/{subject}/{protocol}"
+            (speed_cells if timed else cells).append(cell("evaluate()", output(name, values, "evaluated")))
         notebook(notebooks / f"04_evaluate-{subject}.ipynb", *cells)
+    notebook(notebooks / "04_speed.ipynb", *speed_cells)
     if ablations:
         base = {"variant": "base", "heldout_loss": [2.10, 2.12, 2.11], "tokens_per_second": [9000.0, 9100.0, 9050.0]}
         layer = {

@@ -52,6 +52,7 @@ KINDS = {
     "02_sft": "sft",
     "03_dpo": "dpo",
     "04_evaluate": "evaluate",
+    "04_speed": "speed",
     "06_compare": "compare",
 }
 
@@ -104,11 +105,14 @@ def test_plan_of_trained_and_of_loaded_baselines(project):
     assert list(plan) == [
         *("data", "pretrain", "sft", "dpo", "gpt2", "distilgpt2"),
         *(f"evaluate-{model}" for model in ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")),
+        "speed",
         "compare",
     ]
     assert plan["distilgpt2"].needs == ("gpt2",)
     assert plan["evaluate-dpo"].needs == ("sft", "dpo")
     assert plan["evaluate-random"].needs == ("data",)
+    assert plan["speed"].needs == ("data", "pretrain", "sft", "dpo", "gpt2", "distilgpt2")
+    assert [name for name, step in plan.items() if step.alone] == ["speed"]
     assert set(plan["compare"].needs) == set(plan) - {"compare"}
     assert plan["gpt2"].executed == "01_pretrain-gpt2"
 
@@ -137,7 +141,7 @@ def test_selecting_stages(project):
     with pytest.raises(ConfigError, match="did you mean sft"):
         stages.select(preset, "stf")
     plan = stages.steps(preset)
-    assert stages.dependents(plan, "sft") == {"dpo", "evaluate-sft", "evaluate-dpo", "compare"}
+    assert stages.dependents(plan, "sft") == {"dpo", "evaluate-sft", "evaluate-dpo", "speed", "compare"}
     assert stages.ancestors(plan, "evaluate-dpo") == {"dpo", "sft", "pretrain", "data"}
 
 
@@ -145,10 +149,17 @@ def test_threads_follow_from_the_plan(project, monkeypatch):
     monkeypatch.setattr(executor, "cores", lambda: 8)
     plan = stages.steps(opened(project).preset)
     threads = {name: executor.share(plan, step, 2) for name, step in plan.items()}
-    assert threads.pop("data") == threads.pop("compare") == 8
+    assert threads.pop("data") == threads.pop("speed") == threads.pop("compare") == 8
     assert set(threads.values()) == {4}
     assert executor.share(plan, plan["sft"], 1) == 8
     assert executor.share(plan, plan["sft"], 16) == 1
+
+
+def test_what_is_timed_runs_alone(project):
+    plan = stages.steps(opened(project).preset)
+    speed, sft, gpt2 = plan["speed"], plan["sft"], plan["gpt2"]
+    assert executor.fits(sft, [gpt2], 2) and not executor.fits(sft, [gpt2], 1)
+    assert executor.fits(speed, [], 2) and not executor.fits(speed, [gpt2], 2) and not executor.fits(sft, [speed], 2)
 
 
 def test_the_longest_road_starts_first(project):

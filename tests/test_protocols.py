@@ -35,10 +35,6 @@ CONFIG = EvaluationConfig(
     instruction_new_tokens=4,
     instruction_generations=4,
     preferences=sample("preferences"),
-    speed_batch_sizes=(1, 2),
-    speed_prompt=8,
-    speed_new_tokens=4,
-    speed_repeats=2,
     bootstrap=50,
 )
 
@@ -59,7 +55,6 @@ def test_a_preset_is_evaluated_under_all_its_protocols(tmp_path):
         "sample-problems/1-shot",
         "sample-instructions/responses",
         "sample-preferences/preferences",
-        "speed",
     ]
     assert len(said) == len(done) and said[0].startswith("random  sample-text/disjoint-64: perplexity")
     hashes = save_items(tmp_path, done)
@@ -97,7 +92,7 @@ def test_only_and_what_the_preset_leaves_out():
     assert [e.protocol for e in evaluate(model, CONFIG, only=["lm-eval"])] == ["sample-text/lm-eval"]
     with pytest.raises(EvaluationError, match="no protocol lmeval; there are disjoint, "):
         evaluate(model, CONFIG, only=["lmeval"])
-    nothing = EvaluationConfig(speed_repeats=0)
+    nothing = EvaluationConfig()
     assert evaluate(model, nothing) == []
     partial = replace(nothing, sentiment=CONFIG.sentiment, sentiment_shots=(0,), bootstrap=50)
     assert [e.protocol for e in evaluate(model, partial)] == ["sample-sentiment/0-shot"]

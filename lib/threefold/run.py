@@ -39,6 +39,7 @@ _STAGES = {
     "sft": ("02_sft", "sft"),
     "dpo": ("03_dpo", "dpo"),
     "evaluate": ("04_evaluate", "evaluation"),
+    "speed": ("04_speed", "evaluation"),
     "ablations": ("05_ablations", "ablations"),
     "compare": ("06_compare", "evaluation"),
 }

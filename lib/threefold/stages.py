@@ -33,6 +33,7 @@ class Step:
     executed: str  # stem in runs/<run>/notebooks/: "04_evaluate-sft"
     parameters: Mapping[str, str | int]  # {"model": "sft"}
     needs: tuple[str, ...]  # the stages it comes after
+    alone: bool = False  # nothing may run beside it, for it takes the time of what it does
 
 
 def steps(preset: Preset) -> dict[str, Step]:
@@ -59,9 +60,11 @@ def steps(preset: Preset) -> dict[str, Step]:
             )
     if preset.ablations.steps > 0:
         needs["ablations"] = ("data",)
+    if preset.evaluation.speed_repeats > 0 and preset.evaluation.speed_batch_sizes:
+        needs["speed"] = ("data", "pretrain", "sft", "dpo", *trained)
     needs["compare"] = tuple(needs)
     return {
-        name: Step(name, notebook.source, notebook.executed, notebook.parameters, needs[name])
+        name: Step(name, notebook.source, notebook.executed, notebook.parameters, needs[name], alone=name == "speed")
         for name, notebook in ((name, stage_notebook(name)) for name in needs)
     }
 
@@ -156,6 +159,14 @@ def _sections(preset: Preset, stage: str) -> dict[str, Any]:
         }
     if kind == "ablations":
         return {**corpus, "ablations": preset.ablations}
+    if kind == "speed":
+        return {
+            "evaluation": {
+                name: value for name, value in asdict(preset.evaluation).items() if name.startswith("speed_")
+            },
+            "model": preset.model,  # the random control's
+            "baselines": _plain([preset.baselines]),
+        }
     if kind == "evaluate":
         if model == "random":
             own = {"model": preset.model}
@@ -165,7 +176,8 @@ def _sections(preset: Preset, stage: str) -> dict[str, Any]:
             own = {"baselines": _baseline(preset, model)}
         else:
             own = {"baselines": _plain([entry for entry in preset.baselines.external if entry.name == model])}
-        return {"evaluation": preset.evaluation, **own}
+        scored = {name: value for name, value in _plain(preset.evaluation).items() if not name.startswith("speed_")}
+        return {"evaluation": scored, **own}
     return {"preset": {"name": preset.name}, "evaluation": {"bootstrap": preset.evaluation.bootstrap}}
 
 
@@ -201,6 +213,7 @@ def sources(preset: Preset, stage: str) -> list[SourceConfig]:
         "sft": [*data.sft, *data.sft_heldout, *(text if preset.sft.replay else [])],
         "dpo": [*data.dpo, *data.dpo_heldout],
         "evaluate": list(config.evaluation_sources(preset).values()),
+        "speed": [],
         "compare": [],
     }
     by_kind["data"] = [source for entry in fields(data) for source in getattr(data, entry.name)] + by_kind["evaluate"]
@@ -223,14 +236,15 @@ def _data(run: Run, stage: str) -> dict[str, str]:
 
 def _locations(preset: Preset, stage: str) -> Iterable[tuple[str, str, str]]:
     """(name, location, revision) of the models from outside that a stage loads."""
-    baselines = preset.baselines
-    name = stage.removeprefix("evaluate-")
-    if stage.startswith("evaluate-"):
-        if name in ("gpt2", "distilgpt2") and getattr(baselines, name) != "train":
-            yield name, getattr(baselines, name), getattr(baselines, f"{name}_revision")
-        for entry in baselines.external:
-            if entry.name == name:
-                yield name, entry.location, entry.revision
+    baselines, kind, _, name = preset.baselines, *stage.partition("-")
+    if kind not in ("evaluate", "speed"):
+        return
+    for model in ("gpt2", "distilgpt2"):
+        if name in (model, "") and getattr(baselines, model) != "train":
+            yield model, getattr(baselines, model), getattr(baselines, f"{model}_revision")
+    for entry in baselines.external:
+        if name in (entry.name, ""):
+            yield entry.name, entry.location, entry.revision
 
 
 def _location(location: str, revision: str, data_dir: str) -> str:

@@ -29,19 +29,13 @@ model = "pretrain"
 replicate = 1  # which of the preset's `seeds` trainings of pretrain, sft or dpo
 
 # %%
-from dataclasses import replace
-
 from threefold import records
-from threefold.data.tokenizer import load_tokenizer
 from threefold.evaluation import LanguageModel, evaluate, headline, save_items
+from threefold.evaluation.subjects import subject as open_subject
 from threefold.run import open_stage
 from threefold.stages import fingerprint
 
 stage = open_stage("evaluate", globals())
-parents = {
-    name: stage.require(name) for name in ("pretrain", "sft", "dpo", "gpt2", "distilgpt2") if name == stage.model
-}
-tokenizer = load_tokenizer(stage.require("data") / "tokenizer")
 reference = LanguageModel.from_checkpoint(stage.require("sft"), "sft") if stage.model in ("sft", "dpo") else None
 folder = stage.begin(fingerprint(stage.run, stage.name))
 
@@ -49,18 +43,7 @@ folder = stage.begin(fingerprint(stage.run, stage.name))
 # ## The model
 
 # %%
-baselines = stage.preset.baselines
-external = {entry.name: entry for entry in baselines.external}
-if stage.model == "random":
-    config = replace(stage.preset.model, vocab_size=len(tokenizer))
-    subject = LanguageModel.random(config, tokenizer, stage.preset.seed)
-elif stage.model in external:
-    subject = LanguageModel.from_location(external[stage.model], data_dir=stage.run.data_dir)
-elif getattr(baselines, stage.model, "train") != "train":
-    location, revision = getattr(baselines, stage.model), getattr(baselines, f"{stage.model}_revision")
-    subject = LanguageModel.from_location(location, revision, stage.run.data_dir, name=stage.model)
-else:
-    subject = LanguageModel.from_checkpoint(parents[stage.model], stage.subject)
+subject = open_subject(stage, stage.model)
 print(f"{subject.name}: context {subject.context}, weights {subject.weights_sha256[:12]}")
 
 # %% [markdown]

@@ -198,7 +198,9 @@ class Comparison:
     def evaluations(self, model: str) -> dict[str, dict[str, Any]]:
         """Protocol -> values of the model's evaluation record."""
         prefix = f"evaluation/{model}/"
-        return {name[len(prefix) :]: r.values for name, r in self.records.items() if name.startswith(prefix)}
+        found = {name[len(prefix) :]: r.values for name, r in self.records.items() if name.startswith(prefix)}
+        timed = self.values(f"speed/{model}")  # of all models by turns, in a notebook of its own
+        return found | ({"speed": timed} if timed else {})
 
     @cached_property
     def protocols(self) -> list[str]:
@@ -230,7 +232,8 @@ class Comparison:
     def _read_items(self, model: str, protocol: str) -> pd.DataFrame | None:
         if self.folder is None:
             return None
-        path = self.folder / "evaluation" / model / "items" / f"{protocol.replace('/', '_')}.parquet"
+        folder = f"speed/items/{model}" if protocol == "speed" else f"evaluation/{model}/items"
+        path = self.folder / folder / f"{protocol.replace('/', '_')}.parquet"
         if not path.is_file():
             return None
         told = (self.evaluations(model).get(protocol, {}).get("items") or {}).get("sha256")

@@ -108,7 +108,7 @@ def headline(config: EvaluationConfig) -> tuple[EvaluationConfig, tuple[str, ...
     """What `evaluate` needs to measure only the headline figures, each exactly as the whole evaluation measures it.
 
     (config, only): disjoint perplexity, sentiment with the most shots under the first template, problems, instructions
-    and preferences; no other template, no second definition of perplexity, no speed.
+    and preferences; no other template, no second definition of perplexity.
     """
     shots = max(config.sentiment_shots, default=0)
     keys = ("disjoint", "few-shot" if shots else "zero-shot", "problems", "instructions", "preferences")
@@ -200,20 +200,6 @@ def _planned(
         yield task("instructions", config.instructions, None, instructions.responses, **options)
     if _named(config.preferences):
         yield task("preferences", config.preferences, None, preferences.pairs, reference, beta=beta)
-    if config.speed_repeats > 0 and config.speed_batch_sizes:
-
-        def timed() -> Evaluation:
-            (result,) = speed.measure(
-                [model],
-                batch_sizes=config.speed_batch_sizes,
-                prompt=config.speed_prompt,
-                new_tokens=config.speed_new_tokens,
-                repeats=config.speed_repeats,
-                seed=scoring.seed,
-            )
-            return result
-
-        yield "speed", timed
 
 
 def _named(source: SourceConfig) -> bool:

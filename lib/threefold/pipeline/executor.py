@@ -36,7 +36,17 @@ from threefold.run import Run
 from threefold.stages import Step
 
 # How long a stage takes against the others; only their order matters.
-WEIGHTS = {"data": 2, "pretrain": 8, "gpt2": 7, "distilgpt2": 6, "sft": 4, "dpo": 3, "evaluate": 4, "ablations": 6}
+WEIGHTS = {
+    "data": 2,
+    "pretrain": 8,
+    "gpt2": 7,
+    "distilgpt2": 6,
+    "sft": 4,
+    "dpo": 3,
+    "evaluate": 4,
+    "ablations": 6,
+    "speed": 1,
+}
 EXTERNAL = 16  # evaluating a published model, many times the size of what is trained here
 STOP_SECONDS = 5.0  # between asking a worker to leave and killing it
 LOCK = ".lock"  # in the run's folder; held by its pipeline
@@ -115,7 +125,7 @@ def execute(
         while waiting or workers.busy:
             startable = _startable(run, waiting, workers.busy, outcome, force, say)
             for step in sorted(startable, key=lambda step: -roads[step.name]):
-                if len(workers.busy) < jobs:
+                if fits(step, [job.step for job in workers.busy.values()], jobs):
                     del waiting[step.name]
                     workers.start(step, share(plan, step, jobs), more=len(waiting) >= NURSERY_FROM)
             if workers.busy:
@@ -125,9 +135,16 @@ def execute(
     return outcome
 
 
+def fits(step: Step, busy: list[Step], jobs: int) -> bool:
+    """Whether a stage may start beside those at work: there is room, and none of them must be alone."""
+    return len(busy) < jobs and not (busy and any(one.alone for one in (step, *busy)))
+
+
 def share(plan: Mapping[str, Step], step: Step, jobs: int) -> int:
     """Threads for a stage: all cores when nothing in the plan could ever run beside it, else cores // jobs."""
-    alone = len(stages.ancestors(plan, step.name)) + len(stages.dependents(plan, step.name)) + 1 == len(plan)
+    alone = step.alone or len(stages.ancestors(plan, step.name)) + len(stages.dependents(plan, step.name)) + 1 == len(
+        plan
+    )
     return cores() if alone else max(1, cores() // jobs)
 
 

@@ -1,0 +1,74 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,label,editable,deletable,-all
+#     notebook_metadata_filter: -all
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 04 · Speed
+#
+# How fast does each model generate? All models of the run stand in one process and are timed by turns: a busy moment of the
+# machine meets them alike, so that their ratios hold where their tokens per second may not. The pipeline runs nothing beside
+# this notebook.
+#
+# Input: every model's stage. Output: `runs/<run>/speed/` with every repeat as Parquet.
+
+# %% tags=["parameters"]
+preset = "smoke"
+run = ""  # default: the preset's name
+data_dir = ""  # local data folder, where a model from outside may lie
+overrides = ""  # "section.key=value; ..."
+speed_batch_sizes = None  # None: the preset's value, as for every key of its section [evaluation]
+speed_prompt = None
+speed_new_tokens = None
+speed_repeats = None
+
+# %%
+from threefold import config, records
+from threefold.evaluation import save_items, speed
+from threefold.evaluation.subjects import subject
+from threefold.run import open_stage
+from threefold.stages import fingerprint
+
+stage = open_stage("speed", globals())
+models = [subject(stage, model) for model in config.model_names(stage.preset)]
+folder = stage.begin(fingerprint(stage.run, stage.name))
+
+# %% [markdown]
+# ## By turns
+#
+# Prefill is one forward over the prompts, decoding the greedy steps after it, each model as the evaluations run it.
+
+# %%
+evaluations = speed.measure(
+    models,
+    batch_sizes=stage.config.speed_batch_sizes,
+    prompt=stage.config.speed_prompt,
+    new_tokens=stage.config.speed_new_tokens,
+    repeats=stage.config.speed_repeats,
+    seed=stage.seed,
+    progress=print,
+)
+
+# %% [markdown]
+# ## Results
+#
+# One record a model: tokens per second, the median of the repeats with their quartiles.
+
+# %%
+for evaluation in evaluations:
+    hashes = save_items(folder / "items" / evaluation.model, [evaluation])
+    rates = {name: values["value"] for name, values in evaluation.metrics.items()}
+    records.publish(
+        f"speed/{evaluation.model}",
+        evaluation.record(hashes[evaluation.protocol]),
+        markdown=f"**{evaluation.model}**\n\n" + records.table([rates], formats=dict.fromkeys(rates, ",.0f")),
+    )
+
+# %%
+records.publish("stage/speed", stage.finish())
