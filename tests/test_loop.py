@@ -528,6 +528,10 @@ def test_variants_are_trained_alike_and_kept(tmp_path, monkeypatch):
         assert result.parameters == sum(
             p.numel() for p in Decoder(variants.variant_config(TINY, result.variant)).parameters()
         )
+        model_config = variants.variant_config(TINY, result.variant)
+        kept = variants.load_variant(tmp_path, result.variant, 2)
+        assert kept.config == model_config
+        assert held_out_loss(kept, packed(model_config)[1], batch_size=3)["loss"] == result.runs[1].heldout_loss
 
     assert variants.run_variants(TINY, ["norm=layer", "sinks=0"], config, packed, **settings) == found
     assert len(trained) == 6  # kept

@@ -4,7 +4,7 @@ from threefold.training.loop import TrainResult, held_out_loss, reference_logpro
 from threefold.training.objectives import Distillation, Loss, NextToken, Objective, Preference
 from threefold.training.stages import Trained, distil, dpo, half_depth, pretrain, sft
 from threefold.training.state import curve, read_metrics
-from threefold.training.variants import VariantResult, VariantRun, run_variants, variant_config
+from threefold.training.variants import VariantResult, VariantRun, load_variant, run_variants, variant_config
 
 __all__ = [
     "Distillation",
@@ -21,6 +21,7 @@ __all__ = [
     "dpo",
     "half_depth",
     "held_out_loss",
+    "load_variant",
     "pretrain",
     "read_metrics",
     "reference_logprobs",

@@ -14,6 +14,7 @@ from threefold.config import ModelConfig, Preset, TrainConfig, ablated
 from threefold.data.packing import Batch, PackedRows
 from threefold.errors import ConfigError
 from threefold.model.decoder import Decoder, parameter_counts
+from threefold.model.hf import load_checkpoint, save_checkpoint
 from threefold.provenance import atomic_write, sha256_json
 from threefold.training import optimizers as optim
 from threefold.training.loop import Progress, clear_state, train
@@ -125,6 +126,19 @@ def run_variants(
     return [VariantResult(name, tuple(runs[name]), seconds[name]) for name in names]
 
 
+def load_variant(folder: str | Path, name: str, seed: int) -> Decoder:
+    """The model a finished training of `run_variants` ended with, from the folder given to it.
+
+    Raises CheckpointError where that variant was not trained from that seed.
+    """
+    return load_checkpoint(variant_folder(folder, name, seed))
+
+
+def variant_folder(folder: str | Path, name: str, seed: int) -> Path:
+    """Where one training of a variant lies: its checkpoint, metrics.jsonl and result.json."""
+    return Path(folder) / f"{_stem(name)}-{seed}"
+
+
 def _run(
     name: str,
     model_config: ModelConfig,
@@ -142,7 +156,7 @@ def _run(
         "train": asdict(config),
         "rows": [len(rows), rows.n_tokens, len(heldout), heldout.n_tokens],
     }
-    work = folder / f"{_stem(name)}-{seed}"
+    work = variant_folder(folder, name, seed)
     known = _cached(work / "result.json", asked)
     if known is not None:
         return VariantRun(**known)
@@ -165,6 +179,7 @@ def _run(
         progress=_quiet,
         name=f"variant {name}",
     )
+    save_checkpoint(work, model)
     clear_state(work)
     run = VariantRun(
         name, seed, result.heldout_loss, parameter_counts(model)["total"], result.tokens, model_config.d_ff
