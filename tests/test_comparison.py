@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import math
 import shutil
 
 import nbformat
 import numpy as np
 import pytest
 from report_fixtures import MODELS, NOTEBOOKS, PARAMETERS, cell, make_run, notebook, output, sha, stage_values
+from scipy import stats
 from threefold import paths, records
 from threefold.comparison import Comparison, ablations, figures, models, tables, training
 from threefold.comparison.differences import EQUIVALENT, UNRESOLVED, Difference, adjust, difference
@@ -271,6 +273,65 @@ def test_architecture_sets_the_measured_effect_beside_the_claimed_one(comparison
     assert effect.change == pytest.approx(np.exp(logs.mean()) - 1) and effect.low < effect.change < effect.high
 
 
+def test_architecture_tells_what_an_unused_component_would_bring(copy):
+    notebook(
+        copy / "notebooks" / "05_more.ipynb",
+        cell("x", output("ablation/qk", {"variant": "qk_norm=true", "heldout_loss": [2.09, 2.11, 2.10]}, "x")),
+    )
+    rows = {row["Component"]: row for row in tables.architecture(Comparison.load(copy)).values["rows"]}
+    assert rows["QK normalisation"]["Measured here"].startswith("same as GPT-2; with qk_norm=true: perplexity −1.0%")
+
+
+def test_ablation_table_sets_every_variant_against_the_base(comparison):
+    found = ablations.found(comparison)
+    result = tables.ablation_effects(found)
+    rows = {row["Variant"]: row for row in result.values["rows"]}
+    assert rows["base"]["Difference"] is None and rows["base"]["Held-out loss"] == "2.1100 ± 0.0100"
+    gelu = rows["ffn=gelu"]
+    assert gelu["Parameters"] == "1,400,000 (0.00%)" and gelu["Feed-forward"] == 1152
+    differences = np.array([2.18, 2.205, 2.19]) - np.array([2.10, 2.12, 2.11])
+    test = stats.ttest_1samp(differences, 0)
+    low, high = test.confidence_interval()
+    assert gelu["Difference"].replace("\u00a0", " ") == f"+{differences.mean():.4f} [+{low:.4f}, +{high:.4f}]"
+    contrast = {one.variant: one for one in ablations.contrasts(found)}["ffn=gelu"]
+    assert contrast.loss.p == pytest.approx(test.pvalue) and contrast.loss_p == pytest.approx(2 * test.pvalue)
+    assert contrast.detected
+    assert math.exp(contrast.steps["preset"].difference) == pytest.approx(1 / 1.03, abs=0.001)
+    assert contrast.steps["preset"].low < math.log(1 / 1.03) + 0.001 and contrast.step_p["preset"] < 0.05
+    said = tables.ablation_resolution(found).markdown
+    assert "With 3 seeds" in said and "1 differ detectably from the base in held-out loss (ffn=gelu)" in said
+    assert figures.ablation_curves(found).values["drawn"] == ["base", "norm=layer", "ffn=gelu"]
+
+
+def test_without_ablations_their_table_and_figure_say_so():
+    assert "Not measured" in tables.ablation_effects({}).markdown
+    assert "No ablation" in tables.ablation_resolution({}).markdown
+    assert figures.ablation_curves({}).values == {"drawn": []}
+
+
+def test_tokens_to_equal_loss_are_read_off_the_curves():
+    """loss = 10 - ln(tokens) for the base: exactly linear in the logarithm of tokens, whatever the points."""
+
+    def curve(shift, points):
+        return {"tokens": [0, *points], "loss": [10.0, *(10 - math.log(t) + shift for t in points)]}
+
+    base = curve(0.0, [100, 300, 1000])
+    worse, better = curve(0.2, [100, 500, 1000]), curve(-0.3, [100, 200, 1000])
+    assert ablations.equal_loss(base, worse) == pytest.approx((1000 / math.exp(0.2), 1000))
+    assert ablations.equal_loss(base, better) == pytest.approx((1000, 1000 / math.exp(0.3)))
+    assert ablations.equal_loss(base, base) == pytest.approx((1000, 1000))
+    assert ablations.equal_loss(curve(0.0, [600, 1000]), curve(5.0, [600, 1000])) is None  # below it at once
+
+
+def test_kernel_table_pairs_the_rounds():
+    taken = [0.010, 0.020, 0.030, 0.011, 0.012, 0.013, 0.5]  # slow rounds are slow for both
+    seconds = {"SwiGLU": taken, "GELU": [0.9 * x for x in taken]}
+    timing = {"part": "ffn", "positions": 8, "parameters": dict.fromkeys(seconds, 12), "seconds": seconds}
+    rows = tables.kernels([timing]).values["rows"]
+    assert rows[0]["Time against the first"] is None and rows[0]["Median"] == "13.000\u00a0ms"
+    assert rows[1]["Time against the first"].replace("\u00a0", " ") == "0.900× [0.900, 0.900]"
+
+
 def test_one_seed_has_no_interval(tmp_path):
     folder = tmp_path / "notebooks"
     base = {"variant": "base", "heldout_loss": [2.0], "tokens_per_second": 100.0}
@@ -278,7 +339,7 @@ def test_one_seed_has_no_interval(tmp_path):
     cells = [cell("x", output(f"ablation/{i}", values, "x")) for i, values in enumerate((base, other))]
     notebook(folder / "05_ablations.ipynb", *cells)
     effect = ablations.effect(Comparison.load(tmp_path), "norm=layer", "tokens_per_second")
-    assert effect.change == pytest.approx(100 / 90 - 1) and effect.low is None and effect.basis == "one timing"
+    assert effect.change == pytest.approx(100 / 90 - 1) and effect.low is None and effect.basis == "1 round"
 
 
 def test_efficiency_states_cost_and_peak_only_where_known(comparison, tmp_path):

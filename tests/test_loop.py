@@ -1,4 +1,4 @@
-"""The loop: sums over micro-batches, resuming, what stops it and what it says; the stages and variants on top of it."""
+"""The loop: sums over micro-batches, resuming, what stops it and what it says; the stages on top of it."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from threefold.data.packing import IGNORE, pack_documents, pack_examples, pack_p
 from threefold.errors import ConfigError, DataError, TrainingError
 from threefold.model.decoder import Decoder
 from threefold.model.hf import load_checkpoint
-from threefold.training import loop, numerics, stages, variants
+from threefold.training import loop, numerics, stages
 from threefold.training.feed import Feed
 from threefold.training.loop import held_out_loss, train
 from threefold.training.objectives import Loss, NextToken
@@ -490,53 +490,3 @@ def test_distillation_makes_a_student_of_half_the_depth(text, heldout, tmp_path)
     assert made.result.heldout[0]["loss"] == pytest.approx(
         held_out_loss(stages.half_depth(teacher), heldout, device="cpu")["loss"], abs=1e-6
     )
-
-
-# Variants -----------------------------------------------------------------------------------------------------------
-
-
-def test_variants_are_compared_at_equal_parameters():
-    base = replace(TINY, d_ff=48)
-    gelu = variants.variant_config(base, "ffn=gelu")
-    assert gelu.d_ff == 72
-    count = {m: sum(p.numel() for p in Decoder(m).parameters()) for m in (base, gelu)}
-    assert count[base] == count[gelu]
-    assert variants.variant_config(gelu, "ffn=swiglu") == base
-    assert variants.variant_config(base, "ffn=gelu,d_ff=60").d_ff == 60
-    assert variants.variant_config(base, "norm=layer,bias=true") == replace(base, norm="layer", bias=True)
-    with pytest.raises(ConfigError, match=r"normm.*did you mean.*norm"):
-        variants.variant_config(base, "normm=layer")
-
-
-def test_variants_are_trained_alike_and_kept(tmp_path, monkeypatch):
-    documents, held = sequences(1, 40, 2, 40), sequences(2, 9, 2, 40)
-
-    def packed(config):
-        ids = [SINK] * config.sinks
-        return pack_documents(documents, config, EOS, ids), pack_documents(held, config, EOS, ids)
-
-    trained = []
-    monkeypatch.setattr(variants, "train", lambda *a, **k: trained.append(k["name"]) or train(*a, **k))
-    config = TrainConfig(steps=4, batch_size=3, optimizer="adamw")
-    settings = {"seeds": (1, 2), "folder": tmp_path, "device": "cpu"}
-    found = variants.run_variants(TINY, ["norm=layer", "sinks=0"], config, packed, **settings)
-    assert [result.variant for result in found] == ["base", "norm=layer", "sinks=0"]
-    assert len(trained) == 6
-    for result in found:
-        assert [r.seed for r in result.runs] == [1, 2] and result.runs[0].heldout_loss != result.runs[1].heldout_loss
-        assert 0 < result.heldout_loss < 4 and 0 < result.step_seconds < 5
-        assert result.parameters == sum(
-            p.numel() for p in Decoder(variants.variant_config(TINY, result.variant)).parameters()
-        )
-        model_config = variants.variant_config(TINY, result.variant)
-        kept = variants.load_variant(tmp_path, result.variant, 2)
-        assert kept.config == model_config
-        assert held_out_loss(kept, packed(model_config)[1], batch_size=3)["loss"] == result.runs[1].heldout_loss
-
-    assert variants.run_variants(TINY, ["norm=layer", "sinks=0"], config, packed, **settings) == found
-    assert len(trained) == 6  # kept
-    more = variants.run_variants(TINY, ["norm=layer"], replace(config, steps=5), packed, **settings)
-    assert len(trained) == 10 and more[0].runs != found[0].runs  # another training: nothing kept serves
-
-    with pytest.raises(ConfigError, match="sinks=0 packs its rows otherwise"):
-        variants.run_variants(TINY, ["sinks=0"], config, *packed(TINY), **settings)

@@ -266,3 +266,34 @@ def test_comparison_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_median_of_pairs_has_the_interval_of_order_statistics():
+    """Against scipy's exact interval of a quantile (binomial, distribution-free)."""
+    generator = np.random.default_rng(8)
+    for n in (6, 9, 15, 40):
+        a, b = generator.normal(size=n), generator.standard_t(2, size=n) + 0.5
+        found = statistics.paired_median(a, b)
+        assert found.difference == pytest.approx(np.median(b - a))
+        ordered = np.sort(b - a)
+        k = int(np.flatnonzero(ordered == found.low)[0]) + 1
+        assert found.high == ordered[n - k]
+        assert scipy_stats.binom.cdf(k - 1, n, 0.5) <= 0.025 < scipy_stats.binom.cdf(k, n, 0.5)
+        expected = scipy_stats.quantile_test(b - a, q=0, p=0.5)
+        assert found.p == pytest.approx(expected.pvalue)
+        low, high = expected.confidence_interval(0.95)
+        assert found.low == pytest.approx(low) and found.high == pytest.approx(high)
+    few = statistics.paired_median([0.0] * 5, [1.0] * 5)
+    assert few.low is None and few.p == 1.0 and few.difference == 1.0
+    assert statistics.paired_median([0.0] * 8, [0.0] * 8).p == 1.0
+    with pytest.raises(ValueError, match="same units"):
+        statistics.paired_median([1.0], [1.0, 2.0])
+
+
+def test_the_median_interval_covers_at_least_as_often_as_it_says():
+    generator = np.random.default_rng(9)
+    hits = 0
+    for _ in range(1000):
+        found = statistics.paired_median(np.zeros(15), generator.exponential(size=15) - np.log(2))
+        hits += found.low <= 0 <= found.high
+    assert hits >= 950 - 3 * np.sqrt(1000 * 0.05 * 0.95)

@@ -165,9 +165,24 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class AblationConfig:
+    """A variant is what it changes, "norm=layer" or "optimizer=adamw,learning_rate=2e-3": keys of [model] or of
+    [ablations.train]. The base and every variant are trained from each seed.
+    """
+
     steps: int = -1  # -1: no ablations
     seeds: int = 1
-    variants: tuple[str, ...] = ("norm=layer", "ffn=gelu", "position=learned", "sinks=0")
+    base: str = ""  # what the base changes in [model], written like a variant: a smaller one affords more seeds
+    variants: tuple[str, ...] = (
+        "norm=layer",
+        "ffn=gelu",
+        "position=learned",
+        "position=none",
+        "sinks=0",
+        "sinks=4",
+        "qk_norm=true",
+        "optimizer=adamw",
+    )
+    rounds: int = 15  # timed steps of each, taken in turn; from 6 on their median has a 95% interval
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -594,7 +609,7 @@ _RULES: dict[type, dict[str, Rule]] = {
         "sentiment_shots": ("numbers of at least 0", lambda shots: all(shot >= 0 for shot in shots)),
         "speed_batch_sizes": ("numbers of at least 1", lambda sizes: all(size >= 1 for size in sizes)),
     },
-    AblationConfig: {"steps": _off_or(_least(1)), "seeds": _least(1)},
+    AblationConfig: {"steps": _off_or(_least(1)), "seeds": _least(1), "rounds": _least(1)},
     Preset: {"seed": _between(0, _LARGEST_SEED), "seeds": _least(1)},
 }
 
@@ -635,24 +650,45 @@ def validate(preset: Preset, origin: str = "preset") -> Preset:
             f"{origin}: evaluation.stride = {preset.evaluation.stride}: "
             f"expected at most evaluation.window = {preset.evaluation.window}, or tokens would be left out"
         )
+    base = ablation_base(preset, origin)
     for variant in preset.ablations.variants:
-        ablated(preset, variant, f"{origin}: ablations.variants")
+        ablated(base, variant, f"{origin}: ablations.variants")
     return preset
 
 
+def ablation_base(preset: Preset, origin: str = "preset") -> Preset:
+    """The preset with the model that the ablations' variants differ from: `ablations.base` applied to [model]."""
+    changes = preset.ablations.base
+    if not changes:
+        return preset
+    changed = ablated(preset, changes, f"{origin}: ablations.base")
+    if changed.ablations.train != preset.ablations.train:
+        raise ConfigError(
+            f"{origin}: ablations.base = {changes!r}: expected keys of [model]; [ablations.train] has others"
+        )
+    return changed
+
+
 def ablated(preset: Preset, variant: str, origin: str = "variant") -> Preset:
-    """The preset with one ablation's model, as `ablations.variants` writes it: `ffn=gelu` or `norm=layer,bias=true`."""
+    """The preset with one variant's changes to [model] and [ablations.train], as `ablations.variants` writes them:
+    `ffn=gelu`, `norm=layer,bias=true` or `optimizer=adamw,learning_rate=2e-3`.
+    """
     table = to_dict(preset)
     origin = f"{origin}: {variant!r}"
+    training = {entry.name for entry in fields(TrainConfig)}
     for part in variant.split(","):
-        key, equals, text = part.strip().partition("=")
+        key, equals, text = (piece.strip() for piece in part.partition("="))
         if not equals:
-            raise ConfigError(f"{origin}: expected key=value with a key of [model]")
-        holder, last, kind = _locate(table, f"model.{key.strip()}", origin)
-        holder[last] = _from_text(kind, text.strip(), True)
+            raise ConfigError(f"{origin}: expected key=value with a key of [model] or [ablations.train]")
+        if key in LENGTHS:
+            raise ConfigError(f"{origin}: {key}: every variant trains equally long, ablations.steps says how long")
+        holder, last, kind = _locate(table, f"{'ablations.train' if key in training else 'model'}.{key}", origin)
+        holder[last] = _from_text(kind, text, True)
     changed = _build(Preset, table, "", origin)
     _check_rules(changed.model, "model", origin)
     _check_model(changed.model, "model", origin)
+    _check_rules(changed.ablations.train, "ablations.train", origin)
+    _check_train(changed.ablations.train, "ablations.train", origin, needs_length=False)
     return changed
 
 

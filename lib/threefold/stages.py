@@ -158,7 +158,7 @@ def _sections(preset: Preset, stage: str) -> dict[str, Any]:
             **cleaned,
         }
     if kind == "ablations":
-        return {**corpus, "ablations": preset.ablations}
+        return {**corpus, "ablations": preset.ablations, "pretrain": preset.pretrain}  # whose steps are timed
     if kind == "speed":
         return {
             "evaluation": {

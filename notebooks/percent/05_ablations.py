@@ -12,12 +12,14 @@
 # %% [markdown]
 # # 05 · Ablations
 #
-# What is each component worth? The base model is trained again, and then once more for every component with GPT-2's
-# counterpart in its place: same data in the same order, same steps, same seed, feed-forwards of equal parameters. Step times
-# are taken in turn, so that a slow moment of the machine meets every variant alike.
+# What is each component worth? A base model is trained again, and then once more for every component with its counterpart
+# in its place: same text in the same order, same steps, same seeds, feed-forwards of equal parameters. The optimizer is one
+# of the components, each at a learning rate of its own. Step times are taken in turn in one process, so that a slow moment
+# of the machine meets every variant alike.
 #
-# Input: stage `data`. Output: `runs/<run>/ablations/`, one result a variant and seed; finished ones are kept when the notebook
-# is interrupted.
+# Input: stage `data`. Output: `runs/<run>/ablations/`, one folder a variant and seed with its checkpoint and curve. Trainings
+# run side by side, one a CPU thread or GPU; finished ones are kept when the notebook is interrupted, and a variant that is
+# added to the list trains alone.
 
 # %% tags=["parameters"]
 preset = "smoke"
@@ -30,84 +32,122 @@ seeds = None
 # %%
 from dataclasses import asdict, replace
 
-import matplotlib.pyplot as plt
 from threefold import records
-from threefold.data import corpus, exclusion
-from threefold.data.tokenizer import load_tokenizer, with_sinks
+from threefold.comparison import figures, tables
+from threefold.config import ablation_base
+from threefold.data.tokenizer import load_tokenizer
 from threefold.run import open_stage
 from threefold.stages import fingerprint
-from threefold.training import run_variants
+from threefold.training import PresetRows, run_variants, time_kernels, time_variants
 
 stage = open_stage("ablations", globals())
-tokenizer = load_tokenizer(stage.require("data") / "tokenizer")
+tokenizer_folder = stage.require("data") / "tokenizer"
 folder = stage.begin(fingerprint(stage.run, stage.name))
 
 # %% [markdown]
-# ## The variants
+# ## Trainings
 #
-# A variant is an override of the model's section of the preset. A model without sinks packs its rows without them.
+# A variant is an override of `[model]` or `[ablations.train]`; one more is one line in the preset. The base may be smaller
+# than the preset's model (`ablations.base`), so that several seeds can be afforded: whatever is found holds for that size.
 
 # %%
-base = replace(stage.preset.model, vocab_size=len(tokenizer))
-train_config = replace(stage.config.train, steps=stage.config.steps, tokens=-1, epochs=-1.0)
-sources = stage.preset.data
-exclude = exclusion.of_preset(stage.preset, stage.run.data_dir)
-
-
-def rows_for(config):
-    fitting = with_sinks(tokenizer, config.sinks)
-    return (
-        corpus.pretraining_rows(sources.pretrain, fitting, config, stage.run.data_dir, exclude),
-        corpus.pretraining_rows(sources.pretrain_heldout, fitting, config, stage.run.data_dir),
-    )
-
+vocabulary = len(load_tokenizer(tokenizer_folder))
+small = replace(ablation_base(stage.preset).model, vocab_size=vocabulary)
+whole = replace(stage.preset.model, vocab_size=vocabulary)
+training = replace(stage.config.train, steps=stage.config.steps, tokens=-1, epochs=-1.0)
+rows = PresetRows(stage.preset, tokenizer_folder, stage.run.data_dir)
+variants = stage.config.variants
 
 results = run_variants(
-    base,
-    stage.config.variants,
-    train_config,
-    rows_for,
+    small,
+    variants,
+    training,
+    rows,
     seeds=range(stage.preset.seed, stage.preset.seed + stage.config.seeds),
     folder=folder,
-    progress=print,
+    reuse=stage.folder,
 )
+
+# %% [markdown]
+# ## Step times
+#
+# Whole steps (forward, backward, clipping, update) of every variant by turns, at the size trained above and at the preset's
+# own, compiled where that stage's training would be.
+
+# %%
+timings = {
+    "preset": time_variants(
+        whole, variants, stage.preset.pretrain, rows, stage.config.rounds, file=folder / "steps-preset.json"
+    )
+}
+if small != whole:
+    timings["ablation"] = time_variants(
+        small, variants, training, rows, stage.config.rounds, file=folder / "steps-ablation.json"
+    )
+for size, timing in timings.items():
+    print(f"{tables.SIZES[size]}: {timing.note}; {stage.config.rounds} rounds")
 
 # %% [markdown]
 # ## Results
 #
-# Held-out loss after equal steps, one value a seed, and the median time of a step.
+# Held-out loss after equal steps, one value a seed, and the times of a step, one a round. The loss is over the same tokens for
+# every variant: all but the first of each document, which sinks make a target or not.
 
 # %%
+positions = stage.preset.pretrain.batch_size * stage.preset.pretrain.accumulate * whole.context
+found = {}
 for result in results:
-    positions = train_config.batch_size * train_config.accumulate * base.context
-    values = {
+    step_seconds = {size: timing.seconds[result.variant] for size, timing in timings.items()}
+    found[result.variant] = {
         "variant": result.variant,
-        "heldout_loss": [run.heldout_loss for run in result.runs],
+        "heldout_loss": [one.heldout_loss for one in result.runs],
+        "seeds": [one.seed for one in result.runs],
+        "curves": [one.curve for one in result.runs],
         "parameters": result.parameters,
-        "step_seconds": result.step_seconds,
-        "tokens_per_second": positions / result.step_seconds,
-        "runs": [asdict(run) for run in result.runs],
+        "d_ff": result.runs[0].d_ff,
+        "step_seconds": step_seconds,
+        "tokens_per_second": [positions / seconds for seconds in step_seconds["preset"]],  # at the preset's size
+        "timed_on": {size: timing.note for size, timing in timings.items()},
+        "runs": [asdict(one) for one in result.runs],
     }
     line = (
         f"**{result.variant}**: held-out loss {result.heldout_loss:.4f} nats per token over {len(result.runs)} seed(s), "
-        f"{result.step_seconds * 1000:.1f} ms a step, {result.parameters:,} parameters"
+        f"{result.parameters:,} parameters"
     )
-    records.publish(f"ablation/{result.variant.replace('=', '-').replace(',', '_')}", values, markdown=line)
+    records.publish(
+        f"ablation/{result.variant.replace('=', '-').replace(',', '_')}", found[result.variant], markdown=line
+    )
+
+# %% [markdown]
+# *Difference* is the variant's held-out loss less the base's, seed by seed. *Tokens to equal loss* says how many times the
+# base's tokens the variant needs to come to the same held-out loss, the higher of the two last ones, read off both curves
+# under their learning-rate schedule. *Step time* is the variant's over the base's, round by round.
 
 # %%
-figure, axes = plt.subplots(figsize=(6.4, 2.8))
-for place, result in enumerate(results):
-    losses = [run.heldout_loss for run in result.runs]
-    axes.plot(losses, [place] * len(losses), "o", color="#0072B2", alpha=0.7)
-axes.set(xlabel=f"held-out loss after {train_config.steps} steps (nats per token)", yticks=range(len(results)))
-axes.set_yticklabels([result.variant for result in results])
-axes.invert_yaxis()
-records.publish(
-    "ablation-figure",
-    {result.variant: result.heldout_loss for result in results},
-    figure=figure,
-    text="Held-out loss of each ablation variant, one dot a seed.",
-)
+#| label: tbl-ablations
+#| tbl-cap: "Components replaced one by one. Held-out loss in nats per token, mean and standard deviation over seeds. Difference and tokens to equal loss (variant against base): means over seeds with Student's 95% interval. Step time (variant over base): median over rounds with the 95% interval of order statistics. Intervals are 95% each; p is Holm-adjusted over its column, that of the time at the preset's size."
+tables.ablation_effects(found).publish()
 
 # %%
-records.publish("stage/ablations", stage.finish(seeds=stage.config.seeds, steps=train_config.steps))
+#| label: txt-ablations
+tables.ablation_resolution(found).publish()
+
+# %%
+#| label: fig-ablations
+#| fig-alt: "Held-out loss falling with tokens trained on, one line a variant, the base in black."
+#| fig-cap: "Held-out loss of the base and every variant against the tokens trained on, means over seeds."
+figures.ablation_curves(found).publish()
+
+# %% [markdown]
+# ## Components alone
+#
+# A normalisation is a small part of a step. Alone, at the width of the 253M model, forward and backward, it can be told
+# apart. The batch is as small as seconds allow.
+
+# %%
+#| label: tbl-kernels
+#| tbl-cap: "Components alone at the shapes of the 253M model (width 1024, SwiGLU 4096 wide, GELU at equal parameters), forward and backward, by turns, not compiled. Ratios: median over rounds with the 95% interval of order statistics."
+tables.kernels([asdict(time_kernels(part, stage.config.rounds)) for part in ("norm", "ffn")]).publish()
+
+# %%
+records.publish("stage/ablations", stage.finish(seeds=stage.config.seeds, steps=training.steps))

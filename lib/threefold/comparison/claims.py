@@ -88,8 +88,7 @@ def _ablation(variant: str, quantity: str) -> Callable[[Comparison], Finding | N
             return None
         bounds = [None if x is None else 100 * x for x in (one.low, one.high)]
         text = interval(signed(100 * one.change, 1, "%"), *(None if x is None else signed(x, 1) for x in bounds))
-        few = "" if one.seeds > 1 else "no interval"
-        return Finding(f"{text}, {one.basis}", *bounds, unresolved=few)
+        return Finding(f"{text}, {one.basis}", *bounds)
 
     return test
 

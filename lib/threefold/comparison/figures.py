@@ -1,11 +1,15 @@
 """The report's figures: one colour a model, units on the axes, intervals where there are any."""
 
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from threefold.comparison import models, tables
+from threefold.comparison import ablations, models, tables
 from threefold.comparison.load import Comparison
 from threefold.comparison.measures import HEADLINE, INSTRUCTIONS, PERPLEXITY, PREFERENCES, PROBLEMS, SENTIMENT, Measure
 from threefold.comparison.results import Result
@@ -84,6 +88,29 @@ def _x(comparison: Comparison, stage: str) -> np.ndarray:
 
 def _token_unit(largest: float) -> tuple[float, str]:
     return (1e6, "millions") if largest >= 2e6 else (1e3, "thousands") if largest >= 2e3 else (1.0, "")
+
+
+_LINES = ("#E69F00", "#0072B2", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#B8A700", "#7F7F7F")  # Okabe & Ito
+
+
+def ablation_curves(variants: Mapping[str, Mapping[str, Any]]) -> Result:
+    """Held-out loss against tokens of the base and each variant, means over seeds (`ablations.found`)."""
+    if not variants:
+        return _empty("ablation-curves", "No ablation was trained.")
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes = _axes(figure.subplots())
+    colours = itertools.cycle(_LINES)
+    scale, unit = _token_unit(max(curve["tokens"][-1] for values in variants.values() for curve in values["curves"]))
+    for name, values in variants.items():
+        tokens, loss = (np.mean([curve[key][1:] for curve in values["curves"]], axis=0) for key in ("tokens", "loss"))
+        style = {"color": INK, "linewidth": 2.2, "zorder": 3} if name == ablations.BASE else {"color": next(colours)}
+        axes.plot(tokens / scale, loss, marker="o", markersize=3, label=name, **{"linewidth": 1.2} | style)
+    axes.set_xlabel(f"tokens trained on ({unit})" if unit else "tokens trained on", fontsize=9)
+    axes.set_ylabel("held-out loss (nats per token)", fontsize=9)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    n = len(next(iter(variants.values()))["curves"])
+    text = f"Held-out loss against tokens of {', '.join(variants)}; means over {n} seed{'s' if n > 1 else ''}."
+    return Result("comparison/ablation-curves", {"drawn": list(variants)}, figure=figure, text=text)
 
 
 def cross_model(comparison: Comparison) -> Result:

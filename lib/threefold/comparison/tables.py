@@ -1,14 +1,19 @@
 """The report's tables, one function a table. Each returns a `Result` to publish; none computes what a record does not
 hold."""
 
+import math
 import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from threefold import records
 from threefold.comparison import ablations, models, seeds, training
-from threefold.comparison.differences import Difference, adjust, difference, smallest_detectable
+from threefold.comparison.differences import ALPHA, Difference, adjust, difference, smallest_detectable
 from threefold.comparison.load import Comparison
 from threefold.comparison.measures import (
     BITS_PER_BYTE,
@@ -31,8 +36,10 @@ from threefold.comparison.results import (
     interval,
     percent,
     plain,
+    probability,
     signed,
 )
+from threefold.evaluation.statistics import PairedDifference, paired_median
 
 
 def _grouped(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
@@ -159,20 +166,116 @@ def architecture(comparison: Comparison) -> Result:
                 "GPT-2": str(names.get(theirs, theirs)),
                 "Threefold": str(names.get(ours, ours)),
                 "Claimed": "–" if same else claimed,
-                "Measured here": "same as GPT-2" if same else _ablated(comparison, variant),
+                "Measured here": _unused(comparison, key) if same else _ablated(comparison, variant),
             }
         )
     return _result("architecture", rows)
 
 
 def _ablated(comparison: Comparison, variant: str) -> str:
-    parts = []
-    for quantity, what in (("heldout_loss", "perplexity"), ("tokens_per_second", "training speed")):
-        one = ablations.effect(comparison, variant, quantity) if variant else None
-        if one is not None:
-            bounds = [None if x is None else signed(100 * x, 1) for x in (one.low, one.high)]
-            parts.append(f"{what} {interval(signed(100 * one.change, 1, '%'), *bounds)} ({one.basis})")
-    return "; ".join(parts) or "not measured here"
+    """What the component brings against the variant without it."""
+    found = [ablations.effect(comparison, variant, quantity) for quantity in ablations.QUANTITIES]
+    return "; ".join(_effect_text(one) for one in found if one is not None) or "not measured here"
+
+
+def _unused(comparison: Comparison, key: str) -> str:
+    """What a component would bring that the model is without, where a variant has it."""
+    variant = next((name for name in ablations.found(comparison) if name.startswith(f"{key}=")), "")
+    found = [ablations.effect(comparison, variant, quantity) for quantity in ablations.QUANTITIES]
+    parts = "; ".join(_effect_text(one.turned) for one in found if one is not None)
+    return f"same as GPT-2; with {variant}: {parts}" if parts else "same as GPT-2"
+
+
+def _effect_text(one: ablations.Effect) -> str:
+    bounds = [None if x is None else signed(100 * x, 1) for x in (one.low, one.high)]
+    return f"{ablations.QUANTITIES[one.quantity]} {interval(signed(100 * one.change, 1, '%'), *bounds)} ({one.basis})"
+
+
+SIZES = {"preset": "preset’s size", "ablation": "ablations’ size"}
+
+
+def ablation_effects(variants: Mapping[str, Mapping[str, Any]]) -> Result:
+    """Every variant against the base: parameters, held-out loss, tokens to equal loss, step time. `ablations.found`."""
+    base, rows = variants.get(ablations.BASE), []
+    found = {one.variant: one for one in ablations.contrasts(variants)}
+    for name, values in variants.items():
+        one = found.get(name)
+        share = values["parameters"] / base["parameters"] - 1
+        losses = values["heldout_loss"]
+        row = {
+            "Variant": name,
+            "Parameters": f"{values['parameters']:,}" + ("" if one is None else f" ({signed(100 * share, 2, '%')})"),
+            "Feed-forward": values["d_ff"],
+            "Held-out loss": f"{plain(statistics.fmean(losses), 4)}"
+            + (f" ± {plain(statistics.stdev(losses), 4)}" if len(losses) > 1 else ""),
+            "Difference": one and _bounded(one.loss, lambda x: signed(x, 4)),
+            "p (Holm), loss": one and probability(one.loss_p),
+            "Tokens to equal loss": one and (_ratio(one.tokens) if one.tokens else "before the first point"),
+        }
+        for size, title in SIZES.items():
+            if size in base["step_seconds"]:
+                row[f"Step time, {title}"] = one and _ratio(one.steps[size])
+        row["p (Holm), time"] = one and probability(one.step_p["preset"])
+        rows.append(row)
+    return _result("ablations", rows, contrasts=[one.as_record() for one in found.values()])
+
+
+def _bounded(one: PairedDifference, form: Callable[[float], str]) -> str:
+    return interval(form(one.difference), *(None if x is None else form(x) for x in (one.low, one.high)))
+
+
+def _ratio(log_ratio: PairedDifference) -> str:
+    """A ratio that is kept as a logarithm: "1.04× [1.02, 1.05]"."""
+    value, low, high = (None if x is None else plain(math.exp(x), 3) for x in log_ratio[:3])
+    return interval(f"{value}×", low, high)
+
+
+def ablation_resolution(variants: Mapping[str, Mapping[str, Any]]) -> Result:
+    """What the ablations could tell, in words."""
+    found = ablations.contrasts(variants)
+    if not found:
+        return Result("comparison/ablation-resolution", {}, markdown="No ablation was trained in this run.")
+    seeds_, rounds = found[0].loss.n, len(next(iter(variants[ablations.BASE]["step_seconds"].values())))
+    halves = [(one.loss.high - one.loss.low) / 2 for one in found if one.loss.low is not None]
+    detected = [one.variant for one in found if one.detected]
+    slower = [one for one in found for p in [one.step_p.get("preset")] if p is not None and p < ALPHA]
+    half = statistics.median(halves) if halves else None
+    reach = (
+        "One seed gives no interval: no difference in loss is resolved."
+        if half is None
+        else f"With {seeds_} seeds the 95% interval of a difference in held-out loss reaches ± {plain(half, 4)} nats a "
+        f"token in the median; a smaller effect is not resolved by this run."
+    )
+    named = f" ({', '.join(detected)})" if detected else ""
+    text = (
+        f"{reach} Of {len(found)} variants {len(detected)} differ detectably from the base in held-out loss"
+        f"{named} and {len(slower)} in step time at the preset’s size, over "
+        f"{rounds} rounds, each after Holm’s adjustment over the variants."
+    )
+    values = {"seeds": seeds_, "rounds": rounds, "half_width": half, "detected": detected}
+    return Result("comparison/ablation-resolution", values, markdown=text)
+
+
+def kernels(timings: Sequence[Mapping[str, Any]]) -> Result:
+    """Components alone, forward and backward, each pair taken by turns (`training.KernelTiming` as dictionaries)."""
+    rows = []
+    for timing in timings:
+        names = list(timing["seconds"])
+        for name in names:
+            taken = timing["seconds"][name]
+            against = paired_median(*np.log([timing["seconds"][names[0]], taken])) if name != names[0] else None
+            rows.append(
+                {
+                    "Part": {"norm": "normalisation", "ffn": "feed-forward"}[timing["part"]],
+                    "Kernel": name,
+                    "Parameters": timing["parameters"][name],
+                    "Positions": timing["positions"],
+                    "Median": f"{plain(1000 * statistics.median(taken), 3)}{NBSP}ms",
+                    "Time against the first": against and _ratio(against),
+                    "Rounds": len(taken),
+                }
+            )
+    return _result("kernels", rows, timings=[dict(timing) for timing in timings])
 
 
 # Results -------------------------------------------------------------------------------------------------------------

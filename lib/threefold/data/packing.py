@@ -18,6 +18,7 @@ Nothing is copied when rows are packed: a packing is a table of pieces over one 
 memory-mapped; batches are gathered from it.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -207,6 +208,7 @@ class PackedRows:
     def __init__(self, layout: _Layout, pieces: _Pieces, n_documents: int, n_dropped: int = 0):
         order, offsets = best_fit(pieces.length, layout.capacity)
         self._layout = layout
+        self._openings = True
         self._pieces = pieces.take(order)
         self._offsets = offsets  # row r holds pieces offsets[r] .. offsets[r + 1]
         self.n_documents = n_documents
@@ -237,7 +239,18 @@ class PackedRows:
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         pieces = self._pieces.take(np.repeat(self._offsets[index], counts) + within)
         tensors, _, _ = self._layout.assemble(pieces, rows, len(index))
-        return Batch(**tensors)
+        batch = Batch(**tensors)
+        if not self._openings:
+            opening = (batch.tokens_BT == self._layout.eos) & (batch.positions_BT == 0)  # the EOS before a document
+            batch.targets_BT[opening | (batch.segments_BT == SINK_SEGMENT)] = IGNORE
+        return batch
+
+    def without_openings(self) -> "PackedRows":
+        """The same rows in which no document's first token is a target. Which first tokens are depends on the sinks and
+        the packing; without them the targets of a text are the same in every packing."""
+        other = copy.copy(self)
+        other._openings = False
+        return other
 
     def steps(self, batch_size: int, *, epochs: float = -1, tokens: int = -1) -> int:
         """Batches of `batch_size` rows, at least one, that cover so many epochs or, on average, document tokens."""

@@ -234,6 +234,26 @@ def paired_student(a: Sequence[float] | Array, b: Sequence[float] | Array) -> Pa
     return PairedDifference(mean, mean - half, mean + half, p, n)
 
 
+def paired_median(a: Sequence[float] | Array, b: Sequence[float] | Array) -> PairedDifference:
+    """Median of `b - a` over pairs (times of the same rounds, say) with the interval of order statistics and the sign
+    test's exact p-value (Conover 1999, sections 3.2 and 3.4): no single pair can move either far.
+
+    The interval is [x(k), x(n + 1 - k)] of the sorted differences for the largest k with P(Binomial(n, 1/2) < k) at
+    most 2.5%. Below six pairs there is none, and p = 1.
+    """
+    a_N, b_N = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a_N.shape != b_N.shape or a_N.ndim != 1 or len(a_N) == 0:
+        raise ValueError("paired measures need the same units in the same order")
+    sorted_N = np.sort(b_N - a_N)
+    n, median = len(sorted_N), float(np.median(sorted_N))
+    k = int(stats.binom.ppf(0.5 - CONFIDENCE / 2, n, 0.5))
+    if k < 1:
+        return PairedDifference(median, None, None, 1.0, n)
+    above, below = int((sorted_N > 0).sum()), int((sorted_N < 0).sum())
+    p = float(stats.binomtest(above, above + below).pvalue) if above + below else 1.0
+    return PairedDifference(median, float(sorted_N[k - 1]), float(sorted_N[n - k]), p, n)
+
+
 def deviation(values: Sequence[float] | Array) -> Interval:
     """Standard deviation (n - 1) of normal values with its exact interval: (n - 1) s^2 / sigma^2 is chi-square with
     n - 1 degrees of freedom (Snedecor & Cochran 1989, section 5.11). Values that are all the same have none.

@@ -4,14 +4,26 @@ from threefold.training.loop import TrainResult, held_out_loss, reference_logpro
 from threefold.training.objectives import Distillation, Loss, NextToken, Objective, Preference
 from threefold.training.stages import Trained, distil, dpo, half_depth, pretrain, sft
 from threefold.training.state import curve, read_metrics
-from threefold.training.variants import VariantResult, VariantRun, load_variant, run_variants, variant_config
+from threefold.training.timing import KernelTiming, Timing, time_kernels
+from threefold.training.variants import (
+    PresetRows,
+    VariantResult,
+    VariantRun,
+    load_variant,
+    run_variants,
+    time_variants,
+    variant_configs,
+)
 
 __all__ = [
     "Distillation",
+    "KernelTiming",
     "Loss",
     "NextToken",
     "Objective",
     "Preference",
+    "PresetRows",
+    "Timing",
     "TrainResult",
     "Trained",
     "VariantResult",
@@ -27,6 +39,8 @@ __all__ = [
     "reference_logprobs",
     "run_variants",
     "sft",
+    "time_kernels",
+    "time_variants",
     "train",
-    "variant_config",
+    "variant_configs",
 ]

@@ -1,0 +1,132 @@
+"""Independent tasks in worker processes: one CPU thread each, or one GPU.
+
+Workers are spawned, so they share nothing with the process that asks and a CUDA context is no hindrance. Each computes
+with one thread however many there are, so a result does not depend on their number. A worker leaves when the process
+that asked is gone, however it went.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from threefold.errors import ThreefoldError, TrainingError
+from threefold.training.numerics import pick_device
+
+
+def default_workers(device: str | None = None) -> int:
+    """As many as there are GPUs, or as this process was given CPU threads."""
+    return torch.cuda.device_count() if pick_device(device) == "cuda" else torch.get_num_threads()
+
+
+def side_by_side(
+    work: Callable[[Any], Any], tasks: Sequence[Any], workers: int, device: str | None = None
+) -> Iterator[tuple[Any, Any]]:
+    """(task, its result) of every task as it ends. With one worker this process does the work itself, in order.
+
+    Args:
+        work: module-level, with picklable arguments and results, as spawned processes need.
+        tasks: `str(task)` names one in messages.
+        device: as in `loop.train`.
+
+    Raises:
+        What a task raises, its name added, and TrainingError for a worker that died. The other workers are ended then,
+        and also when the caller stops asking or is interrupted.
+    """
+    gpu = pick_device(device) == "cuda"
+    if min(workers, len(tasks)) <= 1:
+        for task in tasks:
+            with _named(task), contextlib.nullcontext() if gpu else _one_thread():
+                result = work(task)
+            yield task, result
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting, busy, processes = list(reversed(tasks)), {}, {}
+    try:
+        for number in range(min(workers, len(tasks))):
+            ours, theirs = context.Pipe()
+            processes[ours] = context.Process(target=_serve, args=(theirs, work, number if gpu else None), daemon=True)
+            processes[ours].start()
+            theirs.close()  # or its end would not be noticed here
+            busy[ours] = waiting.pop()
+            ours.send(busy[ours])
+        while busy:
+            for connection in wait(list(busy)):
+                task = busy.pop(connection)
+                try:
+                    result, error = connection.recv()
+                except (EOFError, ConnectionError):
+                    raise _died(task, processes[connection]) from None
+                if error is not None:
+                    with _named(task):
+                        raise error
+                if waiting:
+                    busy[connection] = waiting.pop()
+                    connection.send(busy[connection])
+                yield task, result
+    finally:
+        for connection, process in processes.items():
+            process.kill()
+            process.join()
+            connection.close()
+
+
+def _serve(connection: Connection, work: Callable[[Any], Any], gpu: int | None) -> None:
+    """A worker's life: tasks in, (result, error) out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the workers too: the parent ends them
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    if gpu is None:
+        torch.set_num_threads(1)
+    else:
+        torch.cuda.set_device(gpu)
+    while True:
+        task = connection.recv()
+        try:
+            answer = work(task), None
+        except Exception as error:  # raised again where the task was asked for
+            error.add_note(f"In the worker:\n{''.join(traceback.format_tb(error.__traceback__))}")
+            answer = None, error
+        connection.send(answer)
+
+
+def _leave_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _died(task: Any, process: multiprocessing.Process) -> TrainingError:
+    process.join()
+    status = process.exitcode
+    how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+    return TrainingError(
+        f"{task}: its worker ended {how}; the others were stopped. What is finished is kept: run it again to go on "
+        "(where memory ran short, with fewer workers)"
+    )
+
+
+@contextlib.contextmanager
+def _named(task: Any) -> Iterator[None]:
+    try:
+        yield
+    except ThreefoldError as error:  # a notebook shows the message of one and nothing else
+        raise (error if str(task) in str(error) else type(error)(f"{task}: {error}")) from error.__cause__
+    except Exception as error:
+        error.add_note(f"In {task}")
+        raise
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
