@@ -329,7 +329,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_width, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x_BTD: Tensor, context: AttentionContext, cache: KVCache | None) -> Tensor:
+    def project(self, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, K], keys and values [B, G, T, K], normed and rotated as they are attended with (keys for a
+        cache that holds them unrotated are not)."""
         B, T, _ = x_BTD.shape
         q_BTHK = self.q(x_BTD).view(B, T, self.n_head, self.head_width)
         k_BTGK = self.k(x_BTD).view(B, T, self.n_kv_head, self.head_width)
@@ -340,7 +342,11 @@ class Attention(nn.Module):
             q_BTHK = rotate(q_BTHK, *context.rotary).to(v_BGTK.dtype)
             if context.cached_rotary is None:
                 k_BTGK = rotate(k_BTGK, *context.rotary).to(v_BGTK.dtype)
-        q_BHTK, k_BGTK = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2)
+        return q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BGTK
+
+    def forward(self, x_BTD: Tensor, context: AttentionContext, cache: KVCache | None) -> Tensor:
+        B, T, _ = x_BTD.shape
+        q_BHTK, k_BGTK, v_BGTK = self.project(x_BTD, context)
         if cache is None:
             k_BGSK, v_BGSK = k_BGTK, v_BGTK
         else:

@@ -1,0 +1,60 @@
+"""Where a decoder looks: its attention probabilities, and the share of them that rests on the sinks.
+
+Shape suffixes as in `model.decoder`: L layers, H query heads, T query positions, S key positions (as many).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from threefold.errors import EvaluationError
+from threefold.model.decoder import Attention, Decoder, attend
+
+FIRST_QUERIES = 16  # left out of a share: a query that sees a handful of keys gives each of them much
+
+
+@torch.inference_mode()
+def maps(model: Decoder, tokens: Sequence[int] | Tensor) -> Tensor:
+    """Attention probabilities of one plain forward over `tokens` (sinks included), [L, H, T, S] in fp32 on the CPU.
+
+    They are those of the forward itself: a layer's own queries and keys, attended over an identity matrix as values,
+    by whichever kernel the model runs. Row t sums to 1 over keys 0 to t.
+
+    DataError: more tokens than a learned table has positions.
+    """
+    tokens_1T = torch.as_tensor(tokens, device=model.embed.weight.device)[None]
+    found: list[Tensor] = []
+
+    def look(attention: Attention, arguments: tuple) -> None:
+        x_BTD, context, _cache = arguments
+        q_BHTK, k_BGSK, _ = attention.project(x_BTD, context)
+        identity_SS = torch.eye(k_BGSK.shape[2], dtype=k_BGSK.dtype, device=k_BGSK.device)
+        found.append(attend(q_BHTK, k_BGSK, identity_SS.expand(*k_BGSK.shape[:2], -1, -1), context)[0].float().cpu())
+
+    hooks = [block.attention.register_forward_pre_hook(look) for block in model.blocks]
+    try:
+        model.hidden(tokens_1T)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found)
+
+
+def sink_share(maps_LHTS: Tensor, sinks: int, first: int = FIRST_QUERIES) -> Tensor:
+    """Mean probability on the first `sinks` keys over the queries from position `first` on, [L, H].
+
+    A model without sinks: give 1, the share of the text's first token. EvaluationError where no query is left.
+    """
+    if not 1 <= sinks <= first < maps_LHTS.shape[-2]:
+        raise EvaluationError(
+            f"the share of {sinks} sinks over the queries from position {first} on needs 1 <= sinks <= first < "
+            f"{maps_LHTS.shape[-2]}, the number of positions"
+        )
+    return maps_LHTS[..., first:, :sinks].sum(dim=-1).mean(dim=-1)
+
+
+def uniform_share(length: int, sinks: int, first: int = FIRST_QUERIES) -> float:
+    """`sink_share` of a head that gives every key it sees the same: the mean of sinks / (t + 1)."""
+    uniform_TS = torch.ones(length, length).tril() / torch.arange(1, length + 1)[:, None]
+    return float(sink_share(uniform_TS[None, None], sinks, first))
