@@ -291,8 +291,51 @@ def make_run(
         cells = [
             cell("ablate()", output(f"ablation/{v['variant'].replace('=', '-')}", v, "x")) for v in (base, layer, gelu)
         ]
+        for variant, values in length_curves().items():
+            cells.append(cell("read()", output(f"length/{variant.replace('=', '-')}", values, "x")))
+        cells.append(cell("look()", output("attention/sinks", {"variants": sink_shares()}, "x")))
         notebook(notebooks / "05_ablations.ipynb", *cells)
     return folder
+
+
+LENGTH_MODES = {"full": 1.5, "window": 0.4, "sinks": 0.02, "anew": 0.05}  # rise past the training length
+
+
+def length_curves(
+    rises: dict[str, float] | None = None, *, noise: float = 0.01, seeds: int = 3, streams: int = 4
+) -> dict:
+    """Values of the records `length/<variant>`, by variant: flat within the context of 64, up by `rises` past it."""
+    rises = LENGTH_MODES | (rises or {})
+    edges = [0, 8, 16, 32, 64, 128, 256, 512, 1024]
+    generator = np.random.default_rng(5)
+    text_N = generator.normal(0, 0.2, streams)  # a hard stream is hard in every mode
+    made = {}
+    for variant, position, sinks in (
+        ("base", "rope", 1), ("sinks=0", "rope", 0), ("position=learned", "learned", 1), ("position=none", "none", 1)
+    ):  # fmt: skip
+        nats = {}
+        for mode in ("full", "anew") if position == "learned" else LENGTH_MODES:
+            past = 4 if position == "learned" and mode == "full" else 8  # buckets that have a prediction
+            level_B = 3.0 + np.where(np.arange(8) >= 4, rises[mode], 0.0)[:past]
+            nats[mode] = {
+                str(1337 + seed): (level_B + text_N[:, None] + generator.normal(0, noise, (streams, past))).tolist()
+                for seed in range(seeds)
+            }
+        facts = {"version": 1, "position": position, "sinks": sinks, "context": 64, "factor": 16, "streams": streams}
+        made[variant] = {"variant": variant, **facts, "edges": edges, "nats": nats}
+    return made
+
+
+def sink_shares() -> dict:
+    """Values of the variants in the record `attention/sinks`."""
+    share_LH = np.linspace(0.1, 0.7, 16).reshape(4, 4)
+    return {
+        name: {
+            "sinks": sinks, "share": (share_LH * scale).tolist(), "means": {"1337": 0.4 * scale}, "uniform": 0.02,
+            "rows": 4, "positions": 64,
+        }
+        for name, sinks, scale in (("base", 1, 1.0), ("sinks=0", 0, 0.5), ("sinks=4", 4, 1.2))
+    }  # fmt: skip
 
 
 def execute_compare(run: Path, script: Path) -> Path:
@@ -315,7 +358,7 @@ def execute_compare(run: Path, script: Path) -> Path:
             name = "smoke"
 
     namespace = {"comparison": Comparison.load(run), "stage": Stage}
-    exec("from threefold.comparison import claims, figures, insights, precedent, tables, variance", namespace)
+    exec("from threefold.comparison import claims, figures, insights, length, precedent, tables, variance", namespace)
     original, comparison_results.records.publish = comparison_results.records.publish, publish
     try:
         for entry in source.cells:

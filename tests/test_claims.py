@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from report_fixtures import SKILL, cell, make_run, notebook, output, sha, stage_values
+from report_fixtures import SKILL, cell, length_curves, make_run, notebook, output, sha, stage_values
 from threefold.comparison import Comparison, claims
 from threefold.comparison.claims import CONTRADICTED, NOT_MEASURED, NOT_RESOLVED, SUPPORTED, Claim, Finding
 from threefold.evaluation.statistics import wilson
@@ -68,14 +68,14 @@ def test_component_speed(tmp_path, other, verdict):
     assert verdicts(records_of(tmp_path, **both))["rmsnorm-speed"].verdict == verdict
 
 
-@pytest.mark.parametrize(
-    ("change", "verdict"), [((-9, -5), SUPPORTED), ((1, 3), CONTRADICTED), ((-2, 3), NOT_RESOLVED)]
-)
-def test_length_claims_read_published_effects(tmp_path, change, verdict):
-    low, high = change
-    found = records_of(tmp_path, length__rope={"low": low, "high": high, "text": "loss at 16x"})
-    assert verdicts(found)["rope-length"].verdict == verdict
-    assert verdicts(found)["sinks-length"].verdict == NOT_MEASURED
+def test_length_claims_say_what_was_compared_and_stay_open_without_an_interval(tmp_path):
+    judged = verdicts(lengths({}))
+    assert judged["rope-length"].measured.endswith("(past their table they predict nothing); 3 seeds × 4 streams")
+    assert judged["sinks-length"].measured.startswith("−0.3")
+    curves = length_curves(seeds=1, streams=1)
+    found = records_of(tmp_path, **{"length__base": curves["base"], "length__l": curves["position=learned"]})
+    judged = verdicts(found)
+    assert judged["rope-length"].verdict == judged["sinks-length"].verdict == NOT_RESOLVED
 
 
 def test_claims_on_public_sets_count_on_those_sets_only(tmp_path):
@@ -154,6 +154,11 @@ def test_claims_are_judged_by_key():
 
 
 # Every claim, every verdict ------------------------------------------------------------------------------------------
+
+
+def lengths(rises, noise=0.01, without=""):
+    curves = length_curves(rises, noise=noise)
+    return in_memory({f"length/{name.replace('=', '-')}": one for name, one in curves.items() if name != without})
 
 
 def in_memory(records, items=None):
@@ -262,14 +267,17 @@ FORCED = {
         CONTRADICTED: lambda: ablation("ffn=gelu", "heldout_loss", [2.0] * 3, [1.99, 2.0, 2.001])(3),
         NOT_RESOLVED: lambda: ablation("ffn=gelu", "heldout_loss", [2.0] * 3, [1.9, 2.2, 2.05])(3),
     },
-    **{
-        f"{what}-length": {
-            verdict: lambda what=what, low=low, high=high: in_memory(
-                {f"length/{what}": {"low": low, "high": high, "text": "x"}}
-            )
-            for verdict, low, high in ((SUPPORTED, -2, -1), (CONTRADICTED, 0, 0), (NOT_RESOLVED, -1, 1))
-        }
-        for what in ("rope", "sinks")
+    "rope-length": {
+        SUPPORTED: lambda: lengths({"full": 0.0, "anew": 0.2}),
+        CONTRADICTED: lambda: lengths({"full": 1.5, "anew": 0.0}),
+        NOT_RESOLVED: lambda: lengths({"full": 0.1, "anew": 0.1}, noise=0.3),
+        NOT_MEASURED: lambda: lengths({}, without="position=learned"),
+    },
+    "sinks-length": {
+        SUPPORTED: lambda: lengths({"window": 0.4, "sinks": 0.0}),
+        CONTRADICTED: lambda: lengths({"window": 0.0, "sinks": 0.4}),
+        NOT_RESOLVED: lambda: lengths({"window": 0.1, "sinks": 0.1}, noise=0.3),
+        NOT_MEASURED: lambda: lengths({}, without="base"),
     },
     "gpt2-perplexity": {
         SUPPORTED: lambda: perplexities("gpt2", "pretrain", 0.6),

@@ -184,6 +184,8 @@ class AblationConfig:
     )
     rounds: int = 15  # timed steps of each, taken in turn; from 6 on their median has a 95% interval
     train: TrainConfig = field(default_factory=TrainConfig)
+    length_streams: int = 8  # streams of evaluation.perplexity's text for loss by position; -1: not measured
+    length_factor: int = 16  # positions of a stream, in contexts
 
 
 @dataclass(frozen=True)
@@ -609,7 +611,13 @@ _RULES: dict[type, dict[str, Rule]] = {
         "sentiment_shots": ("numbers of at least 0", lambda shots: all(shot >= 0 for shot in shots)),
         "speed_batch_sizes": ("numbers of at least 1", lambda sizes: all(size >= 1 for size in sizes)),
     },
-    AblationConfig: {"steps": _off_or(_least(1)), "seeds": _least(1), "rounds": _least(1)},
+    AblationConfig: {
+        "steps": _off_or(_least(1)),
+        "seeds": _least(1),
+        "rounds": _least(1),
+        "length_streams": _off_or(_least(1)),
+        "length_factor": _least(2),
+    },
     Preset: {"seed": _between(0, _LARGEST_SEED), "seeds": _least(1)},
 }
 

@@ -158,7 +158,13 @@ def _sections(preset: Preset, stage: str) -> dict[str, Any]:
             **cleaned,
         }
     if kind == "ablations":
-        return {**corpus, "ablations": preset.ablations, "pretrain": preset.pretrain}  # whose steps are timed
+        read = {"perplexity": preset.evaluation.perplexity, "batch_tokens": preset.evaluation.batch_tokens}
+        return {
+            **corpus,
+            "ablations": preset.ablations,
+            "pretrain": preset.pretrain,  # whose steps are timed
+            "evaluation": _plain(read),  # for loss by position
+        }
     if kind == "speed":
         return {
             "evaluation": {
@@ -209,7 +215,7 @@ def sources(preset: Preset, stage: str) -> list[SourceConfig]:
         "pretrain": text,
         "gpt2": text,
         "distilgpt2": text,
-        "ablations": text,
+        "ablations": [*text, *(one for one in [preset.evaluation.perplexity] if one.source or one.path)],
         "sft": [*data.sft, *data.sft_heldout, *(text if preset.sft.replay else [])],
         "dpo": [*data.dpo, *data.dpo_heldout],
         "evaluate": list(config.evaluation_sources(preset).values()),

@@ -35,10 +35,13 @@ from dataclasses import asdict, replace
 from threefold import records
 from threefold.comparison import figures, tables
 from threefold.config import ablation_base
-from threefold.data.tokenizer import load_tokenizer
+from threefold.data import sources
+from threefold.data.tokenizer import encode, load_tokenizer, sink_ids, with_sinks
+from threefold.evaluation import attention, length
+from threefold.evaluation.perplexity import running_text
 from threefold.run import open_stage
 from threefold.stages import fingerprint
-from threefold.training import PresetRows, run_variants, time_kernels, time_variants
+from threefold.training import PresetRows, load_variant, run_variants, time_kernels, time_variants
 
 stage = open_stage("ablations", globals())
 tokenizer_folder = stage.require("data") / "tokenizer"
@@ -127,6 +130,61 @@ for result in results:
 #| label: tbl-ablations
 #| tbl-cap: "Components replaced one by one. Held-out loss in nats per token, mean and standard deviation over seeds. Difference and tokens to equal loss (variant against base): means over seeds with Student's 95% interval. Step time (variant over base): median over rounds with the 95% interval of order statistics. Intervals are 95% each; p is Holm-adjusted over its column, that of the time at the preset's size."
 tables.ablation_effects(found).publish()
+
+# %% [markdown]
+# ## Length
+#
+# What becomes of the loss past the training length? Streams of held-out text, many contexts long, are read by the base, by
+# the other kinds of position and by other numbers of sinks: with attention over everything before, with the last tokens
+# alone, with the sinks beside them, and in windows read anew. Learned positions end with their table.
+
+# %%
+READ = ("base", "sinks=0", "sinks=4", "position=learned", "position=none")
+text_source, every_seed = (
+    stage.preset.evaluation.perplexity,
+    range(stage.preset.seed, stage.preset.seed + stage.config.seeds),
+)
+measured = (
+    [name for name in READ if name in ("base", *stage.config.variants)] if stage.config.length_streams > 0 else []
+)
+looked_at = {}
+if measured:
+    wikitext = resolve(text_source, stage.run.data_dir).reader.startswith("wikitext")
+    text, _ = running_text(load(text_source, stage.run.data_dir), wikitext)
+for name in measured:
+    models = {seed: load_variant(folder, name, seed) for seed in every_seed}
+    config = models[stage.preset.seed].config
+    fitting = with_sinks(tokenizer, config.sinks)
+    (ids,) = encode(fitting, [text])
+    values = length.by_position(
+        models,
+        ids,
+        sink_ids(fitting),
+        streams=stage.config.length_streams,
+        factor=stage.config.length_factor,
+        batch_tokens=stage.preset.evaluation.batch_tokens,
+    )
+    curves[name] = {"variant": name, **values}
+    line = f"**{name}**: loss by position in {values['streams']} streams of {config.context * values['factor']:,} positions"
+    records.publish(f"length/{name.replace('=', '-')}", curves[name], markdown=line)
+    if config.position == "rope":
+        looked_at[name] = attention.shares(
+            models, length.cut(ids, sink_ids(fitting), config.context, values["streams"])
+        )
+
+# %% [markdown]
+# ## Attention
+#
+# How much attention rests on the sinks: the mean probability on them, by layer and head, over the positions of a whole
+# context past the first few. Of the model without sinks it is the share of the text's first token.
+
+# %%
+lines = [
+    f"**{name}**: {100 * values['means'][str(stage.preset.seed)]:.0f}% of attention on {max(1, values['sinks'])} slot(s), "
+    f"where uniform attention would have {100 * values['uniform']:.1f}%"
+    for name, values in looked_at.items()
+]
+records.publish("attention/sinks", {"variants": looked_at}, markdown="\n\n".join(lines) or "Not measured.")
 
 # %%
 #| label: txt-ablations

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from threefold.comparison import ablations, models, seeds, training, variance
+from threefold.comparison import ablations, length, models, seeds, training, variance
 from threefold.comparison.differences import difference
 from threefold.comparison.load import Comparison
 from threefold.comparison.measures import PERPLEXITY, PROBLEMS, SENTIMENT, Measure, fuller
@@ -93,12 +93,12 @@ def _ablation(variant: str, quantity: str) -> Callable[[Comparison], Finding | N
     return test
 
 
-def _record(name: str) -> Callable[[Comparison], Finding | None]:
-    """An effect that a notebook published with its interval: {"change", "low", "high", "text"}."""
+def _length(effect: Callable[[length.Curves], length.Effect | None]) -> Callable[[Comparison], Finding | None]:
+    """An effect past the training length, in nats per token."""
 
     def test(comparison: Comparison) -> Finding | None:
-        values = comparison.values(name)
-        return values and Finding(str(values["text"]), values.get("low"), values.get("high"))
+        one = effect(length.found(comparison))
+        return one and Finding(one.text, one.interval.low, one.interval.high)
 
     return test
 
@@ -281,17 +281,17 @@ CLAIMS = (
         "rope-length",
         "RoPE extrapolates better",
         "RoPE extrapolates better than learned positions",
-        "lower loss past the training length",
+        "past the training length its loss rises less than theirs in windows read anew",
         (-INFINITY, 0),
-        _record("length/rope"),
+        _length(length.rope),
     ),
     Claim(
         "sinks-length",
         "sinks stable beyond training length",
         "Attention sinks keep the model stable beyond its training length",
-        "lower loss with sinks than with the window alone",
+        "past it, lower loss with sinks + window than with the window alone",
         (-INFINITY, 0),
-        _record("length/sinks"),
+        _length(length.sinks),
     ),
     Claim(
         "gpt2-perplexity",

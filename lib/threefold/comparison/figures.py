@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from threefold.comparison import ablations, models, tables
+from threefold.comparison import ablations, attention, length, models, tables
 from threefold.comparison.load import Comparison
 from threefold.comparison.measures import HEADLINE, INSTRUCTIONS, PERPLEXITY, PREFERENCES, PROBLEMS, SENTIMENT, Measure
-from threefold.comparison.results import Result
+from threefold.comparison.results import Result, percent
 from threefold.comparison.training import smooth
 
 INK, RULE = "#1B1F24", "#D5DAE0"
@@ -222,3 +222,105 @@ def stage_evolution(comparison: Comparison) -> Result:
         )
     text = f"{', '.join(m.title.lower() for m in measures)} after {', '.join(comparison.name(s) for s in stages)}."
     return Result("comparison/stage-evolution", {"measures": [m.key for m in measures]}, figure=figure, text=text)
+
+
+# Okabe & Ito's colours, and a dash of its own for each, so that one tells them apart without colours too.
+_MODES = {
+    "full": ("#D55E00", "-"),
+    "window": ("#56B4E9", (0, (1.2, 1.2))),
+    "sinks": ("#009E73", (0, (7, 1.5))),
+    "anew": ("#000000", (0, (4, 2, 1, 2))),
+}
+
+
+def length_curves(comparison: Comparison) -> Result:
+    """Loss against position in contexts, a panel a variant, a line a mode; a cross where learned positions end."""
+    curves = length.found(comparison)
+    if not curves:
+        return _empty("length", "Loss past the training length was not measured.")
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(WIDTH, 2.35 * rows + 0.35), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(curves) :]:
+        axes.set_visible(False)
+    handles = {}
+    for axes, values in zip(grid.flat, curves.values(), strict=False):
+        handles |= _length_panel(_axes(axes), values)
+    for axes in [row[0] for row in grid]:
+        axes.set_ylabel("loss (nats per token)", fontsize=8.5)
+    for axes in grid.flat[max(0, len(curves) - columns) : len(curves)]:
+        axes.set_xlabel("position, in training contexts", fontsize=8.5)
+        axes.tick_params(labelbottom=True)
+    figure.legend(
+        [handles[mode] for mode in length.MODES if mode in handles],
+        [length.MODES[mode] for mode in length.MODES if mode in handles],
+        loc="outside lower center", ncols=4, frameon=False, fontsize=8.5,
+    )  # fmt: skip
+    shown = "; ".join(length.title(values) for values in curves.values())
+    text = f"Loss against position on a logarithmic axis, one panel for each of: {shown}."
+    return Result("comparison/length", {"drawn": list(curves)}, figure=figure, text=text)
+
+
+def _length_panel(axes: Axes, values: Mapping[str, Any]) -> dict[str, Any]:
+    """One variant's lines: means over seeds and streams, each seed's mean faint beside it. {mode: its line}"""
+    marks = np.asarray(values["edges"], float)
+    middles_B = np.sqrt(np.maximum(marks[:-1], marks[1] / 2) * marks[1:]) / values["context"]
+    handles = {}
+    for mode, by_seed in values["nats"].items():
+        colour, dash = _MODES[mode]
+        means_SB = np.asarray(list(by_seed.values())).mean(axis=1)
+        x_B = middles_B[: means_SB.shape[1]]
+        if len(means_SB) > 1:
+            axes.plot(x_B, means_SB.T, color=colour, alpha=0.25, linewidth=0.6)
+        (handles[mode],) = axes.plot(x_B, means_SB.mean(axis=0), color=colour, linestyle=dash, linewidth=1.6)
+        if means_SB.shape[1] < len(middles_B):
+            end = means_SB.mean(axis=0)[-1]
+            axes.plot(x_B[-1], end, marker="X", color=colour, markersize=8, markeredgecolor="white", zorder=4)
+            axes.annotate(
+                "the table ends", (x_B[-1], end), xytext=(7, 5), textcoords="offset points", fontsize=8, color=colour
+            )
+    axes.axvline(1, color="#8A939C", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator([2.0**power for power in range(-3, values["factor"].bit_length())]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: {0.125: "⅛", 0.25: "¼", 0.5: "½"}.get(x, f"{x:g}")))
+    axes.set_title(length.title(values), fontsize=9.5, color=INK, loc="left")
+    return handles
+
+
+_INKED = 0.55  # a share from which on a cell's number is written in white
+
+
+def attention_sinks(comparison: Comparison) -> Result:
+    """A heat map a variant, layers down and heads across: `share` [L, H] of the first seed."""
+    variants = attention.found(comparison)
+    if not variants:
+        return _empty("attention-sinks", "The sinks' share of attention was not measured.")
+    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+    grid = figure.subplots(1, len(variants), squeeze=False)[0]
+    for axes, values in zip(grid, variants.values(), strict=True):
+        share_LH = np.asarray(values["share"], float)
+        layers, heads = share_LH.shape
+        image = axes.imshow(share_LH, vmin=0, vmax=1, cmap="cividis_r", aspect="auto")
+        axes.set_title(
+            f"{attention.title(values)} ({percent(share_LH.mean(), 0)})", fontsize=9.5, color=INK, loc="left"
+        )
+        axes.set_xticks(range(heads), [str(head + 1) for head in range(heads)], fontsize=8)
+        axes.set_yticks(range(layers), [str(layer + 1) for layer in range(layers)], fontsize=8)
+        axes.set_xlabel("head", fontsize=8.5)
+        axes.tick_params(length=0, colors=INK)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        if share_LH.size <= 48:
+            for (layer, head), value in np.ndenumerate(share_LH):
+                colour = "white" if value > _INKED else INK
+                axes.text(head, layer, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    grid[0].set_ylabel("layer", fontsize=8.5)
+    bar = figure.colorbar(image, ax=list(grid), shrink=0.9, format=PercentFormatter(1.0))
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, colors=INK)
+    bar.set_label("attention on the sinks", fontsize=8.5)
+    means = "; ".join(f"{attention.title(one)} {percent(np.mean(one['share']), 0)}" for one in variants.values())
+    text = f"Share of attention on the sinks by layer and head; means over all heads: {means}."
+    return Result("comparison/attention-sinks", {"drawn": list(variants)}, figure=figure, text=text)

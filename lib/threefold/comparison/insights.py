@@ -10,7 +10,7 @@ from typing import Any
 
 from scipy import stats
 
-from threefold.comparison import caveats, claims, models, seeds, tables, training
+from threefold.comparison import attention, caveats, claims, length, models, seeds, tables, training
 from threefold.comparison.differences import (
     ALPHA,
     BETTER,
@@ -569,7 +569,7 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
             if model in models.OWN:
                 values[f"{measure.key}_{model}"] = measure.text(measure.value(comparison, model)) or "not measured"
     values["perplexity_gap"] = _gap(comparison)
-    return values
+    return values | length.variables(comparison) | attention.variables(comparison)
 
 
 def _parameters(comparison: Comparison, model: str) -> str:

@@ -3,7 +3,8 @@
 Shape suffixes as in `model.decoder`: L layers, H query heads, T query positions, S key positions (as many).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,3 +59,25 @@ def uniform_share(length: int, sinks: int, first: int = FIRST_QUERIES) -> float:
     """`sink_share` of a head that gives every key it sees the same: the mean of sinks / (t + 1)."""
     uniform_TS = torch.ones(length, length).tril() / torch.arange(1, length + 1)[:, None]
     return float(sink_share(uniform_TS[None, None], sinks, first))
+
+
+def shares(models: Mapping[int, Decoder], tokens_NT: Tensor) -> dict[str, Any]:
+    """Of one variant, over rows of text with the model's sinks in front, the values of a record: `share` [L, H] of the
+    first seed's model, `means` over all layers and heads by seed, `uniform`, what heads that look everywhere alike
+    would have. Of a model without sinks it is the share of the text's first token.
+
+    models: one a seed.
+    """
+    sinks = next(iter(models.values())).config.sinks
+    found = {
+        seed: torch.stack([sink_share(maps(model, row_T), max(1, sinks)) for row_T in tokens_NT]).mean(dim=0)
+        for seed, model in models.items()
+    }
+    return {
+        "sinks": sinks,
+        "share": next(iter(found.values())).tolist(),
+        "means": {str(seed): float(share_LH.mean()) for seed, share_LH in found.items()},
+        "uniform": uniform_share(tokens_NT.shape[1], max(1, sinks)),
+        "rows": len(tokens_NT),
+        "positions": tokens_NT.shape[1],
+    }

@@ -13,7 +13,7 @@ from threefold import paths
 from threefold.config import EvaluationConfig, SourceConfig
 from threefold.data import sources
 from threefold.errors import EvaluationError
-from threefold.evaluation import instructions, perplexity, preferences, problems, sentiment, speed
+from threefold.evaluation import instructions, length, perplexity, preferences, problems, sentiment, speed
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import Evaluation, Progress, Scoring, quiet
 from threefold.provenance import atomic_write
@@ -62,11 +62,13 @@ PROTOCOLS = {
         Protocol("speed", "Speed", speed.measure, speed.VERSION),
     )
 }
+OF_VARIANTS = (Protocol("length", "Loss by position", length.by_position, length.VERSION),)  # run by the ablations
 
 
 def describe() -> str:
     """All protocols as one Markdown page, from their docstrings."""
-    sections = (f"## {p.title} (`{p.key}`, version {p.version})\n\n{p.document}\n" for p in PROTOCOLS.values())
+    every = (*PROTOCOLS.values(), *OF_VARIANTS)
+    sections = (f"## {p.title} (`{p.key}`, version {p.version})\n\n{p.document}\n" for p in every)
     return "\n".join((INTRODUCTION, *sections))
 
 

@@ -254,6 +254,28 @@ def paired_median(a: Sequence[float] | Array, b: Sequence[float] | Array) -> Pai
     return PairedDifference(median, float(sorted_N[k - 1]), float(sorted_N[n - k]), p, n)
 
 
+def crossed_mean(values_SN: Sequence[Sequence[float]] | Array) -> Interval:
+    """Mean over seeds x streams, both drawn at random and crossed, with Student's interval; n counts the cells.
+
+    The variance of the mean is that of the seeds' means over their number plus that of the streams' (two-way
+    clustering, Cameron, Gelbach & Miller 2011, without taking off what both hold: conservative); its degrees of freedom
+    are Welch and Satterthwaite's. A factor of one level adds nothing: the interval then holds for that one. No interval
+    where neither varies.
+    """
+    y = np.asarray(values_SN, np.float64)
+    if y.ndim != 2 or y.size == 0:
+        raise ValueError(f"a crossed mean needs [seeds, streams], got shape {y.shape}")
+    mean = float(y.mean())
+    means = [y.mean(axis=axis) for axis in (0, 1) if y.shape[1 - axis] > 1]
+    parts = [(float(m.var(ddof=1)) / len(m), len(m) - 1) for m in means]
+    variance = sum(part for part, _ in parts)
+    if math.sqrt(variance) <= 1e-12 * abs(mean):
+        return Interval(mean, None, None, y.size)
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)) * math.sqrt(variance)
+    return Interval(mean, mean - half, mean + half, y.size)
+
+
 def deviation(values: Sequence[float] | Array) -> Interval:
     """Standard deviation (n - 1) of normal values with its exact interval: (n - 1) s^2 / sigma^2 is chi-square with
     n - 1 degrees of freedom (Snedecor & Cochran 1989, section 5.11). Values that are all the same have none.
