@@ -267,9 +267,9 @@ def _length_panel(axes: Axes, values: Mapping[str, Any]) -> dict[str, Any]:
     marks = np.asarray(values["edges"], float)
     middles_B = np.sqrt(np.maximum(marks[:-1], marks[1] / 2) * marks[1:]) / values["context"]
     handles = {}
-    for mode, by_seed in values["nats"].items():
+    for mode in length.present(values):
         colour, dash = _MODES[mode]
-        means_SB = np.asarray(list(by_seed.values())).mean(axis=1)
+        means_SB = np.asarray(list(values["nats"][mode].values())).mean(axis=1)
         x_B = middles_B[: means_SB.shape[1]]
         if len(means_SB) > 1:
             axes.plot(x_B, means_SB.T, color=colour, alpha=0.25, linewidth=0.6)
@@ -289,7 +289,7 @@ def _length_panel(axes: Axes, values: Mapping[str, Any]) -> dict[str, Any]:
     return handles
 
 
-_INKED = 0.55  # a share from which on a cell's number is written in white
+_INKED = 0.4  # a share from which on a cell's number is written in white
 
 
 def attention_sinks(comparison: Comparison) -> Result:

@@ -45,6 +45,11 @@ def title(values: Mapping[str, Any]) -> str:
     return f"{POSITIONS[values['position']]}, {sinks or 'no'} sink{'' if sinks == 1 else 's'}"
 
 
+def present(values: Mapping[str, Any]) -> list[str]:
+    """The modes of a variant in their fixed order."""
+    return [mode for mode in MODES if mode in values["nats"]]
+
+
 def mean_nats(values: Mapping[str, Any], mode: str, low: float, high: float) -> np.ndarray | None:
     """Mean nats per token in positions from `low` to `high` contexts, [seeds, streams]; None where the mode has none
     there. `low` and `high`: edges of buckets."""
@@ -151,7 +156,7 @@ def losses(comparison: Comparison) -> Result:
     rows = []
     for values in found(comparison).values():
         ranges = [(0.5, 1.0), *octaves(values["factor"])]
-        for mode, by_seed in values["nats"].items():
+        for mode in present(values):
             means = {_range(*one): mean_nats(values, mode, *one) for one in ranges}
             change = rise(values, mode)
             cells = {name: None if nats is None else plain(float(nats.mean()), 3) for name, nats in means.items()}
@@ -162,7 +167,7 @@ def losses(comparison: Comparison) -> Result:
                     "Reading": MODES[mode],
                     **cells,
                     "Past less within": past,
-                    "Seeds": len(by_seed),
+                    "Seeds": len(values["nats"][mode]),
                 }
             )
     markdown = table(rows) if rows else "Loss past the training length was not measured."
