@@ -34,11 +34,10 @@ from dataclasses import asdict, replace
 
 from threefold import records
 from threefold.comparison import figures, tables
+from threefold.comparison import length as lengths
 from threefold.config import ablation_base
-from threefold.data import sources
-from threefold.data.tokenizer import encode, load_tokenizer, sink_ids, with_sinks
+from threefold.data.tokenizer import load_tokenizer, sink_ids, with_sinks
 from threefold.evaluation import attention, length
-from threefold.evaluation.perplexity import running_text
 from threefold.run import open_stage
 from threefold.stages import fingerprint
 from threefold.training import PresetRows, load_variant, run_variants, time_kernels, time_variants
@@ -131,61 +130,6 @@ for result in results:
 #| tbl-cap: "Components replaced one by one. Held-out loss in nats per token, mean and standard deviation over seeds. Difference and tokens to equal loss (variant against base): means over seeds with Student's 95% interval. Step time (variant over base): median over rounds with the 95% interval of order statistics. Intervals are 95% each; p is Holm-adjusted over its column, that of the time at the preset's size."
 tables.ablation_effects(found).publish()
 
-# %% [markdown]
-# ## Length
-#
-# What becomes of the loss past the training length? Streams of held-out text, many contexts long, are read by the base, by
-# the other kinds of position and by other numbers of sinks: with attention over everything before, with the last tokens
-# alone, with the sinks beside them, and in windows read anew. Learned positions end with their table.
-
-# %%
-READ = ("base", "sinks=0", "sinks=4", "position=learned", "position=none")
-text_source, every_seed = (
-    stage.preset.evaluation.perplexity,
-    range(stage.preset.seed, stage.preset.seed + stage.config.seeds),
-)
-measured = (
-    [name for name in READ if name in ("base", *stage.config.variants)] if stage.config.length_streams > 0 else []
-)
-looked_at = {}
-if measured:
-    wikitext = resolve(text_source, stage.run.data_dir).reader.startswith("wikitext")
-    text, _ = running_text(load(text_source, stage.run.data_dir), wikitext)
-for name in measured:
-    models = {seed: load_variant(folder, name, seed) for seed in every_seed}
-    config = models[stage.preset.seed].config
-    fitting = with_sinks(tokenizer, config.sinks)
-    (ids,) = encode(fitting, [text])
-    values = length.by_position(
-        models,
-        ids,
-        sink_ids(fitting),
-        streams=stage.config.length_streams,
-        factor=stage.config.length_factor,
-        batch_tokens=stage.preset.evaluation.batch_tokens,
-    )
-    curves[name] = {"variant": name, **values}
-    line = f"**{name}**: loss by position in {values['streams']} streams of {config.context * values['factor']:,} positions"
-    records.publish(f"length/{name.replace('=', '-')}", curves[name], markdown=line)
-    if config.position == "rope":
-        looked_at[name] = attention.shares(
-            models, length.cut(ids, sink_ids(fitting), config.context, values["streams"])
-        )
-
-# %% [markdown]
-# ## Attention
-#
-# How much attention rests on the sinks: the mean probability on them, by layer and head, over the positions of a whole
-# context past the first few. Of the model without sinks it is the share of the text's first token.
-
-# %%
-lines = [
-    f"**{name}**: {100 * values['means'][str(stage.preset.seed)]:.0f}% of attention on {max(1, values['sinks'])} slot(s), "
-    f"where uniform attention would have {100 * values['uniform']:.1f}%"
-    for name, values in looked_at.items()
-]
-records.publish("attention/sinks", {"variants": looked_at}, markdown="\n\n".join(lines) or "Not measured.")
-
 # %%
 #| label: txt-ablations
 tables.ablation_resolution(found).publish()
@@ -206,6 +150,57 @@ figures.ablation_curves(found).publish()
 #| label: tbl-kernels
 #| tbl-cap: "Components alone at the shapes of the 253M model (width 1024, SwiGLU 4096 wide, GELU at equal parameters), forward and backward, by turns, not compiled. Ratios: median over rounds with the 95% interval of order statistics."
 tables.kernels([asdict(time_kernels(part, stage.config.rounds)) for part in ("norm", "ffn")]).publish()
+
+# %% [markdown]
+# ## Length
+#
+# What becomes of the loss past the training length? Streams of held-out text, many contexts long, are read by the base, by
+# the other kinds of position and by other numbers of sinks: with attention over everything before, with the last tokens
+# alone, with the sinks beside them, and in windows read anew. Learned positions end with their table.
+
+# %%
+source, data_folder = stage.preset.evaluation.perplexity, stage.run.data_dir
+read = [name for name in length.VARIANTS if name in found and stage.config.length_streams > 0]
+curves, shares = {}, {}
+for name in read:
+    models = {seed: load_variant(folder, name, seed) for seed in found[name]["seeds"]}
+    fitting = with_sinks(load_tokenizer(tokenizer_folder), models[stage.preset.seed].config.sinks)
+    ids = length.running_ids(source, fitting, data_folder)
+    options = {"streams": stage.config.length_streams, "batch_tokens": stage.preset.evaluation.batch_tokens}
+    curves[name] = length.by_position(models, ids, sink_ids(fitting), factor=stage.config.length_factor, **options)
+    records.publish(
+        f"length/{name.replace('=', '-')}",
+        {"variant": name, **curves[name]},
+        markdown=f"**{name}**: {curves[name]['streams']} streams of {curves[name]['edges'][-1]:,} positions",
+    )
+    if name in attention.VARIANTS:
+        shares[name] = attention.shares(models, ids, sink_ids(fitting))
+
+# %%
+#| label: fig-length
+#| fig-alt: "Loss against position on a logarithmic axis, one panel a variant, one line a way of reading."
+#| fig-cap: "Held-out loss against position, in training contexts (dashed: the training length); means over seeds and streams, each seed faint. Sinks + window: the sinks (without any: the first four tokens) and as many last tokens as fill the context, rotary positions within the cache. Windows read anew: of one context, moved by half, their later half scored. The cross marks where learned positions end: past it there is no prediction."
+figures.length_curves(curves).publish()
+
+# %%
+#| label: tbl-length
+#| tbl-cap: "Held-out loss in nats per token by position, in training contexts; means over seeds and streams. Past less within: all positions past the training length less the second half of it, with a 95% interval over seeds and streams, both taken as samples."
+lengths.losses(curves).publish()
+
+# %% [markdown]
+# ## Attention
+#
+# How much attention rests on the sinks: the mean probability on them, by layer and head, over rows of one context. Of the
+# model without sinks it is the share of the text's first token.
+
+# %%
+records.publish("attention/sinks", {"variants": shares}, markdown=f"Attention of {', '.join(shares) or 'none'}.")
+
+# %%
+#| label: fig-attention-sinks
+#| fig-alt: "Heat maps of the share of attention on the sinks, layers by heads, one for each number of sinks."
+#| fig-cap: "Share of attention on the sinks by layer and head, in percent (first seed; in brackets the mean over all heads): mean probability over the positions of held-out rows of one context, the first 16 left out. Of the model without sinks: the share of the text's first token."
+figures.attention_sinks(shares).publish()
 
 # %%
 records.publish("stage/ablations", stage.finish(seeds=stage.config.seeds, steps=training.steps))

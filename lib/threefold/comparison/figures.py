@@ -233,9 +233,8 @@ _MODES = {
 }
 
 
-def length_curves(comparison: Comparison) -> Result:
+def length_curves(curves: length.Curves) -> Result:
     """Loss against position in contexts, a panel a variant, a line a mode; a cross where learned positions end."""
-    curves = length.found(comparison)
     if not curves:
         return _empty("length", "Loss past the training length was not measured.")
     columns = min(3, len(curves))
@@ -292,9 +291,8 @@ def _length_panel(axes: Axes, values: Mapping[str, Any]) -> dict[str, Any]:
 _INKED = 0.4  # a share from which on a cell's number is written in white
 
 
-def attention_sinks(comparison: Comparison) -> Result:
+def attention_sinks(variants: Mapping[str, Mapping[str, Any]]) -> Result:
     """A heat map a variant, layers down and heads across: `share` [L, H] of the first seed."""
-    variants = attention.found(comparison)
     if not variants:
         return _empty("attention-sinks", "The sinks' share of attention was not measured.")
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")

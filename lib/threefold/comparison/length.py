@@ -151,10 +151,10 @@ def octaves(factor: int) -> list[tuple[float, float]]:
     return [(start, min(2 * start, factor)) for start in starts]
 
 
-def losses(comparison: Comparison) -> Result:
+def losses(curves: Curves) -> Result:
     """Mean loss by octave of position, a row a variant and mode, and the rise past the training length."""
     rows = []
-    for values in found(comparison).values():
+    for values in curves.values():
         ranges = [(0.5, 1.0), *octaves(values["factor"])]
         for mode in present(values):
             means = {_range(*one): mean_nats(values, mode, *one) for one in ranges}

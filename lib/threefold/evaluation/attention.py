@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from threefold.errors import EvaluationError
+from threefold.evaluation.length import cut
 from threefold.model.decoder import Attention, Decoder, attend
 
+VARIANTS = ("base", "sinks=0", "sinks=4")  # those that are looked at, where trained
+ROWS = 8  # of text, a context each
 FIRST_QUERIES = 16  # left out of a share: a query that sees a handful of keys gives each of them much
 
 
@@ -61,14 +64,16 @@ def uniform_share(length: int, sinks: int, first: int = FIRST_QUERIES) -> float:
     return float(sink_share(uniform_TS[None, None], sinks, first))
 
 
-def shares(models: Mapping[int, Decoder], tokens_NT: Tensor) -> dict[str, Any]:
-    """Of one variant, over rows of text with the model's sinks in front, the values of a record: `share` [L, H] of the
-    first seed's model, `means` over all layers and heads by seed, `uniform`, what heads that look everywhere alike
-    would have. Of a model without sinks it is the share of the text's first token.
+def shares(models: Mapping[int, Decoder], ids: Sequence[int], sink_ids: Sequence[int]) -> dict[str, Any]:
+    """The values of a record for one variant, over rows of a running text with the model's sinks in front of each.
+
+    `share` [L, H] is the first seed's, `means` over all layers and heads are by seed, `uniform` is what heads that look
+    everywhere alike would have. Of a model without sinks it is the share of the text's first token.
 
     models: one a seed.
     """
-    sinks = next(iter(models.values())).config.sinks
+    config = next(iter(models.values())).config
+    tokens_NT, sinks = cut(ids, sink_ids, config.context, ROWS), config.sinks
     found = {
         seed: torch.stack([sink_share(maps(model, row_T), max(1, sinks)) for row_T in tokens_NT]).mean(dim=0)
         for seed, model in models.items()

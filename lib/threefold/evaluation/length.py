@@ -7,19 +7,25 @@ slot p. Shape suffixes as in `model.decoder`, and N streams, J windows.
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from threefold.config import ModelConfig
+from threefold.config import ModelConfig, SourceConfig
+from threefold.data import sources
+from threefold.data.tokenizer import encode
 from threefold.errors import DataError, EvaluationError
+from threefold.evaluation.perplexity import running_text
 from threefold.model.decoder import Attention, AttentionContext, Decoder, additive_mask, repeat_heads, rotary_tables
 from threefold.model.kernels import rotate
 
 VERSION = 1  # raised when a number would come out differently
+VARIANTS = ("base", "sinks=0", "sinks=4", "position=learned", "position=none")  # those that are read, where trained
 MODES = ("full", "window", "sinks", "anew")
 FIRST_TOKENS = 4  # kept by "sinks" where a model has none of its own (Xiao et al. 2023, section 3.1)
 STEPS = 4  # buckets an octave
@@ -82,6 +88,13 @@ def by_position(
         "edges": marks,
         "nats": nats,
     }
+
+
+def running_ids(source: SourceConfig, tokenizer: PreTrainedTokenizerFast, data_dir: str | Path = "") -> np.ndarray:
+    """The running text of a source as ids, without sinks, joined as for perplexity."""
+    wikitext = sources.resolve(source, data_dir).reader.startswith("wikitext")
+    text, _ = running_text(sources.load(source, data_dir), wikitext)
+    return next(iter(encode(tokenizer, [text])))
 
 
 def modes(config: ModelConfig) -> tuple[str, ...]:
