@@ -294,6 +294,9 @@ def make_run(
         for variant, values in length_curves().items():
             cells.append(cell("read()", output(f"length/{variant.replace('=', '-')}", values, "x")))
         cells.append(cell("look()", output("attention/sinks", {"variants": sink_shares()}, "x")))
+        seconds = {"RMSNorm": [0.002] * 6, "LayerNorm": [0.003] * 6}
+        timing = {"part": "norm", "positions": 8, "parameters": dict.fromkeys(seconds, 1024), "seconds": seconds}
+        cells.append(cell("kernels()", output("kernels", {"timings": [timing]}, "x")))
         notebook(notebooks / "05_ablations.ipynb", *cells)
     return folder
 
@@ -358,7 +361,10 @@ def execute_compare(run: Path, script: Path) -> Path:
             name = "smoke"
 
     namespace = {"comparison": Comparison.load(run), "stage": Stage}
-    exec("from threefold.comparison import claims, figures, insights, length, precedent, tables, variance", namespace)
+    exec(
+        "from threefold.comparison import ablations, claims, figures, insights, length, precedent, tables, variance",
+        namespace,
+    )
     original, comparison_results.records.publish = comparison_results.records.publish, publish
     try:
         for entry in source.cells:

@@ -126,19 +126,13 @@ for result in results:
 # under their learning-rate schedule. *Step time* is the variant's over the base's, round by round.
 
 # %%
-#| label: tbl-ablations
-#| tbl-cap: "Components replaced one by one. Held-out loss in nats per token, mean and standard deviation over seeds. Difference and tokens to equal loss (variant against base): means over seeds with Student's 95% interval. Step time (variant over base): median over rounds with the 95% interval of order statistics. Intervals are 95% each; p is Holm-adjusted over its column, that of the time at the preset's size."
-tables.ablation_effects(found).publish()
+replace(tables.ablation_effects(found), name="ablation-effects").publish()
 
 # %%
-#| label: txt-ablations
-tables.ablation_resolution(found).publish()
+replace(tables.ablation_resolution(found), name="ablation-resolution").publish()
 
 # %%
-#| label: fig-ablations
-#| fig-alt: "Held-out loss falling with tokens trained on, one line a variant, the base in black."
-#| fig-cap: "Held-out loss of the base and every variant against the tokens trained on, means over seeds."
-figures.ablation_curves(found).publish()
+replace(figures.ablation_curves(found), name="ablation-curves").publish()
 
 # %% [markdown]
 # ## Components alone
@@ -147,9 +141,8 @@ figures.ablation_curves(found).publish()
 # apart. The batch is as small as seconds allow.
 
 # %%
-#| label: tbl-kernels
-#| tbl-cap: "Components alone at the shapes of the 253M model (width 1024, SwiGLU 4096 wide, GELU at equal parameters), forward and backward, by turns, not compiled. Ratios: median over rounds with the 95% interval of order statistics."
-tables.kernels([asdict(time_kernels(part, stage.config.rounds)) for part in ("norm", "ffn")]).publish()
+kernels = tables.kernels([asdict(time_kernels(part, stage.config.rounds)) for part in ("norm", "ffn")])
+replace(kernels, name="kernels").publish()
 
 # %% [markdown]
 # ## Length
@@ -177,15 +170,10 @@ for name in read:
         shares[name] = attention.shares(models, ids, sink_ids(fitting))
 
 # %%
-#| label: fig-length
-#| fig-alt: "Loss against position on a logarithmic axis, one panel a variant, one line a way of reading."
-#| fig-cap: "Held-out loss against position, in training contexts (dashed: the training length); means over seeds and streams, each seed faint. Sinks + window: the sinks (without any: the first four tokens) and as many last tokens as fill the context, rotary positions within the cache. Windows read anew: of one context, moved by half, their later half scored. The cross marks where learned positions end: past it there is no prediction."
-figures.length_curves(curves).publish()
+replace(figures.length_curves(curves), name="length-curves").publish()
 
 # %%
-#| label: tbl-length
-#| tbl-cap: "Held-out loss in nats per token by position, in training contexts; means over seeds and streams. Past less within: all positions past the training length less the second half of it, with a 95% interval over seeds and streams, both taken as samples."
-lengths.losses(curves).publish()
+replace(lengths.losses(curves), name="length-losses").publish()
 
 # %% [markdown]
 # ## Attention
@@ -197,10 +185,7 @@ lengths.losses(curves).publish()
 records.publish("attention/sinks", {"variants": shares}, markdown=f"Attention of {', '.join(shares) or 'none'}.")
 
 # %%
-#| label: fig-attention-sinks
-#| fig-alt: "Heat maps of the share of attention on the sinks, layers by heads, one for each number of sinks."
-#| fig-cap: "Share of attention on the sinks by layer and head, in percent (first seed; in brackets the mean over all heads): mean probability over the positions of held-out rows of one context, the first 16 left out. Of the model without sinks: the share of the text's first token."
-figures.attention_sinks(shares).publish()
+replace(figures.attention_sinks(shares), name="attention-heads").publish()
 
 # %%
 records.publish("stage/ablations", stage.finish(seeds=stage.config.seeds, steps=training.steps))

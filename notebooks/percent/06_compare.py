@@ -30,7 +30,7 @@ overrides = ""
 
 # %%
 from threefold import records, stages
-from threefold.comparison import Comparison, claims, figures, insights, precedent, tables, variance
+from threefold.comparison import Comparison, ablations, claims, figures, insights, length, precedent, tables, variance
 from threefold.run import open_stage
 
 stage = open_stage("compare", globals())
@@ -57,8 +57,34 @@ tables.parameters(comparison).publish()
 
 # %%
 #| label: tbl-architecture
-#| tbl-cap: "Architectural differences from GPT-2: the benefit as it is claimed, and as this run's ablations measured it (with the component against GPT-2's counterpart; intervals over seeds)."
+#| tbl-cap: "Architectural differences from GPT-2: the benefit as it is claimed, and as this run's ablations measured it (with the component against GPT-2's counterpart; intervals over seeds, those of speed over rounds of timing)."
 tables.architecture(comparison).publish()
+
+# %% [markdown]
+# ## Components replaced one by one
+#
+# From the records of notebook 05: every variant against the base, over seeds for the loss, over rounds for the time.
+
+# %%
+#| label: tbl-ablations
+#| tbl-cap: "Components replaced one by one. Held-out loss in nats per token, mean and standard deviation over seeds. Difference and tokens to equal loss (variant against base): means over seeds with Student's interval. Step time (variant over base): median over rounds with the interval of order statistics. Intervals are 95% each; p is Holm-adjusted over its column, that of the time at the preset's size."
+variants = ablations.found(comparison)
+tables.ablation_effects(variants).publish()
+
+# %%
+#| label: txt-ablations
+tables.ablation_resolution(variants).publish()
+
+# %%
+#| label: fig-ablations
+#| fig-alt: "Held-out loss falling with tokens trained on, one line a variant, the base in black."
+#| fig-cap: "Held-out loss of the base and every variant against the tokens trained on, means over seeds."
+figures.ablation_curves(variants).publish()
+
+# %%
+#| label: tbl-kernels
+#| tbl-cap: "Components alone at the shapes of the 253M model (width 1024, SwiGLU 4096 wide, GELU at equal parameters), forward and backward, by turns, not compiled. Ratios: median over rounds with the 95% interval of order statistics."
+tables.kernels((comparison.values("kernels") or {}).get("timings", ())).publish()
 
 # %% [markdown]
 # ## Training
@@ -214,6 +240,29 @@ insights.bullets(
 #| label: tbl-speed
 #| tbl-cap: "Tokens per second by batch size: median of the repeats with their quartiles in brackets."
 tables.speed(comparison).publish()
+
+# %% [markdown]
+# ## Past the training length
+#
+# From the records of notebook 05: the ablation models on streams many contexts long, and where their attention rests.
+
+# %%
+#| label: fig-length
+#| fig-alt: "Loss against position on a logarithmic axis, one panel a variant, one line a way of reading."
+#| fig-cap: "Held-out loss against position, in training contexts (dashed: the training length); means over seeds and streams, each seed faint. Sinks + window: the sinks (without any: the first four tokens) and as many last tokens as fill the context, rotary positions within the cache. Windows read anew: of one context, moved by half, their later half scored. The cross marks where learned positions end: past it there is no prediction."
+curves = length.found(comparison)
+figures.length_curves(curves).publish()
+
+# %%
+#| label: tbl-length
+#| tbl-cap: "Held-out loss in nats per token by position, in training contexts; means over seeds and streams. Past less within: all positions past the training length less the second half of it, with a 95% interval over seeds and streams, both taken as samples."
+length.losses(curves).publish()
+
+# %%
+#| label: fig-attention-sinks
+#| fig-alt: "Heat maps of the share of attention on the sinks, layers by heads, one for each number of sinks."
+#| fig-cap: "Share of attention on the sinks by layer and head, in percent (first seed; in brackets the mean over all heads): mean probability over the positions of held-out rows of one context, the first 16 left out. Of the model without sinks: the share of the text's first token."
+figures.attention_sinks((comparison.values("attention/sinks") or {}).get("variants", {})).publish()
 
 # %% [markdown]
 # ## The precedent, rerun
