@@ -183,15 +183,27 @@ def number(value: float, decimals: int | None = None) -> str:
     return f"{value:,.{max(0, 2 - math.floor(math.log10(size)))}f}"
 
 
-_SPECIAL = re.compile(r"[\\`*_\[\]{}#$@~^|]")
+# What text can be taken for, and how it is written instead. A backslash before it is enough for Pandoc; JupyterLab typesets
+# mathematics in the finished page, where escapes are gone, so that no `$` and no backslash may stand beside other text.
+_LITERAL = {
+    **{char: f"\\{char}" for char in "`*_[]{}#~^|'\""},
+    **{char: f"<span>\\{char}</span>" for char in "$\\"},
+    **{"&": "&amp;", "<": "&lt;", ">": "&gt;"},
+    "@": "&#64;",  # a citation, an address, JupyterLab's own mark @@0@@ for mathematics
+    "?@": "?<span>&#64;</span>",  # what Quarto prints for a reference to nothing
+    "{{": "\\{<span>\\{</span>",  # Quarto's shortcodes, which its older versions look for in what Pandoc has read
+    "//": "&#47;&#47;",  # of a bare address, which JupyterLab makes a link
+    ".": "&#46;",  # of www., and of dots that Pandoc draws together
+    "-": "\\-",  # of dashes that Pandoc draws together
+}
+_SPECIAL = re.compile(r"\{\{|\?@|[`*_\[\]{}#~^|'\"$\\&<>@]|(?<=:)//|(?<=www)\.|\.(?=\.\.)|-(?=-)", re.IGNORECASE)
 
 
 def escape(text: str) -> str:
     """Text of any origin as literal Markdown, for a table cell or inside a line: no HTML, link, code, mathematics,
-    citation, further cell or Quarto shortcode can come of it."""
+    citation, further cell or Quarto shortcode can come of it, in JupyterLab, Pandoc or Quarto."""
     text = "".join(char if char.isprintable() else " " for char in text)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _SPECIAL.sub(lambda match: "\\" + match.group(), text)
+    return _SPECIAL.sub(lambda match: _LITERAL[match.group()], text)
 
 
 def _rows(rows: Any, columns: Any) -> list[Mapping[str, Any]]:

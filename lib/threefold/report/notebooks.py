@@ -1,5 +1,6 @@
 """Labelled cells of executed notebooks, as the report embeds them."""
 
+import base64
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,8 +39,13 @@ class Cell:
 
     @property
     def image(self) -> str:
-        """The one display's PNG in base64, "" if it has none."""
-        return str(self.displays[0].data.get("image/png", "")).replace("\n", "") if self.displays else ""
+        """The one display's PNG in base64, "" if it has none. Raises ReportError for what is no base64."""
+        text = str(self.displays[0].data.get("image/png", "")).replace("\n", "") if self.displays else ""
+        try:
+            base64.b64decode(text, validate=True)
+        except ValueError as error:
+            raise ReportError(f"{self.notebook} cell {self.index} ({self.label}): its PNG is not base64") from error
+        return text
 
     @property
     def alt(self) -> str:
