@@ -268,7 +268,7 @@ NASTY = [
     r"\(x^2\) \[y\] \begin{align}x\end{align} \ref{a} \$z\$",
     "@@0@@ someone@example.org",
     "https://example.org/x www.example.org WWW.example.org",
-    "it's \"so\" -- --- ---- ... ....",
+    'it\'s "so" -- --- ---- ... ....',
     "<!-- no comment --> # no heading",
     "\u202edesrever \u200bnothing",
 ]
@@ -277,8 +277,9 @@ NASTY = [
 @pytest.mark.parametrize("text", NASTY)
 def test_text_of_a_model_stays_text(text):
     """Pandoc reads each cell back as exactly the text that went in, and as nothing but words; a `$` or backslash in an
-    element of its own, or JupyterLab's MathJax would pair it with the next; so are the second brace of a shortcode and what Quarto says of a lost
-    reference."""
+    element of its own, or JupyterLab's MathJax would pair it with the next; so are the second brace of a shortcode and
+    what Quarto says of a lost reference.
+    """
     source = table([{"text": text, "n": 1}])
     assert "{{<" not in source and len(source.splitlines()) == 3
     tree = json.loads(pypandoc.convert_text(source, "json", format="markdown"))

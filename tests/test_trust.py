@@ -1,6 +1,5 @@
 """What comes from outside is data: text of data sets in the rendered report, model folders, names, archives."""
 
-import json
 from html.parser import HTMLParser
 
 import nbformat
@@ -107,7 +106,7 @@ def test_nothing_on_the_page_acts_or_loads(attacked):
         '<meta http-equiv="refresh" content="0; url=https://x.example">',
         '<a ping="https://x.example/" href="#x">',
         '<svg><image href="https://x.example/a.png"/></svg>',
-        '<IMG\nSRC = https://x.example/a.png>',
+        "<IMG\nSRC = https://x.example/a.png>",
     ],
 )
 def test_whatever_a_page_would_fetch_is_found(html):

@@ -183,8 +183,9 @@ def number(value: float, decimals: int | None = None) -> str:
     return f"{value:,.{max(0, 2 - math.floor(math.log10(size)))}f}"
 
 
-# What text can be taken for, and how it is written instead. A backslash before it is enough for Pandoc; JupyterLab typesets
-# mathematics in the finished page, where escapes are gone, so that no `$` and no backslash may stand beside other text.
+# What text can be taken for, and how it is written instead. A backslash before it is enough for Pandoc; JupyterLab
+# typesets mathematics in the finished page, where escapes are gone: there no `$` and no backslash may stand beside
+# other text.
 _LITERAL = {
     **{char: f"\\{char}" for char in "`*_[]{}#~^|'\""},
     **{char: f"<span>\\{char}</span>" for char in "$\\"},
@@ -262,16 +263,21 @@ def read(notebook_path: str | Path) -> dict[str, Record]:
         notebook = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except FileNotFoundError as error:
         raise RecordError(f"{path.name}: no such notebook") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path.name}: cannot be read as a notebook: {error}") from error
     if not isinstance(notebook, dict) or notebook.get("nbformat") != 4 or not isinstance(notebook.get("cells"), list):
         raise RecordError(f"{path.name}: no notebook of format 4")
     records: dict[str, Record] = {}
     for index, cell in enumerate(notebook["cells"]):
-        for output in cell.get("outputs", ()):
+        outputs = cell.get("outputs", []) if isinstance(cell, dict) else None
+        if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
+            raise RecordError(f"{path.name}: cell {index} is no cell of a notebook")
+        for output in outputs:
             if output.get("output_type") == "error":
                 raise RecordError(f"{path.name}: cell {index} ended in {output.get('ename')}: {output.get('evalue')}")
             data = output.get("data", {})
+            if not isinstance(data, dict):
+                raise RecordError(f"{path.name}: cell {index}: an output whose data is no object")
             if MIME in data:
                 record = _record(data, path.name, index)
                 if record.name in records:
@@ -289,8 +295,10 @@ def _record(data: Mapping[str, Any], notebook: str, cell: int) -> Record:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(values, dict):
         raise RecordError(f"{notebook}: cell {cell}: a record without a name or values")
     markdown = data.get("text/markdown")
-    if isinstance(markdown, list):  # nbformat keeps texts as lists of lines
+    if isinstance(markdown, list) and all(isinstance(line, str) for line in markdown):  # nbformat's lists of lines
         markdown = "".join(markdown)
+    if not isinstance(markdown, str | None):
+        raise RecordError(f"{notebook}: cell {cell}: record {name} has Markdown that is no text")
     return Record(name, finite(values, name), markdown, notebook, cell)
 
 
