@@ -117,8 +117,8 @@ def stream(
     temperature, top_k, top_p, generator: as in `generate`.
 
     Raises ConfigError (impossible settings) and DataError (an empty prompt or an unknown token id; learned positions,
-    which cannot stream past their table) before the first token is asked for, EvaluationError (logits that are no finite
-    numbers).
+    which cannot stream past their table) before the first token is asked for, EvaluationError (logits that are no
+    finite numbers).
     """
     _check_settings(0 if max_new_tokens == -1 else max_new_tokens, temperature, top_k, top_p, None, None)
     if not len(prompt):
