@@ -2,7 +2,7 @@
 every file, module, function and test that is named exists.
 
 The commands of a document run in its order, by bash, in a copy of the project whose preset `smoke` is a smaller model
-on less data (`small_smoke`), so that the README's own words take a minute. What cannot run offline or in seconds stands in
+on less data (`small_smoke`), so that README takes a minute. What cannot run offline or in seconds stands in
 EXCEPTIONS with the reason, is printed, and goes through the real argument parser (or `make -n`) instead.
 """
 

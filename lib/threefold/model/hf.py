@@ -137,7 +137,7 @@ def from_hf_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
     """
     names = raw.get("architectures") or []
     if not isinstance(names, list):
-        raise CheckpointError(f"{where}: architectures cannot be {str(names)[:40]!r}")
+        raise CheckpointError(f"{where}: architectures cannot be {repr(names)[:40]}")
     own = raw.get("threefold") or {}
     if not isinstance(own, Mapping):
         raise CheckpointError(f'{where}: "threefold" is {own!r}, expected an object')
@@ -147,7 +147,7 @@ def from_hf_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
         kind = raw.get("model_type")
         if kind not in ["llama", "qwen3", "gpt2"]:
             raise CheckpointError(
-                f"{where}: model_type {str(kind)[:40]!r}, architectures {str(names)[:80]}; "
+                f"{where}: model_type {repr(kind)[:40]}, architectures {str(names)[:80]}; "
                 f"readable are llama, qwen3, gpt2 and {OWN}"
             )
         sinks = own.get("sinks", 0)
@@ -185,7 +185,7 @@ def _check_types(config: ModelConfig, where: str) -> None:
         else:
             right = isinstance(value, str) and value in field.type.__args__
         if not right:
-            raise CheckpointError(f"{where}: {field.name} cannot be {str(value)[:40]!r}")
+            raise CheckpointError(f"{where}: {field.name} cannot be {repr(value)[:40]}")
 
 
 def _size(raw: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
@@ -194,21 +194,21 @@ def _size(raw: Mapping[str, Any], key: str, where: str, default: int | None = No
     if value is None:
         raise CheckpointError(f"{where}: no {key!r}")
     if type(value) is not int or not 1 <= value <= LARGEST:
-        raise CheckpointError(f"{where}: {key} cannot be {str(value)[:40]!r}")
+        raise CheckpointError(f"{where}: {key} cannot be {repr(value)[:40]}")
     return value
 
 
 def _flag(raw: Mapping[str, Any], key: str, where: str, default: bool = False) -> bool:
     value = default if raw.get(key) is None else raw[key]
     if type(value) is not bool:
-        raise CheckpointError(f"{where}: {key} cannot be {str(value)[:40]!r}, expected true or false")
+        raise CheckpointError(f"{where}: {key} cannot be {repr(value)[:40]}, expected true or false")
     return value
 
 
 def _refuse(raw: Mapping[str, Any], allowed: Mapping[str, tuple], where: str) -> None:
     for key, values in allowed.items():
         if raw.get(key, values[0]) not in values:
-            raise CheckpointError(f"{where}: {key} = {str(raw[key])[:40]!r} is a part the Decoder does not have")
+            raise CheckpointError(f"{where}: {key} = {repr(raw[key])[:40]} is a part the Decoder does not have")
 
 
 def _llama_config(raw: Mapping[str, Any], sinks: int, where: str) -> ModelConfig:
@@ -226,7 +226,7 @@ def _llama_config(raw: Mapping[str, Any], sinks: int, where: str) -> ModelConfig
     )
     rope = raw.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
-        raise CheckpointError(f"{where}: rope_parameters cannot be {str(rope)[:40]!r}")
+        raise CheckpointError(f"{where}: rope_parameters cannot be {repr(rope)[:40]}")
     if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(f"{where}: rope_parameters = {str(rope)[:200]} is a part the Decoder does not have")
     heads, width = _size(raw, "num_attention_heads", where), _size(raw, "hidden_size", where)
