@@ -378,7 +378,7 @@ def test_weights_that_are_no_floats_are_refused(folder):
         ({"num_key_value_heads": 3}, "must divide"),
         ({"hidden_size": None}, "no 'hidden_size'"),
         ({"hidden_size": "big"}, "hidden_size|d_model"),
-        ({"num_hidden_layers": 0}, "n_layer cannot be 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers cannot be 0"),
         ({"num_hidden_layers": 3}, "missing model.layers.2"),
         ({"num_hidden_layers": 1}, "extra model.layers.1"),
         ({"vocab_size": 299}, r"embed_tokens.weight \[300, 32\], expected \[299, 32\]"),

@@ -228,7 +228,10 @@ def load_preset(name_or_path: str | Path, overrides: Mapping[str, object] | Iter
     """
     text = str(name_or_path)
     if text.endswith(".toml") or "/" in text:
-        path = next((path for path in (Path(text), paths.PROJECT / text) if path.is_file()), None)
+        try:
+            path = next((path for path in (Path(text), paths.PROJECT / text) if path.is_file()), None)
+        except OSError as error:  # a name too long for any file
+            raise ConfigError(f"preset {_show(text)}: {error.strerror}") from error
         if path is None:
             raise ConfigError(f"preset {text}: no such file; presets by name: {', '.join(preset_names())}")
     else:
@@ -366,7 +369,12 @@ def replicate_of(name: str) -> tuple[str, int]:
 def check_name(name: str, what: str) -> str:
     """The name, if it can be a file name everywhere and cannot leave its folder; else ConfigError."""
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"{what} {name!r}: a name has only A-Z a-z 0-9 . _ - and starts with a letter or digit")
+        raise ConfigError(f"{what} {_show(name)}: a name has only A-Z a-z 0-9 . _ - and starts with a letter or digit")
+    if len(name) > _LONGEST_NAME or name.endswith(".") or name.partition(".")[0].upper() in _WINDOWS:
+        raise ConfigError(
+            f"{what} {_show(name)}: a name has at most {_LONGEST_NAME} characters, does not end in a dot and is none "
+            "that Windows keeps for a device (CON, NUL, ...)"
+        )
     return name
 
 
@@ -379,15 +387,20 @@ def near_miss(name: str, allowed: Iterable[str]) -> str | None:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_REPLICATE = re.compile(r"(.+)-seed([2-9]|[1-9]\d+)")  # replicates count from 1, which has no suffix
+_LONGEST_NAME = 100  # files are named after it, with up to 60 characters more; a file system takes 255
+_WINDOWS = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
+_REPLICATE = re.compile(r"(.+)-seed([2-9]|[1-9][0-9]{1,5})")  # replicates count from 1, which has no suffix
+_LARGEST_FILE = 1 << 20  # bytes of a preset; the ones here have four thousand
 
 
 def _read(path: Path) -> Preset:
     try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ConfigError(f"{path.name}: {path.stat().st_size:,} bytes: a preset has at most {_LARGEST_FILE:,}")
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path.name}: cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no TOML, a number of thousands of digits, brackets without end
         raise ConfigError(f"{path.name}: no TOML: {error}") from error
     if not table.get("name"):
         table["name"] = path.stem
@@ -440,6 +453,8 @@ def _value(kind: Any, value: Any, key: str, origin: str) -> Any:
         return tuple(_value(get_args(kind)[0], item, f"{key}.{index}", origin) for index, item in enumerate(value))
     if get_origin(kind) is Literal and value in get_args(kind):
         return value
+    if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
+        number = False
     if kind is float and number and math.isfinite(value):
         return float(value)
     if kind is int and number and isinstance(value, int):
@@ -461,6 +476,8 @@ def _describe(kind: Any) -> str:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
+        return f"a number of {value.bit_length()} bits"
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -515,7 +532,7 @@ def _locate(table: dict[str, Any], key: str, origin: str) -> tuple[Any, Any, Any
                 raise _unknown(".".join([*seen, part]), kind, origin)
             holder, last, kind = node, part, kinds[part]
         elif get_origin(kind) is tuple:
-            if not part.isdecimal() or int(part) >= len(node):
+            if part not in map(str, range(len(node))):
                 raise ConfigError(f"{origin}: {key}: {'.'.join(seen)} is a list of {len(node)}, its items count from 0")
             holder, last, kind = node, int(part), get_args(kind)[0]
         else:
@@ -545,7 +562,7 @@ def _toml_value(text: str) -> Any:
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -576,6 +593,7 @@ def _off_or(rule: Rule) -> Rule:
 
 
 _LARGEST_SEED = 2**32 - 1
+_LARGEST_INTEGER = 2**63 - 1  # TOML's
 
 _RULES: dict[type, dict[str, Rule]] = {
     ModelConfig: {

@@ -3,9 +3,25 @@
 Everything a user can cause raises a `ThreefoldError`; anything else that escapes is a bug and keeps its traceback.
 """
 
+import re
+
+_ENDLESS = re.compile(r"(\S{200})\S{100,}(\S{100})")
+
 
 class ThreefoldError(Exception):
-    """Base of every error with a cause the user can mend. The CLI prints it as one line and exits with status 2."""
+    """Base of every error with a cause the user can mend. The CLI prints it as one line and exits with status 2.
+
+    What a message quotes may come from anywhere: characters that end a line, colour a terminal or turn its text around
+    are shown as their escapes, and words without end by their ends.
+    """
+
+    def __init__(self, message: str = ""):
+        message = _ENDLESS.sub(r"\1…\2", message)
+        super().__init__("".join(char if self._shown(char) else _escaped(char) for char in message))
+
+    @staticmethod
+    def _shown(char: str) -> bool:
+        return char.isprintable() or char == "\u00a0"
 
     def _render_traceback_(self) -> list[str]:
         """IPython's hook: in a notebook the error is its one line, not a page of frames."""
@@ -45,4 +61,12 @@ class RecordError(ThreefoldError):
 
 
 class ReportError(ThreefoldError):
-    """A report whose sources do not hold together."""
+    """A report whose sources do not hold together; one line a fault."""
+
+    @staticmethod
+    def _shown(char: str) -> bool:
+        return char == "\n" or ThreefoldError._shown(char)
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")

@@ -183,15 +183,28 @@ def number(value: float, decimals: int | None = None) -> str:
     return f"{value:,.{max(0, 2 - math.floor(math.log10(size)))}f}"
 
 
-_SPECIAL = re.compile(r"[\\`*_\[\]{}#$@~^|]")
+# What text can be taken for, and how it is written instead. A backslash before it is enough for Pandoc; JupyterLab
+# typesets mathematics in the finished page, where escapes are gone: there no `$` and no backslash may stand beside
+# other text.
+_LITERAL = {
+    **{char: f"\\{char}" for char in "`*_[]{}#~^|'\""},
+    **{char: f"<span>\\{char}</span>" for char in "$\\"},
+    **{"&": "&amp;", "<": "&lt;", ">": "&gt;"},
+    "@": "&#64;",  # a citation, an address, JupyterLab's own mark @@0@@ for mathematics
+    "?@": "?<span>&#64;</span>",  # what Quarto prints for a reference to nothing
+    "{{": "\\{<span>\\{</span>",  # Quarto's shortcodes, which its older versions look for in what Pandoc has read
+    "//": "&#47;&#47;",  # of a bare address, which JupyterLab makes a link
+    ".": "&#46;",  # of www., and of dots that Pandoc draws together
+    "-": "\\-",  # of dashes that Pandoc draws together
+}
+_SPECIAL = re.compile(r"\{\{|\?@|[`*_\[\]{}#~^|'\"$\\&<>@]|(?<=:)//|(?<=www)\.|\.(?=\.\.)|-(?=-)", re.IGNORECASE)
 
 
 def escape(text: str) -> str:
     """Text of any origin as literal Markdown, for a table cell or inside a line: no HTML, link, code, mathematics,
-    citation, further cell or Quarto shortcode can come of it."""
+    citation, further cell or Quarto shortcode can come of it, in JupyterLab, Pandoc or Quarto."""
     text = "".join(char if char.isprintable() else " " for char in text)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _SPECIAL.sub(lambda match: "\\" + match.group(), text)
+    return _SPECIAL.sub(lambda match: _LITERAL[match.group()], text)
 
 
 def _rows(rows: Any, columns: Any) -> list[Mapping[str, Any]]:
@@ -250,16 +263,21 @@ def read(notebook_path: str | Path) -> dict[str, Record]:
         notebook = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except FileNotFoundError as error:
         raise RecordError(f"{path.name}: no such notebook") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path.name}: cannot be read as a notebook: {error}") from error
     if not isinstance(notebook, dict) or notebook.get("nbformat") != 4 or not isinstance(notebook.get("cells"), list):
         raise RecordError(f"{path.name}: no notebook of format 4")
     records: dict[str, Record] = {}
     for index, cell in enumerate(notebook["cells"]):
-        for output in cell.get("outputs", ()):
+        outputs = cell.get("outputs", []) if isinstance(cell, dict) else None
+        if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
+            raise RecordError(f"{path.name}: cell {index} is no cell of a notebook")
+        for output in outputs:
             if output.get("output_type") == "error":
                 raise RecordError(f"{path.name}: cell {index} ended in {output.get('ename')}: {output.get('evalue')}")
             data = output.get("data", {})
+            if not isinstance(data, dict):
+                raise RecordError(f"{path.name}: cell {index}: an output whose data is no object")
             if MIME in data:
                 record = _record(data, path.name, index)
                 if record.name in records:
@@ -277,8 +295,10 @@ def _record(data: Mapping[str, Any], notebook: str, cell: int) -> Record:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(values, dict):
         raise RecordError(f"{notebook}: cell {cell}: a record without a name or values")
     markdown = data.get("text/markdown")
-    if isinstance(markdown, list):  # nbformat keeps texts as lists of lines
+    if isinstance(markdown, list) and all(isinstance(line, str) for line in markdown):  # nbformat's lists of lines
         markdown = "".join(markdown)
+    if not isinstance(markdown, str | None):
+        raise RecordError(f"{notebook}: cell {cell}: record {name} has Markdown that is no text")
     return Record(name, finite(values, name), markdown, notebook, cell)
 
 

@@ -73,6 +73,8 @@ def stage_notebook(stage: str) -> StageNotebook:
     repeated = replicate == 1 or (model or kind) in config.REPEATED
     if kind not in _STAGES or (kind == "evaluate") != bool(model) or not repeated:
         raise ConfigError(f"unknown stage {stage!r}{_hint(stage, _STAGES)}; allowed: {_stage_list()}")
+    if model:
+        config.check_name(model, "model")
     source = _STAGES[kind][0]
     model = model or (kind if kind in _PRETRAINED[1:] else "")
     parameters: dict[str, str | int] = {"model": model} if model else {}
@@ -124,6 +126,11 @@ class Run:
             resolved = config.load_preset(preset, overrides)
         name = run or resolved.name
         path = paths.RUNS / name
+        if path.resolve() != paths.RUNS.resolve() / name:
+            raise ConfigError(
+                f"run {name} is a link out of the runs folder: choose another name, or set THREEFOLD_RUNS to the "
+                "folder in which all runs are to lie"
+            )
         asked = {"preset": str(preset)} if preset else {}
         asked |= {"run": name} if name != resolved.name or not preset else {}
         asked |= {"data_dir": str(data_dir)} if data_dir else {}
@@ -212,9 +219,10 @@ def read_run_file(folder: Path) -> dict[str, Any] | None:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{_shown(file)} is damaged ({error}); remove the folder and run the stage again") from error
-    if not isinstance(facts, dict) or not {"stage", "fingerprint", "outputs"} <= facts.keys():
+    kinds = {"stage": str, "fingerprint": dict, "outputs": dict}
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
         raise RecordError(f"{_shown(file)} lacks stage, fingerprint or outputs; remove the folder and run it again")
     return facts
 

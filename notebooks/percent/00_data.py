@@ -169,6 +169,7 @@ records.publish("data/rows", {"rows": rows}, markdown=records.table(rows, format
 # One row, opened: the sink is segment 0, documents count from 1, padding is -1.
 
 # %%
+pd.set_option("display.html.use_mathjax", False)  # text is text: no $...$ of it is mathematics
 batch = packed["pretrain"].rows([0])
 pd.DataFrame(
     {

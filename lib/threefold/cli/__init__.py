@@ -386,12 +386,14 @@ def _generate(options: argparse.Namespace) -> int:
     if not options.stream and (options.window or options.stop_at_eos):
         raise ConfigError(f"{'--window' if options.window else '--stop-at-eos'} goes with --stream")
     folder = _checkpoint(options)
+    if any("\ud800" <= char <= "\udfff" for char in options.prompt):
+        raise ConfigError("the prompt is not UTF-8: the shell handed over bytes that are no text")
     import torch
-    from transformers import AutoTokenizer
 
+    from threefold.data.tokenizer import load_tokenizer
     from threefold.model import generate, load_checkpoint
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     model = load_checkpoint(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     prompt = tokenizer(options.prompt, verbose=False)["input_ids"]  # verbose: a warning about the length, ours to judge
     sampling = {

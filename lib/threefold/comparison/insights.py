@@ -22,7 +22,7 @@ from threefold.comparison.differences import (
 from threefold.comparison.load import Comparison
 from threefold.comparison.measures import BITS_PER_BYTE, PERPLEXITY, PROBLEMS, SENTIMENT
 from threefold.comparison.results import NBSP, Result, compact, duration, listed, percent, plain
-from threefold.records import escape, table
+from threefold.records import Markdown, escape, table
 
 ONCE = "Every stage was trained once: no interval here holds the spread between training seeds."
 
@@ -528,7 +528,8 @@ def _links(notebooks: list[str]) -> str:
 
 
 def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[str, str]:
-    """Everything `index.qmd` quotes, as text."""
+    """Everything `index.qmd` quotes, as Markdown. What it quotes as code (run, preset, protocols) has names for values,
+    which `check_name` and `records` restrict to characters that mean nothing there."""
     found = training.trainings(comparison)
     lineage = [one for one in found if one.stage in models.LINEAGE]
     verdicts = claims.counts(claims.judge(comparison).values())
@@ -536,20 +537,20 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
         "run": run or "–",
         "preset": preset or "–",
         "n_models": str(len(comparison.models)),
-        "models": listed([comparison.name(m) for m in comparison.models]),
+        "models": listed([escape(comparison.name(m)) for m in comparison.models]),
         "n_protocols": str(len(comparison.protocols)),
         "n_evaluations": str(sum(len(comparison.evaluations(m)) for m in comparison.models)),
         "parameters": _parameters(comparison, "pretrain"),
         "parameters_gpt2": _parameters(comparison, "gpt2"),
-        "gpt2": comparison.name("gpt2"),
-        "distilgpt2": comparison.name("distilgpt2"),
+        "gpt2": escape(comparison.name("gpt2")),
+        "distilgpt2": escape(comparison.name("distilgpt2")),
         "tokens_pretrain": compact(sum(one.tokens for one in lineage if one.stage == "pretrain")),
         "tokens_total": compact(sum(one.tokens for one in lineage)),
         "training_time": duration(sum(one.seconds for one in lineage)),
-        "device": listed(sorted({one.device for one in lineage})) or "–",
-        "sources_pretrain": listed(sorted(caveats.sources(comparison, "pretrain"))) or "–",
-        "sources_sft": listed(sorted(caveats.sources(comparison, "sft"))) or "–",
-        "sources_dpo": listed(sorted(caveats.sources(comparison, "dpo"))) or "–",
+        "device": listed([escape(device) for device in sorted({one.device for one in lineage})]) or "–",
+        "sources_pretrain": _sources(comparison, "pretrain") or "–",
+        "sources_sft": _sources(comparison, "sft") or "–",
+        "sources_dpo": _sources(comparison, "dpo") or "–",
         "n_claims": str(sum(verdicts.values())),
         "n_supported": str(verdicts[claims.SUPPORTED]),
         "n_contradicted": str(verdicts[claims.CONTRADICTED]),
@@ -572,6 +573,10 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
     return values | length.variables(comparison) | attention.variables(comparison)
 
 
+def _sources(comparison: Comparison, stage: str) -> str:
+    return listed([escape(name) for name in sorted(caveats.sources(comparison, stage))])
+
+
 def _parameters(comparison: Comparison, model: str) -> str:
     total = training.total_parameters(comparison, model)
     return compact(total) if total else "–"
@@ -591,5 +596,5 @@ def _gap(comparison: Comparison) -> str:
 def publishable_variables(comparison: Comparison, run: str = "", preset: str = "") -> Result:
     """The record "variables", shown as a table of names and values."""
     values = variables(comparison, run, preset)
-    rows = [{"Variable": name, "Value": value} for name, value in values.items()]
+    rows = [{"Variable": name, "Value": Markdown(value)} for name, value in values.items()]
     return Result("variables", values, markdown=table(rows))

@@ -13,6 +13,8 @@ out.
 import gzip
 import io
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ from threefold.errors import DataError
 END_OF_TEXT = "<|endoftext|>"  # separates documents in plain text files, as in TinyStories' own
 ASSISTANT = "\n\nAssistant:"
 REVIEWS_A_DOCUMENT = (4, 8)
+EXPANDED = (100, 64 << 20)  # a .gz file holds at most so many times its size, or so many bytes: text packs to a tenth
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one alone; no file and no tokenizer takes it
 TABULAR = (".jsonl", ".json", ".tsv", ".parquet")
 PLAIN = (".txt", ".raw", ".tokens", ".text", ".md")
 
@@ -80,10 +84,14 @@ def suffix(path: Path) -> str:
 def _bytes(path: Path) -> bytes:
     try:
         if path.suffix == ".gz":
+            most = max(EXPANDED[0] * path.stat().st_size, EXPANDED[1])
             with gzip.open(path, "rb") as file:
-                return file.read()
+                data = file.read(most + 1)
+            if len(data) > most:
+                raise DataError(f"{path}: expands to more than {most:,} bytes: unpack it yourself if that is right")
+            return data
         return path.read_bytes()
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a whole gzip file ({error})") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -114,6 +122,8 @@ def _parsed(text: str, path: Path, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise DataError(f"{path}:{line}: not JSON: {error.msg} (column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise DataError(f"{path}:{first_line}: not JSON that can be read: {error}") from error
 
 
 def _object(value: Any, place: str) -> dict:
@@ -128,6 +138,8 @@ def _tsv(path: Path) -> Iterator[Row]:
         cells = line.split("\t")
         if not heading:
             heading = cells
+            if twice := [name for name in heading if heading.count(name) > 1]:
+                raise DataError(f"{path}:{number}: column {twice[0]!r} stands more than once in the heading")
         elif line:
             if len(cells) != len(heading):
                 raise DataError(
@@ -142,18 +154,26 @@ def _parquet(path: Path) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
+            number, names = 0, file.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DataError(f"{path}: column {twice[0]!r} stands more than once")
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield Row(row, f"{path}: row {number}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # text that is not UTF-8, a time too far
         raise DataError(f"{path}: not a readable Parquet file ({error})") from error
 
 
 def _named(value: Any) -> str:
     names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+    numbers = {int: "a number", float: "a number"}
+    return (names | numbers).get(type(value), f"a {type(value).__name__}")
 
 
 # Readers of files and rows -------------------------------------------------------------------------------------------
@@ -168,6 +188,8 @@ def _string(row: Row, *columns: str, default: str | None = None) -> str:
                 return default
             if not isinstance(value, str):
                 raise DataError(f"{row.place}: column {column!r} holds {_named(value)}, expected text")
+            if SURROGATE.search(value):
+                raise DataError(f"{row.place}: column {column!r} holds half of a surrogate pair, which is no text")
             return value
     if default is not None:
         return default
@@ -224,7 +246,7 @@ def _sentiment(rows: Iterable[Row]) -> Iterator[dict]:
         sentence = _string(row, "sentence", "text")  # as it is: the hub's end in a space, and lm-eval scores it
         label = row.columns.get("label")
         if isinstance(label, bool) or not isinstance(label, int | str) or label not in labels:
-            what = "no column 'label'" if "label" not in row.columns else f"label {label!r}"
+            what = "no column 'label'" if "label" not in row.columns else f"label {repr(label)[:40]}"
             raise DataError(f"{row.place}: {what}; expected 0 or negative, 1 or positive")
         yield {"sentence": sentence, "label": labels[label]}
 

@@ -31,6 +31,7 @@ REGISTRY = paths.DATA / "sources.toml"
 SHUFFLE_SEED = 0  # of sources marked `shuffle`: one order for everybody
 HUB_TIMEOUT = 20  # seconds for the hub to name a commit
 LARGE = 32 << 20  # bytes; the hash of a larger file is kept for its path, size and time
+FORMS = ("parquet", "json", "csv", "text", "arrow")  # of a hub's data set: rows of values, nothing that could be code
 SPLIT_NAMES = ("train", "validation", "valid", "dev", "test")
 
 
@@ -278,8 +279,13 @@ def _own(config: SourceConfig, data_dir: str | Path) -> Resolved:
     given = Path(config.path).expanduser()
     folder = None if given.is_absolute() else local_folder(data_dir)
     bases = [Path()] if given.is_absolute() else [*([folder] if folder else []), Path.cwd(), paths.PROJECT]
+    if "\0" in config.path:
+        raise SourceError(f"path {config.path!r}: no file has such a name")
     places = list(dict.fromkeys((base / given).resolve() for base in bases))
-    path = next((place for place in places if place.exists()), None)
+    try:
+        path = next((place for place in places if place.exists()), None)
+    except OSError as error:
+        raise SourceError(f"path {config.path[:40]!r}...: {error.strerror}") from error
     if path is None:
         raise SourceError(f"path {config.path!r}: no such file or folder; looked for {', '.join(map(str, places))}")
     if not config.reader:
@@ -342,7 +348,7 @@ def _registry(file: Path, _mtime_ns: int) -> dict[str, Source]:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SourceError(f"{file} is missing: the registry of data sources comes with the project") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{file}: {error}") from error
     allowed = {entry.name: entry for entry in fields(Source)}
     sources = {}
@@ -446,6 +452,10 @@ def _load_dataset(hub_or_folder: str, config: str, split: str, revision: str, la
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # an executed notebook is no place for them
     try:
+        builder = datasets.load_dataset_builder(hub_or_folder, config or None, revision=revision or None)
+        form = type(builder).__module__.rpartition(".")[2]
+        if form not in FORMS:
+            raise SourceError(f"{label}: files of the form {form!r} are not read; allowed: {', '.join(FORMS)}")
         return datasets.load_dataset(hub_or_folder, config or None, split=split, revision=revision or None)
     except (*_network_errors(), ValueError, datasets.exceptions.DatasetsError) as error:
         raise SourceError(f"{label}: datasets could not load it ({_said(error)})") from error
@@ -504,7 +514,7 @@ def _recorded() -> dict[str, str]:
         recorded = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{file}: not JSON ({error}): mend it, or remove it to record commits anew") from error
     if not isinstance(recorded, dict) or not all(isinstance(commit, str) for commit in recorded.values()):
         raise SourceError(f"{file}: expected an object of hub id to commit: mend it, or remove it to record anew")

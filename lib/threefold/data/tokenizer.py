@@ -125,12 +125,16 @@ def sink_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer saved in a folder by `save_pretrained`. Raises SourceError if there is none."""
+    """The tokenizer saved in a folder by `save_pretrained`. Raises SourceError if there is none or it is damaged."""
     folder = Path(folder)
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise SourceError(f"{folder}: no tokenizer.json in it")
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises a bare Exception for a file that is no tokenizer
+        said = " ".join(str(error).split())[:300]
+        raise SourceError(f"{folder}: its tokenizer cannot be read: {type(error).__name__}: {said}") from error
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -35,6 +35,7 @@ BATCH_TOKENS = 16384
 SHARED_PREFIX = 16  # shorter common prefixes are not worth a cache
 CONVERTIBLE = ("LlamaForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel")
 WRONG_WEIGHTS = {"missing": "missing", "unexpected": "extra", "mismatched": "misshapen"}
+MOST_LAYERS = 10_000  # of a foreign model: more is a fault of its config.json
 PROBE_TOLERANCE = 1e-3  # a converted model's logits may differ by this share of the largest logit
 
 Request = tuple[Sequence[int], Sequence[int]]  # (context ids, target ids): the targets are scored after the context
@@ -273,8 +274,12 @@ class LanguageModel:
         name = name or folder.name
         try:
             config = json.loads(config_file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{config_file} is no JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{config_file} is no JSON object")
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(f"{folder} holds an adapter to another model: merge it into a checkpoint of its own")
         if "threefold" in config:
             decoder = hf.load_checkpoint(folder, dtype=dtype, device=_device(device))
             return cls(name, _DecoderBackend(decoder), load_tokenizer(folder), _weights_hash(folder))
@@ -362,16 +367,26 @@ class LanguageModel:
     ) -> "LanguageModel":
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # seconds to import
 
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
-        if "gguf_file" not in options:
-            options["use_safetensors"] = True
-            config = AutoConfig.from_pretrained(location, **options)
-            if not config.architectures:
-                raise CheckpointError(f"{name}: its config.json names no architecture")
-        with _load_report_as_values():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
+        options["trust_remote_code"] = False  # None would ask at the terminal
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
+            if "gguf_file" not in options:
+                options["use_safetensors"] = True  # never a pickle, also where it is all there is
+                config = AutoConfig.from_pretrained(location, **options)
+                if not config.architectures:
+                    raise CheckpointError(f"{name}: its config.json names no architecture")
+                layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+                if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
+                    raise CheckpointError(f"{name}: its config.json asks for {str(layers)[:40]} layers")
+            with _load_report_as_values():
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                )
+        except (CheckpointError, MemoryError):
+            raise
+        except Exception as error:  # whatever a foreign folder makes transformers, tokenizers and safetensors raise
+            said = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{name}: transformers cannot load it: {type(error).__name__}: {said}") from error
         for what in ("missing", "unexpected", "mismatched"):
             entries = info.get(f"{what}_keys") or ()
             if names := sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in entries):
@@ -424,8 +439,12 @@ class LanguageModel:
     # Text and tokens --------------------------------------------------------------------------------------------------
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
-        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        """Token ids of each text, without special tokens. Raises EvaluationError for what is no text."""
+        try:
+            encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError as error:  # half of a surrogate pair, which Python's strings can hold
+            wrong = next(text for text in texts if any("\ud800" <= char <= "\udfff" for char in text))
+            raise EvaluationError(f"{wrong[:40]!r} holds half of a surrogate pair, which is no text") from error
         return [encoding.ids for encoding in encodings]
 
     def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -479,6 +498,8 @@ class LanguageModel:
                 raise EvaluationError(
                     f"{describe(index)}: {len(row)} positions in a context of {self.context} (model {self.name})"
                 )
+            if min(*row, *target) < 0 or max(*row, *target) >= self.backend.vocab_size:
+                raise EvaluationError(f"{describe(index)}: a token id that {self.name} does not know")
             rows.setdefault(row, []).append(index)
         inputs = list(rows)
         results: list[tuple[np.ndarray, bool] | None] = [None] * len(requests)
@@ -690,7 +711,7 @@ def _weights_hash(folder: Path) -> str:
     if single.is_file():
         return sha256_file(single)
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = hf.shard_names(index)
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise CheckpointError(f"{folder}: missing weight files {', '.join(missing)}")
@@ -708,7 +729,7 @@ def _hub_weights(location: str, commit: str, offline: bool) -> str:
     index = cached_file(location, "model.safetensors.index.json", **options)
     if index is None:
         raise CheckpointError(f"{location} holds no model.safetensors (other weight formats are not read)")
-    for shard in sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())):
+    for shard in hf.shard_names(Path(index)):
         cached_file(location, shard, **options)
     return _weights_hash(Path(index).parent)
 

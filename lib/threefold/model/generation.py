@@ -42,12 +42,14 @@ def generate(
     generator: of the sampling; a row's draws do not depend on when other rows end. None: torch's global one.
     prefix: a batch-1 cache of tokens before all prompts (not repeated in them).
 
-    Raises ConfigError (impossible settings), DataError (an empty prompt, or one that leaves no room in the context;
-    names its index), EvaluationError (logits that are no finite numbers).
+    Raises ConfigError (impossible settings), DataError (an empty prompt, one that leaves no room in the context, a
+    token id the model does not know; names its index), EvaluationError (logits that are no finite numbers).
     """
     _check_settings(max_new_tokens, temperature, top_k, top_p, stop, decode)
     before = 0 if prefix is None else prefix.length
     room = _rooms(prompts, before, model.config.context, max_new_tokens)
+    for index, prompt in enumerate(prompts):
+        _check_ids(prompt, model.config.vocab_size, f"prompt {index}")
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
     ends = frozenset(() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id)
@@ -114,12 +116,14 @@ def stream(
     suppress: ids that are never drawn.
     temperature, top_k, top_p, generator: as in `generate`.
 
-    Raises ConfigError (impossible settings) and DataError (an empty prompt; learned positions, which cannot stream past
-    their table) before the first token is asked for, EvaluationError (logits that are no finite numbers).
+    Raises ConfigError (impossible settings) and DataError (an empty prompt or an unknown token id; learned positions,
+    which cannot stream past their table) before the first token is asked for, EvaluationError (logits that are no
+    finite numbers).
     """
     _check_settings(0 if max_new_tokens == -1 else max_new_tokens, temperature, top_k, top_p, None, None)
     if not len(prompt):
         raise DataError("the prompt is empty: give at least one token, such as the BOS token")
+    _check_ids([*prompt, *suppress], model.config.vocab_size, "the prompt or suppress")
     room = model.config.context - cache.seen - len(prompt)
     if model.config.position == "learned" and not 0 <= max_new_tokens <= room:
         raise DataError(
@@ -237,6 +241,12 @@ def _rooms(prompts: Sequence[Sequence[int]], before: int, context: int, max_new_
                 "shorten it"
             )
     return [min(max_new_tokens, context - before - len(prompt)) for prompt in prompts]
+
+
+def _check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:
+    wrong = next((id for id in ids if not 0 <= id < vocabulary), None)
+    if wrong is not None:
+        raise DataError(f"{what} has token id {wrong}: the model knows 0 to {vocabulary - 1}")
 
 
 def _check_settings(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OWN = "ThreefoldDecoder"
 LLAMA, QWEN3, GPT2 = "LlamaForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel"
+LARGEST = 2**31 - 1  # of any size in a config.json: products of two fit into torch's 64 bits
 SHOWN = 5  # names of weights in one error
 PROBE_TOLERANCE = 1e-4  # of the largest logit: two implementations of the same fp32 sums
 
@@ -135,6 +136,8 @@ def from_hf_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
     CheckpointError where the class is none of ours, a key is missing, or the Decoder has no such part.
     """
     names = raw.get("architectures") or []
+    if not isinstance(names, list):
+        raise CheckpointError(f"{where}: architectures cannot be {repr(names)[:40]}")
     own = raw.get("threefold") or {}
     if not isinstance(own, Mapping):
         raise CheckpointError(f'{where}: "threefold" is {own!r}, expected an object')
@@ -142,9 +145,10 @@ def from_hf_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
         config = _own_config(own, where)
     else:
         kind = raw.get("model_type")
-        if kind not in ("llama", "qwen3", "gpt2"):
+        if kind not in ["llama", "qwen3", "gpt2"]:
             raise CheckpointError(
-                f"{where}: model_type {kind!r}, architectures {names}; readable are llama, qwen3, gpt2 and {OWN}"
+                f"{where}: model_type {repr(kind)[:40]}, architectures {str(names)[:80]}; "
+                f"readable are llama, qwen3, gpt2 and {OWN}"
             )
         sinks = own.get("sinks", 0)
         config = _gpt2_config(raw, sinks, where) if kind == "gpt2" else _llama_config(raw, sinks, where)
@@ -172,28 +176,39 @@ def _check_types(config: ModelConfig, where: str) -> None:
     for field in dataclasses.fields(ModelConfig):
         value = getattr(config, field.name)
         if field.type is float:
-            right = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+            right = type(value) in (int, float) and 0 < value < float("inf")
         elif field.type is int:
             least = 0 if field.name == "sinks" else 1
-            right = type(value) is int and (value >= least or (field.name == "n_kv_head" and value == -1))
+            right = type(value) is int and (least <= value <= LARGEST or (field.name == "n_kv_head" and value == -1))
         elif field.type is bool:
             right = type(value) is bool
         else:
-            right = value in field.type.__args__
+            right = isinstance(value, str) and value in field.type.__args__
         if not right:
-            raise CheckpointError(f"{where}: {field.name} cannot be {value!r}")
+            raise CheckpointError(f"{where}: {field.name} cannot be {repr(value)[:40]}")
 
 
-def _need(raw: Mapping[str, Any], key: str, where: str) -> Any:
-    if raw.get(key) is None:
+def _size(raw: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+    """A whole number of at least 1; where it is absent or null the default, if there is one."""
+    value = default if raw.get(key) is None else raw[key]
+    if value is None:
         raise CheckpointError(f"{where}: no {key!r}")
-    return raw[key]
+    if type(value) is not int or not 1 <= value <= LARGEST:
+        raise CheckpointError(f"{where}: {key} cannot be {repr(value)[:40]}")
+    return value
+
+
+def _flag(raw: Mapping[str, Any], key: str, where: str, default: bool = False) -> bool:
+    value = default if raw.get(key) is None else raw[key]
+    if type(value) is not bool:
+        raise CheckpointError(f"{where}: {key} cannot be {repr(value)[:40]}, expected true or false")
+    return value
 
 
 def _refuse(raw: Mapping[str, Any], allowed: Mapping[str, tuple], where: str) -> None:
     for key, values in allowed.items():
         if raw.get(key, values[0]) not in values:
-            raise CheckpointError(f"{where}: {key} = {raw[key]!r} is a part the Decoder does not have")
+            raise CheckpointError(f"{where}: {key} = {repr(raw[key])[:40]} is a part the Decoder does not have")
 
 
 def _llama_config(raw: Mapping[str, Any], sinks: int, where: str) -> ModelConfig:
@@ -210,28 +225,31 @@ def _llama_config(raw: Mapping[str, Any], sinks: int, where: str) -> ModelConfig
         where,
     )
     rope = raw.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"{where}: rope_parameters cannot be {repr(rope)[:40]}")
     if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(f"{where}: rope_parameters = {rope!r} is a part the Decoder does not have")
-    heads, width = _need(raw, "num_attention_heads", where), _need(raw, "hidden_size", where)
-    head_dim = raw.get("head_dim") or (128 if qwen else width // heads)
+        raise CheckpointError(f"{where}: rope_parameters = {str(rope)[:200]} is a part the Decoder does not have")
+    heads, width = _size(raw, "num_attention_heads", where), _size(raw, "hidden_size", where)
+    head_dim = _size(raw, "head_dim", where, 128 if qwen else max(width // heads, 1))
     if head_dim * heads != width:
         raise CheckpointError(
             f"{where}: head_dim {head_dim} x {heads} heads is not hidden_size {width}; the Decoder's are"
         )
-    kv = raw.get("num_key_value_heads") or heads
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    kv = _size(raw, "num_key_value_heads", where, heads)
     return ModelConfig(
-        n_layer=_need(raw, "num_hidden_layers", where),
+        n_layer=_size(raw, "num_hidden_layers", where),
         d_model=width,
         n_head=heads,
         n_kv_head=-1 if kv == heads else kv,
-        d_ff=_need(raw, "intermediate_size", where),
-        context=_need(raw, "max_position_embeddings", where),
-        vocab_size=_need(raw, "vocab_size", where),
+        d_ff=_size(raw, "intermediate_size", where),
+        context=_size(raw, "max_position_embeddings", where),
+        vocab_size=_size(raw, "vocab_size", where),
         sinks=sinks,
         qk_norm=qwen,
-        bias=bool(raw.get("attention_bias", False)),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+        bias=_flag(raw, "attention_bias", where),
+        tie_embeddings=_flag(raw, "tie_word_embeddings", where),
+        rope_theta=float(theta) if type(theta) is int and theta <= LARGEST else theta,
         norm_eps=raw.get("rms_norm_eps", 1e-6),
     )
 
@@ -248,20 +266,20 @@ def _gpt2_config(raw: Mapping[str, Any], sinks: int, where: str) -> ModelConfig:
         },
         where,
     )
-    width = _need(raw, "n_embd", where)
+    width = _size(raw, "n_embd", where)
     return ModelConfig(
-        n_layer=_need(raw, "n_layer", where),
+        n_layer=_size(raw, "n_layer", where),
         d_model=width,
-        n_head=_need(raw, "n_head", where),
-        d_ff=raw.get("n_inner") or 4 * width,
-        context=_need(raw, "n_positions", where),
-        vocab_size=_need(raw, "vocab_size", where),
+        n_head=_size(raw, "n_head", where),
+        d_ff=_size(raw, "n_inner", where, 4 * width),
+        context=_size(raw, "n_positions", where),
+        vocab_size=_size(raw, "vocab_size", where),
         norm="layer",
         ffn="gelu",
         position="learned",
         sinks=sinks,
         bias=True,
-        tie_embeddings=bool(raw.get("tie_word_embeddings", True)),
+        tie_embeddings=_flag(raw, "tie_word_embeddings", where, True),
         norm_eps=raw.get("layer_norm_epsilon", 1e-5),
     )
 
@@ -458,7 +476,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise CheckpointError(f"no checkpoint at {folder}: it holds no config.json")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} is no JSON object")
@@ -478,6 +496,8 @@ def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
         try:
             with safe_open(file, framework="pt") as header:
                 shapes = {key: tuple(header.get_slice(key).get_shape()) for key in header.keys()}  # noqa: SIM118
+            if len(files) == 1 and config.n_layer > len(shapes):  # nor is a model of a million layers built to compare
+                raise CheckpointError(f"{file}: {len(shapes)} weights, too few for {config.n_layer:,} layers")
             if len(files) == 1:  # before a byte of a wrong file is read
                 shapes = _canonical(shapes, architecture(config))
                 if config.tie_embeddings and architecture(config) != OWN:
@@ -486,17 +506,27 @@ def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
             state.update(load_file(file))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if config.n_layer > len(state):
+        raise CheckpointError(f"{folder}: {len(state)} weights, too few for {config.n_layer:,} layers")
     return state
 
 
-def _shards(folder: Path, index: Path) -> list[Path]:
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of sharded weights names, beside it. CheckpointError: no index, or a name that leads
+    elsewhere."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is no index of shards: {error!r}") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index}: shard {name!r} is no file name")
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: shard {str(name)[:80]!r} is no file name that ends in .safetensors")
+    return names
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    names = shard_names(index)
+    for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"{index}: shard {name} is missing")
     return [folder / name for name in names]

@@ -1,14 +1,16 @@
 """Labelled cells of executed notebooks, as the report embeds them."""
 
+import base64
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
 import yaml
-from nbformat.reader import NotJSONError
 
 from threefold.errors import ReportError
 
+_NOT_SHAPED = (TypeError, LookupError, AttributeError, AssertionError)  # what nbformat raises for JSON of other shapes
 PREFIXES = ("tbl", "fig", "txt")
 
 
@@ -38,8 +40,13 @@ class Cell:
 
     @property
     def image(self) -> str:
-        """The one display's PNG in base64, "" if it has none."""
-        return str(self.displays[0].data.get("image/png", "")).replace("\n", "") if self.displays else ""
+        """The one display's PNG in base64, "" if it has none. Raises ReportError for what is no base64."""
+        text = str(self.displays[0].data.get("image/png", "")).replace("\n", "") if self.displays else ""
+        try:
+            base64.b64decode(text, validate=True)
+        except ValueError as error:
+            raise ReportError(f"{self.notebook} cell {self.index} ({self.label}): its PNG is not base64") from error
+        return text
 
     @property
     def alt(self) -> str:
@@ -53,10 +60,16 @@ class Cell:
 
 
 def load(path: Path) -> nbformat.NotebookNode:
-    """An executed notebook."""
+    """An executed notebook. Raises ReportError for what is none."""
     try:
-        return nbformat.read(path, as_version=4)
-    except (NotJSONError, nbformat.ValidationError, UnicodeDecodeError, KeyError) as error:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.get("nbformat") != 4:
+            raise ReportError(f"{path.name}: no notebook of format 4")
+        notebook = nbformat.reads(text, as_version=4)
+        nbformat.validate(notebook)  # `reads` only warns
+        return notebook
+    except (OSError, ValueError, RecursionError, nbformat.ValidationError, *_NOT_SHAPED) as error:
         raise ReportError(f"{path.name}: not a notebook: {' '.join(str(error).split())[:200]}") from error
 
 

@@ -4,7 +4,6 @@ Embeds become tables, figures and text, numbered in order with captions; variabl
 become numbered links; citations are citeproc's. The result is one HTML file with its images and styles inside.
 """
 
-import base64
 import subprocess
 import tempfile
 from pathlib import Path
@@ -37,22 +36,19 @@ def _caption(text: str) -> str:
     return " ".join(text.split())
 
 
-def _block(cell: notebooks.Cell, named: str, images: Path) -> str:
+def _block(cell: notebooks.Cell, named: str) -> str:
     kind = cell.label.partition("-")[0]
     if kind == "tbl":
         caption = f": {named}: {_caption(cell.caption)}"
         return f"::: {{#{cell.label} .float-table}}\n\n{cell.markdown.strip()}\n\n{caption}\n\n:::"
     if kind == "fig":
-        image = images / f"{cell.label}.png"
-        image.write_bytes(base64.b64decode(cell.image))
         alt = _caption(cell.alt).replace("\\", "").replace('"', "'")
-        return f'![{named}: {_caption(cell.caption)}]({image.as_posix()}){{#{cell.label} alt="{alt}"}}'
+        return f'![{named}: {_caption(cell.caption)}](data:image/png;base64,{cell.image}){{#{cell.label} alt="{alt}"}}'
     return f"::: {{#{cell.label} .generated}}\n\n{cell.markdown.strip()}\n\n:::"
 
 
-def expand(folder: Path, images: Path) -> str:
-    """`index.qmd` as plain Pandoc Markdown; figures are written to `images`. The folder must have passed the
-    checker."""
+def expand(folder: Path) -> str:
+    """`index.qmd` as plain Pandoc Markdown, figures inside. The folder must have passed the checker."""
     source = sources.read(folder)
     variables = sources.read_variables(folder)
     names = numbers(source)
@@ -79,7 +75,7 @@ def expand(folder: Path, images: Path) -> str:
     for line, plain in list(zip(lines, shown, strict=True))[source.body_start :]:
         if embed := sources.EMBED.match(plain):
             cell = cells[embed.group(1), embed.group(2)]
-            body.append(_block(cell, names.get(cell.label, ""), images))
+            body.append(_block(cell, names.get(cell.label, "")))
         elif plain:
             linked = sources.CROSSREF.sub(lambda match: f"[{names[match.group(1)]}](#{match.group(1)})", line)
             body.append(fill(linked))
@@ -90,31 +86,34 @@ def expand(folder: Path, images: Path) -> str:
 
 def render(folder: Path) -> str:
     """The report folder as one self-contained HTML text."""
+    markdown = expand(folder)
+    command = [
+        pypandoc.get_pandoc_path(),
+        "--from=markdown",
+        "--to=html5",
+        "--standalone",
+        "--sandbox",  # it reads the files named here, and neither other files nor the network
+        "--embed-resources",
+        "--mathml",
+        "--citeproc",
+        "--toc",
+        "--toc-depth=2",
+        "--number-sections",
+        "--columns=10000",  # no column widths guessed from the length of a table's source lines
+        "--fail-if-warnings",
+        "--metadata=link-citations:true",
+        "--metadata=document-css:false",  # the styles are ours
+        "--metadata=lang:en",
+        "--metadata=toc-title:Contents",
+        "--metadata=reference-section-title:",
+    ]
+    if (folder / "references.bib").is_file():
+        command.append("--bibliography=references.bib")
     with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
-        markdown = expand(folder, work)
-        command = [
-            pypandoc.get_pandoc_path(),
-            "--from=markdown",
-            "--to=html5",
-            "--standalone",
-            "--embed-resources",
-            "--mathml",
-            "--citeproc",
-            "--toc",
-            "--toc-depth=2",
-            "--number-sections",
-            "--columns=10000",  # no column widths guessed from the length of a table's source lines
-            "--fail-if-warnings",
-            f"--resource-path={folder}",
-            "--metadata=link-citations:true",
-            "--metadata=lang:en",
-            "--metadata=toc-title:Contents",
-            "--metadata=reference-section-title:",
-        ]
-        if (folder / "references.bib").is_file():
-            command.append("--bibliography=references.bib")
-        command += [f"--css={name}" for name in STYLES if (folder / name).is_file()]
+        header = Path(scratch) / "header.html"
+        styles = [(folder / name).read_text(encoding="utf-8") for name in STYLES if (folder / name).is_file()]
+        header.write_text("".join(f"<style>\n{style}</style>\n" for style in styles), encoding="utf-8")
+        command.append(f"--include-in-header={header}")
         result = subprocess.run(command, input=markdown, cwd=folder, capture_output=True, text=True, encoding="utf-8")
     if result.returncode:
         raise ReportError(f"Pandoc could not render the report: {' '.join(result.stderr.split())[-800:]}")

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 
 from threefold.errors import ReportError
@@ -14,13 +15,37 @@ from threefold.report.check import require
 from threefold.report.publish import assemble, run_path
 
 PAGE = "index.html"
-# What would be fetched when the page opens. Links in the text (`<a href>`) are not fetched.
-FETCHED = re.compile(
-    r"""<(?:script|img|iframe|source|video|audio)\b[^>]*\bsrc\s*=\s*["']?(?!data:|\#)[^\s"'>]+"""
-    r"""|<link\b[^>]*\bhref\s*=\s*["']?(?:https?:)?//[^\s"'>]+"""
-    r"""|(?:@import\s+|url\(\s*)["']?(?:https?:)?//[^\s"')]+""",
-    re.IGNORECASE,
-)
+# Attributes whose address is fetched when the page opens, on whatever element; of `href` see `_Loads`.
+LOADED = {"src", "srcset", "poster", "data", "background", "manifest", "codebase", "archive", "ping", "xlink:href"}
+STYLE_LOADS = re.compile(r"""(?:@import\s+(?:url\()?|url\(\s*)["']?(?!data:|#)([^\s"')]+)""", re.IGNORECASE)
+
+
+class _Loads(HTMLParser):
+    """Collects what a page would fetch when it opens. What a link in the text (`<a href>`) leads to is not fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._in_style = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._in_style = tag == "style"
+        for name, value in attrs:
+            address = (value or "").strip()
+            loaded = name in LOADED or (name == "href" and tag not in ("a", "area"))
+            if loaded and address and not address.lower().startswith(("data:", "#")):
+                self.found.append(f"<{tag} {name}={address[:100]!r}>")
+            elif name in ("style", "srcdoc"):
+                self.found += [f"<{tag} {name}: {found[:100]}>" for found in STYLE_LOADS.findall(address)]
+        if tag == "meta" and any(name == "http-equiv" and (value or "").lower() == "refresh" for name, value in attrs):
+            self.found.append("<meta http-equiv=refresh>")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_style = self._in_style and tag != "style"
+
+    def handle_data(self, data: str) -> None:
+        if self._in_style:
+            self.found += [f"<style>: {found[:100]}" for found in STYLE_LOADS.findall(data)]
 
 
 def render(run, *, say: Callable[[str], None] = print) -> Path:
@@ -85,7 +110,10 @@ def _quarto(quarto: str, folder: Path) -> str:
 def inspect(html: str) -> list[str]:
     """What is wrong with a rendered page although its renderer was content: one line each."""
     text = re.sub(r"<(script|style)\b.*?</\1>", "", html, flags=re.DOTALL | re.IGNORECASE)
-    found = [f"would fetch {match.group()[:120]}" for match in FETCHED.finditer(html)]
+    loads = _Loads()
+    loads.feed(html)
+    loads.close()
+    found = [f"would fetch {what}" for what in loads.found]
     found += [f"unresolved cross-reference {name}" for name in sorted(set(re.findall(r"\?@[\w-]+", text)))]
     found += [f"unexpanded shortcode {code}" for code in sorted(set(re.findall(r"\{\{(?:<|&lt;).{0,80}", text)))]
     return found

@@ -15,6 +15,7 @@ from threefold.errors import TrainingError
 METRICS = "metrics.jsonl"
 STATE = "resume.pt"
 _FORMAT = 1
+LARGEST = 1e300  # of a number in the metrics; infinities and NaN are none
 
 
 class Metrics:
@@ -38,10 +39,21 @@ class Metrics:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a folder's metrics.jsonl that count: without those that a resumed training took again."""
+    """The lines of a folder's metrics.jsonl that count: without those that a resumed training took again, and without
+    the part of a line that is being written. Raises TrainingError naming the line that is none."""
     lines: list[dict[str, Any]] = []
-    for line in (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
+    file = Path(folder) / METRICS
+    whole, _, _ = file.read_bytes().rpartition(b"\n")
+    for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
+        try:
+            values = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise TrainingError(f"{file.parent.name}/{METRICS}:{number}: not JSON: {error}") from error
+        numbers = values.values() if isinstance(values, dict) else [None]
+        if not all(isinstance(value, int | float) and -LARGEST < value < LARGEST for value in numbers):
+            raise TrainingError(f"{file.parent.name}/{METRICS}:{number}: expected an object of finite numbers")
+        if not values.keys() & {"step", "resumed_from"}:
+            raise TrainingError(f"{file.parent.name}/{METRICS}:{number}: no step")
         if "resumed_from" in values:
             lines = [old for old in lines if old["step"] <= values["resumed_from"]]
         else:
@@ -62,7 +74,11 @@ def curve(folder: str | Path, points: int = 2000) -> dict[str, Any]:
 
 
 def _columns(lines: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [line[name] for line in lines] for name in (lines[0] if lines else ())}
+    names = list(lines[0]) if lines else []
+    for line in lines:
+        if missing := [name for name in names if name not in line]:
+            raise TrainingError(f"{METRICS}: step {line['step']} has no {missing[0]}, which the first one has")
+    return {name: [line[name] for line in lines] for name in names}
 
 
 def _cut_torn_line(path: Path) -> None:
