@@ -115,7 +115,10 @@ def test_wrong_input_is_one_line_and_exit_2(project, capsys, arguments, said):
     assert not (project / "runs").exists()  # nothing half-written
 
 
-COMMANDS = ["run", "status", "verify", "compare", "tensorboard", "clean", "report", "generate", "export", "completion"]
+COMMANDS = [
+    *("run", "train", "status", "verify", "compare", "tensorboard", "clean", "report", "generate", "export"),
+    "completion",
+]
 
 
 def test_help_and_version(capsys):

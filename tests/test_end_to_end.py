@@ -23,7 +23,7 @@ def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-def call(runs: Path, *words: str, module: str = "threefold.cli") -> subprocess.CompletedProcess:
+def call(runs: Path, *words: str, module: str = "threefold") -> subprocess.CompletedProcess:
     environment = {**os.environ, "THREEFOLD_RUNS": str(runs), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "-m", module, *words],

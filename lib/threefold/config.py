@@ -107,6 +107,7 @@ class TrainConfig:
     clip: float = 1.0  # gradient norm; -1: off
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
+    shard: Literal["auto", "on", "off"] = "auto"  # with several workers: split the model over them; auto: if too large
     checkpoint_every: int = -1  # steps between resumable states; -1: about one a minute
     evaluate_every: int = -1  # steps between held-out losses; -1: at the start and the end only
     replay: float = 0.0  # sft: share of the rows that are pretraining text

@@ -235,6 +235,7 @@ class Stage:
     run: Run
     config: Any  # its section of the preset: TrainConfig, EvaluationConfig, ...
     folder: Path  # where it lies once finished
+    nproc: int | None = None  # processes that train it together; None: one a GPU
     _fingerprint: Fingerprint | None = None
     _clock: float = 0.0
 
@@ -340,8 +341,9 @@ def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
 
     Parameters are the public names that hold None, a string, a number or a truth value: preset, run, data_dir,
     overrides ("a.b=c; d.e=f", or a list), `model` (notebooks 01 and 04), `replicate` (01 to 04: which of the preset's
-    `seeds` trainings, from 1), and every field of the stage's section of the preset; None means the preset's value. An
-    unknown one stops: papermill only warns, and a typo would run for hours.
+    `seeds` trainings, from 1), `nproc` (01 to 03: processes that train together), and every field of the stage's
+    section of the preset; None means the preset's value. An unknown one stops: papermill only warns, and a typo would
+    run for hours.
     When a stage is opened again in the same kernel, names that came after the first time are ordinary variables.
 
     stage: "sft", ...; "pretrain" with model=gpt2 is stage "gpt2", "evaluate" with model=sft is "evaluate-sft", "sft"
@@ -356,7 +358,8 @@ def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
     section = _STAGES[kind][1]
     known = {entry.name for entry in fields(type(getattr(Preset(), section)))}
     repeats = takes_model or kind in config.REPEATED
-    own = [*(["model"] if takes_model else []), *(["replicate"] if repeats else [])]
+    trains = section in config.TRAINED
+    own = [*(["model"] if takes_model else []), *(["replicate"] if repeats else []), *(["nproc"] if trains else [])]
     allowed = [*DOOR, *own, *sorted(known)]
     given = _parameters(namespace, allowed, _STAGES[kind][0])
 
@@ -367,6 +370,9 @@ def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
         stage = section = model
     if stage == "evaluate":
         stage = f"evaluate-{model or 'pretrain'}"
+    nproc = given.pop("nproc", None)
+    if nproc is not None and (type(nproc) is not int or nproc < 1):
+        raise ConfigError(f"parameter nproc = {nproc!r}: expected None or a whole number of at least 1")
     door = {name: given.pop(name) for name in DOOR if name in given}
     overrides = door.pop("overrides", ())
     overrides = config.split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
@@ -385,7 +391,7 @@ def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
     run.create()  # only now, so that a wrong parameter leaves nothing behind
     folder = run.stage_folder(stage)
     provenance.recover_folder(folder)
-    return Stage(stage, run, getattr(run.preset, section), folder)
+    return Stage(stage, run, getattr(run.preset, section), folder, nproc)
 
 
 def _replicate(stage: str, replicate: Any, preset: Preset) -> str:

@@ -29,6 +29,7 @@ data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging F
 overrides = ""  # "section.key=value; ..."
 model = "pretrain"  # or gpt2, distilgpt2
 replicate = 1  # which of the preset's `seeds` trainings of `pretrain`; from 2 on another seed, nothing else
+nproc = None  # processes that train together (torchrun); None: one a GPU
 learning_rate = None  # None: the preset's value, as for every key of the section [pretrain], [gpt2] or [distilgpt2]
 muon_learning_rate = None
 steps = None
@@ -36,21 +37,17 @@ tokens = None
 batch_size = None
 
 # %%
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import matplotlib.pyplot as plt
 from threefold import records
-from threefold.data import corpus, exclusion
-from threefold.data.tokenizer import load_tokenizer, without_bos
-from threefold.model import load_checkpoint, parameter_counts
-from threefold.model.gpt2 import gpt2_counterpart
+from threefold.model import parameter_counts
 from threefold.run import open_stage
 from threefold.stages import fingerprint
-from threefold.training import curve, distil, pretrain
+from threefold.training import curve, prepare, train_stage
 
 stage = open_stage("pretrain", globals())
-tokenizer = load_tokenizer(stage.require("data") / "tokenizer")
-teacher = load_checkpoint(stage.require("gpt2")) if stage.name == "distilgpt2" else None
+inputs = prepare(stage)
 folder = stage.begin(fingerprint(stage.run, stage.name))
 
 # %% [markdown]
@@ -60,13 +57,8 @@ folder = stage.begin(fingerprint(stage.run, stage.name))
 # tokenizer puts nothing before a sequence; the vocabulary is the same.
 
 # %%
-config = replace(stage.preset.model, vocab_size=len(tokenizer))
-if stage.model != "pretrain":
-    config, tokenizer = gpt2_counterpart(config), without_bos(tokenizer)
-if teacher:
-    config = replace(config, n_layer=(config.n_layer + 1) // 2)
-counts = parameter_counts(config)
-facts = {"model": stage.name, "config": asdict(config), "parameters": counts}
+counts = parameter_counts(inputs.config)
+facts = {"model": stage.name, "config": asdict(inputs.config), "parameters": counts}
 records.publish(
     f"model/{stage.name}",
     facts,
@@ -79,27 +71,20 @@ records.publish(
 # Without what it shares with the evaluation sets (notebook 00).
 
 # %%
-sources = stage.preset.data
-exclude = exclusion.of_preset(stage.preset, stage.run.data_dir)
-rows = corpus.pretraining_rows(sources.pretrain, tokenizer, config, stage.run.data_dir, exclude)
-heldout = corpus.pretraining_rows(sources.pretrain_heldout, tokenizer, config, stage.run.data_dir)
+rows = inputs.rows
 print(
-    f"{len(rows):,} rows of {rows.width}, {rows.n_tokens:,} tokens, {rows.utilisation:.1%} filled; {len(heldout):,} rows held out"
+    f"{len(rows):,} rows of {rows.width}, {rows.n_tokens:,} tokens, {rows.utilisation:.1%} filled; {len(inputs.heldout):,} rows held out"
 )
 
 # %% [markdown]
 # ## Training
 #
 # One loop serves all stages. A loss is a mean over target tokens, whatever rows they stand in. An interrupted training goes on
-# from its last state when the notebook is run again.
+# from its last state when the notebook is run again. With several GPUs, or `nproc`, it runs in processes of its own
+# (`threefold train` under torchrun) that share each step's rows and show their progress here.
 
 # %%
-common = {"folder": folder, "tokenizer": tokenizer, "seed": stage.seed, "heldout": heldout, "name": stage.name}
-if teacher:
-    trained = distil(teacher, rows, stage.config, **common)
-else:
-    trained = pretrain(config, rows, stage.config, **common)
-result = trained.result
+result = train_stage(stage, inputs, folder).result
 print(result.note)
 
 # %%

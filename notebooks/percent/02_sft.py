@@ -25,6 +25,7 @@ run = ""  # default: the preset's name
 data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging Face cache, then the hub
 overrides = ""  # "section.key=value; ..."
 replicate = 1  # which of the preset's `seeds` trainings; from 2 on another seed and that replicate's parent
+nproc = None  # processes that train together (torchrun); None: one a GPU
 learning_rate = None  # None: the preset's value, as for every key of its section [sft]
 muon_learning_rate = None
 steps = None
@@ -36,17 +37,13 @@ from dataclasses import asdict
 
 import matplotlib.pyplot as plt
 from threefold import records
-from threefold.data import corpus, exclusion
-from threefold.data.tokenizer import load_tokenizer
-from threefold.model import load_checkpoint
 from threefold.run import open_stage
 from threefold.stages import fingerprint
-from threefold.training import curve, sft
+from threefold.training import curve, prepare, train_stage
 
 stage = open_stage("sft", globals())
-parent = stage.require("pretrain")
+inputs = prepare(stage)
 folder = stage.begin(fingerprint(stage.run, stage.name))
-model, tokenizer = load_checkpoint(parent), load_tokenizer(parent)
 
 # %% [markdown]
 # ## Examples
@@ -55,12 +52,7 @@ model, tokenizer = load_checkpoint(parent), load_tokenizer(parent)
 # what is shared with the evaluation sets was left out before (notebook 00).
 
 # %%
-sources, data_dir = stage.preset.data, stage.run.data_dir
-exclude = exclusion.of_preset(stage.preset, data_dir)
-rows = corpus.example_rows(sources.sft, tokenizer, model.config, data_dir, exclude)
-heldout = corpus.example_rows(sources.sft_heldout, tokenizer, model.config, data_dir)
-replays = sources.pretrain if stage.config.replay else ()
-text = corpus.pretraining_rows(replays, tokenizer, model.config, data_dir, exclude) if replays else None
+rows = inputs.rows
 print(
     f"{len(rows):,} rows, {rows.n_tokens:,} tokens, {rows.utilisation:.1%} filled, {rows.n_dropped:,} examples too long"
 )
@@ -71,18 +63,7 @@ print(
 # Cross-entropy of the response, a mean over response tokens. The held-out loss is that of responses never trained on.
 
 # %%
-trained = sft(
-    model,
-    rows,
-    stage.config,
-    folder=folder,
-    tokenizer=tokenizer,
-    seed=stage.seed,
-    heldout=heldout,
-    replay=text,
-    name=stage.name,
-)
-result = trained.result
+result = train_stage(stage, inputs, folder).result
 print(result.note)
 
 # %%

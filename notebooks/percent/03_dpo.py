@@ -28,6 +28,7 @@ run = ""  # default: the preset's name
 data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging Face cache, then the hub
 overrides = ""  # "section.key=value; ..."
 replicate = 1  # which of the preset's `seeds` trainings; from 2 on another seed and that replicate's parent
+nproc = None  # processes that train together (torchrun); None: one a GPU
 learning_rate = None  # None: the preset's value, as for every key of its section [dpo]
 muon_learning_rate = None
 beta = None
@@ -39,17 +40,13 @@ from dataclasses import asdict
 
 import matplotlib.pyplot as plt
 from threefold import records
-from threefold.data import corpus, exclusion
-from threefold.data.tokenizer import load_tokenizer
-from threefold.model import load_checkpoint
 from threefold.run import open_stage
 from threefold.stages import fingerprint
-from threefold.training import curve, dpo
+from threefold.training import curve, prepare, train_stage
 
 stage = open_stage("dpo", globals())
-parent = stage.require("sft")
+inputs = prepare(stage)
 folder = stage.begin(fingerprint(stage.run, stage.name))
-model, tokenizer = load_checkpoint(parent), load_tokenizer(parent)
 
 # %% [markdown]
 # ## Pairs
@@ -58,11 +55,8 @@ model, tokenizer = load_checkpoint(parent), load_tokenizer(parent)
 # that is shared with the evaluation sets was left out before (notebook 00).
 
 # %%
-sources, data_dir = stage.preset.data, stage.run.data_dir
-exclude = exclusion.of_preset(stage.preset, data_dir)
-pairs = corpus.preference_rows(sources.dpo, tokenizer, model.config, data_dir, exclude)
-heldout = corpus.preference_rows(sources.dpo_heldout, tokenizer, model.config, data_dir)
-print(f"{len(pairs):,} pairs to train on ({pairs.n_dropped:,} too long), {len(heldout):,} held out")
+pairs = inputs.rows
+print(f"{len(pairs):,} pairs to train on ({pairs.n_dropped:,} too long), {len(inputs.heldout):,} held out")
 
 # %% [markdown]
 # ## Training
@@ -70,17 +64,7 @@ print(f"{len(pairs):,} pairs to train on ({pairs.n_dropped:,} too long), {len(he
 # Before the first step policy and reference are the same: the loss is $\log 2$ and every margin 0.
 
 # %%
-trained = dpo(
-    model,
-    pairs,
-    stage.config,
-    folder=folder,
-    tokenizer=tokenizer,
-    seed=stage.seed,
-    heldout=heldout,
-    name=stage.name,
-)
-result = trained.result
+result = train_stage(stage, inputs, folder).result
 print(result.note)
 
 # %%

@@ -62,6 +62,17 @@ def parser() -> argparse.ArgumentParser:
         "--jobs", type=_positive, default=0, metavar="N", help="notebooks side by side (default: 2 on a CPU)"
     )
 
+    run.add_argument(
+        "--nproc", type=_positive, metavar="N", help="processes that train a stage together (default: one a GPU)"
+    )
+
+    train = command("train", _train, "train one stage: alone, or as a worker that torchrun started")
+    train.add_argument("stage", metavar="STAGE", help="pretrain, gpt2, distilgpt2, sft, dpo or a replicate of one")
+    train.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
+    train.add_argument("--data-dir", default="", metavar="FOLDER", help="local data folder (default: as in the run)")
+    # the notebook that started this worker has begun the stage, and the worker is to end with it
+    train.add_argument("--begun", action="store_true", help=argparse.SUPPRESS)
+
     status = command("status", _status, "say which stages are fresh, stale, missing or failed, and why")
     status.add_argument(
         "--run", default="", metavar="NAME", help="the run's name (default: all runs, with their sizes)"
@@ -221,7 +232,9 @@ def _run(options: argparse.Namespace) -> int:
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        done = executor.execute(run, selected=selected, force=options.force, jobs=options.jobs, say=_say)
+        done = executor.execute(
+            run, selected=selected, force=options.force, jobs=options.jobs, nproc=options.nproc, say=_say
+        )
     except executor.StageFailed as failure:
         print(f"threefold: {failure}", file=sys.stderr)
         return 1
@@ -236,6 +249,12 @@ def _run(options: argparse.Namespace) -> int:
         f"{done.seconds:.1f} s; `threefold report --run {run.name}` renders it"
     )
     return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from threefold.cli import train
+
+    return train.work(_open(options.run, options.data_dir), options.stage, begun=options.begun, say=_say)
 
 
 def _status(options: argparse.Namespace) -> int:

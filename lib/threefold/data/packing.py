@@ -335,10 +335,18 @@ class PairedRows:
                 if epochs < 0:
                     raise ValueError("steps or epochs must be given to shuffle pairs")
                 steps = self.steps(batch_size, epochs=epochs)
-            lengths = self._pieces.length.reshape(-1, 2).sum(axis=1)
-            chosen = list(shuffled(len(self), batch_size, seed, steps, 0, lengths))
+            chosen = self.shuffled(batch_size, seed, steps)
         else:
             chosen = [np.arange(i, min(i + batch_size, len(self))) for i in range(0, len(self), batch_size)]
+        yield from self.assembled(chosen, start)
+
+    def shuffled(self, batch_size: int, seed: int, steps: int) -> list[np.ndarray]:
+        """The pairs of `steps` batches, int64 [batch_size] each, short and long ones alike in every batch."""
+        lengths = self._pieces.length.reshape(-1, 2).sum(axis=1)
+        return list(shuffled(len(self), batch_size, seed, steps, 0, lengths))
+
+    def assembled(self, chosen: list[np.ndarray], start: int = 0) -> Iterator[PairBatch]:
+        """The batches of these pairs, from the `start`-th on, all with the rows that the largest of them all needs."""
         packed = [best_fit(self._pieces.length[self._sequences(pairs)], self._layout.capacity) for pairs in chosen]
         n_rows = max((len(offsets) - 1 for _, offsets in packed), default=0)
         for pairs, (order, offsets) in zip(chosen[start:], packed[start:], strict=True):

@@ -105,20 +105,22 @@ def execute(
     selected: Iterable[str] | None = None,
     force: bool = False,
     jobs: int = 0,
+    nproc: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Executes the selected stages (default: all) that are not fresh, each after what it needs.
 
     force: execute them although they are fresh. jobs: at most so many notebooks side by side, 0 for `default_jobs()`.
+    nproc: processes that train a stage together, None for one a GPU; with several, notebooks come one by one.
     Raises StageFailed after stopping the others, MissingInput when a stage outside the selection is needed and not
     there, ThreefoldError when another process works on the same run.
     """
     plan = stages.steps(run.preset)
     wanted = {name: step for name, step in plan.items() if selected is None or name in set(selected)}
-    jobs = jobs or default_jobs()
+    jobs = jobs or (1 if nproc and nproc > 1 else default_jobs())
     began = time.monotonic()
     outcome = Outcome()
-    with lock(run.path), _Workers(run, jobs, say) as workers:
+    with lock(run.path), _Workers(run, jobs, nproc, say) as workers:
         check(run, wanted, say)
         waiting = dict(wanted)
         roads = _roads(plan)
@@ -278,9 +280,10 @@ class _Job:
 class _Workers:
     """The worker processes of one run. Leaving the context stops them and everything they started."""
 
-    def __init__(self, run: Run, jobs: int, say: Callable[[str], None]):
+    def __init__(self, run: Run, jobs: int, nproc: int | None, say: Callable[[str], None]):
         self.run = run
         self.jobs = jobs
+        self.nproc = nproc
         self.say = say
         self.busy: dict[str, _Job] = {}
         self._idle: list[_Worker] = []
@@ -328,6 +331,7 @@ class _Workers:
             "run": self.run.name,
             **({"overrides": self.run.asked["overrides"]} if "overrides" in self.run.asked else {}),
             **step.parameters,
+            **({"nproc": self.nproc} if self.nproc and config.replicate_of(step.name)[0] in config.TRAINED else {}),
         }
         self.busy[step.name] = _Job(step, worker, time.monotonic())
         self.say(f"{step.name}: started ({threads} {'thread' if threads == 1 else 'threads'})")

@@ -2,7 +2,7 @@
 
 from threefold.training.loop import TrainResult, held_out_loss, reference_logprobs, train
 from threefold.training.objectives import Distillation, Loss, NextToken, Objective, Preference
-from threefold.training.stages import Trained, distil, dpo, half_depth, pretrain, sft
+from threefold.training.stages import Inputs, Trained, distil, dpo, half_depth, prepare, pretrain, sft, train_stage
 from threefold.training.state import curve, read_metrics
 from threefold.training.timing import KernelTiming, Timing, time_kernels
 from threefold.training.variants import (
@@ -17,6 +17,7 @@ from threefold.training.variants import (
 
 __all__ = [
     "Distillation",
+    "Inputs",
     "KernelTiming",
     "Loss",
     "NextToken",
@@ -34,6 +35,7 @@ __all__ = [
     "half_depth",
     "held_out_loss",
     "load_variant",
+    "prepare",
     "pretrain",
     "read_metrics",
     "reference_logprobs",
@@ -42,5 +44,6 @@ __all__ = [
     "time_kernels",
     "time_variants",
     "train",
+    "train_stage",
     "variant_configs",
 ]

@@ -17,14 +17,35 @@ class Feed:
     Packed rows are shuffled anew each epoch, by (seed, epoch); steps run on over the end of an epoch, so every batch is
     full. `replay`: other rows that make up `config.replay` of the rows of all steps, in their own seeded order.
 
-    Raises ConfigError for a length that is not clear or a replay without rows, DataError for no rows at all.
+    Of each step's rows worker `rank` takes every `workers`-th one, so that all of them together take those of one
+    process, and long and short ones alike. Its micro-batches hold at most `batch_size` of them.
+
+    Raises ConfigError for a length that is not clear, a replay without rows or a batch that the workers cannot share
+    evenly, DataError for no rows at all.
     """
 
-    def __init__(self, rows: PackedRows | PairedRows, config: TrainConfig, seed: int, replay: PackedRows | None = None):
+    def __init__(
+        self,
+        rows: PackedRows | PairedRows,
+        config: TrainConfig,
+        seed: int,
+        replay: PackedRows | None = None,
+        rank: int = 0,
+        workers: int = 1,
+    ):
         _check(rows, config, replay)
         self.rows, self.seed = rows, seed
-        self.micro_batch, self.accumulate = config.batch_size, config.accumulate
-        self.batch_size = self.micro_batch * self.accumulate
+        self.config, self.rank, self.workers = config, rank, workers
+        self.batch_size = config.batch_size * config.accumulate  # of all workers together
+        each, left = divmod(self.batch_size, workers)
+        if left:
+            raise ConfigError(
+                f"batch_size x accumulate = {config.batch_size} x {config.accumulate} = {self.batch_size} rows a step "
+                f"cannot be shared evenly by {workers} workers; set one of the two to a multiple of {workers}, or take "
+                "another number of workers"
+            )
+        self.micro_batch = next(n for n in range(min(each, config.batch_size), 0, -1) if each % n == 0)
+        self.accumulate = each // self.micro_batch
         self.share = config.replay
         self.replay = replay if config.replay > 0 else None
         own = self.batch_size * (1 - self.share)
@@ -37,21 +58,23 @@ class Feed:
 
     @property
     def positions(self) -> int:
-        """Positions that all steps compute, roughly for pairs."""
+        """Positions that one worker computes in all steps, roughly for pairs."""
         paired = isinstance(self.rows, PairedRows)
-        return round(
-            self.steps * self.batch_size * (self.rows.n_tokens / len(self.rows) if paired else self.rows.width)
-        )
+        rows = self.steps * self.batch_size / self.workers
+        return round(rows * (self.rows.n_tokens / len(self.rows) if paired else self.rows.width))
 
     def run(self, start: int) -> Iterator[tuple[list[Batch], list[int]]]:
-        """From step `start` (0-based) on: each step's micro-batches, and its rows (or pairs) by number for messages."""
+        """From step `start` (0-based) on: this worker's micro-batches of each step, and the step's rows (or pairs) by
+        number, for messages."""
         size = self.micro_batch
         if isinstance(self.rows, PairedRows):
-            steps = self.steps * self.accumulate
-            batches = self.rows.batches(size, seed=self.seed, steps=steps, start=start * self.accumulate)
-            for _ in range(start, self.steps):
-                step = [next(batches) for _ in range(self.accumulate)]
-                yield step, torch.cat([batch.pairs_P for batch in step]).tolist()
+            # in an order that hangs on the config alone, not on how many share it
+            chosen = self.rows.shuffled(self.config.batch_size, self.seed, self.steps * self.config.accumulate)
+            pairs_SP = np.array(chosen).reshape(self.steps, self.batch_size)
+            own = list(pairs_SP[:, self.rank :: self.workers].reshape(-1, size))
+            batches = self.rows.assembled(own, start * self.accumulate)
+            for pairs_P in pairs_SP[start:]:
+                yield [next(batches) for _ in range(self.accumulate)], pairs_P.tolist()
             return
         orders = [_Order(len(self.rows), self.seed, 0)]
         if self.replay is not None:
@@ -60,9 +83,9 @@ class Feed:
             before, after = (math.floor(s * self.batch_size * self.share + 1e-9) for s in (step, step + 1))
             own = orders[0].take(step * self.batch_size - before, (step + 1) * self.batch_size - after)
             replayed = orders[1].take(before, after) if self.replay is not None else own[:0]
-            whole = np.concatenate([own, replayed])
-            cuts = range(0, self.batch_size, size)
-            yield [self._batch(whole[i : i + size], len(own) - i) for i in cuts], own.tolist()
+            mine = np.concatenate([own, replayed])[self.rank :: self.workers]
+            n_own = len(own[self.rank :: self.workers])
+            yield [self._batch(mine[i : i + size], n_own - i) for i in range(0, len(mine), size)], own.tolist()
 
     def _batch(self, index: np.ndarray, n_own: int) -> Batch:
         """These rows: the first `n_own` (all for more, none for less than 1) are the stage's, the others replayed."""

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from threefold.config import TrainConfig
 from threefold.data.packing import PackedRows, PairedRows
 from threefold.errors import TrainingError
+from threefold.training import distributed
 from threefold.training import optimizers as optim
+from threefold.training.distributed import Workers
 from threefold.training.feed import Feed
 from threefold.training.numerics import Numerics, choose
 from threefold.training.objectives import HiddenStates, NextToken, Objective, Work, sequence_logprobs
@@ -37,7 +39,7 @@ CHECKPOINT_SECONDS = 60.0  # between resumable states, where the config leaves i
 FLUSH_SECONDS = 2.0  # between metrics on a GPU: each time the host waits for it
 PROGRESS_SECONDS = 10.0  # between messages, at least; they get rarer in a long training
 # Neither changes what is trained, so a training may be resumed with other values of these.
-_NOT_IDENTITY = ("precision", "compile", "checkpoint_every", "evaluate_every")
+_NOT_IDENTITY = ("precision", "compile", "shard", "checkpoint_every", "evaluate_every")
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,14 @@ class TrainResult:
     steps: int
     tokens: int  # trained on, without padding and sinks
     padding: int  # positions computed for nothing
-    seconds: float  # in training steps
+    seconds: float  # in training steps, by the clock
     evaluation_seconds: float  # in held-out losses
     tokens_per_second: float
     loss_first: float  # of the first step
     loss_last: float  # mean of the last tenth of the steps
     parameters: int
     note: str  # device, precision, compiler
+    workers: int = 1  # processes that trained together
     heldout: list[dict[str, float]] = field(default_factory=list)  # {"step", "tokens", "loss", ...}, first to last
 
     @property
@@ -77,7 +80,7 @@ def train(
     progress: Progress | None = None,
     name: str = "training",
 ) -> TrainResult:
-    """Train a model in place.
+    """Train a model in place; together with the other workers where this process has `distributed.joined` some.
 
     Args:
         model: a `threefold.model` decoder, fp32.
@@ -142,7 +145,7 @@ def held_out_loss(
     numerics = choose(TrainConfig(precision=precision, compile="off"), 0, 0, device)
     model.to(numerics.device)
     objective.to(numerics.device)
-    return _evaluate(model, objective, rows, batch_size, numerics)
+    return _evaluate(_Pass(model), objective, rows, batch_size, numerics)
 
 
 def reference_logprobs(
@@ -154,12 +157,14 @@ def reference_logprobs(
     precision: str = "auto",
 ) -> Tensor:
     """Log-probabilities (nats) of every pair's chosen and rejected response, (pairs, 2), fp32, on the CPU."""
-    numerics = choose(TrainConfig(precision=precision, compile="off"), 0, 0, device)
+    numerics, workers = choose(TrainConfig(precision=precision, compile="off"), 0, 0, device), distributed.current()
     model.to(numerics.device)
-    found_P2 = torch.full((len(pairs), 2), math.nan)
+    found_P2 = torch.zeros(len(pairs), 2)
     with torch.no_grad(), numerics.autocast():
-        for batch in pairs.batches(batch_size, shuffle=False):
-            found_P2[batch.pairs_P] = sequence_logprobs(model, Work.of(batch).to(numerics.device)).float().cpu()
+        for batch, counts in workers.deal(pairs.batches(batch_size, shuffle=False)):
+            if counts:
+                found_P2[batch.pairs_P] = sequence_logprobs(model, Work.of(batch).to(numerics.device)).float().cpu()
+    workers.sum(found_P2)  # every pair is one worker's
     if not found_P2.isfinite().all():
         bad = found_P2.isfinite().all(dim=1).logical_not().nonzero()[0].item()
         raise TrainingError(f"the reference gives pair {bad} a log-probability that is not finite")
@@ -178,48 +183,82 @@ class _Forward:
         return self.model.head_weight
 
 
+class _Pass(nn.Module):
+    """A forward pass, as the module whose calls distributed training hooks into."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, objective: Objective, states: HiddenStates, work: Work) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sums of the loss and of its metrics; `states` computes with the model's weights."""
+        loss = objective(states, work)
+        return loss.sum.clone(), loss.metrics  # no view: FSDP2 hooks into what is returned
+
+
 class _Training:
     """One call of `train`."""
 
     def __init__(self, model, objective, rows, config, folder, seed, heldout, replay, device, progress, name):
         self.model, self.objective, self.config = model, objective, config
         self.folder, self.heldout, self.name = folder, heldout, name
-        self.say = progress or _print
-        self.feed = Feed(rows, config, seed, replay)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.workers: Workers = distributed.current()
+        self.say = (progress or _print) if self.workers.first else _silent
+        self.feed = Feed(rows, config, seed, replay, self.workers.rank, self.workers.size)
         self.n_parameters = sum(p.numel() for p in model.parameters())
         self.numerics = choose(config, self.n_parameters, self.feed.positions, device)
         self.evaluator = objective.for_heldout() if heldout is not None else objective
         self.batch_name = "pairs" if isinstance(rows, PairedRows) else "rows"
         self.identity = identity(model, objective, self.feed, config)
+        self.split = distributed.to_be_split(config.shard, self.n_parameters, self.numerics.device, self.workers)
+        many = f"{self.workers.size} workers {'that split the model' if self.split else 'with a copy each'}; "
+        self.note = (many if self.workers.size > 1 else "") + self.numerics.note
 
     def run(self) -> TrainResult:
         device = self.numerics.device
-        self.model.to(device)
         self.objective.to(device)
         self.evaluator.to(device)
-        self.optimizers = optim.build(self.model, self.config)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.state = load_state(self.folder, self.identity) or State(self.identity)
         self.saved_step = self.state.step
         if self.state.step:
+            self.model.load_state_dict(self.state.model)
+        self._place()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizers = optim.build(self.model, self.config)
+        if self.state.step:
             self._restore()
-        self.forward: HiddenStates = self.model
-        if self.numerics.compile:
-            self.forward = _Forward(self.model)
-            self.objective.compile(_Forward)
         self._announce()
-        self.metrics = Metrics(self.folder, self.state.step)
+        self.metrics = Metrics(self.folder, self.state.step) if self.workers.first else None
         was_training = self.model.training
         self.model.train()
         try:
             self._steps()
         finally:
-            self.metrics.close()
+            if self.metrics:
+                self.metrics.close()
             self.model.train(was_training)
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
         return self._result()
+
+    def _place(self) -> None:
+        """Put the model where it is trained: on the device, a copy on each worker's, or split over them."""
+        self.module = self.trained = _Pass(self.model)
+        self.forward: HiddenStates = self.model
+        if self.split:
+            distributed.split(self.model, self.module, self.numerics.device, self.workers)
+        else:
+            self.model.to(self.numerics.device)
+            if self.workers.size > 1:
+                self.trained = distributed.replicated(self.module)
+        if self.numerics.compile:
+            if self.split:  # block by block, as they are gathered
+                for block in self.model.blocks:
+                    block.forward = torch.compile(block.forward, dynamic=False)
+            else:
+                self.forward = _Forward(self.model)
+            self.objective.compile(_Forward)
 
     # The steps ------------------------------------------------------------------------------------------------------
 
@@ -255,20 +294,28 @@ class _Training:
         factor = optim.learning_rate_factor(step, self.feed.steps, self.config)
         optim.set_learning_rate(self.optimizers, factor)
         works = [Work.of(batch) for batch in batches]
-        weight = max(1, sum(map(self.objective.weight, works)))
+        weight, tokens, padding = self.workers.totals(
+            sum(map(self.objective.weight, works)),
+            sum(work.tokens for work in works),
+            sum(work.padding for work in works),
+        )
+        weight = max(1, weight)
         sums: dict[str, Tensor] = {}
         try:
-            for work in works:
-                with self.numerics.autocast():
-                    loss = self.objective(self.forward, work.to(self.numerics.device))
-                (loss.sum / weight).backward()
-                for key, value in {"loss": loss.sum.detach(), **loss.metrics}.items():
+            for number, work in enumerate(works, 1):
+                with distributed.synchronised(self.trained, number == len(works)):
+                    with self.numerics.autocast():
+                        loss, metrics = self.trained(self.objective, self.forward, work.to(self.numerics.device))
+                    # gradients are averaged over the workers: their sum, as the weight is that of all of them
+                    (loss * self.workers.size / weight).backward()
+                for key, value in {"loss": loss.detach(), **metrics}.items():
                     sums[key] = sums[key] + value if key in sums else value
             gradients = [p.grad for p in self.parameters if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+            norm = distributed.whole(torch.nn.utils.get_total_norm(gradients, foreach=True))
             if self.config.clip > 0:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm, foreach=True)
-            values = torch.stack([sums.pop("loss") / weight, norm, *(value / weight for value in sums.values())])
+            means = self.workers.sum(torch.stack(list(sums.values()))) / weight
+            values = torch.cat([means[:1], norm.unsqueeze(0), means[1:]])
             if self.numerics.synchronous:  # stop before the weights are spoilt
                 self._check(values.tolist(), step + 1, rows)
             for optimizer in self.optimizers:
@@ -278,9 +325,10 @@ class _Training:
             if not _is_memory(error):
                 raise
             raise self._out_of_memory(error, works[0], step + 1) from error
-        state.tokens += sum(work.tokens for work in works)
-        state.padding += sum(work.padding for work in works)
-        line = {"step": step + 1, "tokens": state.tokens, "lr": self.config.learning_rate * factor, "names": list(sums)}
+        state.tokens += tokens
+        state.padding += padding
+        names = [key for key in sums if key != "loss"]
+        line = {"step": step + 1, "tokens": state.tokens, "lr": self.config.learning_rate * factor, "names": names}
         return line, rows, values
 
     def _flush(self) -> None:
@@ -313,23 +361,24 @@ class _Training:
                     **dict(zip(names, metrics, strict=True)),
                 }
             )
-        self.metrics.write(lines)
+        if self.metrics:
+            self.metrics.write(lines)
         self.pending.clear()
         more = "".join(f", {name.replace('_', ' ')} {lines[-1][name]:.3f}" for name in names)
         self.latest = f"loss {lines[-1]['loss']:.4f}{more}, {speed:,.0f} tokens/s"
 
     def _evaluate(self) -> None:
         state, started = self.state, time.perf_counter()
-        found = _evaluate(self.model, self.evaluator, self.heldout, self.feed.micro_batch, self.numerics)
+        found = _evaluate(self.module, self.evaluator, self.heldout, self.feed.micro_batch, self.numerics)
         self.model.train()
         if not math.isfinite(found["loss"]):
             raise TrainingError(
                 f"{self.name}: the held-out loss is {found['loss']} after step {state.step}; {self._last()}"
             )
         state.heldout.append({"step": state.step, "tokens": state.tokens, **found})
-        self.metrics.write(
-            [{"step": state.step, "tokens": state.tokens, **{f"heldout_{key}": value for key, value in found.items()}}]
-        )
+        if self.metrics:
+            line = {f"heldout_{key}": value for key, value in found.items()}
+            self.metrics.write([{"step": state.step, "tokens": state.tokens, **line}])
         spent = time.perf_counter() - started
         state.evaluation_seconds += spent
         self.mark = time.perf_counter()
@@ -342,23 +391,24 @@ class _Training:
             return True
         if every > 0:
             return state.step % every == 0
-        return time.perf_counter() - self.saved_at >= CHECKPOINT_SECONDS
+        return self.workers.agreed(time.perf_counter() - self.saved_at >= CHECKPOINT_SECONDS)
 
     def _save(self) -> None:
-        state = self.state
-        state.model = self.model.state_dict()
-        state.optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        """The state as one process has it, so that any number of workers can go on from it."""
+        state, first = self.state, self.workers.first
+        state.model = distributed.whole_state(self.model.state_dict(), first)
+        state.optimizers = [distributed.whole_state(optimizer.state_dict(), first) for optimizer in self.optimizers]
         state.rng = random_state()
-        state.save(self.folder)
+        if first:
+            state.save(self.folder)
         state.model, state.optimizers, state.rng = {}, [], {}
         self.saved_step = state.step
         self.mark = self.saved_at = time.perf_counter()
 
     def _restore(self) -> None:
         state = self.state
-        self.model.load_state_dict(state.model)
         for optimizer, values in zip(self.optimizers, state.optimizers, strict=True):
-            optimizer.load_state_dict(values)
+            distributed.load_optimizer(optimizer, values)
         restore_random_state(state.rng)
         state.model, state.optimizers, state.rng = {}, [], {}
 
@@ -369,7 +419,7 @@ class _Training:
         resumed = f", resumed after step {state.step}" if state.step else ""
         self.say(
             f"{self.name}: {self.feed.steps} steps of {self.feed.batch_size} {self.batch_name}{resumed}; "
-            f"{self.n_parameters:,} parameters; {self.numerics.note}"
+            f"{self.n_parameters:,} parameters; {self.note}"
         )
 
     def _check(self, values: list[float], step: int, rows: list[int]) -> None:
@@ -418,7 +468,8 @@ class _Training:
             loss_first=state.loss_first,
             loss_last=state.loss_end[0] / state.loss_end[1],
             parameters=self.n_parameters,
-            note=self.numerics.note,
+            note=self.note,
+            workers=self.workers.size,
             heldout=state.heldout,
         )
         held = f", held-out {result.heldout[0]['loss']:.4f} -> {result.heldout_loss:.4f}" if result.heldout else ""
@@ -430,23 +481,26 @@ class _Training:
 
 
 def _evaluate(
-    model: nn.Module, objective: Objective, rows: PackedRows | PairedRows, batch_size: int, numerics: Numerics
+    module: _Pass, objective: Objective, rows: PackedRows | PairedRows, batch_size: int, numerics: Numerics
 ) -> dict[str, float]:
     """Mean loss and metrics over all rows, each weighted by its targets (or as one pair); sums are kept in fp64."""
     sums: dict[str, Tensor] = {}
-    weight = 0
-    was_training = model.training
-    model.eval()
+    weight, workers = 0, distributed.current()
+    was_training = module.model.training
+    module.model.eval()
     try:
         with torch.no_grad(), numerics.autocast():
-            for batch in rows.batches(batch_size, shuffle=False):
-                loss = objective(model, Work.of(batch).to(numerics.device))
-                weight += loss.weight
-                for key, value in {"loss": loss.sum, **loss.metrics}.items():
-                    sums[key] = sums.get(key, 0) + value.double()
+            for batch, counts in workers.deal(rows.batches(batch_size, shuffle=False)):
+                work = Work.of(batch).to(numerics.device)
+                loss, metrics = module(objective, module.model, work)
+                weight += objective.weight(work) if counts else 0
+                for key, value in {"loss": loss, **metrics}.items():
+                    sums[key] = sums.get(key, 0) + value.double() * counts
     finally:
-        model.train(was_training)
-    return {**{key: value.item() / weight for key, value in sums.items()}, objective.unit: weight}
+        module.model.train(was_training)
+    (weight,) = workers.totals(weight)
+    totals = workers.sum(torch.stack(list(sums.values()))).tolist()
+    return {**{key: total / weight for key, total in zip(sums, totals, strict=True)}, objective.unit: weight}
 
 
 def _is_memory(error: BaseException) -> bool:
@@ -464,3 +518,7 @@ def _duration(seconds: float) -> str:
 
 def _print(message: str) -> None:
     print(message, flush=True)
+
+
+def _silent(message: str) -> None:
+    """Takes the messages of all workers but the first."""

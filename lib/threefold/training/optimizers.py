@@ -14,12 +14,16 @@ from torch import Tensor, nn
 
 from threefold.config import TrainConfig
 from threefold.errors import TrainingError
+from threefold.training import distributed
 from threefold.training.numerics import fast_bf16
 
 
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon`, same states and same update, but matrices of one shape go through the Newton-Schulz iteration
     together, in bf16 only where the hardware multiplies it fast (torch's own always uses bf16).
+
+    Of several workers each orthogonalises its share of the matrices and gets the others' from them. Split matrices are
+    put together for it: an update's rows hang on the whole matrix.
     """
 
     @torch.no_grad()
@@ -42,13 +46,13 @@ class Muon(torch.optim.Muon):
             for index, param in enumerate(params):
                 by_shape[param.shape].append(index)
             for shape, indices in by_shape.items():
-                stack = torch.stack([updates[index] for index in indices])
-                dtype = torch.bfloat16 if fast_bf16(stack.device) else torch.float32
-                directions = orthogonalise(stack.to(dtype), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                dtype = torch.bfloat16 if fast_bf16(params[0].device) else torch.float32
+                stack = torch.stack([distributed.whole(updates[index].to(dtype)) for index in indices])
+                directions = _shared_orthogonalise(stack, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 rate = lr * math.sqrt(max(1, shape[0] / shape[1]))  # an update's size is not to depend on the shape
-                torch._foreach_add_(
-                    [params[index] for index in indices], list(directions.to(stack.dtype).unbind()), alpha=-rate
-                )
+                changed = [params[index] for index in indices]
+                steps = directions.to(params[0].dtype).unbind()
+                torch._foreach_add_(changed, list(map(distributed.split_like, steps, changed)), alpha=-rate)
         return loss
 
 
@@ -68,6 +72,19 @@ def orthogonalise(matrices_NAB: Tensor, coefficients: tuple[float, float, float]
         step_NAA = torch.baddbmm(gram_NAA, gram_NAA, gram_NAA, beta=b, alpha=c)
         x_NAB = torch.baddbmm(x_NAB, step_NAA, x_NAB, beta=a)
     return x_NAB.mT if tall else x_NAB
+
+
+def _shared_orthogonalise(matrices_NAB: Tensor, *iteration) -> Tensor:
+    """`orthogonalise` of matrices that all workers hold: each computes a share of them and gets the others'."""
+    workers = distributed.current()
+    if workers.size == 1:
+        return orthogonalise(matrices_NAB, *iteration)
+    each = -(-len(matrices_NAB) // workers.size)
+    own_NAB = matrices_NAB[workers.rank * each :][:each]
+    part_NAB = torch.zeros_like(matrices_NAB[:1]).repeat(each, 1, 1)  # the last shares may be short, or empty
+    if len(own_NAB):
+        part_NAB[: len(own_NAB)] = orthogonalise(own_NAB, *iteration)
+    return workers.gather(part_NAB)[: len(matrices_NAB)]
 
 
 def build(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:

@@ -1,6 +1,7 @@
 """The stages as notebooks call them: a model goes in, a checkpoint folder with its metrics comes out.
 
 Each is `loop.train` with its objective. A folder whose training is done is not trained again: its checkpoint is loaded.
+`prepare` and `train_stage` are what a stage's notebook does and what each worker of `threefold train` does.
 """
 
 import json
@@ -13,12 +14,17 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from threefold.config import ModelConfig, TrainConfig
+from threefold.config import ModelConfig, TrainConfig, replicate_of
+from threefold.data import corpus, exclusion
 from threefold.data.packing import PackedRows, PairedRows
+from threefold.data.tokenizer import load_tokenizer, without_bos
 from threefold.errors import ConfigError, TrainingError
 from threefold.model.decoder import Decoder
+from threefold.model.gpt2 import gpt2_counterpart
 from threefold.model.hf import load_checkpoint, save_checkpoint
 from threefold.provenance import atomic_write
+from threefold.run import Stage
+from threefold.training import distributed, launch
 from threefold.training.feed import Feed
 from threefold.training.loop import Progress, TrainResult, clear_state, identity, reference_logprobs, train
 from threefold.training.objectives import Distillation, NextToken, Objective, Preference
@@ -35,6 +41,81 @@ class Trained:
     model: Decoder
     result: TrainResult
     folder: Path
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage trains, from its parents and its data."""
+
+    config: ModelConfig  # of the model that is trained
+    parent: Decoder | None  # what it goes on from, or is distilled from; None: fresh weights
+    tokenizer: Any
+    rows: PackedRows | PairedRows
+    heldout: PackedRows | PairedRows
+    replay: PackedRows | None = None  # sft: pretraining text that is mixed in
+
+
+def prepare(stage: Stage) -> Inputs:
+    """The inputs of a stage that trains: pretrain, gpt2, distilgpt2, sft, dpo or a replicate of one.
+
+    Raises MissingInput where a parent is not finished; SourceError or DataError.
+    """
+    kind, data, data_dir = replicate_of(stage.name)[0], stage.preset.data, stage.run.data_dir
+    exclude = exclusion.of_preset(stage.preset, data_dir)
+    if kind in ("sft", "dpo"):
+        folder = stage.require("pretrain" if kind == "sft" else "sft")
+        model, tokenizer = load_checkpoint(folder), load_tokenizer(folder)
+        config = model.config
+        if kind == "dpo":
+            rows = corpus.preference_rows(data.dpo, tokenizer, config, data_dir, exclude)
+            return Inputs(
+                config, model, tokenizer, rows, corpus.preference_rows(data.dpo_heldout, tokenizer, config, data_dir)
+            )
+        rows = corpus.example_rows(data.sft, tokenizer, config, data_dir, exclude)
+        heldout = corpus.example_rows(data.sft_heldout, tokenizer, config, data_dir)
+        mixed = stage.config.replay > 0 and len(data.pretrain) > 0
+        replay = corpus.pretraining_rows(data.pretrain, tokenizer, config, data_dir, exclude) if mixed else None
+        return Inputs(config, model, tokenizer, rows, heldout, replay)
+    tokenizer = load_tokenizer(stage.require("data") / "tokenizer")
+    config, teacher = replace(stage.preset.model, vocab_size=len(tokenizer)), None
+    if kind != "pretrain":  # GPT-2's parts have no sink: its tokenizer puts nothing before a sequence
+        config, tokenizer = gpt2_counterpart(config), without_bos(tokenizer)
+    if kind == "distilgpt2":
+        config, teacher = replace(config, n_layer=(config.n_layer + 1) // 2), load_checkpoint(stage.require("gpt2"))
+    rows = corpus.pretraining_rows(data.pretrain, tokenizer, config, data_dir, exclude)
+    return Inputs(
+        config, teacher, tokenizer, rows, corpus.pretraining_rows(data.pretrain_heldout, tokenizer, config, data_dir)
+    )
+
+
+def train_stage(stage: Stage, inputs: Inputs, folder: Path, progress: Progress | None = None) -> "Trained":
+    """Train a stage in its folder: in this process, with the workers it has joined, or in `stage.nproc` workers that
+    are started for it, whose progress is passed on. Default: one a GPU where there are several, as many of them as can
+    share its batch evenly.
+
+    Raises what `loop.train` does; of workers TrainingError that names the one that failed.
+    """
+    rows = stage.config.batch_size * stage.config.accumulate
+    gpus = max(1, torch.cuda.device_count())
+    nproc = stage.nproc or next(n for n in range(gpus, 0, -1) if rows % n == 0)
+    if nproc > 1 and distributed.current().size == 1 and not (folder / RESULT).exists():
+        launch.launch(stage, nproc, progress or print)  # leaves the finished training that is loaded below
+    common = {
+        "folder": folder,
+        "tokenizer": inputs.tokenizer,
+        "seed": stage.seed,
+        "heldout": inputs.heldout,
+        "progress": progress,
+        "name": stage.name,
+    }
+    kind = replicate_of(stage.name)[0]
+    if kind == "dpo":
+        return dpo(inputs.parent, inputs.rows, stage.config, **common)
+    if kind == "sft":
+        return sft(inputs.parent, inputs.rows, stage.config, replay=inputs.replay, **common)
+    if kind == "distilgpt2":
+        return distil(inputs.parent, inputs.rows, stage.config, **common)
+    return pretrain(inputs.config, inputs.rows, stage.config, **common)
 
 
 def pretrain(
@@ -194,7 +275,8 @@ def _stage(
                 f"{folder.name} holds another finished training ({', '.join(different)} differ); "
                 "remove it, or train in another folder"
             )
-        (progress or print)(f"{name}: trained already, {done['result']['steps']} steps; its checkpoint is loaded")
+        if distributed.current().first:
+            (progress or print)(f"{name}: trained already, {done['result']['steps']} steps; its checkpoint is loaded")
         return Trained(load_checkpoint(folder), TrainResult(**done["result"]), folder)
     result = train(
         model,
@@ -209,11 +291,23 @@ def _stage(
         progress=progress,
         name=name,
     )
-    save_checkpoint(folder, model, tokenizer)
-    text = json.dumps({"result": asdict(result), "identity": asked}, indent=2, allow_nan=False)
-    atomic_write(folder / RESULT, text + "\n")
-    clear_state(folder)
+    model = _whole(model)
+    if distributed.current().first:
+        save_checkpoint(folder, model, tokenizer)
+        text = json.dumps({"result": asdict(result), "identity": asked}, indent=2, allow_nan=False)
+        atomic_write(folder / RESULT, text + "\n")
+        clear_state(folder)
     return Trained(model, result, folder)
+
+
+def _whole(model: Decoder) -> Decoder:
+    """The model with all its weights; where it was split over workers a new one in host memory."""
+    if not any(map(distributed.is_split, model.parameters())):
+        return model
+    weights = distributed.whole_state(model.state_dict(), keep=True)
+    whole = Decoder(model.config, model.attention)
+    whole.load_state_dict(weights)
+    return whole
 
 
 def _reference(
@@ -224,13 +318,17 @@ def _reference(
     path = folder / REFERENCE
     made_from = {"weights": weights_digest(model)}
     made_from |= {name: f"{len(pairs)} pairs, {pairs.n_tokens} tokens" for name, pairs in parts.items()}
+    known, workers = False, distributed.current()
     if path.exists():
         with safe_open(path, "pt") as file:
-            if file.metadata() == made_from:
-                return {name: file.get_tensor(name) for name in parts}
+            known = file.metadata() == made_from
+    if workers.agreed(known):
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in parts}
     found = {
         name: reference_logprobs(model, pairs, batch_size=config.batch_size, device=device, precision=config.precision)
         for name, pairs in parts.items()
     }
-    atomic_write(path, save(found, metadata=made_from))
+    if workers.first:
+        atomic_write(path, save(found, metadata=made_from))
     return found

@@ -1,0 +1,201 @@
+"""Training on several devices: what it costs, how long it should take, and that prediction against what is measured.
+
+    python benchmarks/scale.py                                       # the plan: tables by calculation, a few seconds
+    torchrun --nproc-per-node 2 benchmarks/scale.py --rounds 30      # predicted against measured, about a minute
+
+The plan takes `full` on H100s; the rate and links it assumes stand in its output. The check measures, by turns in one
+run, what the model of time in `threefold.training.cost` is made of (the forward and backward pass alone, the gradients'
+exchange alone, AdamW alone) and whole steps, which it predicts from them. It takes one worker a GPU, or CPU processes
+of one thread each, whose communication hides behind nothing.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from threefold.config import ModelConfig, TrainConfig, load_preset
+from threefold.model import Decoder
+from threefold.training import cost, distributed
+from threefold.training import optimizers as optim
+from threefold.training.numerics import choose
+
+VOCABULARY = 50258  # GPT-2's and a sink
+SHARE = 0.42  # of an H100's 989e12: 250,000 tokens/s of `full`, about what published runs of this size reach
+H100 = {"flops": SHARE * 989e12, "memory": 0.8 * 3.35e12}
+# Bytes/s that a worker passes on in a ring: 80% of NVLink within a node, of what leaves a node between nodes.
+LINKS = {
+    "8, NVLink": (8, 0.8 * 450e9),
+    "64, 8 x 400 Gb/s a node": (64, 0.8 * 400e9),
+    "64, 100 Gb/s a node": (64, 0.8 * 12.5e9),
+}
+CHECKED = ModelConfig(n_layer=4, d_model=256, n_head=4, d_ff=768, context=256, vocab_size=2048)
+
+
+def plan() -> None:
+    preset = load_preset("full")
+    config = replace(preset.model, vocab_size=VOCABULARY)
+    model = cost.Model.of(config)
+    tokens = preset.pretrain.batch_size * preset.pretrain.accumulate * config.context
+    micro_tokens = preset.pretrain.batch_size * config.context
+    kept, each = kept_bytes(config)
+    rows = [
+        ("parameters", f"{model.parameters:,}"),
+        ("GFLOP a token, 6N", f"{6 * model.parameters / 1e9:.3f}"),
+        ("GFLOP a token, matrices and attention", f"{model.flops_a_token / 1e9:.3f}"),
+        ("bytes a token on the disk", "2"),
+        ("bytes a token kept for the backward pass (measured)", f"{kept + config.n_layer * each:,.0f}"),
+        ("tokens a step", f"{tokens:,}"),
+        ("GB kept for a micro-batch's backward pass", f"{(kept + config.n_layer * each) * micro_tokens / 1e9:.1f}"),
+        ("bytes a token moved by the update", f"{cost.UPDATE * model.parameters / tokens:,.0f}"),
+        ("GB of weights, gradients and AdamW's states", f"{distributed.BYTES * model.parameters / 1e9:.2f}"),
+        ("GFLOP a token of Muon's iterations", f"{model.muon_flops() / tokens / 1e9:.3f}"),
+        ("bytes of gradients each of 8 workers sends a step", f"{cost.ring_bytes(model.gradient_bytes, 8):,.0f}"),
+    ]
+    print("| full | |\n|---|---:|")
+    print("\n".join(f"| {name} | {value} |" for name, value in rows))
+    print(
+        f"\nPredicted for H100s at {SHARE:.0%} of 989 TFLOP/s, 80% of 3.35 TB/s memory and of each link; "
+        f"{preset.pretrain.tokens:,} tokens.\n"
+    )
+    columns = ("GPUs", "tokens a step", "compute, ms", "exchange, ms", "exposed", "Muon", "update", "step", "tokens/s")
+    print("| " + " | ".join((*columns, "efficiency", "minutes")) + " |")
+    print("|---|" + "---:|" * (len(columns) + 1))
+    one = None
+    for name, (workers, link) in {"1": (1, 1.0), **LINKS}.items():
+        for size in (tokens, 4 * tokens) if workers == 64 else (tokens,):
+            own = size // workers // config.context
+            micro = -(-own // preset.pretrain.batch_size)
+            step = cost.step(model, cost.Device(link=link, **H100), workers, size, micro)
+            rate = size / step.total
+            one = one or rate
+            parts = (step.compute, step.exchange, step.exposed, step.muon, step.update, step.total)
+            shown = [f"{size:,}", *(f"{1e3 * part:.1f}" for part in parts), f"{rate:,.0f}"]
+            minutes = preset.pretrain.tokens / rate / 60
+            print(f"| {name} | {' | '.join(shown)} | {rate / one / workers:.0%} | {minutes:.1f} |")
+
+
+def kept_bytes(config: ModelConfig) -> tuple[float, float]:
+    """Bytes a token that autograd keeps in bf16 up to the head: beside the blocks, and in each block."""
+
+    def kept(layers: int) -> float:
+        model = Decoder(replace(config, n_layer=layers, vocab_size=256), attention="sdpa")
+        weights = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
+        found: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.shape not in weights:
+                storage = tensor.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        tokens = torch.zeros(1, config.context, dtype=torch.long)
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+            alive = model.hidden(tokens)  # nothing is freed, and no place taken twice, while it lives
+        del alive
+        return sum(found.values()) / config.context
+
+    one, two = kept(1), kept(2)
+    return one - (two - one), two - one
+
+
+def check(workers: distributed.Workers, rounds: int, rows: int) -> None:
+    device = choose(TrainConfig(compile="off"), 0, 0).device
+    if device == "cpu":
+        torch.set_num_threads(1)
+    torch.manual_seed(0)
+    decoder = Decoder(CHECKED).to(device)
+    forward = Logits(decoder)
+    replica = distributed.replicated(forward)
+    model = cost.Model.of(CHECKED)
+    tokens_BT = torch.randint(CHECKED.vocab_size, (2 * rows, CHECKED.context), device=device)
+    copies = [parameter.detach().clone() for parameter in decoder.parameters()]
+    for copy in copies:
+        copy.grad = torch.full_like(copy, 1e-6)
+    adamw = torch.optim.AdamW(copies, fused=True)
+    optimizers = optim.build(decoder, TrainConfig(optimizer="muon"))
+    buffer = torch.zeros(model.gradient_bytes // 4, device=device)
+
+    def alone(n: int) -> None:
+        with replica.no_sync():
+            replica(tokens_BT[:n]).backward()
+        decoder.zero_grad()
+
+    def whole() -> None:
+        replica(tokens_BT[:rows]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    parts: dict[str, Callable[[], object]] = {
+        "half": lambda: alone(rows),
+        "all": lambda: alone(2 * rows),
+        "exchange": lambda: workers.sum(buffer),
+        "adamw": adamw.step,
+        "whole": whole,
+    }
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(rounds + 2):
+        for name, work in parts.items():
+            workers.agreed(True)  # all begin together
+            begun = now(device)
+            work()
+            if turn > 1:  # the first ones allocate
+                times[name].append(now(device) - begun)
+    medians = torch.tensor([statistics.median(taken) for taken in times.values()])
+    half, all_rows, exchange, update, measured = (workers.sum(medians) / workers.size).tolist()
+    if not workers.first:
+        return
+    fitted = cost.Device(
+        flops=rows * CHECKED.context * model.flops_a_token / (all_rows - half),
+        memory=cost.UPDATE * model.parameters / update,
+        link=cost.ring_bytes(model.gradient_bytes, workers.size) / exchange,
+        overlap=float(device == "cuda"),
+    )
+    step = cost.step(model, fitted, workers.size, workers.size * rows * CHECKED.context, 1)
+    print(
+        f"{workers.size} workers, {device}, {model.parameters:,} parameters, {rows} rows of {CHECKED.context} each, "
+        f"medians of {rounds} rounds\n\n"
+        f"Fitted: {fitted.flops / 1e9:,.1f} GFLOP/s, {fitted.memory / 1e9:,.2f} GB/s memory, "
+        f"{fitted.link / 1e9:,.2f} GB/s a link.\n\n"
+        "| | seconds |\n|---|---:|\n"
+        f"| compute | {step.compute:.4f} |\n| exchange, exposed | {step.exposed:.4f} |\n| Muon | {step.muon:.4f} |\n"
+        f"| update | {step.update:.4f} |\n| step, predicted | {step.total:.4f} |\n| step, measured | {measured:.4f} |\n"
+        f"| measured : predicted | {measured / step.total:.2f} |"
+    )
+
+
+class Logits(torch.nn.Module):
+    """The model with its head and a loss, as one module whose gradients are put together."""
+
+    def __init__(self, model: Decoder):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        logits_BTV = self.model(tokens_BT)
+        return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT.flatten())
+
+
+def now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rows", type=int, default=4, help="of each worker in the check")
+    options = parser.parse_args()
+    with distributed.joined() as workers:
+        if workers.size == 1:
+            plan()
+        else:
+            check(workers, options.rounds, options.rows)
+
+
+if __name__ == "__main__":
+    main()
