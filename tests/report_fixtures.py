@@ -291,6 +291,9 @@ def make_run(
         cells = [
             cell("ablate()", output(f"ablation/{v['variant'].replace('=', '-')}", v, "x")) for v in (base, layer, gelu)
         ]
+        seconds = {"RMSNorm": [0.002] * 6, "LayerNorm": [0.003] * 6}
+        timing = {"part": "norm", "positions": 8, "parameters": dict.fromkeys(seconds, 1024), "seconds": seconds}
+        cells.append(cell("kernels()", output("kernels", {"timings": [timing]}, "x")))
         for variant, values in length_curves().items():
             cells.append(cell("read()", output(f"length/{variant.replace('=', '-')}", values, "x")))
         cells.append(cell("look()", output("attention/sinks", {"variants": sink_shares()}, "x")))
@@ -358,7 +361,11 @@ def execute_compare(run: Path, script: Path) -> Path:
             name = "smoke"
 
     namespace = {"comparison": Comparison.load(run), "stage": Stage}
-    exec("from threefold.comparison import claims, figures, insights, length, precedent, tables, variance", namespace)
+    exec(
+        "from threefold.comparison import ablations, attention, claims, figures, insights, length, precedent, tables, "
+        "variance",
+        namespace,
+    )
     original, comparison_results.records.publish = comparison_results.records.publish, publish
     try:
         for entry in source.cells:

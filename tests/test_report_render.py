@@ -50,7 +50,7 @@ def page(run):
 def test_the_page_stands_alone(page):
     assert inspect(page) == []
     assert "<script" not in page and not re.search(r"""src=["']?https?:""", page)
-    assert page.count('src="data:image/png;base64,') == 3
+    assert page.count('src="data:image/png;base64,') == 4
     assert "<math" in page and "<style" in page
 
 
@@ -67,7 +67,7 @@ def test_every_section_of_the_design_is_there(page):
 def test_tables_and_figures_are_numbered_captioned_and_linked(page):
     source = sources.read(paths.REPORT)
     names = pandoc.numbers(source)
-    assert names["tbl-sources"] == "Table 1" and names["fig-loss-curves"] == "Figure 1"
+    assert names["tbl-sources"] == "Table 1" and names["fig-ablations"] == "Figure 1"
     for label, name in names.items():
         if label.startswith(("tbl", "fig")):
             assert f'id="{label}"' in page and f"{name}: " in page, label

@@ -126,19 +126,13 @@ for result in results:
 # under their learning-rate schedule. *Step time* is the variant's over the base's, round by round.
 
 # %%
-#| label: tbl-ablations
-#| tbl-cap: "Components replaced one by one. Held-out loss in nats per token, mean and standard deviation over seeds. Difference and tokens to equal loss (variant against base): means over seeds with Student's 95% interval. Step time (variant over base): median over rounds with the 95% interval of order statistics. Intervals are 95% each; p is Holm-adjusted over its column, that of the time at the preset's size."
-tables.ablation_effects(found).publish()
+replace(tables.ablation_effects(found), name="ablation-effects").publish()
 
 # %%
-#| label: txt-ablations
-tables.ablation_resolution(found).publish()
+replace(tables.ablation_resolution(found), name="ablation-resolution").publish()
 
 # %%
-#| label: fig-ablations
-#| fig-alt: "Held-out loss falling with tokens trained on, one line a variant, the base in black."
-#| fig-cap: "Held-out loss of the base and every variant against the tokens trained on, means over seeds."
-figures.ablation_curves(found).publish()
+replace(figures.ablation_curves(found), name="ablation-curves").publish()
 
 # %% [markdown]
 # ## Components alone
@@ -147,9 +141,8 @@ figures.ablation_curves(found).publish()
 # apart. The batch is as small as seconds allow.
 
 # %%
-#| label: tbl-kernels
-#| tbl-cap: "Components alone at the shapes of the 253M model (width 1024, SwiGLU 4096 wide, GELU at equal parameters), forward and backward, by turns, not compiled. Ratios: median over rounds with the 95% interval of order statistics."
-tables.kernels([asdict(time_kernels(part, stage.config.rounds)) for part in ("norm", "ffn")]).publish()
+kernels = tables.kernels([asdict(time_kernels(part, stage.config.rounds)) for part in ("norm", "ffn")])
+replace(kernels, name="kernels").publish()
 
 # %% [markdown]
 # ## Length

@@ -30,7 +30,7 @@ overrides = ""
 
 # %%
 from threefold import records, stages
-from threefold.comparison import Comparison, claims, figures, insights, precedent, tables, variance
+from threefold.comparison import Comparison, ablations, claims, figures, insights, precedent, tables, variance
 from threefold.run import open_stage
 
 stage = open_stage("compare", globals())
@@ -57,8 +57,34 @@ tables.parameters(comparison).publish()
 
 # %%
 #| label: tbl-architecture
-#| tbl-cap: "Architectural differences from GPT-2: the benefit as it is claimed, and as this run's ablations measured it (with the component against GPT-2's counterpart; intervals over seeds)."
+#| tbl-cap: "Architectural differences from GPT-2: the benefit as it is claimed, and as this run's ablations measured it (with the component against GPT-2's counterpart; intervals over seeds, those of speed over rounds of timing)."
 tables.architecture(comparison).publish()
+
+# %% [markdown]
+# ## Components replaced one by one
+#
+# From the records of notebook 05: every variant against the base, over seeds for the loss, over rounds for the time.
+
+# %%
+#| label: tbl-ablations
+#| tbl-cap: "Components replaced one by one. Held-out loss in nats per token, mean and standard deviation over seeds. Difference and tokens to equal loss (variant against base): means over seeds with Student's interval. Step time (variant over base): median over rounds with the interval of order statistics. Intervals are 95% each; p is Holm-adjusted over its column, that of the time at the preset's size."
+variants = ablations.found(comparison)
+tables.ablation_effects(variants).publish()
+
+# %%
+#| label: txt-ablations
+tables.ablation_resolution(variants).publish()
+
+# %%
+#| label: fig-ablations
+#| fig-alt: "Held-out loss falling with tokens trained on, one line a variant, the base in black."
+#| fig-cap: "Held-out loss of the base and every variant against the tokens trained on, means over seeds."
+figures.ablation_curves(variants).publish()
+
+# %%
+#| label: tbl-kernels
+#| tbl-cap: "Components alone at the shapes of the 253M model (width 1024, SwiGLU 4096 wide, GELU at equal parameters), forward and backward, by turns, not compiled. Ratios: median over rounds with the 95% interval of order statistics."
+tables.kernels((comparison.values("kernels") or {}).get("timings", ())).publish()
 
 # %% [markdown]
 # ## Training
