@@ -50,7 +50,7 @@ def page(run):
 def test_the_page_stands_alone(page):
     assert inspect(page) == []
     assert "<script" not in page and not re.search(r"""src=["']?https?:""", page)
-    assert page.count('src="data:image/png;base64,') == 4
+    assert page.count('src="data:image/png;base64,') == 6
     assert "<math" in page and "<style" in page
 
 

@@ -34,7 +34,6 @@ from dataclasses import asdict, replace
 
 from threefold import records
 from threefold.comparison import figures, tables
-from threefold.comparison import length as lengths
 from threefold.config import ablation_base
 from threefold.data.tokenizer import load_tokenizer, sink_ids, with_sinks
 from threefold.evaluation import attention, length
@@ -170,15 +169,10 @@ for name in read:
         shares[name] = attention.shares(models, ids, sink_ids(fitting))
 
 # %%
-#| label: fig-length
-#| fig-alt: "Loss against position on a logarithmic axis, one panel a variant, one line a way of reading."
-#| fig-cap: "Held-out loss against position, in training contexts (dashed: the training length); means over seeds and streams, each seed faint. Sinks + window: the sinks (without any: the first four tokens) and as many last tokens as fill the context, rotary positions within the cache. Windows read anew: of one context, moved by half, their later half scored. The cross marks where learned positions end: past it there is no prediction."
-figures.length_curves(curves).publish()
+replace(figures.length_curves(curves), name="length-curves").publish()
 
 # %%
-#| label: tbl-length
-#| tbl-cap: "Held-out loss in nats per token by position, in training contexts; means over seeds and streams. Past less within: all positions past the training length less the second half of it, with a 95% interval over seeds and streams, both taken as samples."
-lengths.losses(curves).publish()
+replace(tables.length_losses(curves), name="length-losses").publish()
 
 # %% [markdown]
 # ## Attention
@@ -190,10 +184,7 @@ lengths.losses(curves).publish()
 records.publish("attention/sinks", {"variants": shares}, markdown=f"Attention of {', '.join(shares) or 'none'}.")
 
 # %%
-#| label: fig-attention-sinks
-#| fig-alt: "Heat maps of the share of attention on the sinks, layers by heads, one for each number of sinks."
-#| fig-cap: "Share of attention on the sinks by layer and head, in percent (first seed; in brackets the mean over all heads): mean probability over the positions of held-out rows of one context, the first 16 left out. Of the model without sinks: the share of the text's first token."
-figures.attention_sinks(shares).publish()
+replace(figures.attention_sinks(shares), name="sinks-share").publish()
 
 # %%
 records.publish("stage/ablations", stage.finish(seeds=stage.config.seeds, steps=training.steps))
