@@ -291,12 +291,12 @@ def make_run(
         cells = [
             cell("ablate()", output(f"ablation/{v['variant'].replace('=', '-')}", v, "x")) for v in (base, layer, gelu)
         ]
-        for variant, values in length_curves().items():
-            cells.append(cell("read()", output(f"length/{variant.replace('=', '-')}", values, "x")))
-        cells.append(cell("look()", output("attention/sinks", {"variants": sink_shares()}, "x")))
         seconds = {"RMSNorm": [0.002] * 6, "LayerNorm": [0.003] * 6}
         timing = {"part": "norm", "positions": 8, "parameters": dict.fromkeys(seconds, 1024), "seconds": seconds}
         cells.append(cell("kernels()", output("kernels", {"timings": [timing]}, "x")))
+        for variant, values in length_curves().items():
+            cells.append(cell("read()", output(f"length/{variant.replace('=', '-')}", values, "x")))
+        cells.append(cell("look()", output("attention/sinks", {"variants": sink_shares()}, "x")))
         notebook(notebooks / "05_ablations.ipynb", *cells)
     return folder
 
@@ -362,7 +362,8 @@ def execute_compare(run: Path, script: Path) -> Path:
 
     namespace = {"comparison": Comparison.load(run), "stage": Stage}
     exec(
-        "from threefold.comparison import ablations, claims, figures, insights, length, precedent, tables, variance",
+        "from threefold.comparison import ablations, attention, claims, figures, insights, length, precedent, tables, "
+        "variance",
         namespace,
     )
     original, comparison_results.records.publish = comparison_results.records.publish, publish

@@ -34,7 +34,6 @@ from dataclasses import asdict, replace
 
 from threefold import records
 from threefold.comparison import figures, tables
-from threefold.comparison import length as lengths
 from threefold.config import ablation_base
 from threefold.data.tokenizer import load_tokenizer, sink_ids, with_sinks
 from threefold.evaluation import attention, length
@@ -173,7 +172,7 @@ for name in read:
 replace(figures.length_curves(curves), name="length-curves").publish()
 
 # %%
-replace(lengths.losses(curves), name="length-losses").publish()
+replace(tables.length_losses(curves), name="length-losses").publish()
 
 # %% [markdown]
 # ## Attention
@@ -185,7 +184,7 @@ replace(lengths.losses(curves), name="length-losses").publish()
 records.publish("attention/sinks", {"variants": shares}, markdown=f"Attention of {', '.join(shares) or 'none'}.")
 
 # %%
-replace(figures.attention_sinks(shares), name="attention-heads").publish()
+replace(figures.attention_sinks(shares), name="sinks-share").publish()
 
 # %%
 records.publish("stage/ablations", stage.finish(seeds=stage.config.seeds, steps=training.steps))

@@ -30,7 +30,18 @@ overrides = ""
 
 # %%
 from threefold import records, stages
-from threefold.comparison import Comparison, ablations, claims, figures, insights, length, precedent, tables, variance
+from threefold.comparison import (
+    Comparison,
+    ablations,
+    attention,
+    claims,
+    figures,
+    insights,
+    length,
+    precedent,
+    tables,
+    variance,
+)
 from threefold.run import open_stage
 
 stage = open_stage("compare", globals())
@@ -244,25 +255,25 @@ tables.speed(comparison).publish()
 # %% [markdown]
 # ## Past the training length
 #
-# From the records of notebook 05: the ablation models on streams many contexts long, and where their attention rests.
+# From the records of notebook 05: streams of held-out text many contexts long, and the attention of the models that read
+# them. Where learned positions end, there is no prediction.
 
 # %%
 #| label: fig-length
 #| fig-alt: "Loss against position on a logarithmic axis, one panel a variant, one line a way of reading."
 #| fig-cap: "Held-out loss against position, in training contexts (dashed: the training length); means over seeds and streams, each seed faint. Sinks + window: the sinks (without any: the first four tokens) and as many last tokens as fill the context, rotary positions within the cache. Windows read anew: of one context, moved by half, their later half scored. The cross marks where learned positions end: past it there is no prediction."
-curves = length.found(comparison)
-figures.length_curves(curves).publish()
+figures.length_curves(length.found(comparison)).publish()
 
 # %%
 #| label: tbl-length
 #| tbl-cap: "Held-out loss in nats per token by position, in training contexts; means over seeds and streams. Past less within: all positions past the training length less the second half of it, with a 95% interval over seeds and streams, both taken as samples."
-length.losses(curves).publish()
+tables.length_losses(length.found(comparison)).publish()
 
 # %%
 #| label: fig-attention-sinks
 #| fig-alt: "Heat maps of the share of attention on the sinks, layers by heads, one for each number of sinks."
 #| fig-cap: "Share of attention on the sinks by layer and head, in percent (first seed; in brackets the mean over all heads): mean probability over the positions of held-out rows of one context, the first 16 left out. Of the model without sinks: the share of the text's first token."
-figures.attention_sinks((comparison.values("attention/sinks") or {}).get("variants", {})).publish()
+figures.attention_sinks(attention.found(comparison)).publish()
 
 # %% [markdown]
 # ## The precedent, rerun

@@ -13,9 +13,8 @@ import numpy as np
 
 from threefold.comparison.ablations import BASE
 from threefold.comparison.load import Comparison
-from threefold.comparison.results import Result, interval, plain, signed
+from threefold.comparison.results import interval, signed
 from threefold.evaluation.statistics import Interval, crossed_mean
-from threefold.records import table
 
 Curves = Mapping[str, Mapping[str, Any]]  # variant -> values of its record
 
@@ -97,7 +96,7 @@ class Effect:
 
     @property
     def short(self) -> str:
-        return _signed(self.interval)
+        return in_nats(self.interval)
 
 
 def rope(curves: Curves) -> Effect | None:
@@ -137,7 +136,7 @@ def _of_seeds(values: Mapping[str, Any], seeds: list[str]) -> dict[str, Any]:
     return {**values, "nats": nats}
 
 
-def _signed(effect: Interval) -> str:
+def in_nats(effect: Interval) -> str:
     bounds = [None if bound is None else signed(bound, 3) for bound in (effect.low, effect.high)]
     return f"{interval(signed(effect.value, 3, ' nats'), *bounds)}"
 
@@ -151,33 +150,6 @@ def octaves(factor: int) -> list[tuple[float, float]]:
     return [(start, min(2 * start, factor)) for start in starts]
 
 
-def losses(curves: Curves) -> Result:
-    """Mean loss by octave of position, a row a variant and mode, and the rise past the training length."""
-    rows = []
-    for values in curves.values():
-        ranges = [(0.5, 1.0), *octaves(values["factor"])]
-        for mode in present(values):
-            means = {_range(*one): mean_nats(values, mode, *one) for one in ranges}
-            change = rise(values, mode)
-            cells = {name: None if nats is None else plain(float(nats.mean()), 3) for name, nats in means.items()}
-            past = "no prediction" if change is None else _signed(crossed_mean(change))
-            rows.append(
-                {
-                    "Model": title(values),
-                    "Reading": MODES[mode],
-                    **cells,
-                    "Past less within": past,
-                    "Seeds": len(values["nats"][mode]),
-                }
-            )
-    markdown = table(rows) if rows else "Loss past the training length was not measured."
-    return Result("comparison/length-losses", {"rows": rows}, markdown=markdown)
-
-
-def _range(low: float, high: float) -> str:
-    return f"{'½' if low == 0.5 else f'{low:g}'}–{high:g}×"
-
-
 def variables(comparison: Comparison) -> dict[str, str]:
     """What the report's sentences on length quote."""
     curves = found(comparison)
@@ -189,7 +161,7 @@ def variables(comparison: Comparison) -> dict[str, str]:
     }
     for mode in MODES:
         effect = rise(base, mode) if mode in base["nats"] else None
-        values[f"length_rise_{mode}"] = "not measured" if effect is None else _signed(crossed_mean(effect))
+        values[f"length_rise_{mode}"] = "not measured" if effect is None else in_nats(crossed_mean(effect))
     for claim, effect in (("rope", rope(curves)), ("sinks", sinks(curves))):
         values[f"length_{claim}"] = effect.short if effect else "not measured"
     return values

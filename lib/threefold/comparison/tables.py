@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from threefold import records
-from threefold.comparison import ablations, models, seeds, training
+from threefold.comparison import ablations, length, models, seeds, training
 from threefold.comparison.differences import ALPHA, Difference, adjust, difference, smallest_detectable
 from threefold.comparison.load import Comparison
 from threefold.comparison.measures import (
@@ -39,7 +39,7 @@ from threefold.comparison.results import (
     probability,
     signed,
 )
-from threefold.evaluation.statistics import PairedDifference, paired_median
+from threefold.evaluation.statistics import PairedDifference, crossed_mean, paired_median
 
 
 def _grouped(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
@@ -675,6 +675,32 @@ def _rate(entry: dict[str, Any]) -> str:
 
 
 # Provenance ----------------------------------------------------------------------------------------------------------
+
+
+def length_losses(curves: length.Curves) -> Result:
+    """Mean loss by octave of position, a row a variant and mode, and the rise past the training length."""
+    rows = []
+    for values in curves.values():
+        ranges = [(0.5, 1.0), *length.octaves(values["factor"])]
+        for mode in length.present(values):
+            means = {_span(*one): length.mean_nats(values, mode, *one) for one in ranges}
+            change = length.rise(values, mode)
+            cells = {name: None if nats is None else plain(float(nats.mean()), 3) for name, nats in means.items()}
+            past = "no prediction" if change is None else length.in_nats(crossed_mean(change))
+            rows.append(
+                {
+                    "Model": length.title(values),
+                    "Reading": length.MODES[mode],
+                    **cells,
+                    "Past less within": past,
+                    "Seeds": len(values["nats"][mode]),
+                }
+            )
+    return _result("length-losses", rows)
+
+
+def _span(low: float, high: float) -> str:
+    return f"{'½' if low == 0.5 else f'{low:g}'}–{high:g}×"
 
 
 def provenance(comparison: Comparison) -> Result:

@@ -28,7 +28,7 @@ VERSION = 1  # raised when a number would come out differently
 VARIANTS = ("base", "sinks=0", "sinks=4", "position=learned", "position=none")  # those that are read, where trained
 MODES = ("full", "window", "sinks", "anew")
 FIRST_TOKENS = 4  # kept by "sinks" where a model has none of its own (Xiao et al. 2023, section 3.1)
-STEPS = 4  # buckets an octave
+STEPS = 2  # buckets an octave
 SHORTEST = 3  # octaves below the context in which buckets begin
 HEAD_TOKENS = 4096  # rows of logits held at a time
 
@@ -55,7 +55,7 @@ def by_position(
       `anew`, windows of the context that move by half of it, each computed from nothing with positions from 0, the
       later half of it scored. `window` and `sinks` are `full` while nothing has left. Learned positions end with their
       table: `full` stops there, and `window` and `sinks`, which count all tokens, are left out.
-    - Metrics: mean nats per token of each stream in buckets of position, four an octave and edges at the context's
+    - Metrics: mean nats per token of each stream in buckets of position, two an octave and edges at the context's
       halves and multiples, for each mode and seed; intervals are made of streams and seeds by the comparison.
     - Reproduces: no published figure; `full` up to the context is the likelihood that `disjoint` sums.
 
@@ -120,7 +120,7 @@ def cut(ids: Sequence[int], sink_ids: Sequence[int], length: int, most: int) -> 
 
 
 def edges(context: int, factor: int) -> list[int]:
-    """Where buckets of position begin, and the end: 0, then four an octave from an eighth of the context on."""
+    """Where buckets of position begin, and the end: 0, then two an octave from an eighth of the context on."""
     steps = range(-SHORTEST * STEPS, math.floor(STEPS * math.log2(factor)) + 1)
     marks = [0, *(round(context * 2 ** (step / STEPS)) for step in steps), factor * context]
     return sorted(set(marks))
