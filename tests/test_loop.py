@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import IGNORE, pack_documents, pack_examples, pack_pairs
 from threefold.errors import ConfigError, DataError, TrainingError
@@ -250,8 +251,8 @@ def test_another_trainings_state_is_refused(text, tmp_path):
         run(model(), text, replace(SHORT, learning_rate=1e-3), tmp_path)
     with pytest.raises(TrainingError, match=r"another training .*initial_weights"):
         run(model(7), text, SHORT, tmp_path)
-    content = (tmp_path / "resume.pt").read_bytes()
-    (tmp_path / "resume.pt").write_bytes(content[: len(content) // 2])
+    content = (tmp_path / "resume.safetensors").read_bytes()
+    (tmp_path / "resume.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(TrainingError, match="cannot be read"):
         run(model(), text, SHORT, tmp_path)
 
@@ -306,7 +307,7 @@ def test_what_is_not_finite_stops_before_it_spoils_the_weights(text, tmp_path, f
     assert message.startswith("pretrain: the ") and "\n" not in message
     caught.match(f"{what} in step 6")
     assert f"(rows {', '.join(map(str, rows))})" in message
-    assert f"last good state is that of step 3, in {tmp_path.name}/resume.pt" in message
+    assert f"last good state is that of step 3, in {tmp_path.name}/resume.safetensors" in message
     assert "learning_rate" in message
     assert all(value.isfinite().all() for value in weights(decoder).values())
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
@@ -327,7 +328,7 @@ def test_a_gpu_is_asked_only_now_and_then_and_tells_the_same(text, heldout, tmp_
     with pytest.raises(TrainingError, match=r"loss is nan in step 5 .*state is that of step 3"):
         run(model(), text, SHORT, tmp_path / "c", Spoils(5, math.nan))
     assert [line["step"] for line in read_metrics(tmp_path / "c")] == [1, 2, 3]
-    assert all(value.isfinite().all() for value in torch.load(tmp_path / "c" / "resume.pt")["model"].values())
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "c" / "resume.safetensors").values())
 
 
 def test_no_memory_names_the_settings_to_change(text, tmp_path):
@@ -430,7 +431,7 @@ def test_stages_hand_checkpoints_on(text, heldout, examples, pairs, tmp_path):
     trained = stages.pretrain(TINY, text, config, folder=tmp_path / "pretrain", heldout=heldout, **settings)
     loaded = load_checkpoint(tmp_path / "pretrain")
     assert all(torch.equal(weights(loaded)[n], v) for n, v in weights(trained.model).items())
-    assert not (tmp_path / "pretrain" / "resume.pt").exists()
+    assert not (tmp_path / "pretrain" / "resume.safetensors").exists()
     assert json.loads((tmp_path / "pretrain" / "training.json").read_text())["result"]["steps"] == 12
 
     again = stages.pretrain(TINY, text, config, folder=tmp_path / "pretrain", heldout=heldout, **settings)

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from threefold import paths, records, stages
+from threefold import paths, provenance, records, stages
 from threefold.errors import ConfigError, MissingInput, RecordError, ThreefoldError
 from threefold.pipeline import cleaning, executor, notebooks, staleness, verify
 from threefold.run import Run
@@ -39,7 +39,8 @@ from threefold.run import open_stage
 paths.NOTEBOOKS = Path({notebooks!r})
 stage = open_stage({kind!r}, globals())
 folder = stage.begin(stages.fingerprint(stage.run, stage.name))
-made = ";".join(f"{{name}}={{stage.run.identity(name)}}" for name in stages.steps(stage.preset)[stage.name].needs)
+needs = stages.steps(stage.preset)[stage.name].needs
+made = ";".join(f"{{name}}={{stages.identity(stage.run, stage.name, name)}}" for name in needs)
 print(f"working on {{stage.name}} in {{folder}}")
 {extra}
 if stage.name in ("pretrain", "gpt2", "sft"):
@@ -192,7 +193,7 @@ def test_notebook_code_counts_and_its_prose_does_not(project):
     assert stages.fingerprint(run, "sft") == before
     book.cells[1].source += "\nanswer = 42"
     nbformat.write(book, path)
-    assert before.differences(stages.fingerprint(run, "sft")) == ["code"]
+    assert before.differences(stages.fingerprint(run, "sft")) == ["code: notebooks/02_sft.ipynb"]
 
 
 def test_notebook_code_finds_the_modules_behind_imports(tmp_path):
@@ -237,7 +238,8 @@ def test_executes_skips_and_goes_stale(project):
     assert sorted(path.name for path in (run.path / "notebooks").iterdir()) == [
         *("00_data.ipynb", "01_pretrain-gpt2.ipynb", "01_pretrain.ipynb", "02_sft.ipynb"),
     ]
-    assert records.read(run.notebook("02_sft"))["stage/sft"].values == run.finished("sft")
+    sealed = {"notebook_sha256": provenance.sha256_file(run.notebook("02_sft"))}
+    assert {**records.read(run.notebook("02_sft"))["stage/sft"].values, **sealed} == run.finished("sft")
     text = run.notebook("02_sft").read_text()
     assert str(paths.RUNS) not in text and str(Path.home()) + "/" not in text
     assert "working on sft in runs/tiny/.sft.partial" in text

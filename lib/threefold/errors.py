@@ -3,6 +3,10 @@
 Everything a user can cause raises a `ThreefoldError`; anything else that escapes is a bug and keeps its traceback.
 """
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room: disk, quota, limit
+
 
 class ThreefoldError(Exception):
     """Base of every error with a cause the user can mend. The CLI prints it as one line and exits with status 2."""

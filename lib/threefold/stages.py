@@ -21,7 +21,7 @@ from threefold.errors import ConfigError, MissingInput, SourceError
 from threefold.provenance import Fingerprint
 from threefold.run import Run, stage_notebook
 
-TRAINS = ("pretrain", "gpt2", "distilgpt2", "sft", "dpo", "ablations")  # the stages that read training text
+TRAINS = (*config.TRAINED, "ablations")  # the stages that read training text
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,10 @@ def fingerprint(run: Run, stage: str) -> Fingerprint:
         _sections(run.preset, base),
         modules,
         _data(run, base),
-        {parent: _identity(run, stage, parent) for parent in step.needs},
+        {parent: identity(run, stage, parent) for parent in step.needs},
         run.seed(stage),
     )
-    return replace(made, code=provenance.sha256_json([made.code, cells]))
+    return replace(made, code={f"notebooks/{step.notebook}.ipynb": cells, **made.code})
 
 
 def _sections(preset: Preset, stage: str) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def _location(location: str, revision: str, data_dir: str) -> str:
 # Parents ------------------------------------------------------------------------------------------------------------
 
 
-def _identity(run: Run, stage: str, parent: str) -> str:
+def identity(run: Run, stage: str, parent: str) -> str:
     """Hash of what the stage takes from a parent.
 
     Of a model its weights; of the data stage what it made (not its fingerprint: other data for DPO leaves the
@@ -285,9 +285,7 @@ def _identity(run: Run, stage: str, parent: str) -> str:
         return "missing"
     if stage == "compare":
         return provenance.sha256_json(facts)
-    if facts["outputs"].get("model.safetensors"):
-        return facts["outputs"]["model.safetensors"]
-    return provenance.sha256_json(facts["outputs"])
+    return facts["outputs"].get("model.safetensors") or provenance.sha256_json(facts["outputs"])
 
 
 # Code ---------------------------------------------------------------------------------------------------------------
@@ -364,12 +362,8 @@ def sha256_cached(path: Path) -> str:
         return provenance.sha256_file(path)
     kept = paths.RUNS / ".cache" / "hashes" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
     state = [stat.st_size, stat.st_mtime_ns]
-    try:
-        known = json.loads(kept.read_text(encoding="utf-8"))
-        if known["state"] == state:
-            return known["sha256"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        pass  # never hashed, or a damaged note: hash it now
-    digest = provenance.sha256_file(path)
-    provenance.atomic_write(kept, json.dumps({"state": state, "sha256": digest}))
-    return digest
+    known = provenance.read_note(kept)
+    if known is None or known.get("state") != state:
+        known = {"state": state, "sha256": provenance.sha256_file(path)}
+        provenance.write_note(kept, known)
+    return known["sha256"]

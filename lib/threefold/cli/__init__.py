@@ -15,14 +15,14 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from threefold.errors import CheckpointError, ConfigError, MissingInput, ThreefoldError
+from threefold.errors import DISK_FULL, ConfigError, MissingInput, ThreefoldError
 
 if TYPE_CHECKING:
     from threefold.run import Run
 
 CHECKPOINTS = ("pretrain", "sft", "dpo", "gpt2", "distilgpt2")
 # What the environment, the disk or the rights of a person cause, and no fault of the program.
-SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+SURROUNDINGS = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class Parser(argparse.ArgumentParser):
@@ -366,20 +366,10 @@ def _report(options: argparse.Namespace) -> int:
 
 def _checkpoint(options: argparse.Namespace) -> Path:
     """The folder of a stage's finished checkpoint, if its files are those the stage wrote."""
-    from threefold import stages
-
     run = _open(options.run)
-    facts = run.require(options.stage)
-    folder = run.stage_folder(options.stage)
-    if "model.safetensors" not in facts["outputs"]:
+    if "model.safetensors" not in run.require(options.stage)["outputs"]:
         raise MissingInput(f"stage {options.stage} of run {run.name} holds no checkpoint")
-    for path, digest in facts["outputs"].items():
-        if not (folder / path).is_file() or stages.sha256_cached(folder / path) != digest:
-            raise CheckpointError(
-                f"{options.stage}/{path} of run {run.name} is not what the stage wrote: "
-                f"`threefold verify --run {run.name}`"
-            )
-    return folder
+    return run.intact(options.stage)
 
 
 def _generate(options: argparse.Namespace) -> int:

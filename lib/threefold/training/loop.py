@@ -4,6 +4,7 @@ It knows rows, an objective and a config, and writes metrics.jsonl and a resumab
 when it writes metrics, and a run that was interrupted goes on as if it had not been (bit for bit on a CPU).
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from threefold.config import TrainConfig
 from threefold.data.packing import PackedRows, PairedRows
-from threefold.errors import TrainingError
+from threefold.errors import DISK_FULL, TrainingError
 from threefold.training import optimizers as optim
 from threefold.training.feed import Feed
 from threefold.training.numerics import Numerics, choose
@@ -56,6 +57,7 @@ class TrainResult:
     parameters: int
     note: str  # device, precision, compiler
     heldout: list[dict[str, float]] = field(default_factory=list)  # {"step", "tokens", "loss", ...}, first to last
+    spikes: list[dict[str, float]] = field(default_factory=list)  # of the loss, as `State.spike` tells them
 
     @property
     def heldout_loss(self) -> float | None:
@@ -84,7 +86,7 @@ def train(
         objective: what is minimised.
         rows: what is trained on: packed rows, or preference pairs for `Preference`.
         config: the stage's section of the preset.
-        folder: takes metrics.jsonl and resume.pt; a state found there is gone on from.
+        folder: takes metrics.jsonl and resume.safetensors; a state found there is gone on from.
         seed: of the rows' order.
         heldout: rows whose loss is taken before the first step, every `evaluate_every` steps and after the last.
         replay: pretraining rows of which `config.replay` of each batch is made (SFT).
@@ -94,7 +96,8 @@ def train(
 
     Raises:
         ConfigError, DataError: the config or the rows cannot be trained with.
-        TrainingError: a loss or gradient that is not finite, too little memory, or a folder with another's state.
+        TrainingError: a loss or gradient that is not finite, too little memory, a full disk, or a folder with
+            another's state.
     """
     return _Training(model, objective, rows, config, Path(folder), seed, heldout, replay, device, progress, name).run()
 
@@ -214,8 +217,16 @@ class _Training:
         self.model.train()
         try:
             self._steps()
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise TrainingError(
+                f"{self.name}: {error.strerror} after step {self.state.step}; {self._last()}. Free some space: "
+                "the same command goes on from there"
+            ) from error
         finally:
-            self.metrics.close()
+            with contextlib.suppress(OSError):  # of a disk that is full; what is to be said of it was
+                self.metrics.close()
             self.model.train(was_training)
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
@@ -301,6 +312,12 @@ class _Training:
             if line["step"] > self.feed.steps - max(1, self.feed.steps // 10):
                 state.loss_end = [state.loss_end[0] + loss, state.loss_end[1] + 1]
             names = line.pop("names")
+            spike = state.spike(line["step"], loss)
+            if spike:
+                median = spike["median"]
+                self.say(
+                    f"{self.name}: the loss rose to {loss:.4f} in step {line['step']} (median before {median:.4f})"
+                )
             lines.append(
                 {
                     "step": line["step"],
@@ -311,6 +328,7 @@ class _Training:
                     "tokens_per_second": round(speed, 1),
                     "seconds": round(state.seconds, 4),
                     **dict(zip(names, metrics, strict=True)),
+                    **({"spike": True} if spike else {}),
                 }
             )
         self.metrics.write(lines)
@@ -378,10 +396,11 @@ class _Training:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-        shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        shown = ", ".join(map(str, rows[:32])) + (f" and {len(rows) - 32} more" if len(rows) > 32 else "")
         rate = "learning_rate" if self.config.optimizer == "adamw" else "learning_rate and muon_learning_rate"
         raise TrainingError(
-            f"{self.name}: the {what} in step {step} ({self.batch_name} {shown}); {self._last()}. "
+            f"{self.name}: the {what} in step {step} ({self.batch_name} {shown}), gradient norm {norm:.4g}; "
+            f"{self._last()}. "
             f"Lower {rate}, or look at these {self.batch_name}"
         )
 
@@ -420,6 +439,7 @@ class _Training:
             parameters=self.n_parameters,
             note=self.numerics.note,
             heldout=state.heldout,
+            spikes=state.spikes,
         )
         held = f", held-out {result.heldout[0]['loss']:.4f} -> {result.heldout_loss:.4f}" if result.heldout else ""
         self.say(
