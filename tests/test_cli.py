@@ -41,7 +41,7 @@ def project(tmp_path, monkeypatch):
     """A runs folder, notebooks that are never executed, and the preset tiny.toml in the current folder."""
     books = tmp_path / "notebooks"
     books.mkdir()
-    for name in ("00_data", "01_pretrain", "02_sft", "03_dpo", "04_evaluate", "06_compare"):
+    for name in ("00_data", "01_pretrain", "02_sft", "03_dpo", "04_evaluate", "04_speed", "06_compare"):
         nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), books / f"{name}.ipynb")
     (tmp_path / "tiny.toml").write_text(PRESET)
     monkeypatch.setattr(paths, "NOTEBOOKS", books)
@@ -236,6 +236,7 @@ def test_json_for_scripts(project, capsys):
         "wall_seconds": facts["wall_seconds"],
         "finished": facts["finished"],
         "fingerprint": facts["fingerprint"]["digest"],
+        "headline": None,
     }
     assert others[0]["state"] == "missing" and others[0]["reasons"] == ["not made yet"]
     assert others[0]["wall_seconds"] is None and others[0]["finished"] is None

@@ -189,12 +189,12 @@ class Run:
             raise MissingInput(f"stage {stage} of run {self.name}{state}: run `{self.command(stage)}`")
         return facts
 
-    def intact(self, stage: str) -> Path:
+    def intact(self, stage: str, *, gone: bool = False) -> Path:
         """Folder of a finished stage after every byte of it was read (1 to 2 GB/s) and found to be what the stage
-        wrote. Raises MissingInput, and CheckpointError that names the first file that is not."""
+        wrote; gone: files may be missing. Raises MissingInput, and CheckpointError that names the first other file."""
         facts, folder = self.require(stage), self.stage_folder(stage)
         for path, problem in damage(folder, facts):
-            if problem != STRAY:
+            if problem == CHANGED or (problem == GONE and not gone):
                 file = (folder / path).relative_to(self.path).as_posix()
                 raise CheckpointError(
                     f"{file} of run {self.name} is not what the stage wrote ({problem}): "

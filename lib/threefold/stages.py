@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -120,7 +120,7 @@ def fingerprint(run: Run, stage: str) -> Fingerprint:
         stage,
         _sections(run.preset, base),
         modules,
-        _data(run, base),
+        data_fingerprints(run, stage),
         {parent: identity(run, stage, parent) for parent in step.needs},
         run.seed(stage),
     )
@@ -228,15 +228,27 @@ def sources(preset: Preset, stage: str) -> list[SourceConfig]:
     return list(dict.fromkeys(by_kind[kind]))
 
 
-def _data(run: Run, stage: str) -> dict[str, str]:
-    """{source: fingerprint of its content} of what a stage reads, models from outside included."""
+def data_fingerprints(run: Run, stage: str, read: dict[str, str] | None = None) -> dict[str, str]:
+    """{source: fingerprint of its content} of what a stage reads, models from outside included.
+
+    read: what was found of sources looked at before; with it every byte is read, whatever hashes were kept.
+    """
+    base = config.replicate_of(stage)[0]  # a replicate reads the same
     found = {}
-    for source in sources(run.preset, stage):
+    for source in sources(run.preset, base):
         from threefold.data import sources as registry  # late: a stage without data waits for no reader
 
-        found[f"{source.source or source.path}:{source.split}"] = registry.resolve(source, run.data_dir).fingerprint
-    for name, location, revision in _locations(run.preset, stage):
-        found[f"model {name}"] = _location(location, revision, run.data_dir)
+        name = f"{source.source or source.path}:{source.split}"
+        if read is not None and name in read:
+            found[name] = read[name]
+            continue
+        resolved = registry.resolve(source, run.data_dir)
+        found[name] = (resolved if read is None else registry.reread(resolved)).fingerprint
+    for name, location, revision in _locations(run.preset, base):
+        digest = sha256_cached if read is None else provenance.sha256_file
+        found[f"model {name}"] = _location(location, revision, run.data_dir, digest)
+    if read is not None:
+        read |= found
     return found
 
 
@@ -253,7 +265,7 @@ def _locations(preset: Preset, stage: str) -> Iterable[tuple[str, str, str]]:
             yield entry.name, entry.location, entry.revision
 
 
-def _location(location: str, revision: str, data_dir: str) -> str:
+def _location(location: str, revision: str, data_dir: str, digest: Callable[[Path], str]) -> str:
     """What identifies a model from outside: its files' hashes, its package's version, or its pinned revision."""
     if location.startswith("package:"):
         package = location.removeprefix("package:").partition("/")[0]
@@ -266,7 +278,7 @@ def _location(location: str, revision: str, data_dir: str) -> str:
     for folder in (Path(location).expanduser(), paths.PROJECT / location, Path(data_dir or ".") / location):
         if (folder / "config.json").is_file():
             files = sorted(path for pattern in ("*.json", "*.safetensors", "*.txt") for path in folder.glob(pattern))
-            return provenance.sha256_json({path.name: sha256_cached(path) for path in files})
+            return provenance.sha256_json({path.name: digest(path) for path in files})
     return f"{location}@{revision or 'unpinned'}"
 
 
