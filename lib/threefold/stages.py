@@ -231,7 +231,7 @@ def sources(preset: Preset, stage: str) -> list[SourceConfig]:
 def data_fingerprints(run: Run, stage: str, read: dict[str, str] | None = None) -> dict[str, str]:
     """{source: fingerprint of its content} of what a stage reads, models from outside included.
 
-    read: what was found of sources looked at before; with it every byte is read, whatever hashes were kept.
+    read: with it every byte is read, whatever hashes were kept; it takes what was found, for the next stage.
     """
     base = config.replicate_of(stage)[0]  # a replicate reads the same
     found = {}
@@ -239,16 +239,15 @@ def data_fingerprints(run: Run, stage: str, read: dict[str, str] | None = None) 
         from threefold.data import sources as registry  # late: a stage without data waits for no reader
 
         name = f"{source.source or source.path}:{source.split}"
-        if read is not None and name in read:
-            found[name] = read[name]
-            continue
         resolved = registry.resolve(source, run.data_dir)
-        found[name] = (resolved if read is None else registry.reread(resolved)).fingerprint
+        if read is not None:
+            if resolved.content not in read:
+                read[resolved.content] = registry.reread(resolved).content
+            resolved = replace(resolved, content=read[resolved.content])
+        found[name] = resolved.fingerprint
     for name, location, revision in _locations(run.preset, base):
         digest = sha256_cached if read is None else provenance.sha256_file
         found[f"model {name}"] = _location(location, revision, run.data_dir, digest)
-    if read is not None:
-        read |= found
     return found
 
 

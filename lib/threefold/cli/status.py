@@ -68,8 +68,8 @@ def headline(run: Run, state: State) -> str | None:
         kind, metrics = name.partition("/")[0], values.get("metrics", {})
         if kind == "evaluation" and "bits_per_byte" in metrics:
             return f"{metrics['bits_per_byte']['value']:.3f} bits per byte ({values['protocol']})"
-        if kind == "speed" and "decode_b1" in metrics:
-            return f"{values['model']} decodes {metrics['decode_b1']['value']:,.0f} tokens/s"
+        if name == "speed/dpo" and "decode_b1" in metrics:
+            return f"dpo decodes {metrics['decode_b1']['value']:,.0f} tokens/s"
         if name == "tokenizer":
             return f"vocabulary {values['vocabulary']:,}"
         if name == "ablation/base":

@@ -130,7 +130,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise SourceError(f"{folder}: no tokenizer.json in it")
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.init_kwargs.pop("local_files_only", None)  # how it was loaded would be saved with it: $HF_HUB_OFFLINE
+    return tokenizer
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

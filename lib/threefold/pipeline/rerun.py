@@ -22,9 +22,9 @@ TIMES = (
     *("seconds", "evaluation_seconds", "device_seconds", "wall_seconds", "step_seconds", "tokens_per_second"),
     *("started", "finished", "attempts"),
 )
-# ... in run.json the machine and the commit (the code itself is in the fingerprint), and hashes of files that hold
-# times (the files are compared themselves), ...
-ELSEWHERE = ("hardware", "git", "outputs", "determinism")
+# ... in run.json what the stage was made from and on, and hashes of files that hold times (the files are compared
+# themselves), ...
+ELSEWHERE = ("fingerprint", "hardware", "git", "determinism", "outputs")
 # ... and results that are times altogether.
 TIMED_FILES = ("step_seconds.json", "speed.parquet")
 TIMED_RECORDS = ("speed/",)

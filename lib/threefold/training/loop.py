@@ -288,7 +288,9 @@ class _Training:
         except (RuntimeError, MemoryError) as error:
             if not _is_memory(error):
                 raise
-            raise self._out_of_memory(error, works[0], step + 1) from error
+            n_rows, width = works[0].tokens_BT.shape
+            where = f"in step {step + 1} with {n_rows} x {width} positions at a time"
+            raise self._out_of_memory(error, where) from error
         state.tokens += sum(work.tokens for work in works)
         state.padding += sum(work.padding for work in works)
         line = {"step": step + 1, "tokens": state.tokens, "lr": self.config.learning_rate * factor, "names": list(sums)}
@@ -338,7 +340,12 @@ class _Training:
 
     def _evaluate(self) -> None:
         state, started = self.state, time.perf_counter()
-        found = _evaluate(self.model, self.evaluator, self.heldout, self.feed.micro_batch, self.numerics)
+        try:
+            found = _evaluate(self.model, self.evaluator, self.heldout, self.feed.micro_batch, self.numerics)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_memory(error):
+                raise
+            raise self._out_of_memory(error, f"in the held-out loss after step {state.step}") from error
         self.model.train()
         if not math.isfinite(found["loss"]):
             raise TrainingError(
@@ -395,11 +402,13 @@ class _Training:
         loss, norm = values[:2]
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+        what, other = f"loss is {loss}", f"gradient norm {norm:.4g}"
+        if math.isfinite(loss):
+            what, other = f"gradient norm is {norm}", f"loss {loss:.4f}"
         shown = ", ".join(map(str, rows[:32])) + (f" and {len(rows) - 32} more" if len(rows) > 32 else "")
         rate = "learning_rate" if self.config.optimizer == "adamw" else "learning_rate and muon_learning_rate"
         raise TrainingError(
-            f"{self.name}: the {what} in step {step} ({self.batch_name} {shown}), gradient norm {norm:.4g}; "
+            f"{self.name}: the {what} in step {step} ({self.batch_name} {shown}), {other}; "
             f"{self._last()}. "
             f"Lower {rate}, or look at these {self.batch_name}"
         )
@@ -409,8 +418,7 @@ class _Training:
             return f"the last good state is that of step {self.saved_step}, in {self.folder.name}/{STATE}"
         return "no state was saved before it"
 
-    def _out_of_memory(self, error: BaseException, work: Work, step: int) -> TrainingError:
-        n_rows, width = work.tokens_BT.shape
+    def _out_of_memory(self, error: BaseException, where: str) -> TrainingError:
         size, accumulate = self.config.batch_size, self.config.accumulate
         smaller = next((n for n in range(size // 2, 0, -1) if size % n == 0), None)
         way = "lower model.context"
@@ -419,10 +427,7 @@ class _Training:
                 f"set batch_size = {smaller} (now {size}) and accumulate = {accumulate * size // smaller} "
                 f"(now {accumulate}) for the same result in less memory"
             )
-        return TrainingError(
-            f"{self.name}: out of memory in step {step} with {n_rows} x {width} positions at a time; {way} "
-            f"({str(error).splitlines()[0][:160]})"
-        )
+        return TrainingError(f"{self.name}: out of memory {where}; {way} ({str(error).splitlines()[0][:160]})")
 
     def _result(self) -> TrainResult:
         state = self.state
@@ -471,7 +476,8 @@ def _evaluate(
 
 def _is_memory(error: BaseException) -> bool:
     """torch has a type for a GPU's exhausted memory only; the CPU's allocator raises a RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    said = ("DefaultCPUAllocator", "std::bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
 
 
 def _duration(seconds: float) -> str:

@@ -54,7 +54,8 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     for line in (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines():
         values = json.loads(line)
         if "resumed_from" in values:
-            lines = [old for old in lines if old["step"] <= values["resumed_from"]]
+            start = values["resumed_from"]  # 0: from the beginning, the first held-out loss included
+            lines = [old for old in lines if 0 < start >= old["step"]]
         else:
             lines.append(values)
     return lines
