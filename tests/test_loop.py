@@ -234,6 +234,57 @@ def test_resumed_preferences_are_bit_identical(pairs, tmp_path):
         assert torch.equal(weights(resumed.model)[name], value), name
 
 
+def test_what_was_noted_before_the_first_state_does_not_count_twice(text, heldout, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(model(), text, SHORT, tmp_path, Stops(2), heldout=heldout)  # in the second step; the first state is at 3
+    run(model(), text, SHORT, tmp_path, heldout=heldout)
+    assert curve(tmp_path)["heldout"]["step"] == [0, 3, 6, 8] and curve(tmp_path)["step"] == list(range(1, 9))
+
+
+def test_a_state_whose_bytes_changed_is_not_gone_on_from(text, tmp_path):
+    run(model(), text, SHORT, tmp_path)
+    file = tmp_path / "resume.safetensors"
+    content = file.read_bytes()
+    for place in (len(content) - 1, len(content) // 2, content.index(b'\\"tokens\\": ') + 12, 40):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(TrainingError, match=r"resume.safetensors (is not what|cannot be|was written|belongs)"):
+            run(model(), text, SHORT, tmp_path)
+    file.write_bytes(content)
+    run(model(), text, SHORT, tmp_path)
+
+
+def test_a_finished_training_whose_weights_changed_is_not_loaded(text, tmp_path):
+    settings = {"folder": tmp_path, "tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet}
+    stages.pretrain(TINY, text, SHORT, **settings)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(TrainingError, match=r"model.safetensors is not what the training wrote"):
+        stages.pretrain(TINY, text, SHORT, **settings)
+
+
+def test_a_loss_that_stands_out_is_noted(text, tmp_path):
+    class Jumps(NextToken):
+        """In the 30th of 40 steps the loss is thrice what it is."""
+
+        calls = 0
+
+        def __call__(self, decoder, batch):
+            loss = super().__call__(decoder, batch)
+            self.calls += 1
+            return Loss(loss.sum * 3, loss.weight) if self.calls == 30 else loss
+
+    said = []
+    config = TrainConfig(steps=40, batch_size=3, checkpoint_every=7)
+    result = run(model(), text, config, tmp_path, Jumps(), progress=said.append)
+    (spike,) = result.spikes
+    losses = curve(tmp_path)["loss"]
+    assert spike["step"] == 30 and spike["loss"] == losses[29] > spike["limit"] > spike["median"]
+    assert spike["median"] == pytest.approx(sorted(losses[:29])[14])
+    assert [line["step"] for line in read_metrics(tmp_path) if line.get("spike")] == [30]
+    assert any("the loss rose to" in line and "in step 30" in line for line in said)
+
+
 def test_a_finished_training_is_not_repeated(text, tmp_path):
     first = model()
     run(first, text, SHORT, tmp_path)
