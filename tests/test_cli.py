@@ -163,6 +163,25 @@ def test_status_tells_each_stage_and_why(project, capsys):
     assert "config: pretrain.learning_rate 0.003 -> 0.5" in out
 
 
+def test_a_learning_rate_makes_its_stage_and_what_depends_on_it_stale_and_nothing_else(project, capsys):
+    plan = stages.steps(Run.open("tiny.toml").preset)
+    for stage in plan:
+        make(stage)
+
+    def states() -> dict[str, str]:
+        told = json.loads(call(capsys, "status", "--run", "tiny", "--json")[1])["stages"]
+        return {entry["stage"]: entry["state"] for entry in told}
+
+    assert set(states().values()) == {"fresh"}
+    Run.open("tiny.toml", overrides=["sft.learning_rate=0.5"])
+    stale = {stage for stage, state in states().items() if state == "stale"}
+    assert stale == {"sft", *stages.dependents(plan, "sft")} and set(states().values()) == {"fresh", "stale"}
+    told = json.loads(call(capsys, "status", "--run", "tiny", "--json")[1])["stages"]
+    reasons = {entry["stage"]: entry["reasons"] for entry in told}
+    assert reasons["sft"] == ["config: sft.learning_rate 0.003 -> 0.5"]
+    assert reasons["dpo"] == ["parent sft is stale"]
+
+
 def test_run_without_preset_goes_on_with_the_runs_own(project, capsys, monkeypatch):
     seen = {}
 
