@@ -20,14 +20,14 @@ from threefold.run import Run
 # What a repetition does not give again, by name: times and what follows from them, ...
 TIMES = (
     *("seconds", "evaluation_seconds", "device_seconds", "wall_seconds", "step_seconds", "tokens_per_second"),
-    *("started", "finished", "attempts"),
+    *("log_step_seconds", "started", "finished", "attempts"),
 )
 # ... in run.json what the stage was made from and on, and hashes of files that hold times (the files are compared
 # themselves), ...
 ELSEWHERE = ("fingerprint", "hardware", "git", "determinism", "outputs")
-# ... and results that are times altogether.
-TIMED_FILES = ("step_seconds.json", "speed.parquet")
-TIMED_RECORDS = ("speed/",)
+# ... and results that are, or show, times.
+TIMED_FILES = ("steps-preset.json", "steps-ablation.json", "speed.parquet")
+TIMED_RECORDS = ("speed/", "comparison/")  # of the stages that measure; the comparison itself only reads
 
 
 def rerun(run: Run, stage: str, say: Callable[[str], None]) -> list[str]:
@@ -93,13 +93,16 @@ def differences(one: Run, other: Run, stage: str) -> Iterator[str]:
         if name not in published[0] or name not in published[1]:
             yield f"record {name}: only in the {'second' if name in published[1] else 'first'}"
             continue
-        if name.startswith(TIMED_RECORDS):
+        if stage != "compare" and name.startswith(TIMED_RECORDS):
             continue
         pair = [side[name].values for side in published]
         if name == f"stage/{stage}":
             pair = [{key: value for key, value in values.items() if key not in ELSEWHERE} for values in pair]
-        found = _difference(*map(_timeless, pair))
-        if not found and pair[0] == pair[1]:  # a table that shows times differs where they do
+        if stage != "compare" or name == "stage/compare":
+            pair = [_timeless(values) for values in pair]
+        found = _difference(*pair)
+        if not found and all(side[name].values == values for side, values in zip(published, pair, strict=True)):
+            # a table beside values that hold times shows them
             found = _difference(*(side[name].markdown for side in published))
         if found:
             yield f"record {name}: {found}"
