@@ -41,7 +41,7 @@ def project(tmp_path, monkeypatch):
     """A runs folder, notebooks that are never executed, and the preset tiny.toml in the current folder."""
     books = tmp_path / "notebooks"
     books.mkdir()
-    for name in ("00_data", "01_pretrain", "02_sft", "03_dpo", "04_evaluate", "06_compare"):
+    for name in ("00_data", "01_pretrain", "02_sft", "03_dpo", "04_evaluate", "04_speed", "06_compare"):
         nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), books / f"{name}.ipynb")
     (tmp_path / "tiny.toml").write_text(PRESET)
     monkeypatch.setattr(paths, "NOTEBOOKS", books)
@@ -166,6 +166,25 @@ def test_status_tells_each_stage_and_why(project, capsys):
     assert "config: pretrain.learning_rate 0.003 -> 0.5" in out
 
 
+def test_a_learning_rate_makes_its_stage_and_what_depends_on_it_stale_and_nothing_else(project, capsys):
+    plan = stages.steps(Run.open("tiny.toml").preset)
+    for stage in plan:
+        make(stage)
+
+    def states() -> dict[str, str]:
+        told = json.loads(call(capsys, "status", "--run", "tiny", "--json")[1])["stages"]
+        return {entry["stage"]: entry["state"] for entry in told}
+
+    assert set(states().values()) == {"fresh"}
+    Run.open("tiny.toml", overrides=["sft.learning_rate=0.5"])
+    stale = {stage for stage, state in states().items() if state == "stale"}
+    assert stale == {"sft", *stages.dependents(plan, "sft")} and set(states().values()) == {"fresh", "stale"}
+    told = json.loads(call(capsys, "status", "--run", "tiny", "--json")[1])["stages"]
+    reasons = {entry["stage"]: entry["reasons"] for entry in told}
+    assert reasons["sft"] == ["config: sft.learning_rate 0.003 -> 0.5"]
+    assert reasons["dpo"] == ["parent sft is stale"]
+
+
 def test_run_without_preset_goes_on_with_the_runs_own(project, capsys, monkeypatch):
     seen = {}
 
@@ -239,6 +258,7 @@ def test_json_for_scripts(project, capsys):
         "wall_seconds": facts["wall_seconds"],
         "finished": facts["finished"],
         "fingerprint": facts["fingerprint"]["digest"],
+        "headline": None,
     }
     assert others[0]["state"] == "missing" and others[0]["reasons"] == ["not made yet"]
     assert others[0]["wall_seconds"] is None and others[0]["finished"] is None

@@ -21,7 +21,7 @@ RESULTS = {
 LEFTOVERS = {
     "report/index.html": 1000,
     "tensorboard/sft/events": 100,
-    ".dpo.partial/resume.pt": 700,
+    ".dpo.partial/resume.safetensors": 700,
     ".executing/03_dpo.ipynb": 7,
     "notebooks/03_dpo.failed.ipynb": 30,
     "pretrain/.run.json.12345678.tmp": 2,

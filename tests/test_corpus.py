@@ -15,6 +15,7 @@ from threefold.data.packing import IGNORE
 from threefold.data.templates import as_prompt_response
 from threefold.data.tokenizer import build_tokenizer, encode, sink_ids, without_bos
 from threefold.errors import DataError
+from threefold.provenance import damaged
 
 DATA = Path(os.environ.get("THREEFOLD_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 real = pytest.mark.skipif(not DATA.is_dir(), reason="no real data: THREEFOLD_DATA or ../shared/data")
@@ -97,6 +98,18 @@ def test_a_cut_cache_is_made_again(tokenizer, cache):
     assert decoded(tokenizer, corpus.tokenise_documents(TEXT, tokenizer)) == documents
     (folder / "meta.json").unlink()
     assert decoded(tokenizer, corpus.tokenise_documents(TEXT, tokenizer)) == documents
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "meta.json"])
+def test_a_cache_with_one_changed_byte_is_made_again_and_said(tokenizer, cache, name, capsys):
+    documents = decoded(tokenizer, corpus.tokenise_documents(TEXT, tokenizer))
+    (folder,) = cache.iterdir()
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    assert damaged(folder / "meta.json") == [folder / name]
+    assert decoded(tokenizer, corpus.tokenise_documents(TEXT, tokenizer)) == documents
+    assert "not as they were written; they are made again" in capsys.readouterr().out
+    assert damaged(folder / "meta.json") == [] and (folder / name).read_bytes() == content
 
 
 def test_a_failed_read_leaves_nothing(tokenizer, cache, tmp_path):

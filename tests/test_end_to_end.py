@@ -9,7 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from threefold import cli, config, paths
 from threefold.comparison import Comparison, seeds
+from threefold.pipeline import rerun
+from threefold.run import Run
 
 PROJECT = Path(__file__).parents[1]
 PRESET = PROJECT / "tests" / "presets" / "tiny.toml"
@@ -148,3 +151,115 @@ def test_swapped_weights_are_refused_with_both_hashes(runs, run, tmp_path):
     assert done.returncode != 0
     for digest in hashes:
         assert digest in done.stderr
+
+
+# To the bit -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_what_its_run_json_says_and_its_tables_come_out_again(runs, run):
+    done = call(runs, "verify", "--run", "tiny")
+    assert done.returncode == 0, done.stderr
+    assert "files are what their run.json says" in done.stdout and "compare: done" in done.stdout
+
+
+@pytest.mark.parametrize("stage", ["sft", "evaluate-sft"])
+def test_a_stage_made_again_is_the_same_to_the_bit(runs, run, stage):
+    done = call(runs, "verify", "--run", "tiny", "--rerun", stage)
+    assert done.returncode == 0, done.stderr
+    assert f"stage {stage} came out the same, times apart" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cores are taken away on Linux only")
+def test_another_number_of_jobs_with_as_many_threads_gives_the_same_bits(runs, run, tmp_path):
+    """Threads split fp32 sums, jobs do not: one notebook at a time on as many cores as each of two had."""
+    first = json.loads((run / "pretrain" / "run.json").read_text())["determinism"]
+    assert first["level"] == "bit-identical"
+    (threads,) = first["threads"]
+    script = (
+        f"import os, sys; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{threads}]);"
+        "from threefold.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["run", "--preset", str(PRESET), "--only", "data", "--only", "pretrain", "--jobs", "1"]
+    environment = {**os.environ, "THREEFOLD_RUNS": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    for stage in ("data", "pretrain"):
+        assert list(rerun.differences(_run_in(runs), _run_in(tmp_path), stage)) == []
+
+
+def _run_in(runs: Path) -> Run:
+    preset = config.load_preset(runs / "tiny" / "config.toml")
+    return Run(preset.name, runs / "tiny", preset)
+
+
+FLIPPED = {
+    "checkpoint": "sft/model.safetensors",
+    "items": "evaluation/sft/items/*.parquet",
+    "notebook": "notebooks/02_sft.ipynb",
+    "cache": ".cache/tokens/*/tokens.bin",
+}
+
+
+@pytest.fixture
+def copied(runs, run, tmp_path, monkeypatch):
+    """The run and its cache, to be damaged."""
+    for name in ("tiny", ".cache"):
+        shutil.copytree(runs / name, tmp_path / name)
+    monkeypatch.setattr(paths, "RUNS", tmp_path)
+    return tmp_path
+
+
+def flip(runs: Path, kind: str) -> str:
+    """Change one bit in the middle of a file and nothing of its size and times; its path below the runs folder."""
+    file = sorted(runs.glob(FLIPPED[kind] if kind == "cache" else f"tiny/{FLIPPED[kind]}"))[0]
+    before, content = file.stat(), file.read_bytes()
+    place = content.index(b'"nbformat_minor": ') + 18 if kind == "notebook" else len(content) // 2
+    file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    return file.relative_to(runs).as_posix()
+
+
+@pytest.mark.parametrize("kind", FLIPPED)
+def test_one_changed_byte_is_named_by_verify(copied, capsys, kind):
+    changed = flip(copied, kind)
+    assert cli.main(["verify", "--run", "tiny"]) == 1
+    assert changed.removeprefix("tiny/") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "items", "notebook"])
+@pytest.mark.parametrize(
+    "words", [["compare", "tiny", "other"], ["report", "--run", "tiny"], ["report", "--run", "tiny", "--publish"]]
+)
+def test_what_reads_results_refuses_one_changed_byte(copied, capsys, kind, words):
+    shutil.copytree(copied / "tiny", copied / "other")
+    shutil.rmtree(copied / "tiny" / "report", ignore_errors=True)
+    changed = flip(copied, kind)
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert changed.removeprefix("tiny/") in said.err and said.out == ""
+    assert not (copied / "tiny" / "report").exists()
+
+
+@pytest.mark.parametrize("words", [["generate", "The old miller"], ["export", "out"]])
+def test_what_runs_a_model_refuses_one_changed_byte(copied, capsys, words):
+    changed = flip(copied, "checkpoint")
+    words = [words[0], "--run", "tiny", "--stage", "sft", *(str(copied / w) if w == "out" else w for w in words[1:])]
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert changed.removeprefix("tiny/") in said.err and said.out == "" and not (copied / "out").exists()
+
+
+@pytest.mark.parametrize("notebook", ["04_evaluate", "03_dpo", "explore"])
+def test_a_notebook_that_reads_a_checkpoint_refuses_one_changed_byte(copied, notebook):
+    changed = flip(copied, "checkpoint")
+    model = ["-p", "model", "sft"] if notebook == "04_evaluate" else []
+    done = papermill(copied, notebook, "-p", "preset", str(PRESET), *model)
+    assert done.returncode != 0
+    assert f"CheckpointError: {changed.removeprefix('tiny/')} of run tiny is not what the stage wrote" in done.stderr

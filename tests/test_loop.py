@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import IGNORE, pack_documents, pack_examples, pack_pairs
 from threefold.errors import ConfigError, DataError, TrainingError
@@ -233,6 +234,57 @@ def test_resumed_preferences_are_bit_identical(pairs, tmp_path):
         assert torch.equal(weights(resumed.model)[name], value), name
 
 
+def test_what_was_noted_before_the_first_state_does_not_count_twice(text, heldout, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(model(), text, SHORT, tmp_path, Stops(2), heldout=heldout)  # in the second step; the first state is at 3
+    run(model(), text, SHORT, tmp_path, heldout=heldout)
+    assert curve(tmp_path)["heldout"]["step"] == [0, 3, 6, 8] and curve(tmp_path)["step"] == list(range(1, 9))
+
+
+def test_a_state_whose_bytes_changed_is_not_gone_on_from(text, tmp_path):
+    run(model(), text, SHORT, tmp_path)
+    file = tmp_path / "resume.safetensors"
+    content = file.read_bytes()
+    for place in (len(content) - 1, len(content) // 2, content.index(b'\\"tokens\\": ') + 12, 40):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(TrainingError, match=r"resume.safetensors (is not what|cannot be|was written|belongs)"):
+            run(model(), text, SHORT, tmp_path)
+    file.write_bytes(content)
+    run(model(), text, SHORT, tmp_path)
+
+
+def test_a_finished_training_whose_weights_changed_is_not_loaded(text, tmp_path):
+    settings = {"folder": tmp_path, "tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet}
+    stages.pretrain(TINY, text, SHORT, **settings)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(TrainingError, match=r"model.safetensors is not what the training wrote"):
+        stages.pretrain(TINY, text, SHORT, **settings)
+
+
+def test_a_loss_that_stands_out_is_noted(text, tmp_path):
+    class Jumps(NextToken):
+        """In the 30th of 40 steps the loss is thrice what it is."""
+
+        calls = 0
+
+        def __call__(self, decoder, batch):
+            loss = super().__call__(decoder, batch)
+            self.calls += 1
+            return Loss(loss.sum * 3, loss.weight) if self.calls == 30 else loss
+
+    said = []
+    config = TrainConfig(steps=40, batch_size=3, checkpoint_every=7)
+    result = run(model(), text, config, tmp_path, Jumps(), progress=said.append)
+    (spike,) = result.spikes
+    losses = curve(tmp_path)["loss"]
+    assert spike["step"] == 30 and spike["loss"] == losses[29] > spike["limit"] > spike["median"]
+    assert spike["median"] == pytest.approx(sorted(losses[:29])[14])
+    assert [line["step"] for line in read_metrics(tmp_path) if line.get("spike")] == [30]
+    assert any("the loss rose to" in line and "in step 30" in line for line in said)
+
+
 def test_a_finished_training_is_not_repeated(text, tmp_path):
     first = model()
     run(first, text, SHORT, tmp_path)
@@ -250,8 +302,8 @@ def test_another_trainings_state_is_refused(text, tmp_path):
         run(model(), text, replace(SHORT, learning_rate=1e-3), tmp_path)
     with pytest.raises(TrainingError, match=r"another training .*initial_weights"):
         run(model(7), text, SHORT, tmp_path)
-    content = (tmp_path / "resume.pt").read_bytes()
-    (tmp_path / "resume.pt").write_bytes(content[: len(content) // 2])
+    content = (tmp_path / "resume.safetensors").read_bytes()
+    (tmp_path / "resume.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(TrainingError, match="cannot be read"):
         run(model(), text, SHORT, tmp_path)
 
@@ -306,7 +358,7 @@ def test_what_is_not_finite_stops_before_it_spoils_the_weights(text, tmp_path, f
     assert message.startswith("pretrain: the ") and "\n" not in message
     caught.match(f"{what} in step 6")
     assert f"(rows {', '.join(map(str, rows))})" in message
-    assert f"last good state is that of step 3, in {tmp_path.name}/resume.pt" in message
+    assert f"last good state is that of step 3, in {tmp_path.name}/resume.safetensors" in message
     assert "learning_rate" in message
     assert all(value.isfinite().all() for value in weights(decoder).values())
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
@@ -327,7 +379,7 @@ def test_a_gpu_is_asked_only_now_and_then_and_tells_the_same(text, heldout, tmp_
     with pytest.raises(TrainingError, match=r"loss is nan in step 5 .*state is that of step 3"):
         run(model(), text, SHORT, tmp_path / "c", Spoils(5, math.nan))
     assert [line["step"] for line in read_metrics(tmp_path / "c")] == [1, 2, 3]
-    assert all(value.isfinite().all() for value in torch.load(tmp_path / "c" / "resume.pt")["model"].values())
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "c" / "resume.safetensors").values())
 
 
 def test_no_memory_names_the_settings_to_change(text, tmp_path):
@@ -430,7 +482,7 @@ def test_stages_hand_checkpoints_on(text, heldout, examples, pairs, tmp_path):
     trained = stages.pretrain(TINY, text, config, folder=tmp_path / "pretrain", heldout=heldout, **settings)
     loaded = load_checkpoint(tmp_path / "pretrain")
     assert all(torch.equal(weights(loaded)[n], v) for n, v in weights(trained.model).items())
-    assert not (tmp_path / "pretrain" / "resume.pt").exists()
+    assert not (tmp_path / "pretrain" / "resume.safetensors").exists()
     assert json.loads((tmp_path / "pretrain" / "training.json").read_text())["result"]["steps"] == 12
 
     again = stages.pretrain(TINY, text, config, folder=tmp_path / "pretrain", heldout=heldout, **settings)

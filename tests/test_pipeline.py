@@ -11,9 +11,9 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from threefold import paths, records, stages
+from threefold import paths, provenance, records, stages
 from threefold.errors import ConfigError, MissingInput, RecordError, ThreefoldError
-from threefold.pipeline import cleaning, executor, notebooks, staleness, verify
+from threefold.pipeline import cleaning, executor, notebooks, rerun, staleness, verify
 from threefold.run import Run
 
 PRESET = """
@@ -39,7 +39,8 @@ from threefold.run import open_stage
 paths.NOTEBOOKS = Path({notebooks!r})
 stage = open_stage({kind!r}, globals())
 folder = stage.begin(stages.fingerprint(stage.run, stage.name))
-made = ";".join(f"{{name}}={{stage.run.identity(name)}}" for name in stages.steps(stage.preset)[stage.name].needs)
+needs = stages.steps(stage.preset)[stage.name].needs
+made = ";".join(f"{{name}}={{stages.identity(stage.run, stage.name, name)}}" for name in needs)
 print(f"working on {{stage.name}} in {{folder}}")
 {extra}
 if stage.name in ("pretrain", "gpt2", "sft"):
@@ -192,7 +193,7 @@ def test_notebook_code_counts_and_its_prose_does_not(project):
     assert stages.fingerprint(run, "sft") == before
     book.cells[1].source += "\nanswer = 42"
     nbformat.write(book, path)
-    assert before.differences(stages.fingerprint(run, "sft")) == ["code"]
+    assert before.differences(stages.fingerprint(run, "sft")) == ["code: notebooks/02_sft.ipynb"]
 
 
 def test_notebook_code_finds_the_modules_behind_imports(tmp_path):
@@ -237,7 +238,8 @@ def test_executes_skips_and_goes_stale(project):
     assert sorted(path.name for path in (run.path / "notebooks").iterdir()) == [
         *("00_data.ipynb", "01_pretrain-gpt2.ipynb", "01_pretrain.ipynb", "02_sft.ipynb"),
     ]
-    assert records.read(run.notebook("02_sft"))["stage/sft"].values == run.finished("sft")
+    sealed = {"notebook_sha256": provenance.sha256_file(run.notebook("02_sft"))}
+    assert {**records.read(run.notebook("02_sft"))["stage/sft"].values, **sealed} == run.finished("sft")
     text = run.notebook("02_sft").read_text()
     assert str(paths.RUNS) not in text and str(Path.home()) + "/" not in text
     assert "working on sft in runs/tiny/.sft.partial" in text
@@ -333,6 +335,27 @@ def test_a_dead_kernel_is_explained(project):
         execute(opened(project), "data")
 
 
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ("import numpy\nnumpy.ones(10**15)", r"out of memory \(Unable to allocate .*\); lower max_examples"),
+        ("import torch\ntorch.ones(10**15)", r"out of memory \(.*DefaultCPUAllocator.*\); lower max_examples"),
+        (
+            "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, -1))\n"
+            "(folder / 'x').write_bytes(bytes(1 << 17))",
+            r"the disk is full \(.*File too large\); .*`threefold clean` frees it",
+        ),
+        ("import ctypes\nctypes.string_at(0)", "crashed with SIGSEGV, a fault in a native library"),
+    ],
+    ids=["numpy", "torch", "disk", "crash"],
+)
+def test_what_the_machine_lacks_is_explained(project, cell, said):
+    write_stage(paths.NOTEBOOKS, "00_data", cell)
+    with pytest.raises(executor.StageFailed, match=said) as failure:
+        execute(opened(project), "data")
+    assert str(failure.value).count("\n") == 0
+
+
 def test_a_notebook_that_never_finishes_its_stage_is_a_failure(project):
     write(paths.NOTEBOOKS, "00_data", "preset = run = overrides = None", "1 + 1")
     with pytest.raises(executor.StageFailed, match="without finishing its stage"):
@@ -377,6 +400,117 @@ def test_a_signal_leaves_no_process_and_nothing_half_written(project, number):
         assert child.returncode == 128 + number
         assert said == "threefold: stopped; the same command goes on from here\n"
         assert not (paths.RUNS / "tiny" / ".executing").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="parents are watched on Linux only")
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT), (signal.SIGKILL,)]
+)
+def test_a_kernel_deep_in_native_code_and_its_children_go_too(project, numbers):
+    """It holds the interpreter's lock, so nothing of Python in it can hear; and the person is impatient."""
+    cell = (
+        "import ctypes, subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print('here', flush=True)\nimport time\ntime.sleep(1)\nctypes.PyDLL(None).sleep(600)"
+    )
+    write_stage(paths.NOTEBOOKS, "00_data", cell)
+    opened(project)
+    script = (
+        "import sys; from pathlib import Path; from threefold import cli, paths;"
+        f"paths.NOTEBOOKS = Path({str(paths.NOTEBOOKS)!r});"
+        f"sys.exit(cli.main(['run', '--preset', {str(project / 'tiny.toml')!r}, '--only', 'data']))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if line.startswith("data: here"):
+            break
+    time.sleep(1.5)
+    family = psutil.Process(child.pid).children(recursive=True)
+    assert len(family) >= 3  # the worker, its kernel and what that started
+    for number in numbers:
+        child.send_signal(number)
+        time.sleep(0.05)
+    child.communicate(timeout=120)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    assert child.returncode == (-numbers[0] if numbers[0] == signal.SIGKILL else 128 + numbers[0])
+
+
+def test_a_changed_notebook_is_noticed_wherever_it_changed(project):
+    run = opened(project)
+    execute(run, "data")
+    file = run.notebook("00_data")
+    content = file.read_bytes()
+    assert run.finished("data")["notebook_sha256"] == provenance.sha256_bytes(content)
+    assert staleness.survey(run)["data"].kind == "fresh" and verify.verify(run)[1] == []
+    place = content.index(b"python3")  # metadata that no record holds
+    file.write_bytes(content[:place] + b"q" + content[place + 1 :])
+    assert staleness.survey(run)["data"].reasons == ("the executed notebook 00_data.ipynb was changed since",)
+    (problem,) = verify.verify(run)[1]
+    assert problem.startswith("notebooks/00_data.ipynb: ") and "changed since it was executed" in problem
+    with pytest.raises(RecordError, match=r"notebooks/00_data\.ipynb .*changed"):
+        run.check_notebook("data")
+    done, _ = execute(run, "data")
+    assert set(done.executed) == {"data"}
+
+
+def test_a_notebook_executed_by_papermill_itself_is_sealed_by_the_next_run(project):
+    run = opened(project)
+    execute(run, "data")
+    file = run.stage_folder("data") / "run.json"
+    facts = json.loads(file.read_text())
+    sealed = facts.pop("notebook_sha256")
+    file.write_text(json.dumps(facts))
+    assert staleness.survey(run)["data"].kind == "fresh" and verify.verify(run)[1] == []
+    done, _ = execute(run, "data")
+    assert done.skipped == ["data"] and run.finished("data")["notebook_sha256"] == sealed
+
+
+def test_data_that_changed_is_told_from_its_bytes(project):
+    own = project / "rows.txt"
+    own.write_text("A text.\n")
+    run = opened(project, f"data.dpo=[{{path='{own}', reader='text'}}]")
+    execute(run, "data")
+    before = own.stat()
+    own.write_text("B text.\n")
+    os.utime(own, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert verify.verify(run)[1] == [f"data {own}:train: not what data was made from"]
+
+
+def test_a_stage_made_again_is_compared_file_by_file_and_record_by_record(project):
+    write_stage(
+        paths.NOTEBOOKS, "00_data", "(folder / 'x.txt').write_text('same')\nrecords.publish('a', {'seconds': 1})"
+    )
+    run = opened(project)
+    execute(run, "data", "pretrain")
+    assert rerun.rerun(run, "data", lambda line: None) == []
+    assert rerun.rerun(run, "pretrain", lambda line: None) == []
+    before = run.finished("data")
+    write_stage(
+        paths.NOTEBOOKS,
+        "00_data",
+        "import os\n(folder / 'x.txt').write_text('other')\nrecords.publish('a', {'seconds': 2, 'b': [1]})",
+    )
+    assert rerun.rerun(run, "data", lambda line: None) == [
+        "data/x.txt: other bytes",
+        "record a: b was null and is now [1]",
+        "data: now made from other inputs: code: notebooks/00_data.ipynb",
+    ]
+    assert run.finished("data") == before and verify.verify(run)[1] == []
+
+
+def test_weights_that_differ_are_named_with_the_largest_difference(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    one = {"a": torch.zeros(3), "b": torch.ones(2, 2), "c": torch.ones(1)}
+    other = {**one, "b": one["b"] + torch.tensor([0.0, 0.25]), "c": torch.tensor([3.0])}
+    save_file(one, tmp_path / "1.safetensors")
+    save_file(other, tmp_path / "2.safetensors")
+    assert rerun._file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors") == (
+        "2 of 3 parameters differ, b first (largest absolute difference 0.25), c most (2)"
+    )
+    save_file({"a": one["a"]}, tmp_path / "2.safetensors")
+    assert rerun._file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors") == "other parameters: b, c"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are forked on Linux only")

@@ -205,7 +205,7 @@ def test_fingerprint_survives_json_and_says_when_it_was_changed():
         ({"parents": {"pretrain": "cc"}}, ["parent pretrain"]),
         ({"parents": {}}, ["parent pretrain"]),
         ({"data": {"stories": "aa", "poems": "dd"}}, ["data poems"]),
-        ({"modules": ("threefold.errors",)}, ["code"]),
+        ({"modules": ("threefold.errors",)}, ["code: threefold.config, threefold.paths"]),
         (
             {"preset_sections": {"model": ModelConfig(norm="layer"), "sft": {"learning_rate": 0.001, "shots": (0, 5)}}},
             [

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from threefold import config, paths, provenance
 from threefold.config import Preset, TrainConfig
-from threefold.errors import ConfigError, MissingInput, RecordError
+from threefold.errors import CheckpointError, ConfigError, MissingInput, RecordError
 from threefold.provenance import Fingerprint
 from threefold.run import Run, open_stage, read_run_file, stage_notebook
 
@@ -160,7 +160,6 @@ def test_a_stage_from_begin_to_finish(project):
     assert facts["wall_seconds"] >= 0 and facts["started"] <= facts["finished"] and facts["attempts"] == 1
     assert set(facts) >= {"git", "hardware"}
     assert open_stage("sft", {}).require("pretrain") == stage.folder
-    assert stage.run.identity("pretrain") == facts["weights_sha256"]
 
 
 def test_a_finished_stage_is_replaced_at_once_and_whole():
@@ -245,19 +244,36 @@ def test_a_damaged_run_json_says_so():
     assert stage.run.finished("pretrain") is None
 
 
-def test_identity_is_the_weights_or_else_fingerprint_and_outputs():
-    sft = open_stage("sft", {})
-    make(sft, "same", seed=1)
-    one = sft.run.identity("sft")
-    make(sft, "same", seed=2)
-    assert sft.run.identity("sft") == one  # a child depends on the weights only
-    data = open_stage("data", {})
-    data.begin(of("data"))
-    data.finish()
-    two = data.run.identity("data")
-    data.begin(of("data", seed=2))
-    data.finish()
-    assert data.run.identity("data") != two
+def test_an_input_that_is_not_what_its_stage_wrote_is_refused():
+    """Every byte is read: a file's size and time may be what they were."""
+    stage = open_stage("pretrain", {})
+    make(stage)
+    weights = stage.folder / "model.safetensors"
+    assert open_stage("sft", {}).require("pretrain") == stage.folder
+    before = weights.stat()
+    weights.write_text("2")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(
+        CheckpointError, match=r"pretrain/model.safetensors of run smoke is not what .*threefold verify"
+    ):
+        open_stage("sft", {}).require("pretrain")
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"pretrain/model.safetensors .*missing"):
+        open_stage("sft", {}).require("pretrain")
+
+
+def test_a_run_says_how_far_it_can_be_repeated(monkeypatch):
+    stage = open_stage("sft", {})
+    monkeypatch.setattr(provenance, "threads", lambda: 2)
+    make(stage)
+    told = stage.run.finished("sft")["determinism"]
+    assert told == {"device": "cpu", "threads": [2], "level": "bit-identical"}
+    stage.begin(of("sft"))
+    monkeypatch.setattr(provenance, "threads", lambda: 1)
+    again = open_stage("sft", {})
+    again.begin(of("sft"))
+    told = again.finish()["determinism"]
+    assert told["threads"] == [1, 2] and told["level"].startswith("up to rounding: interrupted")
 
 
 # The notebook's door

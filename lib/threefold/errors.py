@@ -3,8 +3,10 @@
 Everything a user can cause raises a `ThreefoldError`; anything else that escapes is a bug and keeps its traceback.
 """
 
+import errno
 import re
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room: disk, quota, limit
 _ENDLESS = re.compile(r"(\S{200})\S{100,}(\S{100})")
 
 

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import lru_cache
@@ -24,6 +24,8 @@ from threefold.errors import RecordError
 
 # Packages whose version can change a stage's numbers.
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "numpy", "pandas", "scipy")
+CODE_DIGITS = 16  # of a module's hash
+CODE_SHOWN = 4  # modules named in one reason
 
 
 # Hashes -------------------------------------------------------------------------------------------------------------
@@ -87,9 +89,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def replace_folder(new: Path, path: Path) -> None:
     """Move a finished folder into place. The one it replaces is set aside first and removed last, so that at every
-    moment a whole one is on the disk; `recover_folder` puts it back after a crash between the two renames. Not for two
-    writers at once."""
+    moment a whole one is on the disk; `recover_folder` puts it back after a crash between the two renames. Its files
+    reach the disk before it takes its place. Not for two writers at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for file in new.rglob("*"):
+        if file.is_file():
+            sync(file)
     recover_folder(path)
     aside = _aside(path)
     if path.exists():
@@ -100,6 +105,15 @@ def replace_folder(new: Path, path: Path) -> None:
         recover_folder(path)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content is on the disk, not only on its way there."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def recover_folder(path: Path) -> None:
@@ -117,11 +131,45 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.previous")
 
 
+# Notes --------------------------------------------------------------------------------------------------------------
+
+
+SELF = "note_sha256"  # a note's hash over its own values
+
+
+def write_note(path: Path, values: Mapping[str, Any]) -> None:
+    """Keep JSON values that can be made again, with their hash."""
+    atomic_write(path, json.dumps({**values, SELF: sha256_json(values)}) + "\n")
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """The values that `write_note` kept; None when there are none or they are not what was written."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values if values.pop(SELF) == sha256_json(values) else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def damaged(note: Path) -> list[Path]:
+    """What is not as it was written: the note, or files beside it of those it names under "files" ({name: SHA-256})."""
+    values = read_note(note)
+    if values is None:
+        return [note]
+    files = {note.parent / name: digest for name, digest in values.get("files", {}).items()}
+    return [file for file, digest in files.items() if not file.is_file() or sha256_file(file) != digest]
+
+
 # Code ---------------------------------------------------------------------------------------------------------------
 
 
 def code_fingerprint(*module_names: str) -> str:
-    """SHA-256 over the code of these threefold modules and of everything of threefold that they import.
+    """SHA-256 over the code of these threefold modules and of everything of threefold that they import."""
+    return sha256_json(code_hashes(*module_names))
+
+
+def code_hashes(*module_names: str) -> dict[str, str]:
+    """{module: hash of its code} of these threefold modules and of everything of threefold that they import.
 
     Imports are followed statically, those inside functions too. The code is the syntax tree without docstrings, so
     comments, docstrings and layout do not count.
@@ -140,7 +188,7 @@ def code_fingerprint(*module_names: str) -> str:
         trees[name], imported = _parsed(name, file, stat.st_mtime_ns, stat.st_size)
         waiting += imported
         waiting += [name.rpartition(".")[0]] if "." in name else []  # its package's __init__ runs too
-    return sha256_json(trees)
+    return dict(sorted(trees.items()))
 
 
 def _module_file(name: str) -> Path | None:
@@ -178,7 +226,9 @@ def _parsed(name: str, file: Path, _mtime: int, _size: int) -> tuple[str, tuple[
                 and isinstance(first.value.value, str)
             ):
                 node.body = node.body[1:]
-    return sha256_bytes(ast.dump(tree).encode()), tuple(name for name in imported if name.split(".")[0] == "threefold")
+    return sha256_bytes(ast.dump(tree).encode())[:CODE_DIGITS], tuple(
+        name for name in imported if name.split(".")[0] == "threefold"
+    )
 
 
 # Surroundings -------------------------------------------------------------------------------------------------------
@@ -221,6 +271,29 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def threads() -> int:
+    """Threads that torch splits its sums over in this process; 1 where it is not loaded."""
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch is not None else 1
+
+
+def determinism(used_threads: Iterable[int]) -> dict[str, Any]:
+    """What doing this process's work again on the same machine gives: {"device", "threads", "level"}.
+
+    used_threads: one number for each attempt that the work took; fp32 sums are split by thread, so another number gives
+    other last bits. Nothing here switches torch's deterministic algorithms on: on a GPU the record says whether they
+    were. level: "bit-identical", or why not.
+    """
+    used = sorted(set(used_threads))
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        fixed = torch.are_deterministic_algorithms_enabled()
+        level = "bit-identical" if fixed else "up to rounding: CUDA kernels that add in no fixed order are allowed"
+        return {"device": "cuda", "threads": used, "deterministic_algorithms": fixed, "level": level}
+    resumed = f"up to rounding: interrupted, and gone on with other threads ({', '.join(map(str, used))})"
+    return {"device": "cpu", "threads": used, "level": "bit-identical" if len(used) == 1 else resumed}
+
+
 def git_state() -> dict[str, Any]:
     """{"commit", "dirty"} of the project's own repository; both None where there is none (an unpacked archive)."""
     top = _git("rev-parse", "--show-toplevel")
@@ -249,7 +322,7 @@ class Fingerprint:
 
     stage: str
     config: dict[str, Any]  # the preset's sections the stage reads, by name
-    code: str  # code_fingerprint of the modules it uses
+    code: dict[str, str]  # module or notebook -> hash of its code
     data: dict[str, str]  # source -> fingerprint
     parents: dict[str, str]  # stage -> hash of what this one takes from it
     versions: dict[str, str]
@@ -271,7 +344,7 @@ class Fingerprint:
         """
         config = {name: asdict(part) if is_dataclass(part) else part for name, part in preset_sections.items()}
         config = json.loads(json.dumps(config, allow_nan=False))  # tuples become lists, as they come back from run.json
-        return cls(stage, config, code_fingerprint(*modules), dict(data), dict(parents), versions(), seed)
+        return cls(stage, config, code_hashes(*modules), dict(data), dict(parents), versions(), seed)
 
     @property
     def digest(self) -> str:
@@ -297,13 +370,17 @@ class Fingerprint:
     def differences(self, other: "Fingerprint") -> list[str]:
         """What changed from this fingerprint to the other, one short line an input; empty when their digests agree.
 
-        For example "config: sft.learning_rate 0.003 -> 0.001", "code", "parent pretrain", "version torch 2.12 -> 2.13".
+        For example "config: sft.learning_rate 0.003 -> 0.001", "code: threefold.training.loop", "parent pretrain",
+        "version torch 2.12 -> 2.13".
         """
         lines = [f"stage {self.stage} -> {other.stage}"] if self.stage != other.stage else []
         lines += [
             f"config: {key} {old} -> {new}" for key, old, new in _changed(_flat(self.config), _flat(other.config))
         ]
-        lines += ["code"] if self.code != other.code else []
+        parts = [code if isinstance(code, Mapping) else {"code": code} for code in (self.code, other.code)]  # once one
+        changed = [key for key, _, _ in _changed(*parts)]
+        more = f" and {len(changed) - CODE_SHOWN} more" if len(changed) > CODE_SHOWN else ""
+        lines += [f"code: {', '.join(changed[:CODE_SHOWN])}{more}"] if changed else []
         lines += [f"data {key}" for key, _, _ in _changed(self.data, other.data)]
         lines += [f"parent {key}" for key, _, _ in _changed(self.parents, other.parents)]
         lines += [f"version {key} {old} -> {new}" for key, old, new in _changed(self.versions, other.versions)]

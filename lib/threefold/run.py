@@ -16,7 +16,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 from threefold import config, paths, provenance
 from threefold.config import Preset
-from threefold.errors import ConfigError, MissingInput, RecordError
+from threefold.errors import CheckpointError, ConfigError, MissingInput, RecordError
 from threefold.provenance import Fingerprint
 
 RUN_FILE = "run.json"
@@ -49,6 +49,7 @@ _FACTS = (
     "fingerprint",
     "git",
     "hardware",
+    "determinism",
     "outputs",
     "attempts",
     "started",
@@ -148,10 +149,6 @@ class Run:
             provenance.atomic_write(file, text)
         self.notebook("").parent.mkdir(exist_ok=True)  # papermill does not make its output's folder
 
-    @property
-    def tokenizer_folder(self) -> Path:
-        return self.stage_folder("data") / "tokenizer"
-
     def stage_folder(self, stage: str) -> Path:
         """Where a finished stage lies: runs/<run>/<stage>, evaluations in runs/<run>/evaluation/<model>; those of a
         replicate n >= 2 in the same places below runs/<run>/seeds/<n>."""
@@ -191,13 +188,6 @@ class Run:
         """The run.json of a finished stage, None when it has not been made. Raises RecordError if it is damaged."""
         return read_run_file(self.stage_folder(stage))
 
-    def identity(self, stage: str) -> str:
-        """Hash of what a finished stage made, as its children's `Fingerprint.parents` take it: its weights if it has
-        any, otherwise its fingerprint and outputs. Raises MissingInput."""
-        facts = self.require(stage)
-        weights = facts["outputs"].get("model.safetensors")
-        return weights or provenance.sha256_json([facts["fingerprint"]["digest"], facts["outputs"]])
-
     def require(self, stage: str) -> dict[str, Any]:
         """The run.json of a finished stage; MissingInput names the command that makes it."""
         facts = self.finished(stage)
@@ -206,10 +196,56 @@ class Run:
             raise MissingInput(f"stage {stage} of run {self.name}{state}: run `{self.command(stage)}`")
         return facts
 
+    def intact(self, stage: str, *, gone: bool = False) -> Path:
+        """Folder of a finished stage after every byte of it was read (1 to 2 GB/s) and found to be what the stage
+        wrote; gone: files may be missing. Raises MissingInput, and CheckpointError that names the first other file."""
+        facts, folder = self.require(stage), self.stage_folder(stage)
+        for path, problem in damage(folder, facts):
+            if problem == CHANGED or (problem == GONE and not gone):
+                file = (folder / path).relative_to(self.path).as_posix()
+                raise CheckpointError(
+                    f"{file} of run {self.name} is not what the stage wrote ({problem}): "
+                    f"`threefold verify --run {self.name}` tells all; run stage {stage} again"
+                )
+        return folder
+
+    def seal(self, stage: str) -> None:
+        """Note the executed notebook's hash in the stage's run.json: what the notebook's own record cannot hold."""
+        facts = {**self.require(stage), "notebook_sha256": provenance.sha256_file(self._executed(stage))}
+        provenance.atomic_write(self.stage_folder(stage) / RUN_FILE, _json(facts))
+
+    def check_notebook(self, stage: str) -> None:
+        """Raises RecordError when the executed notebook is not what was sealed. One that was executed without
+        `threefold run` is sealed by the next one."""
+        sealed = (self.finished(stage) or {}).get("notebook_sha256")
+        file = self._executed(stage)
+        if sealed and file.is_file() and provenance.sha256_file(file) != sealed:
+            raise RecordError(
+                f"notebooks/{file.name} of run {self.name} was changed since it was executed: run stage {stage} again"
+            )
+
+    def _executed(self, stage: str) -> Path:
+        return self.notebook(stage_notebook(stage).executed)
+
 
 def replicate_folder(run: Path, replicate: int) -> Path:
     """Where the stages of a replicate lie in a run's folder; the first's lie in the run itself."""
     return run if replicate == 1 else run / "seeds" / str(replicate)
+
+
+GONE, CHANGED, STRAY = "missing", "changed since the stage wrote it", "not written by the stage"
+
+
+def damage(folder: Path, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(path in the folder, what is wrong with it) of everything in a finished stage's folder that is not as its
+    run.json says; every byte is read."""
+    have = {path: digest for path, digest in provenance.sha256_tree(folder).items() if path != RUN_FILE}
+    for path, digest in facts["outputs"].items():
+        if path not in have:
+            yield path, GONE
+        elif have[path] != digest:
+            yield path, CHANGED
+    yield from ((path, STRAY) for path in have if path not in facts["outputs"])
 
 
 def read_run_file(folder: Path) -> dict[str, Any] | None:
@@ -268,11 +304,10 @@ class Stage:
 
     def require(self, stage: str) -> Path:
         """Folder of a finished stage this one builds on, of the same replicate where there are several. MissingInput
-        names the notebook that makes it."""
+        names the notebook that makes it, CheckpointError a file in it that is not what that stage wrote."""
         if stage in config.REPEATED:
             stage = config.replicate_name(stage, self.replicate)
-        self.run.require(stage)
-        return self.run.stage_folder(stage)
+        return self.run.intact(stage)
 
     def begin(self, fingerprint: Fingerprint) -> Path:
         """The folder to work in. What an interrupted attempt with the same fingerprint left there is kept, so that the
@@ -288,6 +323,7 @@ class Stage:
         for leftover in folder.rglob(".*.tmp"):  # of an atomic write that was interrupted
             leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
         begun["attempts"] = begun.get("attempts", 0) + 1
+        begun["threads"] = [*begun.get("threads", []), provenance.threads()]
         provenance.atomic_write(folder / RUN_FILE, _json(begun))
         self._fingerprint = fingerprint
         self._clock = time.monotonic()
@@ -312,6 +348,7 @@ class Stage:
             "fingerprint": self._fingerprint.to_dict(),
             "git": provenance.git_state(),
             "hardware": provenance.hardware(),
+            "determinism": provenance.determinism(begun.get("threads", [provenance.threads()])),
             "wall_seconds": round(time.monotonic() - self._clock, 3),
             "device_seconds": None,
             "tokens": None,

@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from threefold.errors import ConfigError, MissingInput, SourceError
 from threefold.provenance import Fingerprint
 from threefold.run import Run, stage_notebook
 
-TRAINS = ("pretrain", "gpt2", "distilgpt2", "sft", "dpo", "ablations")  # the stages that read training text
+TRAINS = (*config.TRAINED, "ablations")  # the stages that read training text
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,11 @@ def fingerprint(run: Run, stage: str) -> Fingerprint:
         stage,
         _sections(run.preset, base),
         modules,
-        _data(run, base),
-        {parent: _identity(run, stage, parent) for parent in step.needs},
+        data_fingerprints(run, stage),
+        {parent: identity(run, stage, parent) for parent in step.needs},
         run.seed(stage),
     )
-    return replace(made, code=provenance.sha256_json([made.code, cells]))
+    return replace(made, code={f"notebooks/{step.notebook}.ipynb": cells, **made.code})
 
 
 def _sections(preset: Preset, stage: str) -> dict[str, Any]:
@@ -228,15 +228,26 @@ def sources(preset: Preset, stage: str) -> list[SourceConfig]:
     return list(dict.fromkeys(by_kind[kind]))
 
 
-def _data(run: Run, stage: str) -> dict[str, str]:
-    """{source: fingerprint of its content} of what a stage reads, models from outside included."""
+def data_fingerprints(run: Run, stage: str, read: dict[str, str] | None = None) -> dict[str, str]:
+    """{source: fingerprint of its content} of what a stage reads, models from outside included.
+
+    read: with it every byte is read, whatever hashes were kept; it takes what was found, for the next stage.
+    """
+    base = config.replicate_of(stage)[0]  # a replicate reads the same
     found = {}
-    for source in sources(run.preset, stage):
+    for source in sources(run.preset, base):
         from threefold.data import sources as registry  # late: a stage without data waits for no reader
 
-        found[f"{source.source or source.path}:{source.split}"] = registry.resolve(source, run.data_dir).fingerprint
-    for name, location, revision in _locations(run.preset, stage):
-        found[f"model {name}"] = _location(location, revision, run.data_dir)
+        name = f"{source.source or source.path}:{source.split}"
+        resolved = registry.resolve(source, run.data_dir)
+        if read is not None:
+            if resolved.content not in read:
+                read[resolved.content] = registry.reread(resolved).content
+            resolved = replace(resolved, content=read[resolved.content])
+        found[name] = resolved.fingerprint
+    for name, location, revision in _locations(run.preset, base):
+        digest = sha256_cached if read is None else provenance.sha256_file
+        found[f"model {name}"] = _location(location, revision, run.data_dir, digest)
     return found
 
 
@@ -253,7 +264,7 @@ def _locations(preset: Preset, stage: str) -> Iterable[tuple[str, str, str]]:
             yield entry.name, entry.location, entry.revision
 
 
-def _location(location: str, revision: str, data_dir: str) -> str:
+def _location(location: str, revision: str, data_dir: str, digest: Callable[[Path], str]) -> str:
     """What identifies a model from outside: its files' hashes, its package's version, or its pinned revision."""
     if location.startswith("package:"):
         package = location.removeprefix("package:").partition("/")[0]
@@ -266,14 +277,14 @@ def _location(location: str, revision: str, data_dir: str) -> str:
     for folder in (Path(location).expanduser(), paths.PROJECT / location, Path(data_dir or ".") / location):
         if (folder / "config.json").is_file():
             files = sorted(path for pattern in ("*.json", "*.safetensors", "*.txt") for path in folder.glob(pattern))
-            return provenance.sha256_json({path.name: sha256_cached(path) for path in files})
+            return provenance.sha256_json({path.name: digest(path) for path in files})
     return f"{location}@{revision or 'unpinned'}"
 
 
 # Parents ------------------------------------------------------------------------------------------------------------
 
 
-def _identity(run: Run, stage: str, parent: str) -> str:
+def identity(run: Run, stage: str, parent: str) -> str:
     """Hash of what the stage takes from a parent.
 
     Of a model its weights; of the data stage what it made (not its fingerprint: other data for DPO leaves the
@@ -285,9 +296,7 @@ def _identity(run: Run, stage: str, parent: str) -> str:
         return "missing"
     if stage == "compare":
         return provenance.sha256_json(facts)
-    if facts["outputs"].get("model.safetensors"):
-        return facts["outputs"]["model.safetensors"]
-    return provenance.sha256_json(facts["outputs"])
+    return facts["outputs"].get("model.safetensors") or provenance.sha256_json(facts["outputs"])
 
 
 # Code ---------------------------------------------------------------------------------------------------------------
@@ -364,12 +373,8 @@ def sha256_cached(path: Path) -> str:
         return provenance.sha256_file(path)
     kept = paths.RUNS / ".cache" / "hashes" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
     state = [stat.st_size, stat.st_mtime_ns]
-    try:
-        known = json.loads(kept.read_text(encoding="utf-8"))
-        if known["state"] == state:
-            return known["sha256"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        pass  # never hashed, or a damaged note: hash it now
-    digest = provenance.sha256_file(path)
-    provenance.atomic_write(kept, json.dumps({"state": state, "sha256": digest}))
-    return digest
+    known = provenance.read_note(kept)
+    if known is None or known.get("state") != state:
+        known = {"state": state, "sha256": provenance.sha256_file(path)}
+        provenance.write_note(kept, known)
+    return known["sha256"]

@@ -312,7 +312,7 @@ insights.bullets("limitations", insights.confounds(comparison), "The records sho
 
 # %%
 #| label: tbl-provenance
-#| tbl-cap: "Where the results come from. Fingerprints cover configuration, code, data, parents, versions and seed; hashes are cut to 12 digits here and whole in the notebooks."
+#| tbl-cap: "Where the results come from. Fingerprints cover configuration, code, data, parents, versions and seed; hashes are cut to 12 digits here and whole in the notebooks. Repeatable: what doing it again on the same machine gives. On a CPU that is bit for bit the same with as many threads, which split fp32 sums; on a GPU the seeds and the order of the rows are the same, and sums that its kernels take in no fixed order may round otherwise."
 tables.provenance(comparison).publish()
 
 # %% [markdown]

@@ -33,7 +33,7 @@ opened = Run.open(preset, run, overrides, data_dir, create=False)
 stages = [name for name in ("gpt2", "distilgpt2", "pretrain", "sft", "dpo") if opened.finished(name)]
 if not stages:
     opened.require("pretrain")  # says which notebook makes it
-models = {name: load_checkpoint(opened.stage_folder(name)) for name in stages}
+models = {name: load_checkpoint(opened.intact(name)) for name in stages}
 tokenizers = {name: load_tokenizer(opened.stage_folder(name)) for name in stages}
 print(f"run {opened.name}: {', '.join(stages)}")
 

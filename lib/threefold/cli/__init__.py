@@ -15,14 +15,14 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from threefold.errors import CheckpointError, ConfigError, MissingInput, ThreefoldError
+from threefold.errors import DISK_FULL, ConfigError, MissingInput, ThreefoldError
 
 if TYPE_CHECKING:
     from threefold.run import Run
 
 CHECKPOINTS = ("pretrain", "sft", "dpo", "gpt2", "distilgpt2")
 # What the environment, the disk or the rights of a person cause, and no fault of the program.
-SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+SURROUNDINGS = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,8 +80,13 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--data-dir", default="", metavar="FOLDER", help="local data folder (default: as in the run)")
     status.add_argument("--json", action="store_true", help="for scripts")
 
-    verify = command("verify", _verify, "hash every output of a run again and compare with its run.json")
+    verify = command(
+        "verify", _verify, "read again all that a run read and wrote, and derive its report's numbers again"
+    )
     verify.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
+    verify.add_argument(
+        "--rerun", default="", metavar="STAGE", help="instead make this stage again elsewhere and compare bit for bit"
+    )
     verify.add_argument("--json", action="store_true", help="for scripts")
 
     compare = command("compare", _compare, "put the headline figures and presets of two or more runs side by side")
@@ -190,6 +195,19 @@ def _open(name: str, data_dir: str = ""):
     return Run.open("", name, data_dir=_data_dir(name, data_dir), create=False)
 
 
+def _intact(name: str, data_dir: str = ""):
+    """The same, after every byte of its finished stages was read. CheckpointError or RecordError names the first file
+    that changed since its stage wrote it; what was taken away is for the command to miss."""
+    from threefold import stages
+
+    run = _open(name, data_dir)
+    for stage in stages.steps(run.preset):
+        if run.finished(stage) is not None:
+            run.intact(stage, gone=True)
+            run.check_notebook(stage)
+    return run
+
+
 def _data_dir(run: str, given: str) -> str:
     """The data folder: as given, else $THREEFOLD_DATA (Run.open reads it), else the one the run was made with."""
     from threefold import paths
@@ -263,7 +281,7 @@ def _status(options: argparse.Namespace) -> int:
     if options.run:
         run = _open(options.run, options.data_dir)
         states = status.of_run(run)
-        _say(_json(status.stages_json(run, states)) if options.json else status.stages_text(states))
+        _say(_json(status.stages_json(run, states)) if options.json else status.stages_text(run, states))
     else:
         found = status.of_all(lambda name: _open(name, options.data_dir))
         _say(_json(found) if options.json else status.all_text(found))
@@ -271,10 +289,23 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from threefold import report
+    from threefold.pipeline import executor, rerun
     from threefold.pipeline.verify import verify
 
     run = _open(options.run)
-    files, problems = verify(run)
+    say = (lambda line: None) if options.json else _say
+    try:
+        if options.rerun:
+            files, problems = len(run.require(options.rerun)["outputs"]), rerun.rerun(run, options.rerun, say)
+            kept = f"stage {options.rerun} came out the same, times apart"
+        else:
+            files, problems = verify(run, say)
+            problems += report.rendered(run)
+            kept = f"{files} files are what their run.json says"
+    except executor.StageFailed as failure:
+        print(f"threefold: {failure}", file=sys.stderr)
+        return 1
     if options.json:
         told = [dict(zip(("path", "problem"), line.split(": ", 1), strict=True)) for line in problems]
         _say(_json({"run": run.name, "files": files, "problems": told}))
@@ -283,7 +314,7 @@ def _verify(options: argparse.Namespace) -> int:
         print(f"threefold: {run.name}/{problem}", file=sys.stderr)
     if problems:
         return 1
-    print(f"run {run.name}: {files} files are what their run.json says")
+    print(f"run {run.name}: {kept}")
     return 0
 
 
@@ -297,7 +328,7 @@ def _compare(options: argparse.Namespace) -> int:
     twice = next((name for name in options.runs if options.runs.count(name) > 1), None)
     if twice or len(options.runs) < 2:
         raise ConfigError(f"compare: run {twice} is named twice" if twice else "compare: name two runs or more")
-    runs = [_open(name) for name in options.runs]
+    runs = [_intact(name) for name in options.runs]
     text = side_by_side(runs)
     for run in runs:
         _warn_if_behind(run, f"the figures of run {run.name} show")
@@ -319,7 +350,7 @@ def _warn_if_behind(run: "Run", what: str) -> None:
 def _tensorboard(options: argparse.Namespace) -> int:
     from threefold.cli import tensorboard
 
-    out = tensorboard.export(_open(options.run), tensorboard.summary_writer())
+    out = tensorboard.export(_intact(options.run), tensorboard.summary_writer())
     print(f"`tensorboard --logdir {_from_here(out)}` shows the training of run {options.run}")
     return 0
 
@@ -368,7 +399,7 @@ def _report(options: argparse.Namespace) -> int:
         report.require(paths.REPORT)
         print("report/: everything it embeds, quotes and cites is there")
         return 0
-    run = _open(options.run, options.data_dir)
+    run = _intact(options.run, options.data_dir)
     if run.finished("compare") is not None:
         _warn_if_behind(run, "the report shows")
     if options.publish:
@@ -385,20 +416,10 @@ def _report(options: argparse.Namespace) -> int:
 
 def _checkpoint(options: argparse.Namespace) -> Path:
     """The folder of a stage's finished checkpoint, if its files are those the stage wrote."""
-    from threefold import stages
-
     run = _open(options.run)
-    facts = run.require(options.stage)
-    folder = run.stage_folder(options.stage)
-    if "model.safetensors" not in facts["outputs"]:
+    if "model.safetensors" not in run.require(options.stage)["outputs"]:
         raise MissingInput(f"stage {options.stage} of run {run.name} holds no checkpoint")
-    for path, digest in facts["outputs"].items():
-        if not (folder / path).is_file() or stages.sha256_cached(folder / path) != digest:
-            raise CheckpointError(
-                f"{options.stage}/{path} of run {run.name} is not what the stage wrote: "
-                f"`threefold verify --run {run.name}`"
-            )
-    return folder
+    return run.intact(options.stage)
 
 
 def _generate(options: argparse.Namespace) -> int:

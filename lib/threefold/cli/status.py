@@ -1,15 +1,16 @@
 """How runs stand, for a person and for a script. The keys of the JSON are documented in the README."""
 
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, get_args
 
-from threefold import paths
+from threefold import paths, records
 from threefold.cli import disk
-from threefold.errors import ThreefoldError
+from threefold.errors import RecordError, ThreefoldError
 from threefold.pipeline import executor
 from threefold.pipeline.staleness import Kind, State, survey
-from threefold.run import Run
+from threefold.run import Run, stage_notebook
 
 
 def of_run(run: Run) -> list[State]:
@@ -18,7 +19,7 @@ def of_run(run: Run) -> list[State]:
 
 
 def stages_json(run: Run, states: list[State]) -> dict[str, Any]:
-    """{"run", "stages": [{"stage", "state", "reasons", "wall_seconds", "finished", "fingerprint"}]}."""
+    """{"run", "stages": [{"stage", "state", "reasons", "wall_seconds", "finished", "fingerprint", "headline"}]}."""
     return {
         "run": run.name,
         "stages": [
@@ -29,22 +30,51 @@ def stages_json(run: Run, states: list[State]) -> dict[str, Any]:
                 "wall_seconds": state.facts.get("wall_seconds"),
                 "finished": state.facts.get("finished"),
                 "fingerprint": state.digest or None,
+                "headline": headline(run, state),
             }
             for state in states
         ],
     }
 
 
-def stages_text(states: list[State]) -> str:
+def stages_text(run: Run, states: list[State]) -> str:
     """One line a stage."""
-    width = max(len(state.stage) for state in states)
+    figures = [headline(run, state) or "" for state in states]
+    width, wide = max(len(state.stage) for state in states), max(map(len, figures))
     lines = []
-    for state in states:
+    for state, figure in zip(states, figures, strict=True):
         seconds = state.facts.get("wall_seconds")
         time = f"{seconds:9.1f} s" if isinstance(seconds, int | float) else " " * 11
         reasons = "; ".join(state.reasons)
-        lines.append(f"{state.stage:<{width}}  {state.kind:<7}  {time}  {reasons}".rstrip())
+        lines.append(f"{state.stage:<{width}}  {state.kind:<7}  {time}  {figure:<{wide}}  {reasons}".rstrip())
     return "\n".join(lines)
+
+
+def headline(run: Run, state: State) -> str | None:
+    """The figure that says most about a finished stage, of the state it is in; None where its records hold none."""
+    held = state.facts.get("training", {}).get("heldout")
+    if held:  # a training's own record
+        last = held[-1]
+        ranked = f", ranks {last['reward_accuracy']:.0%} of pairs right" if "reward_accuracy" in last else ""
+        return f"held-out loss {last['loss']:.3f}{ranked}"
+    if not state.facts:
+        return None
+    try:
+        found = records.read(run.notebook(stage_notebook(state.stage).executed))
+    except RecordError:
+        return None
+    for name, record in found.items():
+        values = record.values
+        kind, metrics = name.partition("/")[0], values.get("metrics", {})
+        if kind == "evaluation" and "bits_per_byte" in metrics:
+            return f"{metrics['bits_per_byte']['value']:.3f} bits per byte ({values['protocol']})"
+        if name == "speed/dpo" and "decode_b1" in metrics:
+            return f"dpo decodes {metrics['decode_b1']['value']:,.0f} tokens/s"
+        if name == "tokenizer":
+            return f"vocabulary {values['vocabulary']:,}"
+        if name == "ablation/base":
+            return f"base held-out loss {statistics.mean(values['heldout_loss']):.3f}"
+    return f"{state.facts['records']} records" if "records" in state.facts else None
 
 
 def of_all(open_run: Callable[[str], Run]) -> dict[str, Any]:

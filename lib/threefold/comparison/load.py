@@ -64,6 +64,7 @@ class Comparison:
                 path = location.notebook(stage_notebook(stage).executed)
                 if not path.is_file():
                     raise MissingInput(f"{path.name} has not been run: `{location.command(stage)}`")
+                location.check_notebook(stage)
                 paths.append(path)
             folder: Path | None = location.path
             resamples = location.preset.evaluation.bootstrap

@@ -704,7 +704,8 @@ def _span(low: float, high: float) -> str:
 
 
 def provenance(comparison: Comparison) -> Result:
-    """Where every result comes from, replicates included: fingerprint, weights, commit, machine."""
+    """Where every result comes from, replicates included: fingerprint, weights, commit, machine, and how far doing it
+    again on that machine gives the same."""
     rows = []
     for record in [record for one in seeds.trainings(comparison) for record in one.records.values()]:
         if not record.name.startswith("stage/"):
@@ -722,10 +723,20 @@ def provenance(comparison: Comparison) -> Result:
                 "Weights (SHA-256)": weights[:12] if weights else None,
                 "Commit": commit,
                 "Machine": _machine(hardware),
+                "Repeatable": _repeatable(facts.get("determinism") or {}),
                 "Wall time": duration(facts["wall_seconds"]) if facts.get("wall_seconds") is not None else None,
             }
         )
     return _result("provenance", rows)
+
+
+def _repeatable(determinism: dict[str, Any]) -> str | None:
+    """ "bit-identical (CPU, 1 thread)"; None for a record from before it was told."""
+    if not determinism:
+        return None
+    threads = "/".join(map(str, determinism["threads"]))
+    plural = "" if threads == "1" else "s"
+    return f"{determinism['level'].partition(':')[0]} ({determinism['device'].upper()}, {threads} thread{plural})"
 
 
 def _machine(hardware: dict[str, Any]) -> str | None:

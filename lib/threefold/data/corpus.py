@@ -1,14 +1,14 @@
 """Tokenised corpora: sources read, turned into text, tokenised once and kept, then packed into rows.
 
 A tokenised source lies in the cache folder under a key made of its content, the part of it that is taken, the reader's
-and templates' code, the tokenizer and what was excluded; whatever of these changes, another one is made. Token files
-are memory-mapped: a 600M-token corpus takes no memory beyond the rows in use.
+and templates' code, the tokenizer and what was excluded; whatever of these changes, another one is made. Its bytes are
+hashed each time it is opened (1 to 2 GB/s), and a damaged one is made again. Token files are memory-mapped: a
+600M-token corpus takes no memory beyond the rows in use.
 
 `exclude`, wherever it can be given, leaves out what a source shares with the evaluation sets of a preset; the
 tokenizer, too, is trained on text without it.
 """
 
-import json
 import os
 import shutil
 import uuid
@@ -27,9 +27,10 @@ from threefold.data.packing import Documents, PackedRows, PairedRows, pack_docum
 from threefold.data.templates import as_document, as_prompt_response
 from threefold.data.tokenizer import encode, sink_ids, tokenizer_hash
 from threefold.errors import DataError
-from threefold.provenance import code_fingerprint, sha256_json
+from threefold.provenance import code_fingerprint, damaged, read_note, sha256_json, sha256_tree, write_note
 
 FORMAT = 1  # of the cached files
+META = "meta.json"  # what a cached stream is, with the hashes of its files
 CODE = ("threefold.data.readers", "threefold.data.templates")  # and what they import: wikitext
 CHUNK = 2048  # texts tokenised at a time
 EXAMPLE_READERS = ("instructions", "problems", "sentiment", "preferences")
@@ -214,6 +215,8 @@ def _tokenised(
     )
     folder = registry.cache_folder() / "tokens" / key
     if not _whole(folder):
+        if folder.is_dir():
+            print(f"{resolved.name}: its tokens in the cache are not as they were written; they are made again")
         if form == "documents":
             pieces = ((ids, 0) for ids in encode(tokenizer, texts(source, data_dir, exclude), CHUNK))
         else:
@@ -273,7 +276,8 @@ def _write(
         if with_prompts:
             np.save(temporary / "prompts.npy", np.array(prompts, np.int64))
         meta = {**facts, "dtype": dtype.str, "documents": len(lengths), "tokens": int(offsets[-1])}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        meta["files"] = sha256_tree(temporary)
+        write_note(temporary / META, meta)
         shutil.rmtree(folder, ignore_errors=True)  # nothing, or one that is not whole
         try:
             os.rename(temporary, folder)
@@ -285,17 +289,12 @@ def _write(
 
 
 def _whole(folder: Path) -> bool:
-    """Whether a cached stream is there and as long as it says."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        size = (folder / "tokens.bin").stat().st_size
-        return size == meta["tokens"] * np.dtype(meta["dtype"]).itemsize
-    except (FileNotFoundError, ValueError, KeyError):
-        return False
+    """Whether a cached stream is there, every byte of it as it was written."""
+    return folder.is_dir() and not damaged(folder / META)
 
 
 def _open(folder: Path) -> Tokenised:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta = read_note(folder / META)
     tokens = np.memmap(folder / "tokens.bin", np.dtype(meta["dtype"]), mode="r")
     prompts = folder / "prompts.npy"
     documents = Documents(tokens, np.load(folder / "offsets.npy"))

@@ -15,7 +15,7 @@ from threefold.config import OverlapConfig, Preset, SourceConfig, measured_on
 from threefold.data import sources as registry
 from threefold.data.overlap import Found, Index, without
 from threefold.data.templates import as_document
-from threefold.provenance import atomic_write, code_fingerprint, sha256_json
+from threefold.provenance import code_fingerprint, read_note, sha256_json, write_note
 
 CODE = ("threefold.data.overlap", "threefold.data.readers")  # and what they import: templates, wikitext
 
@@ -50,11 +50,10 @@ class Exclusion:
         part = [source.skip_examples, source.max_examples]
         key = sha256_json({"index": self.fingerprint, "data": resolved.fingerprint, "part": part})
         kept = registry.cache_folder() / "overlap" / f"{key}.json"
-        try:
-            facts = json.loads(kept.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # not searched yet, or a damaged note
+        facts = read_note(kept)
+        if facts is None:  # not searched yet, or a damaged note
             found = self.index.search(*self._source(source))
-            atomic_write(kept, json.dumps(asdict(found)) + "\n")
+            write_note(kept, json.loads(json.dumps(asdict(found))))
             return found
         drop = {int(number): parts for number, parts in facts.pop("drop").items()}
         return Found(**facts, drop=drop)

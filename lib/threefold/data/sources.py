@@ -13,7 +13,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from threefold import paths
 from threefold.config import SourceConfig
 from threefold.data import readers
 from threefold.errors import DataError, SourceError
-from threefold.provenance import atomic_write, sha256_file, sha256_json
+from threefold.provenance import atomic_write, read_note, sha256_file, sha256_json, write_note
 
 REGISTRY = paths.DATA / "sources.toml"
 SHUFFLE_SEED = 0  # of sources marked `shuffle`: one order for everybody
@@ -150,8 +150,7 @@ def resolve(config: SourceConfig, data_dir: str | Path = "") -> Resolved:
             return Resolved(kind="local", files=files, content=_content(files), revision="", **common)
         clone = folder / source.hub
         if source.hub and clone.is_dir() and config.split in source.splits:
-            inside = tuple(path for path in sorted(clone.rglob("*")) if path.is_file() and not _hidden(path, clone))
-            return Resolved(kind="local", files=(clone,), content=_content(inside), revision="", **common)
+            return Resolved(kind="local", files=(clone,), content=_content(_inside(clone)), revision="", **common)
         wanted = [" + ".join(part) for part in source.local.get(config.split, ())]
         tried.append(f"{folder} holds none of {', '.join([*wanted, f'{source.hub}/'])}")
 
@@ -319,6 +318,19 @@ def _hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
+def reread(resolved: Resolved) -> Resolved:
+    """The same with every byte of its files hashed now, whatever their sizes and times say. What the hub's library
+    prepared is known by its commit alone."""
+    files = resolved.files
+    if len(files) == 1 and files[0].is_dir():
+        files = _inside(files[0])
+    return replace(resolved, content=sha256_json([sha256_file(path) for path in files])) if files else resolved
+
+
+def _inside(clone: Path) -> tuple[Path, ...]:
+    return tuple(path for path in sorted(clone.rglob("*")) if path.is_file() and not _hidden(path, clone))
+
+
 def _content(files: tuple[Path, ...]) -> str:
     """SHA-256 over the contents of the files, in their order; names and folders do not count."""
     return sha256_json([_file_hash(path) for path in files])
@@ -328,10 +340,12 @@ def _file_hash(path: Path) -> str:
     stat = path.stat()
     if stat.st_size < LARGE:
         return _hash(path, stat.st_size, stat.st_mtime_ns)
-    kept = cache_folder() / "hashes" / f"{sha256_json([str(path), stat.st_size, stat.st_mtime_ns])}.txt"
-    if not kept.is_file():
-        atomic_write(kept, _hash(path, stat.st_size, stat.st_mtime_ns))
-    return kept.read_text()
+    kept = cache_folder() / "hashes" / f"{sha256_json([str(path), stat.st_size, stat.st_mtime_ns])}.json"
+    known = read_note(kept)
+    if known is None:
+        known = {"sha256": _hash(path, stat.st_size, stat.st_mtime_ns)}
+        write_note(kept, known)
+    return known["sha256"]
 
 
 @lru_cache(maxsize=4096)

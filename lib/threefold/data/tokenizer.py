@@ -131,10 +131,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     if not file.is_file():
         raise SourceError(f"{folder}: no tokenizer.json in it")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a file that is no tokenizer
         said = " ".join(str(error).split())[:300]
         raise SourceError(f"{folder}: its tokenizer cannot be read: {type(error).__name__}: {said}") from error
+    for key in ("local_files_only", "trust_remote_code"):  # how it was loaded would be saved with it
+        tokenizer.init_kwargs.pop(key, None)
+    return tokenizer
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

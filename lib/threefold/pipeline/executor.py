@@ -49,6 +49,10 @@ WEIGHTS = {
 }
 EXTERNAL = 16  # evaluating a published model, many times the size of what is trained here
 STOP_SECONDS = 5.0  # between asking a worker to leave and killing it
+# What a notebook raises where memory runs out: types (NumPy's, Arrow's and torch's for a GPU among them), and what a
+# plain RuntimeError says.
+NO_MEMORY = ("MemoryError", "_ArrayMemoryError", "ArrowMemoryError", "OutOfMemoryError")
+NO_MEMORY_SAID = ("DefaultCPUAllocator", "std::bad_alloc", "Cannot allocate memory")
 LOCK = ".lock"  # in the run's folder; held by its pipeline
 NURSERY_FROM = 3  # stages still to come from which importing the heavy packages once for all pays
 
@@ -106,12 +110,15 @@ def execute(
     force: bool = False,
     jobs: int = 0,
     nproc: int | None = None,
+    threads: int = 0,
+    environment: Mapping[str, str] | None = None,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Executes the selected stages (default: all) that are not fresh, each after what it needs.
 
     force: execute them although they are fresh. jobs: at most so many notebooks side by side, 0 for `default_jobs()`.
     nproc: processes that train a stage together, None for one a GPU; with several, notebooks come one by one.
+    threads: of each notebook, 0 for its `share`. environment: of the kernels, beside this process's.
     Raises StageFailed after stopping the others, MissingInput when a stage outside the selection is needed and not
     there, ThreefoldError when another process works on the same run.
     """
@@ -120,7 +127,7 @@ def execute(
     jobs = jobs or (1 if nproc and nproc > 1 else default_jobs())
     began = time.monotonic()
     outcome = Outcome()
-    with lock(run.path), _Workers(run, jobs, nproc, say) as workers:
+    with lock(run.path), _Workers(run, jobs, nproc, say, environment or {}) as workers:
         check(run, wanted, say)
         waiting = dict(wanted)
         roads = _roads(plan)
@@ -129,7 +136,7 @@ def execute(
             for step in sorted(startable, key=lambda step: -roads[step.name]):
                 if fits(step, [job.step for job in workers.busy.values()], jobs):
                     del waiting[step.name]
-                    workers.start(step, share(plan, step, jobs), more=len(waiting) >= NURSERY_FROM)
+                    workers.start(step, threads or share(plan, step, jobs), more=len(waiting) >= NURSERY_FROM)
             if workers.busy:
                 name, seconds = workers.wait()
                 outcome.executed[name] = seconds
@@ -173,6 +180,8 @@ def _startable(
         if now.kind == "fresh" and not force:
             del waiting[step.name]
             outcome.skipped.append(step.name)
+            if "notebook_sha256" not in now.facts:  # executed by papermill itself, or a crash came between
+                run.seal(step.name)
             say(f"{step.name}: fresh, skipped (fingerprint {now.digest[:12]}, made {now.facts.get('finished')})")
         else:
             found.append(step)
@@ -280,12 +289,16 @@ class _Job:
 class _Workers:
     """The worker processes of one run. Leaving the context stops them and everything they started."""
 
-    def __init__(self, run: Run, jobs: int, nproc: int | None, say: Callable[[str], None]):
+    def __init__(
+        self, run: Run, jobs: int, nproc: int | None, say: Callable[[str], None], environment: Mapping[str, str]
+    ):
         self.run = run
         self.jobs = jobs
         self.nproc = nproc
         self.say = say
+        self.environment = environment
         self.busy: dict[str, _Job] = {}
+        self._started: list[_Worker] = []
         self._idle: list[_Worker] = []
         self._nursery: subprocess.Popen | None = None
         self._sockets = tempfile.TemporaryDirectory(prefix="threefold-")
@@ -296,8 +309,8 @@ class _Workers:
         return self
 
     def __exit__(self, *_) -> None:
-        workers = [*self._idle, *(job.worker for job in self.busy.values())]
-        _stop([*(worker.process for worker in workers), *([self._nursery] if self._nursery else [])])
+        with _undisturbed():
+            _stop([*(worker.process for worker in self._started), *([self._nursery] if self._nursery else [])])
         self._sockets.cleanup()
         self.busy.clear()
         self._sweep()
@@ -305,7 +318,10 @@ class _Workers:
     def start(self, step: Step, threads: int, *, more: bool) -> None:
         """Begins a stage. more: enough stages follow that their kernels had better come from a nursery."""
         self._idle = [worker for worker in self._idle if worker.process.poll() is None]
-        worker = self._idle.pop() if self._idle else _Worker(self._inbox)
+        if not self._idle:
+            self._idle.append(_Worker(self._inbox))
+            self._started.append(self._idle[-1])
+        worker = self._idle.pop()
         environment = self._environment(threads)
         if more and self._nursery is None and forking_is_safe():
             # It imports while the first stage, whose kernel starts the usual way, does its work.
@@ -389,6 +405,7 @@ class _Workers:
                     **_own_paths(config.to_dict(self.run.preset)),
                     self._preset: Path(self._preset).name,
                     self.run.data_dir: "$THREEFOLD_DATA",
+                    str(self.run.path.parent): "runs",
                 },
             )
         if kind == "done" and notebook is not None and not raised:
@@ -396,6 +413,7 @@ class _Workers:
             partial.unlink()
             failed.unlink(missing_ok=True)
             self._check_made(step)
+            self.run.seal(step.name)
             return
         kept = ""
         if notebook is not None:
@@ -421,7 +439,9 @@ class _Workers:
             "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", str(threads)),
             # not a papermill parameter: a published notebook must not hold a path of this machine
             "THREEFOLD_DATA": self.run.data_dir,
+            "THREEFOLD_RUNS": str(self.run.path.parent),
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # debugpy's hint on frozen modules, in every notebook
+            **self.environment,
         }
 
     @property
@@ -451,26 +471,52 @@ def _own_paths(value: object) -> dict[str, str]:
     return {path: name for part in parts for path, name in _own_paths(part).items()}
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C or SIGTERM does not cut short what the first one began."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _stop(processes: list[subprocess.Popen]) -> None:
-    """Ends worker processes, their kernels and whatever those started. No process is left behind."""
+    """Ends worker processes, their kernels and whatever those started: SIGTERM, on which a worker kills its kernel's
+    process group and leaves; after a while SIGKILL, to every process group seen below them. No process is left."""
     family: dict[int, psutil.Process] = {}
+    groups: set[int] = set()
+
+    def look() -> None:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    with contextlib.suppress(ProcessLookupError):
+                        family[child.pid] = child
+                        groups.add(os.getpgid(child.pid))
+
+    look()
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(process.pid).children(recursive=True):
-                family[child.pid] = child
-    for process in processes:
-        process.terminate()  # the worker kills its kernel's process group and leaves
+        process.terminate()
     deadline = time.monotonic() + STOP_SECONDS
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        look()  # a kernel may just have been started
+        time.sleep(0.02)
     for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
         if process.poll() is None:
             process.kill()
-            process.wait()
+        process.wait()
         for stream in (process.stdin, process.stdout):
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
+    for group in groups - {os.getpgrp()}:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signal.SIGKILL)
     for child in family.values():
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
@@ -493,9 +539,14 @@ def _explanation(step: Step, event: Mapping, raised: list[dict]) -> str:
     known = getattr(errors, error["ename"], None)
     if isinstance(known, type) and issubclass(known, ThreefoldError):
         return f"{step.name}: {error['evalue']}"
-    if error["ename"] in ("MemoryError", "OutOfMemoryError"):
-        said = error["evalue"].partition("\n")[0] or error["ename"]
+    said = error["evalue"].partition("\n")[0] or error["ename"]
+    if error["ename"] in NO_MEMORY or any(text in error["evalue"] for text in NO_MEMORY_SAID):
         return f"{step.name}: out of memory ({said}); {_lower(step)}"
+    if any(os.strerror(number) in error["evalue"] for number in errors.DISK_FULL):
+        return (
+            f"{step.name}: the disk is full ({said}); `threefold status` tells what runs take, `threefold clean` frees "
+            "it, and the same command goes on from the last state that was saved"
+        )
     return f"{step.name}: {error['ename']}: {error['evalue']}\n{error['traceback']}"
 
 

@@ -32,6 +32,7 @@ from typing import Any
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
 from threefold import paths
+from threefold.processes import end_with_parent
 
 FLOORS = ("model", "data", "training", "evaluation", "comparison")  # what notebooks call
 # What no file names: the kernel itself, and what torch loads at an optimizer's first step.
@@ -138,6 +139,7 @@ def _spawn(client: socket.socket, others: list[socket.socket]) -> int | None:
 
 def _become_kernel(argv: list[str], env: dict[str, str], cwd: str) -> None:
     os.setsid()
+    end_with_parent()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -218,13 +220,18 @@ class Provisioner(LocalProvisioner):
             try:
                 self.process = await asyncio.to_thread(Forked, self.nursery, cmd[3:], env, cwd)
             except OSError:
-                return await super().launch_kernel(cmd, **keywords)
+                return await self._usual(cmd, **keywords)
             self.pid = self.pgid = self.process.pid
             self.cwd = cwd
             return self.connection_info
-        return await super().launch_kernel(cmd, **keywords)
+        return await self._usual(cmd, **keywords)
+
+    async def _usual(self, cmd: list[str], **keywords: Any):
+        tied = {"preexec_fn": end_with_parent} if sys.platform == "linux" else {}
+        return await super().launch_kernel(cmd, **keywords, **tied)
 
 
 if __name__ == "__main__":
+    end_with_parent()
     del sys.path[0]  # the folder it was started in is no place to import from
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -97,6 +97,8 @@ def _damage(run: Run, step: Step, facts: Mapping[str, Any]) -> list[str]:
     notebook = run.notebook(step.executed)
     if not notebook.exists():
         return [f"the executed notebook {notebook.name} is not there"]
+    if facts.get("notebook_sha256") not in (None, stages.sha256_cached(notebook)):
+        return [f"the executed notebook {notebook.name} was changed since"]
     published = records.read(notebook).get(f"stage/{step.name}")
     if published is None:
         return [f"the executed notebook {notebook.name} holds no record stage/{step.name}"]

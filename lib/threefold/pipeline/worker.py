@@ -42,6 +42,7 @@ from papermill.exceptions import PapermillExecutionError  # noqa: E402
 from papermill.execute import execute_notebook  # noqa: E402
 
 from threefold.pipeline.nursery import Provisioner  # noqa: E402
+from threefold.processes import end_with_parent  # noqa: E402
 
 STARTUP_SECONDS = 180  # a loaded machine may take long to import what a kernel needs
 IOPUB_SECONDS = 120  # nbclient's 4 s turn a busy machine into a failed notebook
@@ -181,6 +182,7 @@ def main() -> NoReturn:
         os._exit(1)
 
     signal.signal(signal.SIGTERM, leave)
+    end_with_parent(signal.SIGTERM)
     logging.getLogger("papermill").setLevel(logging.ERROR)
     papermill_engines.register("threefold", Engine)
     jobs: queue.SimpleQueue[dict] = queue.SimpleQueue()

@@ -1,6 +1,7 @@
 """From a run's executed notebooks to a report folder: scrubbed copies and the variables that the prose quotes."""
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -69,6 +70,24 @@ def assemble(run, folder: Path, *, report: Path | None = None) -> None:
     )
     values = write_executed(run, folder / "executed")
     atomic_write(folder / "_variables.yml", variables_text(values))
+
+
+def rendered(run) -> list[str]:
+    """What a run's rendered report holds that its notebooks do not say, one line a file."""
+    folder = run_path(run) / "report"
+    if not (folder / "index.html").is_file():
+        return []
+    with tempfile.TemporaryDirectory(prefix="threefold-") as home:
+        fresh = Path(home)
+        values = write_executed(run, fresh / "executed")
+        (fresh / "_variables.yml").write_text(variables_text(values), encoding="utf-8")
+        made = [path.relative_to(fresh) for path in sorted(fresh.rglob("*")) if path.is_file()]
+        kept = {path: folder / path for path in made}
+        return [
+            f"report/{path.as_posix()}: not what the run's notebooks say; `threefold report` renders it anew"
+            for path, file in kept.items()
+            if not file.is_file() or file.read_bytes() != (fresh / path).read_bytes()
+        ]
 
 
 def publish(run, *, report: Path | None = None) -> list[Path]:

@@ -4,6 +4,7 @@ It knows rows, an objective and a config, and writes metrics.jsonl and a resumab
 when it writes metrics, and a run that was interrupted goes on as if it had not been (bit for bit on a CPU).
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from threefold.config import TrainConfig
 from threefold.data.packing import PackedRows, PairedRows
-from threefold.errors import TrainingError
+from threefold.errors import DISK_FULL, TrainingError
 from threefold.training import distributed
 from threefold.training import optimizers as optim
 from threefold.training.distributed import Workers
@@ -59,6 +60,7 @@ class TrainResult:
     note: str  # device, precision, compiler
     workers: int = 1  # processes that trained together
     heldout: list[dict[str, float]] = field(default_factory=list)  # {"step", "tokens", "loss", ...}, first to last
+    spikes: list[dict[str, float]] = field(default_factory=list)  # of the loss, as `State.spike` tells them
 
     @property
     def heldout_loss(self) -> float | None:
@@ -87,7 +89,7 @@ def train(
         objective: what is minimised.
         rows: what is trained on: packed rows, or preference pairs for `Preference`.
         config: the stage's section of the preset.
-        folder: takes metrics.jsonl and resume.pt; a state found there is gone on from.
+        folder: takes metrics.jsonl and resume.safetensors; a state found there is gone on from.
         seed: of the rows' order.
         heldout: rows whose loss is taken before the first step, every `evaluate_every` steps and after the last.
         replay: pretraining rows of which `config.replay` of each batch is made (SFT).
@@ -97,7 +99,8 @@ def train(
 
     Raises:
         ConfigError, DataError: the config or the rows cannot be trained with.
-        TrainingError: a loss or gradient that is not finite, too little memory, or a folder with another's state.
+        TrainingError: a loss or gradient that is not finite, too little memory, a full disk, or a folder with
+            another's state.
     """
     return _Training(model, objective, rows, config, Path(folder), seed, heldout, replay, device, progress, name).run()
 
@@ -234,8 +237,17 @@ class _Training:
         self.model.train()
         try:
             self._steps()
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise TrainingError(
+                f"{self.name}: {error.strerror} after step {self.state.step}; {self._last()}. Free some space: "
+                "the same command goes on from there"
+            ) from error
         finally:
-            if self.metrics:
+            with contextlib.suppress(OSError):  # of a disk that is full; what is to be said of it was
+                if self.metrics:
+                    self.metrics.close()
                 self.metrics.close()
             self.model.train(was_training)
             for optimizer in self.optimizers:
@@ -324,7 +336,9 @@ class _Training:
         except (RuntimeError, MemoryError) as error:
             if not _is_memory(error):
                 raise
-            raise self._out_of_memory(error, works[0], step + 1) from error
+            n_rows, width = works[0].tokens_BT.shape
+            where = f"in step {step + 1} with {n_rows} x {width} positions at a time"
+            raise self._out_of_memory(error, where) from error
         state.tokens += tokens
         state.padding += padding
         names = [key for key in sums if key != "loss"]
@@ -349,6 +363,12 @@ class _Training:
             if line["step"] > self.feed.steps - max(1, self.feed.steps // 10):
                 state.loss_end = [state.loss_end[0] + loss, state.loss_end[1] + 1]
             names = line.pop("names")
+            spike = state.spike(line["step"], loss)
+            if spike:
+                median = spike["median"]
+                self.say(
+                    f"{self.name}: the loss rose to {loss:.4f} in step {line['step']} (median before {median:.4f})"
+                )
             lines.append(
                 {
                     "step": line["step"],
@@ -359,6 +379,7 @@ class _Training:
                     "tokens_per_second": round(speed, 1),
                     "seconds": round(state.seconds, 4),
                     **dict(zip(names, metrics, strict=True)),
+                    **({"spike": True} if spike else {}),
                 }
             )
         if self.metrics:
@@ -369,7 +390,12 @@ class _Training:
 
     def _evaluate(self) -> None:
         state, started = self.state, time.perf_counter()
-        found = _evaluate(self.module, self.evaluator, self.heldout, self.feed.micro_batch, self.numerics)
+        try:
+            found = _evaluate(self.module, self.evaluator, self.heldout, self.feed.micro_batch, self.numerics)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_memory(error):
+                raise
+            raise self._out_of_memory(error, f"in the held-out loss after step {state.step}") from error
         self.model.train()
         if not math.isfinite(found["loss"]):
             raise TrainingError(
@@ -427,11 +453,14 @@ class _Training:
         loss, norm = values[:2]
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-        shown = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        what, other = f"loss is {loss}", f"gradient norm {norm:.4g}"
+        if math.isfinite(loss):
+            what, other = f"gradient norm is {norm}", f"loss {loss:.4f}"
+        shown = ", ".join(map(str, rows[:32])) + (f" and {len(rows) - 32} more" if len(rows) > 32 else "")
         rate = "learning_rate" if self.config.optimizer == "adamw" else "learning_rate and muon_learning_rate"
         raise TrainingError(
-            f"{self.name}: the {what} in step {step} ({self.batch_name} {shown}); {self._last()}. "
+            f"{self.name}: the {what} in step {step} ({self.batch_name} {shown}), {other}; "
+            f"{self._last()}. "
             f"Lower {rate}, or look at these {self.batch_name}"
         )
 
@@ -440,8 +469,7 @@ class _Training:
             return f"the last good state is that of step {self.saved_step}, in {self.folder.name}/{STATE}"
         return "no state was saved before it"
 
-    def _out_of_memory(self, error: BaseException, work: Work, step: int) -> TrainingError:
-        n_rows, width = work.tokens_BT.shape
+    def _out_of_memory(self, error: BaseException, where: str) -> TrainingError:
         size, accumulate = self.config.batch_size, self.config.accumulate
         smaller = next((n for n in range(size // 2, 0, -1) if size % n == 0), None)
         way = "lower model.context"
@@ -450,10 +478,7 @@ class _Training:
                 f"set batch_size = {smaller} (now {size}) and accumulate = {accumulate * size // smaller} "
                 f"(now {accumulate}) for the same result in less memory"
             )
-        return TrainingError(
-            f"{self.name}: out of memory in step {step} with {n_rows} x {width} positions at a time; {way} "
-            f"({str(error).splitlines()[0][:160]})"
-        )
+        return TrainingError(f"{self.name}: out of memory {where}; {way} ({str(error).splitlines()[0][:160]})")
 
     def _result(self) -> TrainResult:
         state = self.state
@@ -471,6 +496,7 @@ class _Training:
             note=self.note,
             workers=self.workers.size,
             heldout=state.heldout,
+            spikes=state.spikes,
         )
         held = f", held-out {result.heldout[0]['loss']:.4f} -> {result.heldout_loss:.4f}" if result.heldout else ""
         self.say(
@@ -505,7 +531,8 @@ def _evaluate(
 
 def _is_memory(error: BaseException) -> bool:
     """torch has a type for a GPU's exhausted memory only; the CPU's allocator raises a RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    said = ("DefaultCPUAllocator", "std::bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
 
 
 def _duration(seconds: float) -> str:

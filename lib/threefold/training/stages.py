@@ -21,14 +21,14 @@ from threefold.data.tokenizer import load_tokenizer, without_bos
 from threefold.errors import ConfigError, TrainingError
 from threefold.model.decoder import Decoder
 from threefold.model.gpt2 import gpt2_counterpart
-from threefold.model.hf import load_checkpoint, save_checkpoint
-from threefold.provenance import atomic_write
+from threefold.model.hf import WEIGHTS, load_checkpoint, save_checkpoint
+from threefold.provenance import atomic_write, sha256_file
 from threefold.run import Stage
 from threefold.training import distributed, launch
 from threefold.training.feed import Feed
 from threefold.training.loop import Progress, TrainResult, clear_state, identity, reference_logprobs, train
 from threefold.training.objectives import Distillation, NextToken, Objective, Preference
-from threefold.training.state import weights_digest
+from threefold.training.state import tensors_digest, weights_digest
 
 RESULT = "training.json"
 REFERENCE = "reference.safetensors"
@@ -275,6 +275,8 @@ def _stage(
                 f"{folder.name} holds another finished training ({', '.join(different)} differ); "
                 "remove it, or train in another folder"
             )
+        if done.get("weights_sha256") != sha256_file(folder / WEIGHTS):
+            raise TrainingError(f"{folder.name}/{WEIGHTS} is not what the training wrote; remove it to train again")
         if distributed.current().first:
             (progress or print)(f"{name}: trained already, {done['result']['steps']} steps; its checkpoint is loaded")
         return Trained(load_checkpoint(folder), TrainResult(**done["result"]), folder)
@@ -294,7 +296,8 @@ def _stage(
     model = _whole(model)
     if distributed.current().first:
         save_checkpoint(folder, model, tokenizer)
-        text = json.dumps({"result": asdict(result), "identity": asked}, indent=2, allow_nan=False)
+        made = {"result": asdict(result), "identity": asked, "weights_sha256": sha256_file(folder / WEIGHTS)}
+        text = json.dumps(made, indent=2, allow_nan=False)
         atomic_write(folder / RESULT, text + "\n")
         clear_state(folder)
     return Trained(model, result, folder)
@@ -318,17 +321,17 @@ def _reference(
     path = folder / REFERENCE
     made_from = {"weights": weights_digest(model)}
     made_from |= {name: f"{len(pairs)} pairs, {pairs.n_tokens} tokens" for name, pairs in parts.items()}
-    known, workers = False, distributed.current()
+    kept, known, workers = {}, False, distributed.current()
     if path.exists():
         with safe_open(path, "pt") as file:
-            known = file.metadata() == made_from
+            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            known = file.metadata() == {**made_from, "sha256": tensors_digest(kept)}
     if workers.agreed(known):
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in parts}
+        return kept
     found = {
         name: reference_logprobs(model, pairs, batch_size=config.batch_size, device=device, precision=config.precision)
         for name, pairs in parts.items()
     }
     if workers.first:
-        atomic_write(path, save(found, metadata=made_from))
+        atomic_write(path, save(found, metadata={**made_from, "sha256": tensors_digest(found)}))
     return found

@@ -1,21 +1,32 @@
-"""What a training leaves in its folder: metrics.jsonl, append-only, and resume.pt, the state to go on from."""
+"""What a training leaves in its folder: metrics.jsonl, append-only, and resume.safetensors, the state to go on from."""
 
 import hashlib
 import json
 import os
+import re
+import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from threefold.errors import TrainingError
+from threefold.provenance import sync
 
 METRICS = "metrics.jsonl"
-STATE = "resume.pt"
-_FORMAT = 1
+STATE = "resume.safetensors"
+_FORMAT = 2
 LARGEST = 1e300  # of a number in the metrics; infinities and NaN are none
+# A loss stands out that lies this many robust standard deviations (1.4826 times the median absolute deviation) and a
+# tenth above the median of the steps before it. Of normally scattered losses none in 10^15 does.
+SPIKE_DEVIATIONS = 8.0
+SPIKE_SHARE = 0.1
+SPIKE_WINDOW, SPIKE_FROM = 64, 16  # steps looked back on; at least so many
 
 
 class Metrics:
@@ -55,7 +66,8 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         if not values.keys() & {"step", "resumed_from"}:
             raise TrainingError(f"{file.parent.name}/{METRICS}:{number}: no step")
         if "resumed_from" in values:
-            lines = [old for old in lines if old["step"] <= values["resumed_from"]]
+            start = values["resumed_from"]  # 0: from the beginning, the first held-out loss included
+            lines = [old for old in lines if 0 < start >= old["step"]]
         else:
             lines.append(values)
     return lines
@@ -103,22 +115,47 @@ class State:
     loss_first: float | None = None
     loss_end: list[float] = field(default_factory=lambda: [0.0, 0])  # sum and number of the last tenth of the losses
     heldout: list[dict[str, float]] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)  # losses a spike is told by
+    spikes: list[dict[str, float]] = field(default_factory=list)
     model: dict[str, Any] = field(default_factory=dict)
     optimizers: list[dict[str, Any]] = field(default_factory=list)
     rng: dict[str, Any] = field(default_factory=dict)
 
+    def spike(self, step: int, loss: float) -> dict[str, float] | None:
+        """Take a step's loss; what is noted of it where it stands out: {"step", "loss", "median" (of the steps before),
+        "limit"}."""
+        found = None
+        if len(self.recent) >= SPIKE_FROM:
+            median = statistics.median(self.recent)
+            deviation = 1.4826 * statistics.median(abs(value - median) for value in self.recent)
+            limit = median + max(SPIKE_DEVIATIONS * deviation, SPIKE_SHARE * abs(median))
+            if loss > limit:
+                found = {"step": step, "loss": loss, "median": median, "limit": limit}
+                self.spikes.append(found)
+        self.recent = [*self.recent[1 - SPIKE_WINDOW :], loss]
+        return found
+
     def save(self, folder: Path) -> None:
-        """Write resume.pt so that at every moment a whole one is there."""
+        """Write the state so that at every moment a whole one is there. Raises OSError; the one before then stays."""
+        tensors: dict[str, Tensor] = {}
+        text = json.dumps(_plain(vars(self), "", tensors), allow_nan=False)
+        metadata = {"format": str(_FORMAT), "state": text, "sha256": tensors_digest(tensors, text)}
         temporary = folder / f".{STATE}.tmp"
-        with open(temporary, "wb") as file:
-            torch.save({"format": _FORMAT, **vars(self)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / STATE)
+        try:
+            save_file(tensors, temporary, metadata)
+            sync(temporary)
+            os.replace(temporary, folder / STATE)
+        except SafetensorError as error:  # which keeps the system's error as text
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), f"{folder.name}/{STATE}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def load_state(folder: Path, identity: dict[str, Any]) -> State | None:
-    """The state in a folder, None if there is none.
+    """The state in a folder, None if there is none. Every byte is hashed and compared with what was written.
 
     Raises:
         TrainingError: the file is damaged or belongs to another training; the message says what differs.
@@ -127,18 +164,24 @@ def load_state(folder: Path, identity: dict[str, Any]) -> State | None:
     if not path.exists():
         return None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a damaged file, none of them its own
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise TrainingError(
             f"{folder.name}/{STATE} cannot be read ({type(error).__name__}); remove it to start over"
         ) from error
-    if content.pop("format", None) != _FORMAT:
+    if metadata.get("format") != str(_FORMAT):
         raise TrainingError(f"{folder.name}/{STATE} was written by another version; remove it to start over")
-    state = State(**content)
+    text = metadata.get("state", "")
+    if tensors_digest(tensors, text) != metadata.get("sha256"):
+        raise TrainingError(f"{folder.name}/{STATE} is not what was written to it; remove it to start over")
+    state = State(**_restored(json.loads(text), tensors))
+    asked = json.loads(json.dumps(identity))
     different = [
-        f"{name} {state.identity.get(name)} there, {identity.get(name)} now"
-        for name in {**state.identity, **identity}
-        if state.identity.get(name) != identity.get(name)
+        f"{name} {state.identity.get(name)} there, {asked.get(name)} now"
+        for name in {**state.identity, **asked}
+        if state.identity.get(name) != asked.get(name)
     ]
     if different:
         raise TrainingError(
@@ -148,13 +191,47 @@ def load_state(folder: Path, identity: dict[str, Any]) -> State | None:
     return state
 
 
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over a model's parameters and buffers, names included."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+_TENSOR, _PAIRS = "$tensor", "$pairs"  # in the state's JSON: a tensor's name; a dictionary whose keys are not strings
+
+
+def _plain(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The value as JSON, its tensors put into `tensors` under their path."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().contiguous()
+        return {_TENSOR: name}
+    if isinstance(value, dict):
+        parts = [(key, _plain(item, f"{name}.{key}" if name else str(key), tensors)) for key, item in value.items()]
+        return dict(parts) if all(isinstance(key, str) for key in value) else {_PAIRS: parts}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+    return value
+
+
+def _restored(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_restored(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return tensors[value[_TENSOR]]
+    if _PAIRS in value:
+        return {key: _restored(item, tensors) for key, item in value[_PAIRS]}
+    return {key: _restored(item, tensors) for key, item in value.items()}
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 over tensors in the order of their names, names, types and shapes included, and a text."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over a model's parameters and buffers, names included."""
+    return tensors_digest(model.state_dict())
 
 
 def random_state() -> dict[str, Any]:
