@@ -19,7 +19,10 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"default: all of {', '.join(PARTS)}")
     parser.add_argument("--size", choices=SIZES, default="7m", help="of the model and of a round")
     parser.add_argument(
-        "--data", choices=("auto", "real", "sample"), default="auto", help="auto: ../shared/data where it is, else the sample"
+        "--data",
+        choices=("auto", "real", "sample"),
+        default="auto",
+        help="auto: ../shared/data where it is, else the sample",
     )
     parser.add_argument("--rounds", type=int, default=-1, help="default: each part's own number")
     parser.add_argument("--threads", type=int, default=0, help="default: as many as there are cores to use")

@@ -34,7 +34,7 @@ class Contestant:
 
     def __init__(self, name: str, target: str, options: Options, threads: int):
         self.name = name
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in `close`
         paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", target, str(threads), options.size, options.data],
@@ -103,10 +103,14 @@ def run(name: str, options: Options, say: Callable[[str], None] = print) -> dict
                 warm = {key: round(answer["wall"], 2) for key, answer in answers.items()}
                 continue
             rounds.append({key: answer["measures"] for key, answer in answers.items()})
-            rates = ", ".join(f"{key} {items / s:.4g}" for key, m in rounds[-1].items() for items, s in [next(iter(m.values()))])
+            rates = ", ".join(
+                f"{key} {items / s:.4g}" for key, m in rounds[-1].items() for items, s in [next(iter(m.values()))]
+            )
             say(f"{name}: round {number}: {rates}")
         for contestant in contestants:  # what a contestant learns of itself in a round, such as its numerics
-            settings[contestant.name] = contestant.ask("check")["settings"] if contestant.name == OURS else settings[contestant.name]
+            settings[contestant.name] = (
+                contestant.ask("check")["settings"] if contestant.name == OURS else settings[contestant.name]
+            )
     finally:
         for contestant in contestants:
             contestant.close()
@@ -207,9 +211,8 @@ def summary(part: Part, rounds: list[dict[str, Any]], settings: dict[str, Any]) 
             continue
         value, low, high, coverage = median_interval(series[OURS, measure] / theirs)
         least = part.least.get((key, measure))
-        ratios.append(
-            {"peer": key, "measure": measure, "ratio": value, "low": low, "high": high, "coverage": coverage, "least": least}
-        )  # fmt: skip
+        found_ratio = {"ratio": value, "low": low, "high": high, "coverage": coverage, "least": least}
+        ratios.append({"peer": key, "measure": measure, **found_ratio})
     found: dict[str, Any] = {"rates": rates, "ratios": ratios}
     limits = [key for key in part.limits if key in rates]
     flops = settings.get(OURS, {}).get("flops_per_token")

@@ -1,9 +1,9 @@
 """Training: our stages, plain transformers loops, transformers' Trainer and TRL, on the same rows, examples and pairs.
 
-All use AdamW (fused) with gradients clipped at 1. Every contestant computes the loss of the first batch in fp32 from the
-same weights before anything is timed. Ours and the plain loops count whole steps, data included; Trainer and TRL are
-timed from their first step's beginning to their last step's end. A round trains the same examples for everyone, and
-takes as many steps of the same number of examples.
+All use AdamW (fused) with gradients clipped at 1. Every contestant computes the loss of the first batch in fp32 from
+the same weights before anything is timed. Ours and the plain loops count whole steps, data included; Trainer and TRL
+are timed from their first step's beginning to their last step's end. A round trains the same examples for everyone, in
+as many steps.
 """
 
 import copy
@@ -173,13 +173,15 @@ class CompiledLoop(PlainLoop):
 class _Trained:
     """A Trainer that trains in a thread of its own and rests after each round's steps."""
 
+    trainer: Any
+
     def __init__(self, steps: int, items: float):
         self.steps, self.items = steps, items
         self.thread: threading.Thread | None = None
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
         self.taken, self.begun, self.spent, self.error = 0, 0.0, 0.0, None
 
-    def start(self, trainer: Any) -> None:
+    def _start(self) -> None:
         from transformers import TrainerCallback
 
         outer, threads = self, torch.get_num_threads()
@@ -200,16 +202,18 @@ class _Trained:
             torch.set_num_threads(threads)
             outer.go.acquire()
             try:
-                trainer.train()
+                outer.trainer.train()
             except BaseException as error:  # handed to the thread that waits, which raises it
                 outer.error = error
                 outer.done.release()
 
-        trainer.add_callback(Gate())
+        self.trainer.add_callback(Gate())
         self.thread = threading.Thread(target=run, daemon=True)
         self.thread.start()
 
     def round(self) -> Times:
+        if self.thread is None:
+            self._start()
         self.go.release()
         self.done.acquire()
         if self.error is not None:
@@ -256,16 +260,13 @@ class TransformersTrainer(_Trained):
             parts = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
             return {**parts, "shift_labels": parts["labels"]}
 
-        self.trainer = Trainer(
-            self.model, arguments, train_dataset=Dataset.from_dict(data), data_collator=collate
-        )
+        self.trainer = Trainer(self.model, arguments, train_dataset=Dataset.from_dict(data), data_collator=collate)
 
     def check(self) -> dict[str, list[float]]:
         with torch.no_grad():
             found = self.model(
                 input_ids=self.first.tokens_BT, labels=self.first.targets_BT, shift_labels=self.first.targets_BT
             )
-        self.start(self.trainer)
         return {"loss": [found.loss.item()]}
 
 
@@ -311,7 +312,6 @@ class TrlFineTuning(_Trained):
         rows = [exact.train_dataset[index] for index in range(self.size.examples)]
         with torch.no_grad():
             loss = exact.model(**exact.data_collator(rows)).loss
-        self.start(self.trainer)
         return {"loss": [loss.item()]}
 
 
@@ -348,7 +348,9 @@ class TrlPreferences(_Trained):
             def _prepare_dataset(self, dataset, *rest):
                 return dataset
 
-        data = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True)) for ids in map(self._ids, pairs)]
+        data = [
+            dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True)) for ids in map(self._ids, pairs)
+        ]
         arguments = DPOConfig(
             beta=BETA,
             max_length=self.size.model.context + 1,
@@ -360,6 +362,8 @@ class TrlPreferences(_Trained):
             args=arguments,
             train_dataset=Dataset.from_list(data),
             processing_class=self.world.tokenizer,
+            # Its own copy of a model in memory would be looked for on the hub, by a name that this one has not.
+            ref_model=None if options.get("precompute_ref_log_probs") else to_transformers(self.world.model()),
         )
 
     def _ids(self, pair: tuple) -> tuple[list[int], list[int], list[int]]:
@@ -380,7 +384,6 @@ class TrlPreferences(_Trained):
         with torch.no_grad():
             exact.model.model.norm.weight.mul_(DISTURBED)
             loss = exact.compute_loss(exact.model, inputs)
-        self.start(self.trainer)
         return {"logprobs": torch.cat([chosen, rejected]).tolist(), "loss": [loss.item()]}
 
     def round(self) -> Times:

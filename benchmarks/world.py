@@ -36,11 +36,13 @@ class Size:
 SIZES = {
     "7m": Size(
         ModelConfig(n_layer=8, d_model=256, n_head=4, d_ff=704, context=256, vocab_size=4096),
-        rows=16, examples=32, pairs=16, steps=4, reference=64, items=128, shots=3, prompts=32, new_tokens=64, stories=4000,
+        rows=16, examples=32, pairs=16, steps=4, reference=64, items=128, shots=3, prompts=32, new_tokens=64,
+        stories=4000,
     ),
     "tiny": Size(
         ModelConfig(n_layer=2, d_model=32, n_head=2, d_ff=64, context=192, vocab_size=1024),
-        rows=2, examples=4, pairs=2, steps=2, reference=4, items=6, shots=2, prompts=3, new_tokens=6, stories=300,
+        rows=2, examples=4, pairs=2, steps=2, reference=4, items=6, shots=2, prompts=3, new_tokens=6,
+        stories=300,
     ),
 }  # fmt: skip
 
@@ -108,7 +110,7 @@ class World:
         return model
 
     def stream(self) -> list[int]:
-        """The stories as one document, so that every packed row is full and sees only its own past, as in a plain loop."""
+        """The stories as one document: every packed row is full and sees only its own past, as in a plain loop."""
         ids: list[int] = []
         for story in encode(self.tokenizer, self._stories):
             ids += [*story.tolist(), self.eos]
@@ -127,7 +129,9 @@ class World:
     def _fitting(self, texts: list[tuple[str, ...]], n: int) -> list[tuple[list[int], ...]]:
         # EOS ends a response; what is left out are the few long ones that TRL would cut and we would not train on.
         room = self.size.model.context - self.size.model.sinks
-        encoded = zip(*([ids.tolist() for ids in encode(self.tokenizer, part)] for part in zip(*texts, strict=True)), strict=True)
+        encoded = zip(
+            *([ids.tolist() for ids in encode(self.tokenizer, part)] for part in zip(*texts, strict=True)), strict=True
+        )
         fitting = [ids for ids in encoded if all(map(len, ids)) and len(ids[0]) + max(map(len, ids[1:])) < room]
         if len(fitting) < n:
             raise SystemExit(f"only {len(fitting)} of {len(texts)} texts fit the context; {n} are needed")
