@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from threefold.config import ModelConfig, SourceConfig, TokenizerConfig
@@ -59,6 +59,8 @@ SAMPLE = {
 class World:
     """data: "real" (`../shared/data` or $THREEFOLD_DATA), "sample" (the embedded one) or "auto": real where it is."""
 
+    SPLITS: ClassVar = {"examples": "train", "pairs": "test"}  # of a local folder's HH-RLHF the small files suffice
+
     def __init__(self, size: str = "7m", data: str = "auto"):
         self.size = SIZES[size]
         self.folder = "" if data == "sample" else sources.local_folder() or (SHARED if SHARED.is_dir() else "")
@@ -83,7 +85,7 @@ class World:
 
     def _labelled(self) -> Iterator[tuple[str, Any]]:
         for what, reader in (("examples", "instructions"), ("pairs", "preferences")):
-            yield from ((reader, item) for item in self._items(what, 500))
+            yield from ((reader, item) for item in self._items(what, 500, self.SPLITS[what]))
 
     @staticmethod
     def _text(reader: str, item: Any) -> tuple[str, str]:
@@ -118,12 +120,13 @@ class World:
 
     def examples(self, n: int) -> list[tuple[list[int], list[int]]]:
         """(prompt, response) ids of the first examples that fit a row."""
-        texts = [self._text("instructions", item) for item in self._items("examples", 2 * n)]
+        texts = [self._text("instructions", item) for item in self._items("examples", 2 * n, self.SPLITS["examples"])]
         return self._fitting(texts, n)
 
     def pairs(self, n: int) -> list[tuple[list[int], list[int], list[int]]]:
         """(prompt, chosen, rejected) ids of the first pairs that fit a row."""
-        texts = [(item["prompt"], item["chosen"], item["rejected"]) for item in self._items("pairs", 3 * n)]
+        items = self._items("pairs", 3 * n, self.SPLITS["pairs"])
+        texts = [(item["prompt"], item["chosen"], item["rejected"]) for item in items]
         return self._fitting(texts, n)
 
     def _fitting(self, texts: list[tuple[str, ...]], n: int) -> list[tuple[list[int], ...]]:
