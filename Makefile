@@ -4,7 +4,9 @@ RUN ?= smoke
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: report test check env env-test notebooks protocols lab lock clean-env
+PART ?=
+
+.PHONY: report test bench check env env-test notebooks protocols lab lock clean-env
 
 report: env  ## environment, the smoke run end to end, the HTML report
 	$(BIN)/threefold run --preset smoke
@@ -15,6 +17,9 @@ test: env-test  ## environment, then the checks and the tests
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+bench: env-test  ## ours and each peer by turns; PART="pretrain sft dpo scoring generation smoke" or some of them
+	$(BIN)/python -m benchmarks $(PART)
 
 env: .venv/.installed
 env-test: .venv/.installed-test

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from threefold.config import ModelConfig, load_preset
 from threefold.errors import ConfigError, DataError
 from threefold.model import Decoder, KVCache, parameter_counts
+from threefold.model import decoder as decoder_module
 from threefold.model.decoder import rotary_tables, segment_positions
 from threefold.model.kernels import rms_norm, rotate
 
@@ -50,7 +51,9 @@ def close(a: torch.Tensor, b: torch.Tensor, scale: float = 1e-5) -> None:
 
 
 @variants
-def test_both_kernels_give_the_same_logits_and_gradients(parts):
+@pytest.mark.parametrize("split_from", [4, 1000], ids=["in halves", "at once"])
+def test_both_kernels_give_the_same_logits_and_gradients(parts, split_from, monkeypatch):
+    monkeypatch.setattr(decoder_module, "SPLIT_FROM", split_from)
     segments = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 3, -1], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
     results = []
     for attention in ("sdpa", "explicit"):

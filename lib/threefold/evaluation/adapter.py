@@ -26,6 +26,7 @@ from torch import Tensor
 from threefold.config import ExternalConfig, ModelConfig
 from threefold.data.tokenizer import load_tokenizer, tokenizer_hash
 from threefold.errors import CheckpointError, EvaluationError, SourceError
+from threefold.memory import keep_freed_memory
 from threefold.model import hf
 from threefold.model.decoder import Decoder, KVCache
 from threefold.model.generation import generate as generate_ids
@@ -196,6 +197,7 @@ class LanguageModel:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        keep_freed_memory()
         if not getattr(self.tokenizer, "is_fast", False):
             raise EvaluationError(f"{self.name}: its tokenizer gives no character offsets (a fast tokenizer is needed)")
         if self.tokenizer.eos_token_id is None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from threefold.config import TrainConfig
 from threefold.data.packing import PackedRows, PairedRows
 from threefold.errors import DISK_FULL, TrainingError
+from threefold.memory import keep_freed_memory
 from threefold.training import distributed
 from threefold.training import optimizers as optim
 from threefold.training.distributed import Workers
@@ -218,6 +219,7 @@ class _Training:
         self.note = (many if self.workers.size > 1 else "") + self.numerics.note
 
     def run(self) -> TrainResult:
+        keep_freed_memory()
         device = self.numerics.device
         self.objective.to(device)
         self.evaluator.to(device)

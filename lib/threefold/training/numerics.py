@@ -1,7 +1,8 @@
 """Which device, number format and compiler a stage uses, and one line that says so.
 
-bf16 is chosen only where the hardware multiplies it fast: NVIDIA GPUs that have it, CPUs with AMX. Elsewhere it is
-emulated and slower than fp32.
+bf16 is chosen only where the hardware multiplies it fast: NVIDIA GPUs that have it, CPUs with AMX or AVX512-BF16.
+Elsewhere it is emulated and slower than fp32. Flags decide and not a probe: a run on a busy machine must take the same
+steps as one on an idle one.
 """
 
 import os
@@ -56,7 +57,9 @@ def pick_device(device: str | None = None) -> str:
 def _fast_bf16(kind: str) -> bool:
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return kind == "cpu" and torch.cpu._is_amx_tile_supported()
+    # Measured on two Zen 4 cores with AVX512-BF16 and no AMX: a step of 0.5M and of 4M parameters takes 0.7 and 0.63 of
+    # its fp32 time, Muon's iteration half.
+    return kind == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def fast_bf16(device: str | torch.device) -> bool:

@@ -1,0 +1,160 @@
+"""Evaluation: few-shot scoring and batched generation, ours and what transformers and lm-eval do with the same weights.
+
+In fp32, so that answers can be compared: labels' log-likelihoods of the same prompts, and greedy tokens one for one.
+"""
+
+import time
+
+import torch
+from threefold.evaluation import LanguageModel, sentiment
+from threefold.model import generate, to_transformers
+
+from benchmarks.world import World
+
+BATCH = 32
+
+Times = dict[str, tuple[float, float]]
+
+
+class _Scoring:
+    """Few-shot sentiment: every item's prompt holds the same demonstrations, and both labels are scored after it."""
+
+    def __init__(self, world: World):
+        self.world, self.tokenizer = world, world.tokenizer
+        self.items, pool = world.sentiment()
+        template = sentiment.TEMPLATES[0]
+        self.shown = sentiment.draw(pool, world.size.shots, 0, 0)
+        head = "".join(template.demonstration(item) + template.separator for item in self.shown)
+        self.requests = []
+        for item in self.items:
+            prompt = head + template.text(item["sentence"])
+            context = self._ids(prompt)
+            for label in template.labels:
+                whole = self._ids(f"{prompt} {label}")
+                self.requests.append(([*world.sinks, *context], whole[len(context) :]))
+        longest = max(len(context) + len(target) - 1 for context, target in self.requests)
+        if longest > world.size.model.context:
+            raise SystemExit(f"a prompt of {longest} tokens does not fit {world.size.model.context}: fewer shots")
+        tokens = sum(len(context) for context, _ in self.requests) / len(self.requests)
+        self.settings = {"precision": "fp32", "tokens a prompt": round(tokens), "items": len(self.items)}
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def score(self) -> list[float]:
+        raise NotImplementedError
+
+    def check(self) -> dict[str, list[float]]:
+        return {"log-likelihoods": self.score()}
+
+    def round(self) -> Times:
+        begun = time.perf_counter()
+        self.score()
+        return {"score": (len(self.items), time.perf_counter() - begun)}
+
+
+class OurScoring(_Scoring):
+    def __init__(self, world: World):
+        super().__init__(world)
+        self.model = LanguageModel.from_model(world.model(), world.tokenizer, "ours", "")
+
+    def score(self) -> list[float]:
+        return [span.sum for span in self.model.loglikelihoods(self.requests)]
+
+
+class TransformersScoring(_Scoring):
+    """Rows sorted by length, padded right, in batches; logits only where a label is."""
+
+    def __init__(self, world: World):
+        super().__init__(world)
+        self.model = to_transformers(world.model()).eval()
+        self.settings["batch"] = BATCH
+
+    @torch.inference_mode()
+    def score(self) -> list[float]:
+        order = sorted(range(len(self.requests)), key=lambda i: -sum(map(len, self.requests[i])))
+        found = [0.0] * len(order)
+        for start in range(0, len(order), BATCH):
+            batch = [self.requests[i] for i in order[start : start + BATCH]]
+            rows = [[*context, *target[:-1]] for context, target in batch]
+            width = max(map(len, rows))
+            tokens_BT, mask_BT = torch.zeros(2, len(rows), width, dtype=torch.long)
+            for row, ids in enumerate(rows):
+                tokens_BT[row, : len(ids)], mask_BT[row, : len(ids)] = torch.tensor(ids), 1
+            first = min(len(context) - 1 for context, _ in batch)
+            out = self.model(tokens_BT, attention_mask=mask_BT, use_cache=False, logits_to_keep=width - first)
+            for row, (context, target) in enumerate(batch):
+                at = len(context) - 1 - first
+                logp_TV = out.logits[row, at : at + len(target)].log_softmax(-1)
+                found[order[start + row]] = logp_TV.gather(1, torch.tensor(target)[:, None]).sum().item()
+        return found
+
+
+class HarnessScoring(_Scoring):
+    """lm-eval's own scorer on the same token ids."""
+
+    def __init__(self, world: World):
+        from lm_eval.models.huggingface import HFLM
+
+        super().__init__(world)
+        model = to_transformers(world.model()).eval()
+        self.model = HFLM(pretrained=model, tokenizer=world.tokenizer, batch_size=BATCH, device="cpu")
+        self.settings["batch"] = BATCH
+
+    def score(self) -> list[float]:
+        # The strings are keys of its cache only; it does not tokenise again.
+        requests = [((str(i // 2), str(i % 2)), context, target) for i, (context, target) in enumerate(self.requests)]
+        return [total for total, _ in self.model._loglikelihood_tokens(requests, disable_tqdm=True)]
+
+
+class _Generation:
+    """Prompts of several lengths in one batch, greedy, a fixed number of new tokens."""
+
+    def __init__(self, world: World):
+        self.prompts, self.new, self.tokens = world.prompts(), world.size.new_tokens, world.size
+        self.settings = {"precision": "fp32", "prompts": len(self.prompts), "new tokens each": self.new}
+
+    def generate(self) -> list[list[int]]:
+        raise NotImplementedError
+
+    def check(self) -> dict[str, list[float]]:
+        return {"tokens": [float(token) for row in self.generate() for token in row]}
+
+    def round(self) -> Times:
+        begun = time.perf_counter()
+        rows = self.generate()
+        return {"generate": (sum(map(len, rows)), time.perf_counter() - begun)}
+
+
+class OurGeneration(_Generation):
+    def __init__(self, world: World):
+        super().__init__(world)
+        self.model = world.model().eval()
+
+    def generate(self) -> list[list[int]]:
+        return generate(self.model, self.prompts, self.new)
+
+
+class TransformersGeneration(_Generation):
+    def __init__(self, world: World):
+        super().__init__(world)
+        self.model = to_transformers(world.model(), world.tokenizer).eval()
+        self.pad = world.eos
+
+    @torch.inference_mode()
+    def generate(self) -> list[list[int]]:
+        width = max(map(len, self.prompts))
+        tokens_BT = torch.full((len(self.prompts), width), self.pad)
+        mask_BT = torch.zeros_like(tokens_BT)
+        for row, ids in enumerate(self.prompts):
+            tokens_BT[row, width - len(ids) :], mask_BT[row, width - len(ids) :] = torch.tensor(ids), 1
+        out_BT = self.model.generate(
+            tokens_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=self.new,
+            min_new_tokens=None,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=self.pad,
+        )
+        return out_BT[:, width:].tolist()

@@ -1,0 +1,287 @@
+"""Contestants by turns, each in its own process; medians, spreads, ratios; one JSON and one Markdown file a part."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import binom
+from threefold.provenance import atomic_write, git_state, hardware, versions
+
+from benchmarks.parts import OURS, PARTS, Part
+
+PROJECT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "transformers", "trl", "lm_eval", "accelerate")
+
+
+@dataclass(frozen=True)
+class Options:
+    size: str = "7m"
+    data: str = "auto"
+    rounds: int = -1  # -1: the part's own number
+    threads: int = 0  # 0: as many as this process may use cores
+    only: tuple[str, ...] = ()  # contestants whose name holds one of these; ours always runs
+
+
+class Contestant:
+    """A worker process, spoken to line by line."""
+
+    def __init__(self, name: str, target: str, options: Options, threads: int):
+        self.name = name
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in `close`
+        paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", target, str(threads), options.size, options.data],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            cwd=PROJECT,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(paths),
+                "OMP_NUM_THREADS": str(threads),
+                "TOKENIZERS_PARALLELISM": "false",
+                "HF_HUB_OFFLINE": "1",
+            },
+        )
+
+    def ask(self, question: str) -> dict[str, Any]:
+        """Its answer to "check" or "round"; SystemExit with the end of its log if it fell."""
+        try:
+            self.process.stdin.write(question + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self.process.wait()
+            self.log.seek(0)
+            raise SystemExit(f"{self.name} ended with exit code {self.process.returncode}:\n{self.log.read()[-3000:]}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+        self.log.close()
+
+
+def run(name: str, options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure a part. -> what is written to its JSON file."""
+    part = PARTS[name]
+    threads = options.threads or len(os.sched_getaffinity(0))
+    targets = {
+        key: target
+        for key, target in part.contestants.items()
+        if key == OURS or not options.only or any(text in key for text in options.only)
+    }
+    contestants: list[Contestant] = []
+    try:
+        checks, settings = {}, {}
+        for key, target in targets.items():
+            contestants.append(Contestant(key, target, options, threads))
+            answer = contestants[-1].ask("check")
+            checks[key], settings[key] = answer["values"], answer["settings"]
+            say(f"{name}: {key} is ready ({answer['wall']:.0f} s for its check)")
+        agreement = agree(checks, part.tolerance)
+        rounds: list[dict[str, dict[str, list[float]]]] = []
+        warm = {}
+        for number in range((options.rounds if options.rounds > 0 else part.rounds) + 1):
+            answers = {contestant.name: contestant.ask("round") for contestant in contestants}
+            if number == 0:  # compiles, fills caches
+                warm = {key: round(answer["wall"], 2) for key, answer in answers.items()}
+                continue
+            rounds.append({key: answer["measures"] for key, answer in answers.items()})
+            rates = ", ".join(
+                f"{key} {items / s:.4g}" for key, m in rounds[-1].items() for items, s in [next(iter(m.values()))]
+            )
+            say(f"{name}: round {number}: {rates}")
+        for contestant in contestants:  # what a contestant learns of itself in a round, such as its numerics
+            settings[contestant.name] = (
+                contestant.ask("check")["settings"] if contestant.name == OURS else settings[contestant.name]
+            )
+    finally:
+        for contestant in contestants:
+            contestant.close()
+    return {
+        "part": name,
+        "title": part.title,
+        "size": options.size,
+        "data": settings.get("data", options.data),
+        "threads": threads,
+        "hardware": hardware(),
+        "load": [round(value, 2) for value in os.getloadavg()],
+        "versions": {**{k: v for k, v in versions().items() if k in ("python", *PACKAGES)}, **_versions()},
+        "git": git_state(),
+        "agreement": agreement,
+        "settings": settings,
+        "first_round_seconds": warm,
+        "rounds": rounds,
+        **summary(part, rounds, settings),
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def agree(checks: dict[str, dict[str, list[float]]], tolerance: float) -> dict[str, Any]:
+    """Each contestant's check values against ours; SystemExit where one computes something else.
+
+    Differences are relative to the largest of our values of that name; tolerance 0 asks for equality.
+    """
+    ours, differences = checks[OURS], {}
+    for key, values in checks.items():
+        if key == OURS or not values:
+            continue
+        if set(values) != set(ours):
+            raise SystemExit(f"{key} checks {sorted(values)}, ours {sorted(ours)}")
+        for what, mine in ours.items():
+            theirs = values[what]
+            if len(theirs) != len(mine):
+                raise SystemExit(f"{key}: {len(theirs)} values of {what}, ours has {len(mine)}")
+            scale = max(map(abs, mine)) or 1.0
+            difference = max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) / scale
+            if not difference <= tolerance:
+                raise SystemExit(
+                    f"{key} does not compute what ours does: {what} differs by {difference:.2g} of its largest value, "
+                    f"more than {tolerance:g}; nothing is timed"
+                )
+            differences.setdefault(key, {})[what] = difference
+    return {"tolerance": tolerance, "differences": differences}
+
+
+def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float, float]:
+    """(median, low, high, coverage): the narrowest pair of order statistics that covers the median with at least
+    `level`, whatever the distribution; of few values the two extremes, with the coverage that they have."""
+    x = np.sort(np.asarray(values, float))
+    n = len(x)
+    low = 0
+    while 2 * binom.cdf(low + 1, n, 0.5) <= 1 - level and low + 1 < n // 2:
+        low += 1
+    coverage = 1 - 2 * binom.cdf(low, n, 0.5) if n > 1 else 0.0
+    return float(np.median(x)), float(x[low]), float(x[n - 1 - low]), float(coverage)
+
+
+def summary(part: Part, rounds: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    """Rates with quartiles, paired ratios of ours to each peer, and the share of the machine's limit."""
+    rates: dict[str, dict[str, Any]] = {}
+    series: dict[tuple[str, str], np.ndarray] = {}
+    for key in rounds[0]:
+        for measure in rounds[0][key]:
+            each = np.array([items / seconds for items, seconds in (r[key][measure] for r in rounds)])
+            series[key, measure] = each
+            low, middle, high = np.quantile(each, [0.25, 0.5, 0.75])
+            seconds = float(np.median([r[key][measure][1] for r in rounds]))
+            rates.setdefault(key, {})[measure] = {
+                "median": middle, "q25": low, "q75": high, "unit": part.measures[measure], "seconds": seconds,
+            }  # fmt: skip
+    if ("reference" in part.measures) and (OURS, "reference") in series:
+        # One epoch: every pair is in the reference pass once and in training once.
+        for key in rates:
+            if (key, "reference") in series:
+                whole = 1 / (1 / series[key, "train"] + 1 / series[key, "reference"])
+            else:
+                whole = series[key, "train"]  # computes its reference in each step
+            series[key, "train with reference"] = whole
+            low, middle, high = np.quantile(whole, [0.25, 0.5, 0.75])
+            rates[key]["train with reference"] = {"median": middle, "q25": low, "q75": high, "unit": "pairs/s"}
+    ratios = []
+    for (key, measure), theirs in series.items():
+        if key == OURS or key in part.limits or (OURS, measure) not in series:
+            continue
+        value, low, high, coverage = median_interval(series[OURS, measure] / theirs)
+        least = part.least.get((key, measure))
+        found_ratio = {"ratio": value, "low": low, "high": high, "coverage": coverage, "least": least}
+        ratios.append({"peer": key, "measure": measure, **found_ratio})
+    found: dict[str, Any] = {"rates": rates, "ratios": ratios}
+    limits = [key for key in part.limits if key in rates]
+    flops = settings.get(OURS, {}).get("flops_per_token")
+    if limits and flops:
+        found["shares"] = []
+        for key in rates:
+            if (key, "train") not in series:
+                continue
+            for limit in limits:
+                for count, per_token in flops.items():
+                    share = np.median(series[key, "train"] * per_token / 1e9 / series[limit, "matmul"])
+                    found["shares"].append({"contestant": key, "limit": limit, "count": count, "share": float(share)})
+    return found
+
+
+def write(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
+    """`folder/<part>.json` and its table `folder/<part>.md`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    as_json, as_table = folder / f"{result['part']}.json", folder / f"{result['part']}.md"
+    atomic_write(as_json, json.dumps(result, indent=1, default=float) + "\n")
+    atomic_write(as_table, markdown(result))
+    return as_json, as_table
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of a part, with what it was measured on."""
+    machine, git = result["hardware"], result["git"]
+    n = len(result["rounds"])
+    lines = [
+        f"## {result['title']}",
+        "",
+        f"{machine['cpu']}, {result['threads']} threads, {machine['memory_gib']} GiB"
+        + (f", {', '.join(machine['gpu'])}" if machine["gpu"] else ", no GPU")
+        + f"; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}; commit {str(git.get('commit'))[:10]}"
+        + (" with changes" if git.get("dirty") else "")
+        + f"; load average {result['load'][0]} at the end. {n} rounds by turns after one that is not counted; model "
+        f"`{result['size']}`, data `{result['data']}`.",
+        "",
+    ]
+    if result["agreement"]["differences"]:
+        largest = max(max(values.values()) for values in result["agreement"]["differences"].values())
+        lines += [
+            f"Checked first, in fp32: all compute the same, largest relative difference {largest:.1g} (allowed "
+            f"{result['agreement']['tolerance']:g}).",
+            "",
+        ]
+    lines += ["| contestant | measure | median | quartiles | unit | first round, s |", "|---|---|---:|---:|---|---:|"]
+    for key, measures in result["rates"].items():
+        for measure, rate in measures.items():
+            lines.append(
+                f"| {key} | {measure} | {_figure(rate['median'])} | {_figure(rate['q25'])} to {_figure(rate['q75'])} | "
+                f"{rate['unit']} | {result['first_round_seconds'][key]:.0f} |"
+            )
+    if result["ratios"]:
+        lines += ["", "| ours : | measure | ratio | interval of the median | at least |", "|---|---|---:|---:|---:|"]
+        for entry in result["ratios"]:
+            least = "" if entry["least"] is None else f"{entry['least']:g}"
+            lines.append(
+                f"| {entry['peer']} | {entry['measure']} | {entry['ratio']:.2f} | {entry['low']:.2f} to "
+                f"{entry['high']:.2f} ({entry['coverage']:.0%}) | {least} |"
+            )
+    if result.get("shares"):
+        lines += ["", "| share of the limit | limit | FLOPs counted | share |", "|---|---|---|---:|"]
+        for entry in result["shares"]:
+            lines.append(f"| {entry['contestant']} | {entry['limit']} | {entry['count']} | {entry['share']:.0%} |")
+    note = result["settings"].get(OURS, {})
+    lines += ["", "Ours: " + "; ".join(f"{key} {value}" for key, value in note.items()) + ".", ""]
+    return "\n".join(lines)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

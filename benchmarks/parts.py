@@ -1,0 +1,89 @@
+"""What is compared: each part's contestants by name, ours first, and what the project holds itself to."""
+
+from dataclasses import dataclass, field
+
+OURS = "threefold"
+
+
+@dataclass(frozen=True)
+class Part:
+    """contestants: name -> "module:class" under `benchmarks`, made in a process of its own.
+
+    measures: what one round times, by name, and its unit. least: the ratio that ours : a contestant must reach, by
+    (contestant, measure). tolerance: relative, of what all contestants must agree on before anything is timed.
+    """
+
+    title: str
+    contestants: dict[str, str]
+    measures: dict[str, str]
+    rounds: int
+    least: dict[tuple[str, str], float] = field(default_factory=dict)
+    tolerance: float = 1e-4
+    limits: tuple[str, ...] = ()  # contestants that are the machine's limit, no peers
+
+
+EAGER, COMPILED = "transformers, bf16", "transformers, bf16, compiled"
+TRL = "TRL, bf16, no recompute"
+
+PARTS = {
+    "pretrain": Part(
+        "Pretraining",
+        {
+            OURS: "training:OurPretraining",
+            EAGER: "training:PlainLoop",
+            COMPILED: "training:CompiledLoop",
+            "transformers Trainer, bf16": "training:TransformersTrainer",
+            "matmul, bf16": "limit:HalfMatmul",
+            "matmul, fp32": "limit:SingleMatmul",
+        },
+        {"train": "tokens/s", "matmul": "GFLOP/s"},
+        rounds=9,
+        least={(EAGER, "train"): 1.8, (COMPILED, "train"): 1.35},
+        limits=("matmul, bf16", "matmul, fp32"),
+    ),
+    "sft": Part(
+        "Supervised fine-tuning",
+        {
+            OURS: "training:OurFineTuning",
+            TRL: "training:TrlFineTuning",
+            f"{TRL}, grouped by length": "training:TrlFineTuningGrouped",
+            "TRL, its defaults": "training:TrlFineTuningDefault",
+        },
+        {"train": "examples/s"},
+        rounds=7,
+        least={(TRL, "train"): 4.0},
+    ),
+    "dpo": Part(
+        "Direct preference optimisation",
+        {
+            OURS: "training:OurPreferences",
+            f"{TRL}, precomputed reference": "training:TrlPreferences",
+            "TRL, its defaults": "training:TrlPreferencesDefault",
+        },
+        {"train": "pairs/s", "reference": "pairs/s"},
+        rounds=7,
+        least={(f"{TRL}, precomputed reference", "train"): 4.0},
+        tolerance=2e-4,
+    ),
+    "scoring": Part(
+        "Few-shot scoring",
+        {
+            OURS: "evaluation:OurScoring",
+            "transformers, batched": "evaluation:TransformersScoring",
+            "lm-eval": "evaluation:HarnessScoring",
+        },
+        {"score": "examples/s"},
+        rounds=7,
+        least={("transformers, batched", "score"): 5.0},
+        tolerance=1e-3,
+    ),
+    "generation": Part(
+        "Batched generation",
+        {OURS: "evaluation:OurGeneration", "transformers generate": "evaluation:TransformersGeneration"},
+        {"generate": "tokens/s"},
+        rounds=7,
+        least={("transformers generate", "generate"): 2.0},
+        tolerance=0.0,
+    ),
+    "smoke": Part("The whole smoke run", {OURS: "smoke:SmokeRun"}, {"run": "runs/s"}, rounds=1),
+}

@@ -1,0 +1,22 @@
+"""The C library's allocator, told to keep what it freed."""
+
+import ctypes
+import platform
+from functools import lru_cache
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+
+
+@lru_cache
+def keep_freed_memory() -> bool:
+    """Have large blocks reused instead of given back to the system; returns whether the C library can (glibc).
+
+    By default glibc maps every block of some MiB anew, and the system clears its pages one fault at a time: a step of
+    training pays for its activations with 10-20% of its time (two cores, 7M parameters, 4096 positions, bf16). The
+    process keeps what its largest step needed; results do not change.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    library = ctypes.CDLL(None)
+    settings = ((_MMAP_THRESHOLD, 1 << 30), (_TRIM_THRESHOLD, (1 << 31) - 1), (_TOP_PAD, 64 << 20))
+    return all(library.mallopt(option, value) == 1 for option, value in settings)
