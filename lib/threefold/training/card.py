@@ -76,9 +76,9 @@ compared, and is meant for nothing else: it is small, states falsehoods, and was
 ## Training
 
 {records.table(trained)}
-The last row is this model. Tokens are those trained on, without padding and sinks. Fingerprint of the stage (configuration,
-code, data, parents, versions, seed): `{lineage[-1]["fingerprint"]["digest"]}`; the rest of its provenance is in
-`{RUN_FILE}` where the stage left it.
+The last row is this model. Tokens are those trained on, without padding and sinks. Fingerprint of the stage
+(configuration, code, data, parents, versions, seed): `{lineage[-1]["fingerprint"]["digest"]}`; the rest of its
+provenance is in `{RUN_FILE}` where the stage left it.
 
 ## Data and licences
 
