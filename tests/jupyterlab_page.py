@@ -93,27 +93,37 @@ class Page:
         self.call("Emulation.setDeviceMetricsOverride", width=WIDTH, height=HEIGHT, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setFocusEmulationEnabled", enabled=True)
         self.call("Page.navigate", url=address)
-        ready = "!!window.jupyterapp && !!document.querySelector('.jp-Notebook .jp-CodeCell')"
+        self._settle()
+
+    def _settle(self) -> None:
+        """Waits until the notebook is there and its session has a kernel."""
+        panel = "[...(window.jupyterapp?.shell.widgets('main') ?? [])].find(one => one.sessionContext)"
+        ready = f"(one => !!one && one.context.isReady && one.sessionContext.isReady)({panel})"
         until("JupyterLab with the notebook", lambda: self.run(ready), 90)
         status = "document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status"
         until("a kernel", lambda: self.run(status) == "idle", 60)
+        time.sleep(1)
 
     def run_all(self) -> None:
-        """Runs all cells, and again where JupyterLab was still making itself ready: then cells are left out, or their
-        controls never come. Raises TimeoutError."""
+        """Runs all cells, and again in the page loaded anew where JupyterLab was still making itself ready: cells are
+        then left out, or their controls never come. Raises TimeoutError."""
         last = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].pop().textContent"
         loading = "document.querySelector('.jp-Notebook').innerText.includes('Loading widget')"
-        for _attempt in range(3):
-            self.run("window.ended = false")
+        for attempt in range(3):
+            if attempt:
+                self.run("jupyterapp.commands.execute('docmanager:save')")
+                self.call("Page.reload")
+                time.sleep(1)
+                self._settle()
             self.run("void jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ended = true })")
-            until("all cells", lambda: self.run("window.ended"), 120)
+            until("all cells", lambda: self.run("window.ended === true"), 120)
             if self.errors():
                 return
             if any(char.isdigit() for char in self.run(last)):
                 with contextlib.suppress(TimeoutError):
                     until("the controls", lambda: not self.run(loading), 8)
                     return
-            time.sleep(2)
+            print(f"attempt {attempt + 1}: cells or controls did not come")
         raise TimeoutError("JupyterLab did not run the cells with their controls")
 
     def cell(self, source: str) -> str:
