@@ -48,11 +48,8 @@ def open_run(name: str = "smoke", data_dir: str = "") -> Run:
 
 def trainings(run: Run) -> list[str]:
     """The stages that train a model in this run's preset, replicates included."""
-    return [
-        name
-        for name in stages.steps(run.preset)
-        if name not in ("data", "ablations", "compare") and not name.startswith("evaluate-")
-    ]
+    models = set(stages.TRAINS) - {"ablations"}
+    return [name for name in stages.steps(run.preset) if config.replicate_of(name)[0] in models]
 
 
 def chosen(run: Run, names: str | Iterable[str]) -> list[str]:
