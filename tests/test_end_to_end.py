@@ -73,6 +73,7 @@ def test_every_stage_left_a_checkpoint_or_results_and_an_executed_notebook(run):
         assert facts["tokens"] > 0
         assert facts["weights_sha256"] == facts["outputs"]["model.safetensors"]
         assert (run / stage / "metrics.jsonl").stat().st_size > 0
+        assert facts["weights_sha256"] in (run / stage / "README.md").read_text(encoding="utf-8")
     assert len(list((run / "notebooks").glob("*.ipynb"))) == STAGES
     assert not list((run / "notebooks").glob("*.failed.ipynb"))
 

@@ -7,19 +7,21 @@ from pathlib import Path
 
 import lm_eval
 import pytest
+import torch
 from datasets import disable_progress_bars
-from evaluation_world import article, gpt2, gpt2_style_tokenizer, llama, real_data, text, tokenizer
+from evaluation_world import article, gpt2, gpt2_style_tokenizer, llama, model_config, real_data, text, tokenizer
 from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from threefold import paths
 from threefold.config import SourceConfig
 from threefold.data import sources
 from threefold.errors import SourceError
 from threefold.evaluation import LanguageModel, perplexity, problems, sentiment
 from threefold.evaluation.results import Scoring
-from threefold.model.hf import to_transformers
+from threefold.model import Decoder, save_checkpoint, to_transformers
 from threefold.provenance import sha256_file
 
 QUICK = Scoring(batch_tokens=4096, bootstrap=50)
@@ -128,6 +130,37 @@ def test_sst2_as_the_hub_has_it(shots, tmp_path):
     theirs, ours = pair(llama(context=512), tokenizer())
     stored = [{"sentence": row["sentence"], "label": row["label"]} for row in rows]
     check_sst2(theirs, ours, items, stored[:2], shots, tmp_path, stored)
+
+
+def test_the_task_over_the_sample_runs_on_a_checkpoint_folder_as_it_is(tmp_path, monkeypatch):
+    """What the README's `lm_eval` command does, but for lm-eval's own 13,000 tasks: transformers loads
+    the folder, and every item agrees with our protocol."""
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "checkpoint", Decoder(model_config()), tokenizer())
+    monkeypatch.chdir(paths.PROJECT)  # the task's paths are relative to it
+    found = lm_eval.simple_evaluate(
+        "hf",
+        model_args=f"pretrained={tmp_path / 'checkpoint'}",
+        tasks=["sample_sst2"],
+        device="cpu",
+        limit=24,
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(paths.DATA / "lm_eval"), include_defaults=False),
+    )
+    items = sources.load(SourceConfig(source="sample-sentiment", split="validation", max_examples=24))
+    ours = LanguageModel.from_checkpoint(tmp_path / "checkpoint", "tiny")
+    got = sentiment.zero_shot(ours, items, templates=1, source="sample", scoring=QUICK)
+    assert got.metrics["accuracy"]["value"] == pytest.approx(found["results"]["sample_sst2"]["acc,none"])
+    for row, sample in zip(got.items.itertuples(), found["samples"]["sample_sst2"], strict=True):
+        scores = tuple(float(response[0][0]) for response in sample["resps"])
+        assert (row.logp_negative, row.logp_positive) == pytest.approx(scores, abs=2e-3)
+
+
+def test_the_task_over_the_sample_is_lm_evals_own():
+    """Only its name and its data differ."""
+    own, theirs = load_yaml(paths.DATA / "lm_eval" / "sample_sst2.yaml"), load_yaml(TASKS / "glue/sst2/default.yaml")
+    where = ("task", "tag", "dataset_path", "dataset_name", "dataset_kwargs")
+    assert {k: v for k, v in own.items() if k not in where} == {k: v for k, v in theirs.items() if k not in where}
 
 
 class Given(LM):

@@ -228,6 +228,16 @@ class Run:
         return self.notebook(stage_notebook(stage).executed)
 
 
+def data_dir_of(run: str, given: str = "") -> str:
+    """The data folder to open a run with: as given, else $THREEFOLD_DATA (`Run.open` reads it), else the one the run
+    was made with."""
+    if given or os.environ.get("THREEFOLD_DATA"):
+        return given
+    note = paths.RUNS / run / ".data_dir"
+    kept = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+    return kept if kept and Path(kept).is_dir() else ""
+
+
 def replicate_folder(run: Path, replicate: int) -> Path:
     """Where the stages of a replicate lie in a run's folder; the first's lie in the run itself."""
     return run if replicate == 1 else run / "seeds" / str(replicate)

@@ -44,7 +44,7 @@ from threefold import records
 from threefold.model import parameter_counts
 from threefold.run import open_stage
 from threefold.stages import fingerprint
-from threefold.training import curve, prepare, train_stage
+from threefold.training import curve, prepare, train_stage, write_card
 
 stage = open_stage("pretrain", globals())
 inputs = prepare(stage)
@@ -101,7 +101,11 @@ records.publish(
     text=f"Training and held-out loss of {stage.name} against tokens; the held-out loss ends at {result.heldout_loss:.3f} nats per token.",
 )
 
+# %% [markdown]
+# The model card says in the checkpoint's folder what this is, and under which licences it was trained.
+
 # %%
+write_card(stage, result)
 records.publish(
     f"stage/{stage.name}",
     stage.finish(tokens=result.tokens, device_seconds=result.seconds, training=asdict(result)),

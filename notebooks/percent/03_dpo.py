@@ -42,7 +42,7 @@ import matplotlib.pyplot as plt
 from threefold import records
 from threefold.run import open_stage
 from threefold.stages import fingerprint
-from threefold.training import curve, prepare, train_stage
+from threefold.training import curve, prepare, train_stage, write_card
 
 stage = open_stage("dpo", globals())
 inputs = prepare(stage)
@@ -85,7 +85,11 @@ records.publish(
     text=f"DPO loss against tokens; on held-out pairs it ends at {result.heldout_loss:.3f} nats per pair.",
 )
 
+# %% [markdown]
+# The model card says in the checkpoint's folder what this is, and under which licences it was trained.
+
 # %%
+write_card(stage, result)
 records.publish(
     f"stage/{stage.name}",
     stage.finish(tokens=result.tokens, device_seconds=result.seconds, training=asdict(result)),

@@ -12,90 +12,75 @@
 # %% [markdown]
 # # Explore
 #
-# The stages of a run side by side, on a prompt of your own. Change a cell, run it again; nothing here is published or hashed.
+# A run looked at by hand: what its stages say to a prompt of yours, how they learned, where they look, which items one has
+# right and another wrong. Nothing here is published or hashed, and nothing is written.
+#
+# Under each heading is one call. Its first word, `show`, puts controls above the view; without them, or in a script,
+# `view.continuations(opened, stages, prompt)` is the same view as a plain value. What a run does not have is said where it
+# would stand, with the command that makes it.
 
 # %% tags=["parameters"]
-preset = "smoke"
-run = ""  # default: the preset's name
-data_dir = ""
-overrides = ""
+run = "smoke"  # its name in the runs folder
+stages = "pretrain, sft, dpo"  # or gpt2, distilgpt2, sft-seed2, ...
+prompt = "The old miller"
+first, second = "sft", "dpo"  # the two models whose items are compared
+data_dir = ""  # where the texts of items are read; default: $THREEFOLD_DATA, then what the run was made with
+controls = True  # False: no widgets, plain outputs
 
 # %%
-import matplotlib.pyplot as plt
-import pandas as pd
-import torch
-from threefold.data.tokenizer import load_tokenizer
-from threefold.model import generate, load_checkpoint
-from threefold.run import Run
-from threefold.training import curve
+from threefold.explore import Show, open_run, view
 
-opened = Run.open(preset, run, overrides, data_dir, create=False)
-stages = [name for name in ("gpt2", "distilgpt2", "pretrain", "sft", "dpo") if opened.finished(name)]
-if not stages:
-    opened.require("pretrain")  # says which notebook makes it
-models = {name: load_checkpoint(opened.intact(name)) for name in stages}
-tokenizers = {name: load_tokenizer(opened.stage_folder(name)) for name in stages}
-print(f"run {opened.name}: {', '.join(stages)}")
+opened = open_run(run, data_dir)
+show = Show(opened, controls)
+view.overview(opened)
 
 # %% [markdown]
 # ## One prompt, every stage
 #
-# Greedy continuations; set `temperature` for sampled ones.
+# Each token stands on the colour of its probability, in the prompt too: there it says how far the model expected what you
+# typed. The table lists what else was likely at new token number `at`. With `form` on `instruction` the prompt is put as
+# the examples of SFT were.
 
 # %%
-prompt = "The old miller"
-new_tokens = 32
-temperature = 0.0
-
-
-def ids(name, text):
-    """The prompt as the model was trained to read it: its tokenizer puts the sink in front."""
-    return tokenizers[name](text)["input_ids"] or [tokenizers[name].bos_token_id]
-
-
-def continuation(name):
-    tokenizer = tokenizers[name]
-    generator = torch.Generator().manual_seed(0)
-    (new,) = generate(
-        models[name],
-        [ids(name, prompt)],
-        new_tokens,
-        temperature=temperature,
-        eos_id=tokenizer.eos_token_id,
-        generator=generator,
-    )
-    return tokenizer.decode(new)
-
-
-for name in stages:
-    print(f"{name:>10}: {prompt}{continuation(name)!r}")
-
-# %% [markdown]
-# ## What comes next
-#
-# The most probable next tokens after the prompt.
-
-# %%
-columns = {}
-for name in stages:
-    with torch.no_grad():
-        logits_V = models[name](torch.tensor([ids(name, prompt)]))[0, -1]
-    best = torch.softmax(logits_V, dim=-1).topk(8)
-    columns[name] = [
-        f"{tokenizers[name].decode([token])!r} {share:.1%}"
-        for token, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
-pd.DataFrame(columns)
+show(view.continuations, stages=stages, prompt=prompt)
 
 # %% [markdown]
 # ## Loss curves
+#
+# Drag the ends of `span` to zoom: the vertical axis follows. A stage that is training now is drawn as far as it has come;
+# run the cell again to see more of it.
 
 # %%
-figure, axes = plt.subplots(1, len(stages), figsize=(3.2 * len(stages), 2.8), squeeze=False)
-for panel, name in zip(axes[0], stages, strict=True):
-    history = curve(opened.stage_folder(name))
-    panel.plot(history["tokens"], history["loss"], linewidth=0.8)
-    panel.plot(history["heldout"]["tokens"], history["heldout"]["loss"], "o-")
-    panel.set(title=name, xlabel="tokens")
-axes[0][0].set_ylabel("loss (nats)")
-figure.tight_layout()
+show(view.losses, stages=stages)
+
+# %% [markdown]
+# ## Attention and the sink
+#
+# Rows look at columns, on a logarithmic scale; the first column is the sink. On the right is each head's share of attention
+# on it. Layers and heads count from 1, and 0 is the mean over all of them. The share needs some text: the longer the prompt,
+# the less an even spread would leave for one token.
+
+# %%
+show(
+    view.attention,
+    stage=second,
+    prompt=prompt + " walked along the river to the market, because the baker wanted flour for the bread of the town.",
+)
+
+# %% [markdown]
+# ## Items: wins and losses
+#
+# What one model has right and the other wrong, with the texts. The p-value is that of this pair on this protocol alone;
+# notebook 06 adjusts for all the comparisons that the report makes.
+
+# %%
+show(view.items, first=first, second=second)
+
+# %% [markdown]
+# ## Preference margins
+#
+# How much likelier the chosen reply is than the rejected one, pair by pair, and the pairs at one end. `reward` is the same
+# against the SFT checkpoint, as DPO's objective has it: what training moved.
+
+# %%
+show(view.preferences, models=(first, second))

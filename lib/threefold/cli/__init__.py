@@ -189,10 +189,10 @@ def _say(line: str) -> None:
 def _open(name: str, data_dir: str = ""):
     """A run that exists, as it was last configured."""
     from threefold.cli import disk
-    from threefold.run import Run
+    from threefold.run import Run, data_dir_of
 
     disk.folder(name)
-    return Run.open("", name, data_dir=_data_dir(name, data_dir), create=False)
+    return Run.open("", name, data_dir=data_dir_of(name, data_dir), create=False)
 
 
 def _intact(name: str, data_dir: str = ""):
@@ -208,21 +208,10 @@ def _intact(name: str, data_dir: str = ""):
     return run
 
 
-def _data_dir(run: str, given: str) -> str:
-    """The data folder: as given, else $THREEFOLD_DATA (Run.open reads it), else the one the run was made with."""
-    from threefold import paths
-
-    if given or os.environ.get("THREEFOLD_DATA"):
-        return given
-    note = paths.RUNS / run / ".data_dir"
-    kept = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
-    return kept if kept and Path(kept).is_dir() else ""
-
-
 def _run(options: argparse.Namespace) -> int:
     from threefold import config, paths, provenance, stages
     from threefold.pipeline import executor
-    from threefold.run import Run
+    from threefold.run import Run, data_dir_of
 
     if options.run:
         config.check_name(options.run, "run")
@@ -231,7 +220,7 @@ def _run(options: argparse.Namespace) -> int:
         preset = "smoke"
     name = options.run or config.load_preset(preset, options.set).name
     arguments = {"preset": preset, "run": options.run, "overrides": options.set}
-    given = _data_dir(name, options.data_dir)
+    given = data_dir_of(name, options.data_dir)
     look = Run.open(**arguments, data_dir=given, create=False)
     selected = None
     if options.only:

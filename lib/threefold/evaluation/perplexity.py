@@ -38,6 +38,12 @@ def running_text(documents: Sequence[str], wikitext: bool = True) -> tuple[str, 
     return "\n\n".join(row for rows_of_document in rows for row in rows_of_document), starts
 
 
+def first_lines(documents: Sequence[str], wikitext: bool = True, count: int = LINES) -> list[str]:
+    """The first lines that are not blank; those of WikiText are the rows of the hub's form."""
+    rows = [row for document in documents for row in (hub_rows(document) if wikitext else document.split("\n"))]
+    return [row for row in rows if row.strip()][:count]
+
+
 def pages(document: str, last: bool = False) -> list[str]:
     """The pages of `EleutherAI/wikitext_document_level` in an article: mostly one.
 
@@ -226,8 +232,7 @@ def lines(
     - Reproduces: 40.64 of GPT-2 124M on WikiText-2 raw validation.
     """
     name = f"{source}/lines-{count}"
-    rows = [row for document in documents for row in (hub_rows(document) if wikitext else document.split("\n"))]
-    rows = [row for row in rows if row.strip()][:count]
+    rows = first_lines(documents, wikitext, count)
     if not rows:
         raise EvaluationError(f"{name}: the text is empty")
     prefix = model.prefix_ids

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CARD = "README.md"  # the model card
 OWN = "ThreefoldDecoder"
 LLAMA, QWEN3, GPT2 = "LlamaForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel"
 LARGEST = 2**31 - 1  # of any size in a config.json: products of two fit into torch's 64 bits
@@ -588,8 +589,9 @@ def _must_be_standard(config: ModelConfig, what: str) -> None:
 def export(source: str | Path, destination: str | Path) -> str:
     """Write a checkpoint as a folder any Hugging Face tool loads, and check it: transformers' logits must equal ours.
 
-    Returns the class. Only weights, configuration and tokenizer are written, in fp32. CheckpointError: a mixture that
-    no standard class holds (with the reason), a destination that is not empty, or an export whose logits differ.
+    Returns the class. Only weights, in fp32, configuration, tokenizer and model card are written. CheckpointError: a
+    mixture that no standard class holds (with the reason), a destination that is not empty, or an export whose logits
+    differ.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -601,6 +603,8 @@ def export(source: str | Path, destination: str | Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     with atomic_folder(destination) as folder:
         save_checkpoint(folder, model, tokenizer)
+        if (source / CARD).is_file():
+            atomic_write(folder / CARD, (source / CARD).read_bytes())
         standard = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
         _check_equal(model, standard, str(destination))
     return architecture(model.config)

@@ -1,5 +1,6 @@
 """Training: one loop, three objectives, two optimizers; `stages` holds what the notebooks call."""
 
+from threefold.training.card import write_card
 from threefold.training.loop import TrainResult, held_out_loss, reference_logprobs, train
 from threefold.training.objectives import Distillation, Loss, NextToken, Objective, Preference
 from threefold.training.stages import Inputs, Trained, distil, dpo, half_depth, prepare, pretrain, sft, train_stage
@@ -46,4 +47,5 @@ __all__ = [
     "train",
     "train_stage",
     "variant_configs",
+    "write_card",
 ]

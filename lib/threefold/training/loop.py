@@ -25,6 +25,7 @@ from threefold.training.distributed import Workers
 from threefold.training.feed import Feed
 from threefold.training.numerics import Numerics, choose
 from threefold.training.objectives import HiddenStates, NextToken, Objective, Work, sequence_logprobs
+from threefold.training.progress import Console
 from threefold.training.state import (
     STATE,
     Metrics,
@@ -39,7 +40,6 @@ Progress = Callable[[str], None]
 
 CHECKPOINT_SECONDS = 60.0  # between resumable states, where the config leaves it open
 FLUSH_SECONDS = 2.0  # between metrics on a GPU: each time the host waits for it
-PROGRESS_SECONDS = 10.0  # between messages, at least; they get rarer in a long training
 # Neither changes what is trained, so a training may be resumed with other values of these.
 _NOT_IDENTITY = ("precision", "compile", "shard", "checkpoint_every", "evaluate_every")
 
@@ -95,7 +95,7 @@ def train(
         heldout: rows whose loss is taken before the first step, every `evaluate_every` steps and after the last.
         replay: pretraining rows of which `config.replay` of each batch is made (SFT).
         device: "cpu" or "cuda"; default the GPU if there is one.
-        progress: takes a line of text now and then; default print.
+        progress: takes a line of text now and then; default: as `progress.Console` prints.
         name: of the stage, for messages.
 
     Raises:
@@ -207,7 +207,7 @@ class _Training:
         self.model, self.objective, self.config = model, objective, config
         self.folder, self.heldout, self.name = folder, heldout, name
         self.workers: Workers = distributed.current()
-        self.say = (progress or _print) if self.workers.first else _silent
+        self.say = Console(progress if self.workers.first else _silent)
         self.feed = Feed(rows, config, seed, replay, self.workers.rank, self.workers.size)
         self.n_parameters = sum(p.numel() for p in model.parameters())
         self.numerics = choose(config, self.n_parameters, self.feed.positions, device)
@@ -247,10 +247,10 @@ class _Training:
                 "the same command goes on from there"
             ) from error
         finally:
+            self.say.close()
             with contextlib.suppress(OSError):  # of a disk that is full; what is to be said of it was
                 if self.metrics:
                     self.metrics.close()
-                self.metrics.close()
             self.model.train(was_training)
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
@@ -282,7 +282,7 @@ class _Training:
         if self.heldout is not None and not state.heldout:
             self._evaluate()
         begun = self.mark = self.saved_at = time.perf_counter()
-        first_step, next_message, every = state.step, begun + PROGRESS_SECONDS / 2, self.config.evaluate_every
+        first_step, next_state, every = state.step, begun + self.say.pause(0) / 2, self.config.evaluate_every
         for batches, rows in self.feed.run(state.step):
             values = self._step(batches, rows)
             state.step += 1
@@ -296,11 +296,12 @@ class _Training:
             if self._checkpoint_due():
                 self._flush()
                 self._save()
-            if now >= next_message and state.step < steps:
+            if now >= next_state and state.step < steps:
                 self._flush()
                 left = (now - begun) / (state.step - first_step) * (steps - state.step)
-                self.say(f"{self.name} {state.step}/{steps}: {self.latest}, {_duration(left)} left")
-                next_message = now + max(PROGRESS_SECONDS, (now - begun) / 10)
+                told = f"{self.name} {state.step}/{steps}: {self.latest}, {_duration(left)} left"
+                self.say.state(told, state.step / steps)
+                next_state = now + self.say.pause(now - begun)
 
     def _step(self, batches: list, rows: list[int]) -> tuple[dict[str, Any], list[int], Tensor]:
         """One update. -> what the host knows of it, its rows, and on the device its loss, gradient norm and metrics."""
@@ -543,10 +544,6 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _print(message: str) -> None:
-    print(message, flush=True)
 
 
 def _silent(message: str) -> None:
