@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from threefold import cli, config, paths
 from threefold.cli import tensorboard
-from threefold.errors import MissingInput, RecordError
+from threefold.errors import MissingInput, TrainingError
 from threefold.run import Run
 
 LINES = [
@@ -82,8 +82,8 @@ def test_a_second_export_replaces_the_first(run):
 def test_a_damaged_line_names_the_file_and_leaves_the_export_that_was_there(run):
     tensorboard.export(run, FakeWriter)
     with open(run.partial_folder("sft") / "metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "lo')
-    with pytest.raises(RecordError, match=r"run mine: \.sft\.partial/metrics\.jsonl has a line that is no JSON"):
+        file.write('{"step": 3, "lo\n')
+    with pytest.raises(TrainingError, match=r"\.sft\.partial/metrics\.jsonl:7: not JSON"):
         tensorboard.export(run, FakeWriter)
     assert (run.path / "tensorboard" / "sft" / "events.json").exists()
 

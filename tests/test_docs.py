@@ -124,7 +124,7 @@ def project(tmp_path_factory):
     assert config.from_toml(folder / "lib" / "threefold" / "presets" / "smoke.toml").seeds == 1
     tools = folder.parent / "bin"
     tools.mkdir()
-    (tools / "threefold").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m threefold.cli "$@"\n')
+    (tools / "threefold").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m threefold "$@"\n')
     (tools / "threefold").chmod(0o755)
     return folder
 

@@ -16,7 +16,7 @@ from threefold.run import Run
 
 PROJECT = Path(__file__).parents[1]
 PRESET = PROJECT / "tests" / "presets" / "tiny.toml"
-STAGES = 20  # data, 5 trainings, 6 evaluations, 3 + 3 of the second seed, ablations, compare
+STAGES = 21  # data, 5 trainings, 6 evaluations, 3 + 3 of the second seed, ablations, speed, compare
 
 pytestmark = pytest.mark.slow
 
@@ -261,6 +261,7 @@ def test_what_runs_a_model_refuses_one_changed_byte(copied, capsys, words):
 def test_a_notebook_that_reads_a_checkpoint_refuses_one_changed_byte(copied, notebook):
     changed = flip(copied, "checkpoint")
     model = ["-p", "model", "sft"] if notebook == "04_evaluate" else []
-    done = papermill(copied, notebook, "-p", "preset", str(PRESET), *model)
+    whose = ["-p", "run", "tiny"] if notebook == "explore" else ["-p", "preset", str(PRESET)]
+    done = papermill(copied, notebook, *whose, *model)
     assert done.returncode != 0
     assert f"CheckpointError: {changed.removeprefix('tiny/')} of run tiny is not what the stage wrote" in done.stderr

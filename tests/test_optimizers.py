@@ -27,6 +27,7 @@ def test_muon_equals_torch(monkeypatch, bf16):
     monkeypatch.setattr(optimizers, "fast_bf16", lambda device: bf16)
     ours, theirs = matrices(0), matrices(0)
     settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}
+    assert Muon(matrices(0), fp32=True, **settings).fp32
     mine, torchs = Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
     before = [p.detach().clone() for p in theirs]
     for step in range(5):

@@ -22,7 +22,7 @@ from threefold.training.state import read_metrics
 
 EOS, SINK, VOCABULARY = 0, 1, 37
 TINY = ModelConfig(n_layer=2, d_model=16, n_head=2, d_ff=24, context=24, vocab_size=VOCABULARY)
-SHORT = TrainConfig(steps=4, batch_size=3, optimizer="adamw", evaluate_every=2)
+SHORT = TrainConfig(steps=4, batch_size=3, optimizer="adamw", precision="fp32", evaluate_every=2)
 
 
 def sequences(seed: int, n: int) -> list[list[int]]:

@@ -290,7 +290,7 @@ def _verify(options: argparse.Namespace) -> int:
             kept = f"stage {options.rerun} came out the same, times apart"
         else:
             files, problems = verify(run, say)
-            problems += report.rendered(run)
+            problems = problems or report.rendered(run)  # which reads the notebooks that were just found whole
             kept = f"{files} files are what their run.json says"
     except executor.StageFailed as failure:
         print(f"threefold: {failure}", file=sys.stderr)

@@ -1,13 +1,12 @@
 """A run's metrics.jsonl files as TensorBoard event files."""
 
-import json
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from threefold import provenance, stages
-from threefold.errors import MissingInput, RecordError
+from threefold.errors import MissingInput
 from threefold.run import Run, read_run_file
 
 HELDOUT = "heldout_"
@@ -36,13 +35,13 @@ def export(run: Run, writer: Callable[[str], Writer]) -> Path:
     return the folder; one that was there before is replaced.
 
     Tags: train/loss, train/lr, ..., heldout/loss, ...; the step is the stage's, the time its start plus the seconds of
-    training until then. Raises MissingInput (nothing trained yet), RecordError (a damaged line).
+    training until then. Raises MissingInput (nothing trained yet), TrainingError (a damaged line).
     """
     found = {}
     for stage in stages.steps(run.preset):
         for folder in (run.partial_folder(stage), run.stage_folder(stage)):
             if stage not in found and (folder / "metrics.jsonl").is_file():
-                found[stage] = _read(run, stage, folder)
+                found[stage] = _read(folder)
     if not found:
         raise MissingInput(f"run {run.name} has trained no stage yet: `threefold run --run {run.name}`")
     with provenance.atomic_folder(run.path / "tensorboard") as out:
@@ -68,15 +67,9 @@ def scalars(lines: list[dict[str, Any]]) -> list[tuple[str, float, int, float]]:
     return found
 
 
-def _read(run: Run, stage: str, folder: Path) -> tuple[float, list[dict[str, Any]]]:
+def _read(folder: Path) -> tuple[float, list[dict[str, Any]]]:
     """(when the stage began, in seconds since 1970; its metrics)."""
     from threefold.training import read_metrics  # imports torch
 
     begun = (read_run_file(folder) or {}).get("started")
-    try:
-        return datetime.fromisoformat(begun).timestamp() if begun else 0.0, read_metrics(folder)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        name = (folder / "metrics.jsonl").relative_to(run.path).as_posix()
-        raise RecordError(
-            f"run {run.name}: {name} has a line that is no JSON ({error}); if stage {stage} is at work, try again"
-        ) from error
+    return datetime.fromisoformat(begun).timestamp() if begun else 0.0, read_metrics(folder)

@@ -24,7 +24,13 @@ class Muon(torch.optim.Muon):
 
     Of several workers each orthogonalises its share of the matrices and gets the others' from them. Split matrices are
     put together for it: an update's rows hang on the whole matrix.
+
+    fp32: keep the iteration in fp32 whatever the hardware can do.
     """
+
+    def __init__(self, params: Iterable[nn.Parameter], *, fp32: bool = False, **settings: float):
+        super().__init__(params, **settings)
+        self.fp32 = fp32
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -46,7 +52,7 @@ class Muon(torch.optim.Muon):
             for index, param in enumerate(params):
                 by_shape[param.shape].append(index)
             for shape, indices in by_shape.items():
-                dtype = torch.bfloat16 if fast_bf16(params[0].device) else torch.float32
+                dtype = torch.bfloat16 if not self.fp32 and fast_bf16(params[0].device) else torch.float32
                 stack = torch.stack([distributed.whole(updates[index].to(dtype)) for index in indices])
                 directions = _shared_orthogonalise(stack, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 rate = lr * math.sqrt(max(1, shape[0] / shape[1]))  # an update's size is not to depend on the shape
@@ -118,7 +124,8 @@ def build(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"])
         optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=1e-8, fused=fused))
     if muon and hidden:
-        optimizers.append(Muon(hidden, lr=config.muon_learning_rate, weight_decay=decay, momentum=0.95))
+        settings = {"lr": config.muon_learning_rate, "weight_decay": decay, "momentum": 0.95}
+        optimizers.append(Muon(hidden, fp32=config.precision == "fp32", **settings))
     if not optimizers:
         raise TrainingError("the model has no parameter to train: every one of them is frozen")
     for optimizer in optimizers:
