@@ -4,6 +4,7 @@ In fp32, so that answers can be compared: labels' log-likelihoods of the same pr
 """
 
 import time
+from abc import ABC, abstractmethod
 
 import torch
 from threefold.evaluation import LanguageModel, sentiment
@@ -16,7 +17,7 @@ BATCH = 32
 Times = dict[str, tuple[float, float]]
 
 
-class _Scoring:
+class _Scoring(ABC):
     """Few-shot sentiment: every item's prompt holds the same demonstrations, and both labels are scored after it."""
 
     def __init__(self, world: World):
@@ -41,8 +42,9 @@ class _Scoring:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
+    @abstractmethod
     def score(self) -> list[float]:
-        raise NotImplementedError
+        """The log-likelihood of each label, in the order of the requests."""
 
     def check(self) -> dict[str, list[float]]:
         return {"log-likelihoods": self.score()}
@@ -107,15 +109,16 @@ class HarnessScoring(_Scoring):
         return [total for total, _ in self.model._loglikelihood_tokens(requests, disable_tqdm=True)]
 
 
-class _Generation:
+class _Generation(ABC):
     """Prompts of several lengths in one batch, greedy, a fixed number of new tokens."""
 
     def __init__(self, world: World):
         self.prompts, self.new, self.tokens = world.prompts(), world.size.new_tokens, world.size
         self.settings = {"precision": "fp32", "prompts": len(self.prompts), "new tokens each": self.new}
 
+    @abstractmethod
     def generate(self) -> list[list[int]]:
-        raise NotImplementedError
+        """The new tokens of each prompt."""
 
     def check(self) -> dict[str, list[float]]:
         return {"tokens": [float(token) for row in self.generate() for token in row]}

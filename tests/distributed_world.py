@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared import counting
 from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import pack_documents, pack_examples, pack_pairs
 from threefold.model.decoder import Decoder
@@ -23,16 +24,8 @@ def model(seed: int = 0) -> Decoder:
     return decoder
 
 
-def sequences(seed: int, n: int, low: int, high: int) -> list[list[int]]:
-    """Counting sequences, which a small model learns."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, VOCABULARY - 2, (n,), generator=generator).tolist()
-    lengths = torch.randint(low, high, (n,), generator=generator).tolist()
-    return [[2 + (a + i) % (VOCABULARY - 2) for i in range(m)] for a, m in zip(starts, lengths, strict=True)]
-
-
 def documents(seed: int, n: int):
-    return pack_documents(sequences(seed, n, 2, 40), TINY, EOS, [SINK])
+    return pack_documents(counting(seed, n, 2, 40), TINY, EOS, [SINK])
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -45,14 +38,14 @@ def pretrain(folder: Path, **changes) -> stages.Trained:
 
 
 def sft(folder: Path, **changes) -> stages.Trained:
-    prompts, responses = sequences(3, 40, 1, 8), sequences(4, 40, 1, 9)
+    prompts, responses = counting(3, 40, 1, 8), counting(4, 40, 1, 9)
     rows = pack_examples(list(zip(prompts, responses, strict=True)), TINY, EOS, [SINK])
     config = TrainConfig(steps=20, replay=0.3, **COMMON, **changes)
     return stages.sft(model(1), rows, config, heldout=rows, replay=documents(1, 30), **settings(folder))
 
 
 def preferences():
-    parts = zip(sequences(5, 29, 1, 6), sequences(6, 29, 1, 6), sequences(7, 29, 1, 12), strict=True)
+    parts = zip(counting(5, 29, 1, 6), counting(6, 29, 1, 6), counting(7, 29, 1, 12), strict=True)
     return pack_pairs(list(parts), TINY, EOS, [SINK])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import torch
 from evaluation_world import tokenizer
+from shared import ONE_STEP
 from threefold import paths, provenance, records, stages
 from threefold.config import ModelConfig
 from threefold.evaluation import LanguageModel, evaluate, save_items
@@ -14,7 +15,8 @@ from threefold.model import Decoder, save_checkpoint
 from threefold.pipeline import notebooks
 from threefold.run import Run, open_stage
 
-PRESET = """
+PRESET = (
+    """
 name = "little"
 [model]
 n_layer = 2
@@ -30,16 +32,9 @@ source = "sample-text"
 source = "sample-instructions"
 [[data.dpo]]
 source = "sample-preferences"
-[pretrain]
-steps = 1
-[gpt2]
-steps = 1
-[distilgpt2]
-steps = 1
-[sft]
-steps = 1
-[dpo]
-steps = 1
+"""
+    + ONE_STEP
+    + """
 [evaluation]
 sentiment_shots = [0]
 sentiment_templates = 2
@@ -72,6 +67,7 @@ source = "sample-preferences"
 split = "test"
 max_examples = 12
 """
+)
 MODELS = ("pretrain", "sft")
 SIZES = {"n_layer": 2, "d_model": 32, "n_head": 4, "d_ff": 64, "context": 256, "vocab_size": 384}
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from evaluation_world import tokenizer
 from huggingface_hub import ModelCard
+from shared import ONE_STEP
 from threefold import paths, stages
 from threefold.config import ModelConfig
 from threefold.model import Decoder, export, save_checkpoint
@@ -12,7 +13,8 @@ from threefold.provenance import sha256_file
 from threefold.run import open_stage
 from threefold.training import TrainResult, write_card
 
-PRESET = """
+PRESET = (
+    """
 name = "tiny"
 [model]
 n_layer = 1
@@ -29,17 +31,9 @@ source = "sample-text"
 source = "sample-instructions"
 [[data.dpo]]
 source = "sample-preferences"
-[pretrain]
-steps = 1
-[gpt2]
-steps = 1
-[distilgpt2]
-steps = 1
-[sft]
-steps = 1
-[dpo]
-steps = 1
 """
+    + ONE_STEP
+)
 
 
 @pytest.fixture

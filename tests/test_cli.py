@@ -8,12 +8,14 @@ import sys
 
 import nbformat
 import pytest
+from shared import ONE_STEP, call
 from threefold import cli, paths, records, stages
 from threefold.errors import ReportError
 from threefold.pipeline import notebooks
 from threefold.run import Run, open_stage
 
-PRESET = """
+PRESET = (
+    """
 name = "tiny"
 [model]
 n_layer = 1
@@ -23,17 +25,9 @@ d_ff = 32
 context = 32
 [tokenizer]
 vocab_size = 265
-[pretrain]
-steps = 1
-[gpt2]
-steps = 1
-[distilgpt2]
-steps = 1
-[sft]
-steps = 1
-[dpo]
-steps = 1
 """
+    + ONE_STEP
+)
 
 
 @pytest.fixture
@@ -64,15 +58,6 @@ def make(stage: str, fill=lambda folder: (folder / "x.txt").write_text("x")) -> 
     file.parent.mkdir(exist_ok=True)
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=notebooks.METADATA), file)
     return opened.run
-
-
-def call(capsys, *arguments: str) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr)."""
-    try:
-        status = cli.main(arguments)
-    except SystemExit as left:
-        status = left.code
-    return status, *capsys.readouterr()
 
 
 @pytest.mark.parametrize(

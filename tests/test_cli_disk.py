@@ -5,7 +5,8 @@ import json
 import sys
 
 import pytest
-from threefold import cli, config, paths
+from shared import call
+from threefold import config, paths
 from threefold.cli import disk
 from threefold.pipeline import executor
 from threefold.run import Run
@@ -57,15 +58,6 @@ def write(path, size):
 
 def files(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {".lock"}
-
-
-def call(capsys, *arguments):
-    """(exit status, stdout, stderr)."""
-    try:
-        status = cli.main(arguments)
-    except SystemExit as left:
-        status = left.code
-    return status, *capsys.readouterr()
 
 
 @pytest.mark.parametrize(

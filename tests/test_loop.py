@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from shared import counting
 from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import IGNORE, pack_documents, pack_examples, pack_pairs
 from threefold.errors import ConfigError, DataError, TrainingError
@@ -29,33 +30,25 @@ def model(seed: int = 0, config: ModelConfig = TINY) -> Decoder:
     return decoder
 
 
-def sequences(seed: int, n: int, low: int, high: int) -> list[list[int]]:
-    """Counting sequences, which a small model learns."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, VOCABULARY - 2, (n,), generator=generator).tolist()
-    lengths = torch.randint(low, high, (n,), generator=generator).tolist()
-    return [[2 + (a + i) % (VOCABULARY - 2) for i in range(m)] for a, m in zip(starts, lengths, strict=True)]
-
-
 @pytest.fixture(scope="module")
 def text():
-    return pack_documents(sequences(1, 60, 2, 40), TINY, EOS, [SINK])
+    return pack_documents(counting(1, 60, 2, 40), TINY, EOS, [SINK])
 
 
 @pytest.fixture(scope="module")
 def heldout():
-    return pack_documents(sequences(2, 9, 2, 40), TINY, EOS, [SINK])
+    return pack_documents(counting(2, 9, 2, 40), TINY, EOS, [SINK])
 
 
 @pytest.fixture(scope="module")
 def examples():
-    prompts, responses = sequences(3, 40, 1, 8), sequences(4, 40, 1, 9)
+    prompts, responses = counting(3, 40, 1, 8), counting(4, 40, 1, 9)
     return pack_examples(list(zip(prompts, responses, strict=True)), TINY, EOS, [SINK])
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    parts = zip(sequences(5, 14, 1, 6), sequences(6, 14, 1, 6), sequences(7, 14, 1, 12), strict=True)
+    parts = zip(counting(5, 14, 1, 6), counting(6, 14, 1, 6), counting(7, 14, 1, 12), strict=True)
     return pack_pairs(list(parts), TINY, EOS, [SINK])
 
 

@@ -11,24 +11,18 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from shared import ONE_STEP
 from threefold import paths, provenance, records, stages
 from threefold.errors import ConfigError, MissingInput, RecordError, ThreefoldError
 from threefold.pipeline import cleaning, executor, notebooks, rerun, staleness, verify
 from threefold.run import Run
 
-PRESET = """
+PRESET = (
+    """
 name = "tiny"
-[pretrain]
-steps = 1
-[gpt2]
-steps = 1
-[distilgpt2]
-steps = 1
-[sft]
-steps = 1
-[dpo]
-steps = 1
 """
+    + ONE_STEP
+)
 
 # One notebook stands for all: it opens the stage, hands on what its parents made, and publishes run.json.
 CELLS = [
@@ -373,9 +367,8 @@ def test_one_pipeline_a_run(project):
         execute(run, "data")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_signal_leaves_no_process_and_nothing_half_written(project, number):
-    write_stage(paths.NOTEBOOKS, "00_data", "print('here', flush=True)\nimport time\ntime.sleep(600)")
+def running(project: Path) -> subprocess.Popen:
+    """`threefold run` of a data stage that has said it is here."""
     opened(project)
     script = (
         "import sys; from pathlib import Path; from threefold import cli, paths;"
@@ -386,6 +379,13 @@ def test_a_signal_leaves_no_process_and_nothing_half_written(project, number):
     for line in child.stdout:
         if line.startswith("data: here"):
             break
+    return child
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_leaves_no_process_and_nothing_half_written(project, number):
+    write_stage(paths.NOTEBOOKS, "00_data", "print('here', flush=True)\nimport time\ntime.sleep(600)")
+    child = running(project)
     family = psutil.Process(child.pid).children(recursive=True)
     assert len(family) >= 2  # the worker and its kernel
     child.send_signal(number)
@@ -413,16 +413,7 @@ def test_a_kernel_deep_in_native_code_and_its_children_go_too(project, numbers):
         "print('here', flush=True)\nimport time\ntime.sleep(1)\nctypes.PyDLL(None).sleep(600)"
     )
     write_stage(paths.NOTEBOOKS, "00_data", cell)
-    opened(project)
-    script = (
-        "import sys; from pathlib import Path; from threefold import cli, paths;"
-        f"paths.NOTEBOOKS = Path({str(paths.NOTEBOOKS)!r});"
-        f"sys.exit(cli.main(['run', '--preset', {str(project / 'tiny.toml')!r}, '--only', 'data']))"
-    )
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in child.stdout:
-        if line.startswith("data: here"):
-            break
+    child = running(project)
     time.sleep(1.5)
     family = psutil.Process(child.pid).children(recursive=True)
     assert len(family) >= 3  # the worker, its kernel and what that started

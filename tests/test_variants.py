@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from shared import counting
 from threefold import config
 from threefold.config import AblationConfig, ModelConfig, TrainConfig
 from threefold.data.packing import pack_documents
@@ -25,17 +26,9 @@ TINY = ModelConfig(n_layer=2, d_model=16, n_head=2, d_ff=24, context=24, vocab_s
 SHORT = TrainConfig(steps=4, batch_size=3, optimizer="adamw", precision="fp32", evaluate_every=2)
 
 
-def sequences(seed: int, n: int) -> list[list[int]]:
-    """Counting sequences, which a small model learns."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, VOCABULARY - 2, (n,), generator=generator).tolist()
-    lengths = torch.randint(2, 40, (n,), generator=generator).tolist()
-    return [[2 + (a + i) % (VOCABULARY - 2) for i in range(m)] for a, m in zip(starts, lengths, strict=True)]
-
-
 def packed(model):
     ids = [SINK, *range(VOCABULARY, VOCABULARY + 8)][: model.sinks]
-    return tuple(pack_documents(sequences(seed, n), model, EOS, ids) for seed, n in ((1, 40), (2, 9)))
+    return tuple(pack_documents(counting(seed, n, 2, 40), model, EOS, ids) for seed, n in ((1, 40), (2, 9)))
 
 
 def run(names, folder, seeds=(1, 2), train_config=SHORT, **options):
@@ -175,7 +168,7 @@ def test_the_heldout_loss_is_over_the_same_tokens_for_every_number_of_sinks():
     for sinks in (0, 1, 4):
         (batch,) = rows(replace(TINY, sinks=sinks))[1].batches(1000, shuffle=False)
         tokens[sinks] = sorted(batch.targets_BT[batch.targets_BT >= 0].tolist())
-    documents = sequences(2, 9)
+    documents = counting(2, 9, 2, 40)
     assert tokens[0] == tokens[1] == tokens[4] == sorted(token for one in documents for token in [*one[1:], EOS])
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -417,51 +416,9 @@ def _generate(options: argparse.Namespace) -> int:
     folder = _checkpoint(options)
     if any("\ud800" <= char <= "\udfff" for char in options.prompt):
         raise ConfigError("the prompt is not UTF-8: the shell handed over bytes that are no text")
-    import torch
+    from threefold.cli import generation
 
-    from threefold.data.tokenizer import load_tokenizer
-    from threefold.model import generate, load_checkpoint
-
-    tokenizer = load_tokenizer(folder)
-    model = load_checkpoint(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    prompt = tokenizer(options.prompt, verbose=False)["input_ids"]  # verbose: a warning about the length, ours to judge
-    sampling = {
-        "temperature": options.temperature,
-        "top_k": options.top_k,
-        "top_p": options.top_p,
-        "generator": torch.Generator().manual_seed(options.seed),
-    }
-    if options.stream:
-        return _stream(options, tokenizer, model, prompt, sampling)
-    (new,) = generate(model, [prompt], options.max_new_tokens or 64, eos_id=tokenizer.eos_token_id, **sampling)
-    print(tokenizer.decode([*prompt, *new], skip_special_tokens=True))
-    return 0
-
-
-def _stream(options: argparse.Namespace, tokenizer, model, prompt: list[int], sampling: dict) -> int:
-    """Prints until as many tokens as asked for have come, or Ctrl-C, which is a good end. Unless the text may end at
-    EOS, that is never drawn: a model with sinks has not learned how text goes on after it."""
-    from threefold.data.tokenizer import decode_stream
-    from threefold.model import StreamingCache, stream
-
-    eos = tokenizer.eos_token_id
-    new = stream(
-        model,
-        prompt,
-        StreamingCache.of(model, 1, options.window or -1),
-        options.max_new_tokens or -1,
-        eos_id=eos if options.stop_at_eos else None,
-        suppress=() if options.stop_at_eos else (eos,),
-        **sampling,
-    )
-    try:
-        for piece in decode_stream(tokenizer, chain(prompt, new)):
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        print(flush=True)
-    return 0
+    return generation.generate(options, folder)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -1,0 +1,24 @@
+"""What several test modules begin with."""
+
+import torch
+from threefold import cli
+
+# The trainings of a preset, each of one step.
+ONE_STEP = "".join(f"[{name}]\nsteps = 1\n" for name in ("pretrain", "gpt2", "distilgpt2", "sft", "dpo"))
+
+
+def call(capsys, *arguments: str) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a command."""
+    try:
+        status = cli.main(arguments)
+    except SystemExit as left:
+        status = left.code
+    return status, *capsys.readouterr()
+
+
+def counting(seed: int, n: int, low: int, high: int, vocabulary: int = 37) -> list[list[int]]:
+    """Sequences that count up, which a small model learns; ids 0 and 1 are left to EOS and the sink."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, vocabulary - 2, (n,), generator=generator).tolist()
+    lengths = torch.randint(low, high, (n,), generator=generator).tolist()
+    return [[2 + (a + i) % (vocabulary - 2) for i in range(m)] for a, m in zip(starts, lengths, strict=True)]
