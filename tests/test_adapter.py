@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from threefold.config import ExternalConfig
 from threefold.errors import CheckpointError, EvaluationError, SourceError
 from threefold.evaluation import LanguageModel, sha256_state
+from threefold.evaluation.adapter import _batches, _rows
 from threefold.model.decoder import Decoder
 from threefold.model.hf import save_checkpoint
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -58,19 +59,59 @@ def test_choices_after_one_context_share_a_row_and_greedy_is_told():
         best = int(original(torch.tensor([context])).logits[0, -1].argmax())
     widths = []
     states = model.backend.states
-    model.backend.states = lambda tokens_BT, prefix=None: widths.append(tokens_BT.shape) or states(tokens_BT, prefix)
+    model.backend.states = lambda tokens_BT, *rest: widths.append(tokens_BT.shape) or states(tokens_BT, *rest)
     first, second, longer = model.loglikelihoods([(context, [best]), (context, [best - 1]), (context, [best, 7])])
     assert first.greedy and not second.greedy and (first.n, longer.n) == (1, 2)
     assert first.sum > second.sum
-    assert sum(rows for rows, _ in widths) == 2, "two distinct inputs, not three"
+    assert sum(rows for rows, _ in widths) == 1, "one input holds all three"
     assert longer.sum == pytest.approx(float(naive_logprobs(original, context, [best, 7]).sum()), abs=1e-4)
+
+
+@pytest.mark.parametrize("shared", [0, 40])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_choices_of_several_tokens_share_a_row(make, shared):
+    original = make()
+    tok = tokenizer() if make is llama else gpt2_style_tokenizer()
+    model = LanguageModel.from_model(original, tok, "tiny")
+    choices = [[7, 8, 9], [7, 8], [11, 12, 13, 14], [5]]
+    asked = [(context, choice) for context, _ in requests(12, shared) for choice in choices]
+    shapes = []
+    states = model.backend.states
+    model.backend.states = lambda tokens_BT, *rest: shapes.append(tokens_BT.shape) or states(tokens_BT, *rest)
+    spans = model.token_loglikelihoods(asked)
+    short = sum(len(context) < 3 for context, _ in asked[:: len(choices)])  # than the longest continuation
+    assert sum(rows for rows, _ in shapes) == 12 + short * 3
+    for (context, target), span in zip(asked, spans, strict=True):
+        np.testing.assert_allclose(span, naive_logprobs(original, context, target).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_shared_where_they_fit_and_are_mostly_context():
+    context = tuple(range(10))
+    asked = [(context, [1, 2, 3]), (context, [4, 5, 6]), (context, [9])]
+    (row,) = _rows(asked, 14)
+    assert row.ids == (*context, 1, 2, 4, 5) and row.branches == [0] * 10 + [1, 1, 2, 2]
+    assert row.requests == {0: 10, 1: 12, 2: 14} and row.context == 10
+    assert [r.ids for r in _rows(asked, 13)] == [(*context, 1, 2), (*context, 4, 5), context], "no room"
+    long = [((1, 2), [3, 4, 5, 6]), ((1, 2), [7, 8])]
+    assert len(_rows(long, 100)) == 2, "whole texts after one token are no choices"
+    nested = [((1, 2), [3, 4]), ((1, 2, 3), [5])]
+    (row,) = _rows(nested, 100)
+    assert row.ids == (1, 2, 3) and row.context == 2, "the same input, scored from different places"
+
+
+def test_batches_leave_much_shorter_rows_to_the_next_once_they_are_full():
+    lengths = [10, 100, 60, 99, 98, 9, 97]
+    assert _batches(lengths, 0, 1000) == [[1, 3, 4, 6, 2, 0, 5]]
+    assert _batches(lengths, 0, 1000, fill=200) == [[1, 3, 4, 6], [2, 0, 5]]
+    assert _batches(lengths, 0, 250, fill=200) == [[1, 3], [4, 6], [2, 0, 5]]
+    assert _batches(lengths, 100, 250) == [[1], [3], [4], [6], [2], [0, 5]]
 
 
 def test_shots_are_computed_once():
     model = language_model()
     widths = []
     states = model.backend.states
-    model.backend.states = lambda tokens_BT, prefix=None: widths.append(tokens_BT.shape[1]) or states(tokens_BT, prefix)
+    model.backend.states = lambda tokens_BT, *rest: widths.append(tokens_BT.shape[1]) or states(tokens_BT, *rest)
     model.loglikelihoods(requests(10, shared=60))
     assert max(widths) <= 30 + 20, "the 60 shared tokens are in no row"
 

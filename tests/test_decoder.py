@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threefold.config import ModelConfig, load_preset
 from threefold.errors import ConfigError, DataError
-from threefold.model import Decoder, KVCache, parameter_counts
+from threefold.model import Decoder, KVCache, kernels, parameter_counts
 from threefold.model import decoder as decoder_module
 from threefold.model.decoder import rotary_tables, segment_positions
 from threefold.model.kernels import rms_norm, rotate
@@ -51,13 +51,17 @@ def close(a: torch.Tensor, b: torch.Tensor, scale: float = 1e-5) -> None:
 
 
 @variants
-@pytest.mark.parametrize("split_from", [4, 1000], ids=["in halves", "at once"])
-def test_both_kernels_give_the_same_logits_and_gradients(parts, split_from, monkeypatch):
-    monkeypatch.setattr(decoder_module, "SPLIT_FROM", split_from)
+@pytest.mark.parametrize("block", [2, 3, 5, 1000], ids=["four blocks", "three", "halves", "at once"])
+@pytest.mark.parametrize("side_by_side", [1, 1000], ids=["one product", "three products"])
+def test_both_kernels_give_the_same_logits_and_gradients(parts, block, side_by_side, monkeypatch):
+    monkeypatch.setattr(decoder_module, "BLOCK", block)
+    monkeypatch.setattr(kernels, "SIDE_BY_SIDE", 1000)
     segments = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 3, -1], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
     results = []
     for attention in ("sdpa", "explicit"):
         for layout in (None, segments):
+            if attention == "explicit":
+                monkeypatch.setattr(kernels, "SIDE_BY_SIDE", side_by_side)
             model = decoder(attention=attention, **parts)
             logits = model(tokens(2, 10), segments_BT=layout)
             logits.square().sum().backward()
@@ -231,6 +235,51 @@ def test_shared_prefixes_of_shared_prefixes_with_padding_and_fewer_rows():
         close(logits, model(alone)[0, -1])
 
 
+@variants
+@torch.no_grad()
+def test_documents_after_a_shared_prefix_see_it_and_themselves(parts):
+    model = decoder(**parts)
+    prefix, row = tokens(1, 11), tokens(2, 9, seed=3)
+    start = KVCache.of(model, 1, 11)
+    model(prefix, cache=start)
+    segments = torch.tensor([[0, 0, 1, 1, 1, 2, 2, -1, -1], [0, 0, 0, 0, 1, 2, 2, 2, 3]])
+    cache = start.expand(2, 9)
+    got = model(row, segments_BT=segments, cache=cache)
+    for index, numbers in enumerate(segments):
+        for document in range(1, int(numbers.max()) + 1):
+            seen = (numbers == 0) | (numbers == document)
+            alone = model(torch.cat([prefix[0], row[index, seen]])[None])[0, 11:]
+            close(got[index, seen], alone)
+    with pytest.raises(DataError, match="cannot take 1 tokens"):
+        model(row[:, :1], cache=cache)
+
+
+@variants
+@torch.no_grad()
+def test_packed_products_are_the_plain_ones(parts, monkeypatch):
+    model = decoder(**parts)
+    assert kernels.packs(model.embed.weight), "this torch has them"
+    x = tokens(8, 9)
+    plain = model(x)
+    with model.packed(8, decoder_module.PACK_POSITIONS):
+        assert all(block.attention.q.packed and block.ffn.down.packed for block in model.blocks)
+        monkeypatch.setattr(kernels.F, "linear", None)  # none is left
+        close(model(x), plain)
+        close(model(x[:1, :1]), plain[:1, :1])
+        monkeypatch.undo()
+        with model.packed(8, decoder_module.PACK_POSITIONS):  # within another: the same copies
+            pass
+        assert model.blocks[0].attention.q.packed is not None
+    with pytest.raises(KeyError), model.packed(8, decoder_module.PACK_POSITIONS):
+        raise KeyError
+    assert not any(getattr(module, "packed", None) for module in model.modules() if module is not model)
+    assert torch.equal(model(x), plain)
+    with model.packed(1, decoder_module.PACK_POSITIONS):
+        assert model.blocks[0].attention.q.packed is None, "too few rows"
+    with model.double().packed(8, decoder_module.PACK_POSITIONS):
+        assert model.blocks[0].attention.q.packed is None, "fp32 only"
+
+
 @torch.no_grad()
 def test_a_cache_refuses_what_it_cannot_hold():
     model = decoder()
@@ -382,8 +431,9 @@ def test_a_compiled_model_is_one_graph_that_computes_the_same():
         results = []
         for compiled in (False, True):
             model = decoder(**parts)
-            hidden = torch.compile(model.hidden, dynamic=False, fullgraph=True, backend="aot_eager")
-            states = (hidden if compiled else model.hidden)(tokens(2, 10), None, segments)
+            run = torch.compile(model.run, dynamic=False, fullgraph=True, backend="aot_eager")
+            context = model.prepare(tokens(2, 10), None, segments)
+            states = (run if compiled else model.run)(tokens(2, 10), context)
             states.square().sum().backward()
             gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
             results.append((states.detach(), torch.cat(gradients)))

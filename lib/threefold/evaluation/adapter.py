@@ -12,7 +12,7 @@ import importlib.util
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from threefold.model.generation import generate as generate_ids
 from threefold.provenance import sha256_bytes, sha256_file
 
 BATCH_TOKENS = 16384
+FULL, SHORTER = 1024, 0.8  # positions that keep a device busy; a row of less than this share of the longest waits
 SHARED_PREFIX = 16  # shorter common prefixes are not worth a cache
 CONVERTIBLE = ("LlamaForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel")
 WRONG_WEIGHTS = {"missing": "missing", "unexpected": "extra", "mismatched": "misshapen"}
@@ -54,6 +55,7 @@ class _DecoderBackend:
     """Our Decoder: hidden states and head apart, keys and values of a shared prefix computed once."""
 
     name = "decoder"
+    branches = True  # a row may hold several continuations of its context
 
     def __init__(self, decoder: Decoder):
         self.model = decoder.eval()
@@ -67,11 +69,19 @@ class _DecoderBackend:
         self.model.hidden(torch.tensor([list(ids)], device=self.device), cache=cache)
         return cache
 
-    def states(self, tokens_BT: Tensor, prefix: KVCache | None = None) -> Tensor:
-        """Hidden states h_BTD of right-padded rows: with causal attention padding on the right touches nothing."""
-        if prefix is None:
-            return self.model.hidden(tokens_BT)
-        return self.model.hidden(tokens_BT, cache=prefix.expand(*tokens_BT.shape))
+    def states(self, tokens_BT: Tensor, prefix: KVCache | None = None, branches_BT: np.ndarray | None = None) -> Tensor:
+        """Hidden states h_BTD of right-padded rows: with causal attention padding on the right touches nothing.
+
+        branches_BT: 0 where a token is of its row's context, n of the n-th continuation, which sees the context and
+            itself only, -1 of padding; None: rows have one continuation at most.
+        """
+        segments_BT = None if branches_BT is None else torch.from_numpy(branches_BT).to(self.device)
+        cache = None if prefix is None else prefix.expand(*tokens_BT.shape)
+        return self.model.hidden(tokens_BT, segments_BT=segments_BT, cache=cache)
+
+    def packed(self, rows: int, positions: int) -> AbstractContextManager:
+        """As `Decoder.packed`."""
+        return self.model.packed(rows, positions)
 
     def begin(self, tokens_BT: Tensor, new_tokens: int) -> tuple[Tensor, KVCache]:
         """Logits [B, V] after equally long prompts, and the state that `step` continues for `new_tokens`."""
@@ -109,6 +119,7 @@ class _TransformersBackend:
     apart; where they are not (soft-capped or scaled logits), whole logits stand in for the states."""
 
     name = "transformers"
+    branches = False
 
     def __init__(self, model: Any, tokenizer: Any):
         self.model = model.eval()
@@ -132,10 +143,13 @@ class _TransformersBackend:
         """Caches of foreign models differ too much to share safely; their rows carry the whole prompt."""
         return None
 
-    def states(self, tokens_BT: Tensor, prefix: None = None) -> Tensor:
+    def states(self, tokens_BT: Tensor, prefix: None = None, branches_BT: None = None) -> Tensor:
         if self._linear:
             return self.model.base_model(tokens_BT, use_cache=False)[0]
         return self.model(tokens_BT, use_cache=False).logits
+
+    def packed(self, rows: int, positions: int) -> AbstractContextManager:
+        return nullcontext()
 
     def begin(self, tokens_BT: Tensor, new_tokens: int) -> tuple[Tensor, Any]:
         out = self.model(tokens_BT, use_cache=True, logits_to_keep=1)
@@ -490,59 +504,64 @@ class LanguageModel:
     def _score(
         self, requests: Sequence[Request], batch_tokens: int, describe: Callable[[int], str], greedy: bool
     ) -> list[tuple[np.ndarray, bool]]:
-        # One row for each distinct input: choices of one token after the same context share it.
-        rows: dict[tuple[int, ...], list[int]] = {}
         for index, (context, target) in enumerate(requests):
             if not len(context) or not len(target):
                 raise EvaluationError(f"{describe(index)}: nothing to score, or nothing to score it after")
-            row = (*context, *target[:-1])
-            if len(row) > self.context:
+            if (length := len(context) + len(target) - 1) > self.context:
                 raise EvaluationError(
-                    f"{describe(index)}: {len(row)} positions in a context of {self.context} (model {self.name})"
+                    f"{describe(index)}: {length} positions in a context of {self.context} (model {self.name})"
                 )
-            if min(*row, *target) < 0 or max(*row, *target) >= self.backend.vocab_size:
+            if min(*context, *target) < 0 or max(*context, *target) >= self.backend.vocab_size:
                 raise EvaluationError(f"{describe(index)}: a token id that {self.name} does not know")
-            rows.setdefault(row, []).append(index)
-        inputs = list(rows)
+        rows = _rows(requests, self.context if self.backend.branches else 0)
         results: list[tuple[np.ndarray, bool] | None] = [None] * len(requests)
-
-        shared, prefix = self._shared_prefix(inputs, [min(len(requests[i][0]) for i in rows[row]) for row in inputs])
-        for batch in _batches([len(row) - shared for row in inputs], shared, batch_tokens):
-            width = max(len(inputs[i]) for i in batch) - shared
-            tokens_BT = np.zeros((len(batch), width), np.int64)
-            spans = []  # (request, first gathered position, tokens)
-            at_row, at_column, targets = [], [], []
-            for row, i in enumerate(batch):
-                ids = inputs[i][shared:]
-                tokens_BT[row, : len(ids)] = ids
-                for index in rows[inputs[i]]:
-                    context, target = requests[index]
-                    spans.append((index, len(targets), len(target)))
-                    first = len(context) - 1 - shared
-                    at_row += [row] * len(target)
-                    at_column += range(first, first + len(target))
-                    targets += target
-            h_BTD = self.backend.states(torch.from_numpy(tokens_BT).to(self.device), prefix)
-            h_ND = h_BTD[torch.tensor(at_row, device=self.device), torch.tensor(at_column, device=self.device)]
-            logp_N, greedy_N = self._target_logprobs(h_ND, torch.tensor(targets, device=self.device), greedy)
-            for index, first, n in spans:
-                logp = logp_N[first : first + n]
-                if not np.isfinite(logp).all():
-                    raise EvaluationError(f"{describe(index)}: its log-likelihood under {self.name} is {logp.sum()}")
-                results[index] = (logp, bool(greedy_N[first : first + n].all()))
+        positions = sum(len(row.ids) for row in rows)
+        with self.backend.packed(min(positions, batch_tokens), positions):
+            shared, prefix = self._shared_prefix(rows)
+            for batch in _batches([len(row.ids) - shared for row in rows], shared, batch_tokens, fill=FULL):
+                width = max(len(rows[i].ids) for i in batch) - shared
+                tokens_BT = np.zeros((len(batch), width), np.int64)
+                branches_BT = np.full((len(batch), width), -1)
+                spans = []  # (request, first gathered position, tokens)
+                at_row, at_column, targets = [], [], []
+                for row, i in enumerate(batch):
+                    length = len(rows[i].ids) - shared
+                    tokens_BT[row, :length] = rows[i].ids[shared:]
+                    branches_BT[row, :length] = rows[i].branches[shared:]
+                    for index, begin in rows[i].requests.items():
+                        context, target = requests[index]
+                        spans.append((index, len(targets), len(target)))
+                        at_row += [row] * len(target)
+                        at_column += [
+                            len(context) - 1 - shared,
+                            *range(begin - shared, begin - shared + len(target) - 1),
+                        ]
+                        targets += target
+                several = branches_BT.max() > 1
+                h_BTD = self.backend.states(
+                    torch.from_numpy(tokens_BT).to(self.device), prefix, branches_BT if several else None
+                )
+                h_ND = h_BTD[torch.tensor(at_row, device=self.device), torch.tensor(at_column, device=self.device)]
+                logp_N, greedy_N = self._target_logprobs(h_ND, torch.tensor(targets, device=self.device), greedy)
+                for index, first, n in spans:
+                    logp = logp_N[first : first + n]
+                    if not np.isfinite(logp).all():
+                        said = f"its log-likelihood under {self.name} is {logp.sum()}"
+                        raise EvaluationError(f"{describe(index)}: {said}")
+                    results[index] = (logp, bool(greedy_N[first : first + n].all()))
         return results  # type: ignore[return-value]
 
-    def _shared_prefix(self, inputs: list[tuple[int, ...]], scored_from: list[int]) -> tuple[int, Any]:
+    def _shared_prefix(self, rows: list["_Row"]) -> tuple[int, Any]:
         """(length, cache) of what all rows begin with, e.g. the shots of a prompt; every scored position stays
         outside.
         """
-        if len(inputs) < 4:
+        if len(rows) < 4:
             return 0, None
-        first, last = min(inputs), max(inputs)  # the common prefix of the extremes is that of all
+        first, last = (extreme(row.ids for row in rows) for extreme in (min, max))  # what they share, all share
         shared = next(
             (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
         )
-        shared = min(shared, min(scored_from) - 1)
+        shared = min(shared, min(row.context for row in rows) - 1)
         if shared < SHARED_PREFIX:
             return 0, None
         prefix = self.backend.prefix(first[:shared])
@@ -667,14 +686,55 @@ def _load_report_as_values() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _batches(lengths: list[int], extra: int, batch_tokens: int) -> list[list[int]]:
-    """Indices by falling length, in batches of at most `batch_tokens` padded positions (`extra` more for every row)."""
+@dataclass
+class _Row:
+    """What one row of a batch computes: a context and what follows it, in one or several continuations."""
+
+    ids: tuple[int, ...]
+    branches: list[int]  # of each id: 0 in the context, n in the n-th continuation
+    context: int  # the fewest tokens before anything that is scored
+    requests: dict[int, int] = field(default_factory=dict)  # request -> where in the row its continuation begins
+
+
+def _rows(requests: Sequence[Request], room: int) -> list[_Row]:
+    """A row for each distinct input; continuations of one context, such as the labels of a prompt, share a row of up to
+    `room` tokens where the context is the longer part of each. A continuation is a target without its last token.
+    """
+    by_context: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+    for index, (context, target) in enumerate(requests):
+        by_context.setdefault(tuple(context), {}).setdefault(tuple(target[:-1]), []).append(index)
+    rows: dict[tuple[int, ...], _Row] = {}
+    for context, found in by_context.items():
+        length = len(context)
+        together = length + sum(map(len, found)) <= room and max(map(len, found)) <= length
+        for group in [found] if together else [{continuation: found[continuation]} for continuation in found]:
+            ids, branches, begins, number = [*context], [0] * length, {}, 0
+            for continuation, indices in group.items():
+                number += bool(continuation)
+                begins |= dict.fromkeys(indices, len(ids))
+                ids += continuation
+                branches += [number] * len(continuation)
+            key = (*ids, -1, *branches) if number > 1 else tuple(ids)
+            row = rows.setdefault(key, _Row(tuple(ids), branches, length))
+            row.context = min(row.context, length)
+            row.requests |= begins
+    return list(rows.values())
+
+
+def _batches(lengths: list[int], extra: int, batch_tokens: int, fill: int = 0) -> list[list[int]]:
+    """Indices by falling length, in batches of at most `batch_tokens` padded positions (`extra` more for every row).
+
+    fill: positions that make a batch large enough to leave a row much shorter than its first to the next batch; 0:
+        batches are as large as they can be.
+    """
     batches: list[list[int]] = []
-    width = 0
+    first = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * width > batch_tokens:
+        rows = len(batches[-1]) if batches else 0
+        full = (rows + 1) * (first + extra) > batch_tokens
+        if not batches or full or (fill and rows * first >= fill and lengths[index] < SHORTER * first):
             batches.append([])
-            width = lengths[index] + extra
+            first = lengths[index]
         batches[-1].append(index)
     return batches
 

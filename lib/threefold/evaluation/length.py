@@ -204,10 +204,12 @@ def streamed(model: Decoder, tokens_BT: Tensor, sinks: int, window: int) -> Tens
 
 def _banded(attention: Attention, x_BTD: Tensor, config: ModelConfig, sinks: int, window: int) -> Tensor:
     """One layer's attention [B, T, D] over the sinks and the last `window` tokens, a block of queries at a time."""
-    q_BHTK, k_BGTK, v_BGTK = attention.project(x_BTD, AttentionContext(False, None, rotary=None, explicit=True))
+    places_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
+    q_BHTK, k_BGTK, v_BGTK = attention.project(
+        x_BTD, AttentionContext(places_T, False, None, rotary=None, explicit=True)
+    )
     q_BHTK = q_BHTK * q_BHTK.shape[-1] ** -0.5
     k_BHTK, v_BHTK = (repeat_heads(part, q_BHTK.shape[1] // part.shape[1]) for part in (k_BGTK, v_BGTK))
-    places_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
 
     def turned(x_BHTK: Tensor, positions_T: Tensor) -> Tensor:
         if config.position != "rope":

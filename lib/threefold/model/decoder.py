@@ -8,7 +8,8 @@ Shape suffixes: B rows, T new tokens, S key slots, D model width, H query heads,
 F feed-forward width, V vocabulary, L layers, P shared prefix slots.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,24 +19,18 @@ from torch import Tensor, nn
 
 from threefold.config import ModelConfig
 from threefold.errors import ConfigError, DataError
-from threefold.model.kernels import rms_norm, rotate
+from threefold.model.kernels import Linear, Packed, linears, packs, rms_norm, rotate
 
 SINK, PADDING = 0, -1  # segment numbers that are no document
 ATTENTION_KINDS = ("auto", "sdpa", "explicit")
 INITIAL_STD = 0.02  # GPT-2's
-SPLIT_FROM = 128  # tokens from which spelled-out causal attention leaves out a quarter of the scores, which are masked
+PACK_ROWS, PACK_POSITIONS = 8, 1024  # from which copying the weights for their products pays
+BLOCK, MOST_BLOCKS = 64, 4  # queries, at least, of a block of spelled-out causal attention; blocks of a row
 
 
 def kv_heads(config: ModelConfig) -> int:
     """Key/value heads: `n_kv_head`, or as many as query heads where that is -1."""
     return config.n_head if config.n_kv_head == -1 else config.n_kv_head
-
-
-class Linear(nn.Linear):
-    """nn.Linear whose weights `Decoder.initialise` draws: not twice, and not on the meta device, where it is slow."""
-
-    def reset_parameters(self) -> None:
-        pass
 
 
 class Embedding(nn.Embedding):
@@ -94,6 +89,7 @@ def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 class AttentionContext:
     """What all layers of one forward share."""
 
+    positions: Tensor  # int64 [B, T], or [T] where they are the same in every row
     causal: bool  # plain causal attention over the new tokens, no mask tensor needed
     mask: Tensor | None  # additive, broadcastable to [B, H, T, S]; over the cache's own slots where there is a cache
     rotary: tuple[Tensor, Tensor] | None
@@ -210,6 +206,19 @@ class KVCache:
         self._next = self.next_position + counts_BT[:, -1:]
         return positions_BT
 
+    def begin_documents(self, length: int) -> None:
+        """Room for `length` new tokens of several documents side by side, after which the cache is full.
+
+        ValueError where rows have tokens of their own already.
+        """
+        if self.used or type(self) is not KVCache:
+            raise ValueError(
+                "packed documents follow a prefix that all rows share, or nothing; rows with tokens of their own, and "
+                "streaming caches, take segments of 0 (real) and -1 (padding)"
+            )
+        self.begin(length, None)
+        self.capacity = length  # what came after would see several documents as one past
+
     def unrotated_positions(self, length: int) -> Tensor | None:
         """Positions [S] of all slots with `length` new tokens, where keys are written unrotated; None: rotated."""
         return None
@@ -314,8 +323,8 @@ class StreamingCache(KVCache):
 class Attention(nn.Module):
     """Causal multi-head attention with optional grouped keys/values, QK-norm and rotary positions.
 
-    q, k and v are three matrices: Muon orthogonalises each by itself, they map to Llama's names one to one, and one
-    fused product is 2% of a training step faster at most (measured, fp32, d 128 and 256).
+    q, k and v are three matrices, which Muon orthogonalises each by itself and which map to Llama's names one to one;
+    they are put side by side for one product (`kernels.linears`).
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -334,9 +343,10 @@ class Attention(nn.Module):
         """Queries [B, H, T, K], keys and values [B, G, T, K], normed and rotated as they are attended with (keys for a
         cache that holds them unrotated are not)."""
         B, T, _ = x_BTD.shape
-        q_BTHK = self.q(x_BTD).view(B, T, self.n_head, self.head_width)
-        k_BTGK = self.k(x_BTD).view(B, T, self.n_kv_head, self.head_width)
-        v_BGTK = self.v(x_BTD).view(B, T, self.n_kv_head, self.head_width).transpose(1, 2)
+        q_BTD, k_BTE, v_BTE = linears(x_BTD, self.q, self.k, self.v)
+        q_BTHK = q_BTD.view(B, T, self.n_head, self.head_width)
+        k_BTGK = k_BTE.view(B, T, self.n_kv_head, self.head_width)
+        v_BGTK = v_BTE.view(B, T, self.n_kv_head, self.head_width).transpose(1, 2)
         if self.q_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         if context.rotary is not None:  # fp32 tables promote bf16 heads: the rotation is exact, then cast back
@@ -379,12 +389,19 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, context: AttentionCon
             q_BHTK, k_BHSK, v_BHSK, attn_mask=context.mask, is_causal=context.causal and q_BHTK.shape[2] > 1
         )
     T, mask = q_BHTK.shape[2], context.mask
-    if mask is None or max(k_BHSK.shape[2], SPLIT_FROM) > T:
+    blocks = min(MOST_BLOCKS, T // BLOCK)
+    if mask is None or k_BHSK.shape[2] > T or blocks < 2:
         return _spelled_out(q_BHTK, k_BHSK, v_BHSK, mask)
-    # Where all tokens are new the mask is triangular: the first half of the queries sees none of the other half's keys.
-    half = T // 2
-    first_BHTK = _spelled_out(q_BHTK[:, :, :half], k_BHSK[:, :, :half], v_BHSK[:, :, :half], mask[..., :half, :half])
-    return torch.cat((first_BHTK, _spelled_out(q_BHTK[:, :, half:], k_BHSK, v_BHSK, mask[..., half:, :])), dim=2)
+    # Where all tokens are new the mask is triangular: no query of a block sees a key of a later one. Keys are cut once
+    # and put together again for each block: the gradients of overlapping slices would all be padded to full length.
+    sizes = [T * (block + 1) // blocks - T * block // blocks for block in range(blocks)]
+    parts, end = [], 0
+    k_parts, v_parts = k_BHSK.split(sizes, dim=2), v_BHSK.split(sizes, dim=2)
+    for block, q_part in enumerate(q_BHTK.split(sizes, dim=2)):
+        begin, end = end, end + sizes[block]
+        k_seen, v_seen = (torch.cat(seen[: block + 1], dim=2) for seen in (k_parts, v_parts))
+        parts.append(_spelled_out(q_part, k_seen, v_seen, mask[..., begin:end, :end]))
+    return torch.cat(parts, dim=2)
 
 
 def _spelled_out(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tensor | None) -> Tensor:
@@ -431,7 +448,8 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
-        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        gate_BTF, up_BTF = linears(x_BTD, self.gate, self.up)
+        return self.down(F.silu(gate_BTF) * up_BTF)
 
 
 class Block(nn.Module):
@@ -467,6 +485,7 @@ class Decoder(nn.Module):
         self.position = Embedding(config.context, config.d_model) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config)
+        self._packed_head: Packed | None = None
         self.unembed = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
         if not self.embed.weight.is_meta:
             self.initialise()
@@ -486,6 +505,29 @@ class Decoder(nn.Module):
             nn.init.zeros_(block.attention.o.weight)
             nn.init.zeros_(block.ffn.down.weight)
 
+    @contextmanager
+    def packed(self, rows: int, positions: int) -> Iterator[None]:
+        """Within it products take copies of the weights that are laid out for them, where that pays: in fp32 on a CPU,
+        for `positions` in all and `rows` of them at a time. Weights are not to change meanwhile; no gradients.
+        """
+        if rows < PACK_ROWS or positions < PACK_POSITIONS or not packs(self.embed.weight) or self._packed_head:
+            yield
+            return
+        groups: list[tuple[Linear, ...]] = []
+        for block in self.blocks:
+            a, f = block.attention, block.ffn
+            groups += [(a.q, a.k, a.v), (a.o,), (f.up,) if f.gate is None else (f.gate, f.up), (f.down,)]
+        try:
+            for group in groups:
+                weights, biases = [layer.weight.detach() for layer in group], [layer.bias for layer in group]
+                group[0].packed = Packed(weights, biases, rows)
+            self._packed_head = Packed([self.head_weight.detach()], [None], rows)
+            yield
+        finally:
+            self._packed_head = None
+            for group in groups:
+                group[0].packed = None
+
     def forward(
         self,
         tokens_BT: Tensor,
@@ -498,7 +540,7 @@ class Decoder(nn.Module):
 
     def head(self, h_BTD: Tensor) -> Tensor:
         """Logits [..., V] of (already normed) hidden states [..., D]."""
-        return F.linear(h_BTD, self.head_weight)
+        return F.linear(h_BTD, self.head_weight) if self._packed_head is None else self._packed_head(h_BTD)[0]
 
     @property
     def head_weight(self) -> Tensor:
@@ -519,10 +561,24 @@ class Decoder(nn.Module):
             are given.
         segments_BT: 0 is a sink that every later token sees, n >= 1 the n-th document, which sees its own past and the
             sinks, -1 is padding, which no token sees (what is computed there means nothing). None: plain causal.
-        cache: keys and values of earlier tokens; the new ones are added. With a cache segments only tell real tokens
-            (0) from padding (-1): ValueError for documents.
+        cache: keys and values of earlier tokens; the new ones are added. Segments then tell real tokens (0) from
+            padding (-1); documents may only follow a prefix that all rows share (every one of them sees it), and
+            nothing can follow them: else ValueError.
 
         DataError: positions past a learned table (rotary positions have no end), or no room in the cache.
+        """
+        return self.run(tokens_BT, self.prepare(tokens_BT, positions_BT, segments_BT, cache), cache)
+
+    def prepare(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> AttentionContext:
+        """What all layers share, for `run`: positions, masks and angles; arguments and errors as in `hidden`.
+
+        `run` is what a compiler gets: with this in its graph it works masks and angles out anew in every layer.
         """
         T = tokens_BT.shape[1]
         dtype = self._compute_dtype(tokens_BT.device)
@@ -532,22 +588,21 @@ class Decoder(nn.Module):
                 positions_BT = segment_positions(segments_BT)
             start = 0
         else:
-            if segments_BT is not None and int(segments_BT.max()) > SINK:
-                raise ValueError(
-                    "with a cache segments are 0 (real) or -1 (padding); packed documents need a forward without one"
-                )
             start = cache.length
-            counted_BT = cache.begin(T, None if segments_BT is None else segments_BT != PADDING)
+            if segments_BT is not None and int(segments_BT.max()) > SINK:
+                cache.begin_documents(T)
+                counted_BT = start + segment_positions(segments_BT)
+                mask = self._segment_mask(segments_BT, dtype)
+            else:
+                counted_BT = cache.begin(T, None if segments_BT is None else segments_BT != PADDING)
+                mask = self._cache_mask(cache, T, dtype)
             positions_BT = counted_BT if positions_BT is None else positions_BT
-            mask = self._cache_mask(cache, T, dtype)
         if positions_BT is None:
             positions_BT = torch.arange(start, start + T, device=tokens_BT.device)  # [T]: the same in every row
 
-        h_BTD = self.embed(tokens_BT)
         rotary = cached_rotary = None
         if self.position is not None:
             self._check_learned(positions_BT)
-            h_BTD = h_BTD + self.position(positions_BT)
         elif self.config.position == "rope":
             head_width = self.config.d_model // self.config.n_head
             cos, sin = rotary_tables(positions_BT, head_width, self.config.rope_theta)
@@ -562,11 +617,17 @@ class Decoder(nn.Module):
         )
         if explicit and causal and T > 1:
             mask = additive_mask(_causal(T, T, tokens_BT.device), dtype)
-        context = AttentionContext(causal, mask, rotary, explicit, cached_rotary)
+        return AttentionContext(positions_BT, causal, mask, rotary, explicit, cached_rotary)
+
+    def run(self, tokens_BT: Tensor, context: AttentionContext, cache: KVCache | None = None) -> Tensor:
+        """Hidden states [B, T, D] after the final norm, with what `prepare` made of the same arguments."""
+        h_BTD = self.embed(tokens_BT)
+        if self.position is not None:
+            h_BTD = h_BTD + self.position(context.positions)
         for block in self.blocks:
             h_BTD = block(h_BTD, context, cache)
         if cache is not None:
-            cache.finish(T)
+            cache.finish(tokens_BT.shape[1])
         return self.norm(h_BTD)
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
@@ -595,7 +656,7 @@ class Decoder(nn.Module):
         return additive_mask(allowed_BTS, dtype)[:, None]
 
     def _check_learned(self, positions: Tensor) -> None:
-        if torch.compiler.is_compiling() or positions.device.type == "meta":
+        if positions.device.type == "meta":
             return
         last = int(positions.max())
         if last >= self.config.context:

@@ -56,41 +56,44 @@ def generate(
     stops = tuple(stop or ())
     tail = max((len(text.encode()) for text in stops), default=0) + SLACK
 
-    logits_BV, cache = _prefill(model, prompts, max_new_tokens, prefix)
-    new: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))  # the prompts that the rows of the batch belong to
-    running = [True] * len(prompts)
-    device = logits_BV.device
-    step = 0
-    while True:
-        draws_N = _draws(len(prompts), generator) if temperature else None
-        draws_B = None if draws_N is None else draws_N[active].to(device)
-        tokens_B = _pick(logits_BV, temperature, top_k, top_p, draws_B)
-        for row, token in zip(active, tokens_B.tolist(), strict=True):
-            if not running[row]:
-                continue
-            if token < 0:
-                raise EvaluationError(f"prompt {row}: the logits of new token {len(new[row])} are no finite numbers")
-            if token in ends:
-                running[row] = False
-                continue
-            new[row].append(token)
-            if len(new[row]) == room[row]:
-                running[row] = False
-            elif stops:
-                text = decode(new[row][-tail:])
-                running[row] = not any(term in text for term in stops)
-        kept = [index for index, row in enumerate(active) if running[row]]
-        if not kept:
-            return new
-        # What finished rows cost in each step outweighs one copy of the rest; past the context they cannot run at all.
-        done = len(active) - len(kept)
-        step += 1
-        full = before + step + max(len(prompts[row]) for row in active) > model.config.context
-        if done and (8 * done >= len(active) or full):
-            index = torch.tensor(kept, device=device)
-            cache, tokens_B, active = cache.select(index), tokens_B[index], [active[i] for i in kept]
-        logits_BV = model.head(model.hidden(tokens_B[:, None], cache=cache)[:, -1])
+    with model.packed(len(prompts), sum(map(len, prompts)) + len(prompts) * max_new_tokens):
+        logits_BV, cache = _prefill(model, prompts, max_new_tokens, prefix)
+        new: list[list[int]] = [[] for _ in prompts]
+        active = list(range(len(prompts)))  # the prompts that the rows of the batch belong to
+        running = [True] * len(prompts)
+        device = logits_BV.device
+        step = 0
+        while True:
+            draws_N = _draws(len(prompts), generator) if temperature else None
+            draws_B = None if draws_N is None else draws_N[active].to(device)
+            tokens_B = _pick(logits_BV, temperature, top_k, top_p, draws_B)
+            for row, token in zip(active, tokens_B.tolist(), strict=True):
+                if not running[row]:
+                    continue
+                if token < 0:
+                    raise EvaluationError(
+                        f"prompt {row}: the logits of new token {len(new[row])} are no finite numbers"
+                    )
+                if token in ends:
+                    running[row] = False
+                    continue
+                new[row].append(token)
+                if len(new[row]) == room[row]:
+                    running[row] = False
+                elif stops:
+                    text = decode(new[row][-tail:])
+                    running[row] = not any(term in text for term in stops)
+            kept = [index for index, row in enumerate(active) if running[row]]
+            if not kept:
+                return new
+            # What finished rows cost in each step outweighs one copy of the rest; past the context none can run.
+            done = len(active) - len(kept)
+            step += 1
+            full = before + step + max(len(prompts[row]) for row in active) > model.config.context
+            if done and (8 * done >= len(active) or full):
+                index = torch.tensor(kept, device=device)
+                cache, tokens_B, active = cache.select(index), tokens_B[index], [active[i] for i in kept]
+            logits_BV = model.head(model.hidden(tokens_B[:, None], cache=cache)[:, -1])
 
 
 def stream(

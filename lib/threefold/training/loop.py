@@ -176,11 +176,14 @@ def reference_logprobs(
 
 
 class _Forward:
-    """A model whose hidden states are computed by a compiled graph of one static shape."""
+    """A model whose layers are a compiled graph of one static shape."""
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.hidden = torch.compile(model.hidden, dynamic=False)
+        self._run = torch.compile(model.run, dynamic=False)
+
+    def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, segments_BT: Tensor) -> Tensor:
+        return self._run(tokens_BT, self.model.prepare(tokens_BT, positions_BT, segments_BT))
 
     @property
     def head_weight(self) -> Tensor:
