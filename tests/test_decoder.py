@@ -1,5 +1,6 @@
 """The decoder against transformers' own models, against itself uncached and unpacked, and its rotary positions."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -276,8 +277,13 @@ def test_packed_products_are_the_plain_ones(parts, monkeypatch):
     assert torch.equal(model(x), plain)
     with model.packed(1, decoder_module.PACK_POSITIONS):
         assert model.blocks[0].attention.q.packed is None, "too few rows"
-    with model.double().packed(8, decoder_module.PACK_POSITIONS):
-        assert model.blocks[0].attention.q.packed is None, "fp32 only"
+    with copy.deepcopy(model).double().packed(8, decoder_module.PACK_POSITIONS):
+        assert model.blocks[0].attention.q.packed is None, "oneDNN has no fp64"
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        plain = model.bfloat16()(x)
+        with model.packed(8, decoder_module.PACK_POSITIONS):
+            assert model.blocks[0].attention.q.packed is not None
+            close(model(x), plain, 0.05)  # a dozen roundings to 8 bits, of sums in another order
 
 
 @torch.no_grad()
@@ -439,3 +445,16 @@ def test_a_compiled_model_is_one_graph_that_computes_the_same():
             results.append((states.detach(), torch.cat(gradients)))
         close(results[1][0], results[0][0])
         close(results[1][1], results[0][1], 1e-4)
+
+
+@variants
+@torch.no_grad()
+def test_documents_are_kept_apart_by_flex_attention_too(parts):
+    """As on a GPU: masked in blocks that are made outside the graph, here without the compiler's kernels."""
+    segments = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 3, -1], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+    model, x = decoder(**parts), tokens(2, 10)
+    context = model.prepare(x, None, segments, in_blocks=True)
+    assert context.blocks is not None and context.mask is None and not context.causal
+    torch.compiler.reset()  # each model is compiled anew, and there is a limit
+    run = torch.compile(model.run, dynamic=False, fullgraph=True, backend="aot_eager")
+    close(run(x, context), model.hidden(x, segments_BT=segments))

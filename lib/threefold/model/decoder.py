@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from threefold.config import ModelConfig
 from threefold.errors import ConfigError, DataError
@@ -80,6 +81,21 @@ def segment_positions(segments_BT: Tensor) -> Tensor:
     return index_T - start_BT + torch.where(segments_BT > SINK, sinks_B1, 0)
 
 
+def sees(query: Tensor, key: Tensor) -> Tensor:
+    """Whether a token of one segment may see an earlier one of another: of its own, or a sink."""
+    return (query == key) | (key == SINK)
+
+
+def segment_blocks(segments_BT: Tensor) -> BlockMask:
+    """The mask of packed rows as FlexAttention takes it."""
+    B, T = segments_BT.shape
+
+    def visible(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return (t >= s) & sees(segments_BT[b, t], segments_BT[b, s])
+
+    return create_block_mask(visible, B, None, T, T, device=segments_BT.device)
+
+
 def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where attention is allowed, -inf elsewhere."""
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
@@ -95,6 +111,7 @@ class AttentionContext:
     rotary: tuple[Tensor, Tensor] | None
     explicit: bool
     cached_rotary: tuple[Tensor, Tensor] | None = None  # of all cached keys, where the cache holds them unrotated
+    blocks: BlockMask | None = None  # of FlexAttention, in place of a mask
 
 
 class KVCache:
@@ -383,6 +400,8 @@ def repeat_heads(x_BGSK: Tensor, repeats: int) -> Tensor:
 def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, context: AttentionContext) -> Tensor:
     """softmax(q k^T / sqrt(K) + mask) v [B, H, T, K], by the fused kernel or spelled out; the same values."""
     repeats = q_BHTK.shape[1] // k_BGSK.shape[1]
+    if context.blocks is not None:
+        return flex_attention(q_BHTK, k_BGSK, v_BGSK, block_mask=context.blocks, enable_gqa=repeats > 1)
     k_BHSK, v_BHSK = repeat_heads(k_BGSK, repeats), repeat_heads(v_BGSK, repeats)
     if not context.explicit:
         return F.scaled_dot_product_attention(
@@ -507,8 +526,8 @@ class Decoder(nn.Module):
 
     @contextmanager
     def packed(self, rows: int, positions: int) -> Iterator[None]:
-        """Within it products take copies of the weights that are laid out for them, where that pays: in fp32 on a CPU,
-        for `positions` in all and `rows` of them at a time. Weights are not to change meanwhile; no gradients.
+        """Within it products take copies of the weights that are laid out for them, where that pays: on a CPU, for
+        `positions` in all and `rows` of them at a time. Weights are not to change meanwhile; no gradients.
         """
         if rows < PACK_ROWS or positions < PACK_POSITIONS or not packs(self.embed.weight) or self._packed_head:
             yield
@@ -575,15 +594,24 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
         cache: KVCache | None = None,
+        *,
+        in_blocks: bool = False,
     ) -> AttentionContext:
         """What all layers share, for `run`: positions, masks and angles; arguments and errors as in `hidden`.
 
         `run` is what a compiler gets: with this in its graph it works masks and angles out anew in every layer.
+
+        in_blocks: documents of packed rows are kept apart by FlexAttention (Dong et al. 2024, 2412.05496), which leaves
+            out blocks of scores that are masked whole. Only a `run` that is compiled for a GPU is fast with it, and on
+            a CPU it has no gradients.
         """
         T = tokens_BT.shape[1]
         dtype = self._compute_dtype(tokens_BT.device)
+        blocks = None
         if cache is None:
-            mask = None if segments_BT is None else self._segment_mask(segments_BT, dtype)
+            mask = None if segments_BT is None or in_blocks else self._segment_mask(segments_BT, dtype)
+            if in_blocks and segments_BT is not None:
+                blocks = segment_blocks(segments_BT)
             if positions_BT is None and segments_BT is not None:
                 positions_BT = segment_positions(segments_BT)
             start = 0
@@ -611,13 +639,13 @@ class Decoder(nn.Module):
             if unrotated_S is not None:
                 cached_rotary = rotary_tables(unrotated_S, head_width, self.config.rope_theta)
 
-        causal = mask is None and (cache is None or cache.length == 0)
+        causal = mask is None and blocks is None and (cache is None or cache.length == 0)
         explicit = self.attention == "explicit" or (
             self.attention == "auto" and dtype == torch.bfloat16 and tokens_BT.device.type == "cpu" and T <= 512
         )
         if explicit and causal and T > 1:
             mask = additive_mask(_causal(T, T, tokens_BT.device), dtype)
-        return AttentionContext(positions_BT, causal, mask, rotary, explicit, cached_rotary)
+        return AttentionContext(positions_BT, causal, mask, rotary, explicit, cached_rotary, blocks)
 
     def run(self, tokens_BT: Tensor, context: AttentionContext, cache: KVCache | None = None) -> Tensor:
         """Hidden states [B, T, D] after the final norm, with what `prepare` made of the same arguments."""
@@ -638,7 +666,7 @@ class Decoder(nn.Module):
     def _segment_mask(self, segments_BT: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, 1, T, T]. Padding sees padding and the sinks, so that no row of the softmax is empty."""
         T = segments_BT.shape[1]
-        visible_BTT = (segments_BT[:, :, None] == segments_BT[:, None, :]) | (segments_BT[:, None, :] == SINK)
+        visible_BTT = sees(segments_BT[:, :, None], segments_BT[:, None, :])
         return additive_mask(visible_BTT & _causal(T, T, segments_BT.device), dtype)[:, None]
 
     def _cache_mask(self, cache: KVCache, T: int, dtype: torch.dtype) -> Tensor | None:

@@ -183,7 +183,8 @@ class _Forward:
         self._run = torch.compile(model.run, dynamic=False)
 
     def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, segments_BT: Tensor) -> Tensor:
-        return self._run(tokens_BT, self.model.prepare(tokens_BT, positions_BT, segments_BT))
+        context = self.model.prepare(tokens_BT, positions_BT, segments_BT, in_blocks=tokens_BT.is_cuda)
+        return self._run(tokens_BT, context)
 
     @property
     def head_weight(self) -> Tensor:
