@@ -17,18 +17,24 @@ BATCH = 32
 Times = dict[str, tuple[float, float]]
 
 
+TEMPLATE = sentiment.TEMPLATES[0]
+
+
+def few_shot(world: World, items: list[dict], pool: list[dict]) -> list[str]:
+    """A prompt for each item, behind the same demonstrations."""
+    shown = sentiment.draw(pool, world.size.shots, 0, 0)
+    head = "".join(TEMPLATE.demonstration(item) + TEMPLATE.separator for item in shown)
+    return [head + TEMPLATE.text(item["sentence"]) for item in items]
+
+
 class _Scoring(ABC):
     """Few-shot sentiment: every item's prompt holds the same demonstrations, and both labels are scored after it."""
 
     def __init__(self, world: World):
-        self.world, self.tokenizer = world, world.tokenizer
+        self.world, self.tokenizer, template = world, world.tokenizer, TEMPLATE
         self.items, pool = world.sentiment()
-        template = sentiment.TEMPLATES[0]
-        self.shown = sentiment.draw(pool, world.size.shots, 0, 0)
-        head = "".join(template.demonstration(item) + template.separator for item in self.shown)
         self.requests = []
-        for item in self.items:
-            prompt = head + template.text(item["sentence"])
+        for prompt in few_shot(world, self.items, pool):
             context = self._ids(prompt)
             for label in template.labels:
                 whole = self._ids(f"{prompt} {label}")
@@ -110,23 +116,39 @@ class HarnessScoring(_Scoring):
 
 
 class _Generation(ABC):
-    """Prompts of several lengths in one batch, greedy, a fixed number of new tokens."""
+    """Prompts of several lengths in one batch, greedy, a fixed number of new tokens: starts of texts, and prompts that
+    share demonstrations, as evaluations have them."""
 
     def __init__(self, world: World):
-        self.prompts, self.new, self.tokens = world.prompts(), world.size.new_tokens, world.size
-        self.settings = {"precision": "fp32", "prompts": len(self.prompts), "new tokens each": self.new}
+        self.new = world.size.new_tokens
+        room = world.size.model.context - self.new
+        items, pool = world.sentiment()
+        asked = world.tokenizer(few_shot(world, items, pool), add_special_tokens=False).input_ids
+        fitting = [[*world.sinks, *ids] for ids in asked if len(world.sinks) + len(ids) <= room]
+        if len(fitting) < world.size.prompts:
+            raise SystemExit(f"only {len(fitting)} prompts leave room for {self.new} tokens: fewer shots")
+        self.prompts = {"generate": world.prompts(), "few-shot": fitting[: world.size.prompts]}
+        self.settings = {"precision": "fp32", "prompts": world.size.prompts, "new tokens each": self.new}
+        for name, prompts in self.prompts.items():
+            self.settings[f"tokens a prompt, {name}"] = round(sum(map(len, prompts)) / len(prompts))
 
     @abstractmethod
-    def generate(self) -> list[list[int]]:
+    def generate(self, prompts: list[list[int]]) -> list[list[int]]:
         """The new tokens of each prompt."""
 
     def check(self) -> dict[str, list[float]]:
-        return {"tokens": [float(token) for row in self.generate() for token in row]}
+        return {
+            name: [float(token) for row in self.generate(prompts) for token in row]
+            for name, prompts in self.prompts.items()
+        }
 
     def round(self) -> Times:
-        begun = time.perf_counter()
-        rows = self.generate()
-        return {"generate": (sum(map(len, rows)), time.perf_counter() - begun)}
+        times = {}
+        for name, prompts in self.prompts.items():
+            begun = time.perf_counter()
+            rows = self.generate(prompts)
+            times[name] = (sum(map(len, rows)), time.perf_counter() - begun)
+        return times
 
 
 class OurGeneration(_Generation):
@@ -134,8 +156,8 @@ class OurGeneration(_Generation):
         super().__init__(world)
         self.model = world.model().eval()
 
-    def generate(self) -> list[list[int]]:
-        return generate(self.model, self.prompts, self.new)
+    def generate(self, prompts: list[list[int]]) -> list[list[int]]:
+        return generate(self.model, prompts, self.new)
 
 
 class TransformersGeneration(_Generation):
@@ -145,11 +167,11 @@ class TransformersGeneration(_Generation):
         self.pad = world.eos
 
     @torch.inference_mode()
-    def generate(self) -> list[list[int]]:
-        width = max(map(len, self.prompts))
-        tokens_BT = torch.full((len(self.prompts), width), self.pad)
+    def generate(self, prompts: list[list[int]]) -> list[list[int]]:
+        width = max(map(len, prompts))
+        tokens_BT = torch.full((len(prompts), width), self.pad)
         mask_BT = torch.zeros_like(tokens_BT)
-        for row, ids in enumerate(self.prompts):
+        for row, ids in enumerate(prompts):
             tokens_BT[row, width - len(ids) :], mask_BT[row, width - len(ids) :] = torch.tensor(ids), 1
         out_BT = self.model.generate(
             tokens_BT,

@@ -80,7 +80,7 @@ PARTS = {
     "generation": Part(
         "Batched generation",
         {OURS: "evaluation:OurGeneration", "transformers generate": "evaluation:TransformersGeneration"},
-        {"generate": "tokens/s"},
+        {"generate": "tokens/s", "few-shot": "tokens/s"},
         rounds=7,
         least={("transformers generate", "generate"): 2.0},
         tolerance=0.0,
