@@ -195,6 +195,7 @@ class Preset:
     description: str = ""
     seed: int = 1337
     seeds: int = 1  # trainings of pretrain, sft and dpo, from seed, seed + 1, ...; the other stages run once
+    price_per_hour: float = -1.0  # USD that an hour of the machine is taken to cost, for the report; -1: not stated
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -637,7 +638,7 @@ _RULES: dict[type, dict[str, Rule]] = {
         "length_streams": _off_or(_least(1)),
         "length_factor": _least(2),
     },
-    Preset: {"seed": _between(0, _LARGEST_SEED), "seeds": _least(1)},
+    Preset: {"seed": _between(0, _LARGEST_SEED), "seeds": _least(1), "price_per_hour": _off_or(_AT_LEAST_0)},
 }
 
 

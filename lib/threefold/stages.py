@@ -184,7 +184,8 @@ def _sections(preset: Preset, stage: str) -> dict[str, Any]:
             own = {"baselines": _plain([entry for entry in preset.baselines.external if entry.name == model])}
         scored = {name: value for name, value in _plain(preset.evaluation).items() if not name.startswith("speed_")}
         return {"evaluation": scored, **own}
-    return {"preset": {"name": preset.name}, "evaluation": {"bootstrap": preset.evaluation.bootstrap}}
+    own = {"name": preset.name, "price_per_hour": preset.price_per_hour}
+    return {"preset": own, "evaluation": {"bootstrap": preset.evaluation.bootstrap}}
 
 
 def _baseline(preset: Preset, name: str) -> dict[str, str]:

@@ -118,13 +118,13 @@ insights.bullets(
 ).publish()
 
 # %% [markdown]
-# Tokens are those trained on, padding apart. A share of the device's peak is given only where the peak is known; no price is
-# assumed, so the cost stays open until one is passed as `price_per_hour`.
+# Tokens are those trained on, padding apart. The share is of what the device multiplies at best: a GPU's data sheet says it; on a CPU
+# it is measured at the end of each training, in its number format and with its threads. The cost follows from the preset's `price_per_hour`.
 
 # %%
 #| label: tbl-efficiency
-#| tbl-cap: "What each stage took. FLOP are 6N a token; the share is of the device's dense bf16 peak."
-tables.efficiency(comparison).publish()
+#| tbl-cap: "What each stage took. FLOP are 6N a token. The limit is what the device multiplies matrices with at best: on a CPU as measured at the end of the training, in its number format and with its threads, on a GPU the data sheet's dense bf16 rate. The cost takes the preset's price for every hour of training."
+tables.efficiency(comparison, stage.preset.price_per_hour).publish()
 
 # %% [markdown]
 # ## Results

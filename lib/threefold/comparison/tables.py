@@ -618,13 +618,15 @@ def stability(comparison: Comparison) -> Result:
     return _result("stability", rows)
 
 
-def efficiency(comparison: Comparison, price_per_hour: float | None = None, currency: str = "USD") -> Result:
-    """Tokens, time and cost of each stage. Without a price the cost is not stated."""
+def efficiency(comparison: Comparison, price_per_hour: float = -1) -> Result:
+    """Tokens, time, share of the device's limit and cost of each stage. Without a price (-1) no cost is stated."""
     rows = []
     total_seconds = 0.0
     for one in training.trainings(comparison):
         total_seconds += one.seconds
-        cost = None if price_per_hour is None else one.seconds / 3600 * price_per_hour
+        cost = "no price stated"
+        if price_per_hour >= 0:
+            cost = f"{plain(one.seconds / 3600 * price_per_hour, 4)} USD at {plain(price_per_hour)} an hour"
         rows.append(
             {
                 "Stage": comparison.name(one.stage),
@@ -632,12 +634,19 @@ def efficiency(comparison: Comparison, price_per_hour: float | None = None, curr
                 "Time": f"{duration(one.seconds)} ({one.timed})",
                 "Tokens per hour": compact(one.tokens_per_hour),
                 "GFLOP/s (6N)": plain(one.flops_per_second / 1e9, 1) if one.flops_per_second else None,
-                "Share of peak": percent(one.mfu) if one.mfu is not None else "peak not known",
+                "Share of limit": _share_of_limit(one),
                 "Device": one.device,
-                "Cost": "not stated" if cost is None else f"{plain(cost)} {currency}",
+                "Cost": cost,
             }
         )
     return _result("efficiency", rows, seconds=total_seconds, price_per_hour=price_per_hour)
+
+
+def _share_of_limit(training: training.Training) -> str:
+    if training.share_of_limit is None:
+        return "limit not known"
+    limit, source = training.limit
+    return f"{percent(training.share_of_limit)} of {limit / 1e9:,.0f} GFLOP/s ({source})"
 
 
 def speed(comparison: Comparison) -> Result:

@@ -20,7 +20,7 @@ from threefold.run import Run
 # What a repetition does not give again, by name: times and what follows from them, ...
 TIMES = (
     *("seconds", "evaluation_seconds", "device_seconds", "wall_seconds", "step_seconds", "tokens_per_second"),
-    *("log_step_seconds", "started", "finished", "attempts"),
+    *("log_step_seconds", "matmul_flops", "started", "finished", "attempts"),
 )
 # ... in run.json what the stage was made from and on, and hashes of files that hold times (the files are compared
 # themselves), ...

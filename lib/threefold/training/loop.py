@@ -23,7 +23,7 @@ from threefold.training import distributed
 from threefold.training import optimizers as optim
 from threefold.training.distributed import Workers
 from threefold.training.feed import Feed
-from threefold.training.numerics import Numerics, choose
+from threefold.training.numerics import Numerics, choose, matmul_flops
 from threefold.training.objectives import HiddenStates, NextToken, Objective, Work, sequence_logprobs
 from threefold.training.progress import Console
 from threefold.training.state import (
@@ -60,6 +60,7 @@ class TrainResult:
     parameters: int
     note: str  # device, precision, compiler
     workers: int = 1  # processes that trained together
+    matmul_flops: float | None = None  # FLOP/s of products in the format trained in, measured at the end on a CPU
     heldout: list[dict[str, float]] = field(default_factory=list)  # {"step", "tokens", "loss", ...}, first to last
     spikes: list[dict[str, float]] = field(default_factory=list)  # of the loss, as `State.spike` tells them
 
@@ -488,7 +489,8 @@ class _Training:
         return TrainingError(f"{self.name}: out of memory {where}; {way} ({str(error).splitlines()[0][:160]})")
 
     def _result(self) -> TrainResult:
-        state = self.state
+        state, numerics = self.state, self.numerics
+        on_cpu = numerics.device == "cpu"
         result = TrainResult(
             name=self.name,
             steps=state.step,
@@ -502,6 +504,7 @@ class _Training:
             parameters=self.n_parameters,
             note=self.note,
             workers=self.workers.size,
+            matmul_flops=matmul_flops(torch.bfloat16 if numerics.bf16 else torch.float32) if on_cpu else None,
             heldout=state.heldout,
             spikes=state.spikes,
         )

@@ -7,6 +7,7 @@ steps as one on an idle one.
 
 import os
 import shutil
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,6 +66,25 @@ def _fast_bf16(kind: str) -> bool:
 def fast_bf16(device: str | torch.device) -> bool:
     """Whether the device multiplies bf16 matrices faster than fp32 ones."""
     return _fast_bf16(torch.device(device).type)
+
+
+# Rows, inner size and columns of products that keep a CPU busy; which is fastest differs between libraries.
+SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 704, 256), (4096, 256, 1024))
+
+
+def matmul_flops(dtype: torch.dtype, seconds: float = 0.1) -> float:
+    """FLOP/s that the CPU multiplies matrices of this format with, now and with this process's threads: the fastest of
+    `SHAPES`, each timed for so many seconds. Results are written in place; nothing is allocated."""
+    best = 0.0
+    for m, k, n in SHAPES:
+        a, b_t, out = torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype).T, torch.empty(m, n, dtype=dtype)
+        torch.mm(a, b_t, out=out)
+        done, begun = 0, time.perf_counter()
+        while (spent := time.perf_counter() - begun) < seconds:
+            torch.mm(a, b_t, out=out)
+            done += 1
+        best = max(best, 2 * done * m * k * n / spent)
+    return best
 
 
 def compiler(device: str) -> str | None:
