@@ -1,5 +1,6 @@
 """The pipeline with small notebooks in real kernels: order, skipping, failing, stopping, cleaning, pairs."""
 
+import errno
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from shared import ONE_STEP
+from shared import ONE_STEP, flip
 from threefold import paths, provenance, records, stages
 from threefold.errors import ConfigError, MissingInput, RecordError, ThreefoldError
 from threefold.pipeline import cleaning, executor, notebooks, rerun, staleness, verify
@@ -450,10 +451,48 @@ def test_a_notebook_executed_by_papermill_itself_is_sealed_by_the_next_run(proje
     file = run.stage_folder("data") / "run.json"
     facts = json.loads(file.read_text())
     sealed = facts.pop("notebook_sha256")
-    file.write_text(json.dumps(facts))
+    del facts[provenance.SELF]
+    provenance.write_note(file, facts)
     assert staleness.survey(run)["data"].kind == "fresh" and verify.verify(run)[1] == []
     done, _ = execute(run, "data")
     assert done.skipped == ["data"] and run.finished("data")["notebook_sha256"] == sealed
+
+
+def test_what_a_stage_made_is_not_lost_with_its_notebook(project, monkeypatch):
+    """The stage is finished, its notebook not yet in place: the next attempt takes up what was made."""
+    extra = """
+import json
+kept = folder / "trained.json"
+attempts = json.loads((folder / "run.json").read_text())["attempts"]
+kept.exists() or kept.write_text(f"{attempts}")
+"""
+    write_stage(paths.NOTEBOOKS, "01_pretrain", extra)
+    run = opened(project)
+    execute(run, "data")
+
+    def full(path, notebook):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(cleaning, "write_notebook", full)
+        execute(run, "pretrain")
+    assert run.finished("pretrain")["attempts"] == 1 and not run.notebook("01_pretrain").exists()
+    execute(run, "pretrain")
+    made = run.stage_folder("pretrain") / "trained.json"
+    assert made.read_text() == "1" and run.finished("pretrain")["attempts"] == 2
+    assert staleness.survey(run)["pretrain"].kind == "fresh" and verify.verify(run)[1] == []
+
+    execute(run, "pretrain", force=True)  # asked for anew, it is made anew
+    assert made.read_text() == "1" and run.finished("pretrain")["attempts"] == 1
+    for changed in ("seed", "bytes"):  # of other inputs, or damaged: made anew
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(cleaning, "write_notebook", full)
+            execute(run, "pretrain", force=True)
+        if changed == "bytes":
+            flip(made)
+        run = opened(project, "seed=7")
+        execute(run, "pretrain")
+        assert made.read_text() == "1" and run.finished("pretrain")["attempts"] == 1
 
 
 def test_data_that_changed_is_told_from_its_bytes(project):

@@ -136,6 +136,8 @@ def execute(
             for step in sorted(startable, key=lambda step: -roads[step.name]):
                 if fits(step, [job.step for job in workers.busy.values()], jobs):
                     del waiting[step.name]
+                    if not force:
+                        run.take_up(step.name, stages.fingerprint(run, step.name).digest)
                     workers.start(step, threads or share(plan, step, jobs), more=len(waiting) >= NURSERY_FROM)
             if workers.busy:
                 name, seconds = workers.wait()
