@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import nbformat
 import numpy as np
@@ -355,6 +356,9 @@ def test_efficiency_states_cost_and_peak_only_where_known(comparison, tmp_path):
     (one,) = training.trainings(Comparison.load(tmp_path))
     assert one.tokens_per_hour == pytest.approx(900e6)
     assert one.mfu == pytest.approx(6 * 253e6 * 250e3 / 989e12)
+    facts["hardware"]["gpu"] *= 8  # of which it used two
+    together = replace(one, facts={**facts, "training": {"workers": 2}})
+    assert together.mfu == pytest.approx(one.mfu / 2) and together.device == "2 × NVIDIA H100 80GB HBM3"
 
 
 def test_stability_sees_a_setback(comparison, copy):

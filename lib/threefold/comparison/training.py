@@ -36,10 +36,15 @@ class Training:
         return 3600 * self.tokens / self.seconds
 
     @property
+    def gpus(self) -> list[str]:
+        """The GPUs that it trained on, one a worker; the machine may have more."""
+        workers = (self.facts.get("training") or {}).get("workers", 1)
+        return ((self.facts.get("hardware") or {}).get("gpu") or [])[:workers]
+
+    @property
     def device(self) -> str:
         hardware = self.facts.get("hardware") or {}
-        gpus = hardware.get("gpu") or []
-        if gpus:
+        if gpus := self.gpus:
             return f"{len(gpus)} × {gpus[0]}" if len(gpus) > 1 else gpus[0]
         return f"CPU, {hardware['cores']} cores" if hardware.get("cores") else "CPU"
 
@@ -48,7 +53,7 @@ class Training:
         """FLOP/s the device could do: as measured by the stage if it says so, else the data sheet's."""
         if self.facts.get("peak_flops"):
             return float(self.facts["peak_flops"])
-        gpus = (self.facts.get("hardware") or {}).get("gpu") or []
+        gpus = self.gpus
         return next((len(gpus) * peak for name, peak in PEAKS.items() if gpus and name in gpus[0]), None)
 
     @property

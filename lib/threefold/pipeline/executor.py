@@ -564,7 +564,8 @@ def _lower(step: Step) -> str:
     kind = step.name.partition("-")[0]
     keys = {
         "data": "max_examples of the largest data.* source",
-        "evaluate": "evaluation.batch_tokens and evaluation.speed_batch_sizes",
+        "evaluate": "evaluation.batch_tokens",
+        "speed": "evaluation.speed_batch_sizes or evaluation.speed_prompt",
         "ablations": "ablations.train.batch_size (and raise ablations.train.accumulate by as much)",
         "compare": "evaluation.bootstrap",
     }.get(kind, f"{kind}.batch_size (and raise {kind}.accumulate by as much) or model.context")
