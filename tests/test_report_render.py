@@ -48,7 +48,7 @@ def page(run):
 def test_one_changed_byte_of_a_rendered_page_is_named(copy):
     render(copy, say=lambda line: None)
     assert rendered(copy) == []
-    for name in ("index.html", "_variables.yml", "rendered.json"):
+    for name in ("index.html", "index.qmd", "_variables.yml", "executed/06_compare.ipynb", "rendered.json"):
         changed = copy / "report" / name
         before = changed.read_bytes()
         flip(changed, len(before) // 2)

@@ -14,7 +14,7 @@ from threefold.records import read as read_records
 from threefold.report import notebooks, scrub
 from threefold.report.check import COMPARE, require
 
-RENDERED = "rendered.json"  # the page's hash, beside it
+RENDERED = "rendered.json"  # hashes of the page and of what it was made from, beside it
 MADE = ("executed", "_variables.yml", "index.html", "index_files", "_site", ".quarto", RENDERED)
 
 
@@ -85,12 +85,15 @@ def rendered(run) -> list[str]:
         (fresh / "_variables.yml").write_text(variables_text(values), encoding="utf-8")
         made = [path.relative_to(fresh) for path in sorted(fresh.rglob("*")) if path.is_file()]
         kept = {path: folder / path for path in made}
-        return [
-            f"report/{file.name}: not as it was rendered; `threefold report` renders it anew" for file in changed
-        ] + [
-            f"report/{path.as_posix()}: not what the run's notebooks say; `threefold report` renders it anew"
+        found = {file: "as it was rendered" for file in changed}
+        found |= {
+            file: "what the run's notebooks say"
             for path, file in kept.items()
             if not file.is_file() or file.read_bytes() != (fresh / path).read_bytes()
+        }
+        return [
+            f"report/{file.relative_to(folder).as_posix()}: not {what}; `threefold report` renders it anew"
+            for file, what in found.items()
         ]
 
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from threefold.errors import ReportError
-from threefold.provenance import atomic_write, recover_folder, replace_folder, sha256_file, write_note
+from threefold.provenance import atomic_write, recover_folder, replace_folder, sha256_tree, write_note
 from threefold.report import pandoc
 from threefold.report.check import require
 from threefold.report.publish import RENDERED, assemble, run_path
@@ -69,8 +69,8 @@ def render(run, *, say: Callable[[str], None] = print) -> Path:
     shutil.rmtree(work, ignore_errors=True)
     try:
         assemble(path, work)
-        page = render_folder(work, say=say)
-        write_note(work / RENDERED, {"files": {PAGE: sha256_file(page)}})
+        render_folder(work, say=say)
+        write_note(work / RENDERED, {"files": sha256_tree(work)})
         replace_folder(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
