@@ -358,7 +358,7 @@ def execute_compare(run: Path, script: Path) -> Path:
             name = "fake"
 
         class preset:
-            name = "smoke"
+            name, price_per_hour = "smoke", -1
 
     namespace = {"comparison": Comparison.load(run), "stage": Stage}
     exec(

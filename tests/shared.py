@@ -1,5 +1,8 @@
 """What several test modules begin with."""
 
+import os
+from pathlib import Path
+
 import torch
 from threefold import cli
 
@@ -14,6 +17,14 @@ def call(capsys, *arguments: str) -> tuple[int, str, str]:
     except SystemExit as left:
         status = left.code
     return status, *capsys.readouterr()
+
+
+def flip(file: Path, place: int = -1) -> None:
+    """Change one bit of a file and nothing of its size and times."""
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def counting(seed: int, n: int, low: int, high: int, vocabulary: int = 37) -> list[list[int]]:

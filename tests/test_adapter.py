@@ -1,4 +1,5 @@
 import hashlib
+import json
 import shutil
 
 import numpy as np
@@ -15,12 +16,14 @@ from evaluation_world import (
     tokenizer,
 )
 from safetensors.torch import load_file, save_file
-from threefold.config import ExternalConfig
+from threefold.config import BaselinesConfig, ExternalConfig, Preset
 from threefold.errors import CheckpointError, EvaluationError, SourceError
 from threefold.evaluation import LanguageModel, sha256_state
 from threefold.evaluation.adapter import _batches, _rows
+from threefold.evaluation.subjects import subject
 from threefold.model.decoder import Decoder
 from threefold.model.hf import save_checkpoint
+from threefold.run import Run, Stage
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 
@@ -310,6 +313,34 @@ def test_a_hub_model_comes_from_the_cache_at_its_commit(tmp_path, monkeypatch):
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="other weight formats are not read"):
         LanguageModel.from_location("someone/tiny")
+
+
+def test_a_hub_model_without_a_revision_stays_at_the_commit_of_its_first_load(tmp_path, monkeypatch):
+    for module in ("huggingface_hub.constants", "transformers.utils.hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("THREEFOLD_CACHE", str(tmp_path / "cache"))
+    repository, commits = tmp_path / "hub" / "models--someone--tiny", ("a" * 40, "b" * 40)
+    for seed, commit in enumerate(commits):
+        torch.manual_seed(seed)
+        llama().save_pretrained(repository / "snapshots" / commit)
+        tokenizer().save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+
+    def load(revision: str = "") -> str:
+        baselines = BaselinesConfig(gpt2="someone/tiny", gpt2_revision=revision)
+        run = Run("x", tmp_path / "x", Preset(name="x", baselines=baselines))
+        return subject(Stage("evaluate-gpt2", run, None, tmp_path / "y"), "gpt2").facts["revision"]
+
+    main = repository / "refs" / "main"
+    main.write_text(commits[0])
+    assert load() == commits[0]
+    main.write_text(commits[1])  # the hub moves on
+    assert load() == commits[0] and load("main") == commits[1]
+    assert json.loads((tmp_path / "cache" / "revisions.json").read_text()) == {"someone/tiny": commits[0]}
+    shutil.rmtree(repository / "snapshots" / commits[0])
+    with pytest.raises(SourceError, match=rf"commit {commits[0]}, which the first load recorded in revisions\.json"):
+        load()
 
 
 def test_pickled_weights_are_not_read(tmp_path):

@@ -9,7 +9,7 @@ import sys
 import nbformat
 import pytest
 from shared import ONE_STEP, call
-from threefold import cli, paths, records, stages
+from threefold import cli, paths, provenance, records, stages
 from threefold.errors import ReportError
 from threefold.pipeline import notebooks
 from threefold.run import Run, open_stage
@@ -223,6 +223,9 @@ def test_verify(project, capsys):
     facts = json.loads((run.stage_folder("data") / "run.json").read_text())
     facts["fingerprint"]["seed"] = 2
     (run.stage_folder("data") / "run.json").write_text(json.dumps(facts))
+    assert "data/run.json is not as it was written" in call(capsys, "verify", "--run", "tiny")[2]
+    del facts[provenance.SELF]
+    provenance.write_note(run.stage_folder("data") / "run.json", facts)
     assert "digest is not that of its components" in call(capsys, "verify", "--run", "tiny")[2]
 
 
@@ -332,14 +335,14 @@ def test_a_stream_says_what_generate_says_and_goes_on(checkpoint, capsys):
 
 
 def test_ctrl_c_ends_a_stream_and_keeps_what_was_printed(checkpoint, capsys, monkeypatch):
-    from threefold import model
+    from threefold.cli import generation
 
     def interrupted(*arguments, **settings):
         assert arguments[3] == -1, "without an end"
         yield from arguments[1][1:]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model, "stream", interrupted)
+    monkeypatch.setattr(generation, "stream", interrupted)  # where an earlier test's import has put it
     arguments = ["generate", "--run", "tiny", "--stage", "pretrain", "the cat", "--stream"]
     assert call(capsys, *arguments) == (0, "the catthe cat\n", "")
 

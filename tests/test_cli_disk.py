@@ -96,7 +96,9 @@ def test_the_cache(runs, capsys):
     status, out, _ = call(capsys, "clean", "--cache", "--yes")
     assert status == 0 and "  50 B  runs/.cache/hashes" in out and "5.0 kB to free" in out
     assert not list((runs / ".cache").iterdir()) and files(runs / "mine") == {*RESULTS, *LEFTOVERS, *NEEDED}
+    write(runs / ".cache" / "revisions.json", 9)  # which commit the hub gave first: nothing makes it again
     assert call(capsys, "clean", "--cache", "--yes") == (0, "nothing to remove\n", "")
+    assert (runs / ".cache" / "revisions.json").is_file()
 
 
 def test_without_yes_a_script_removes_nothing(runs, capsys, monkeypatch):

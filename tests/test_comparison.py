@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import nbformat
 import numpy as np
@@ -342,11 +343,11 @@ def test_one_seed_has_no_interval(tmp_path):
     assert effect.change == pytest.approx(100 / 90 - 1) and effect.low is None and effect.basis == "1 round"
 
 
-def test_efficiency_states_cost_and_peak_only_where_known(comparison, tmp_path):
+def test_efficiency_states_cost_and_limit_only_where_known(comparison, tmp_path):
     row = tables.efficiency(comparison).values["rows"][0]
-    assert row["Cost"] == "not stated" and row["Share of peak"] == "peak not known"
+    assert row["Cost"] == "no price stated" and row["Share of limit"] == "limit not known"
     priced = tables.efficiency(comparison, price_per_hour=3.6).values["rows"][0]
-    assert priced["Cost"] == "0.03 USD"  # 30 s
+    assert priced["Cost"] == "0.0300 USD at 3.60 an hour"  # 30 s
     facts = stage_values("pretrain", None, 600_000_000) | {"device_seconds": 2400.0}
     facts["hardware"] = {"gpu": ["NVIDIA H100 80GB HBM3"], "cpu": "x", "cores": 16}
     model = {"parameters": {"total": 253_000_000}, "config": {}}
@@ -354,7 +355,15 @@ def test_efficiency_states_cost_and_peak_only_where_known(comparison, tmp_path):
     notebook(tmp_path / "notebooks" / "01_pretrain.ipynb", *cells)
     (one,) = training.trainings(Comparison.load(tmp_path))
     assert one.tokens_per_hour == pytest.approx(900e6)
-    assert one.mfu == pytest.approx(6 * 253e6 * 250e3 / 989e12)
+    assert one.share_of_limit == pytest.approx(6 * 253e6 * 250e3 / 989e12)
+    on_cpu = replace(one, facts={"hardware": {"gpu": [], "cores": 2}, "training": {"matmul_flops": 1e15}})
+    assert on_cpu.limit == (1e15, "measured") and on_cpu.share_of_limit == pytest.approx(6 * 253e6 * 250e3 / 1e15)
+    facts["hardware"]["gpu"] *= 8  # of which it used two
+    together = replace(one, facts={**facts, "training": {"workers": 2}})
+    assert (
+        together.share_of_limit == pytest.approx(one.share_of_limit / 2)
+        and together.device == "2 × NVIDIA H100 80GB HBM3"
+    )
 
 
 def test_stability_sees_a_setback(comparison, copy):

@@ -11,7 +11,8 @@ import torch
 from explore_world import make_run
 from hypothesis import given
 from hypothesis import strategies as st
-from threefold import paths
+from shared import flip
+from threefold import paths, provenance
 from threefold.config import SourceConfig
 from threefold.data import sources
 from threefold.errors import ConfigError, MissingInput
@@ -148,6 +149,26 @@ def test_an_evaluation_that_is_not_there_is_named(run):
 def test_what_cannot_be_meant_stops(run, call, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         call(run)
+
+
+@pytest.mark.parametrize(
+    ("file", "view"),
+    [("pretrain/metrics.jsonl", view.losses), ("pretrain/metrics.jsonl", view.overview)]
+    + [("notebooks/04_evaluate-sft.ipynb", part) for part in (view.items, view.preferences, view.overview)],
+)
+def test_no_view_shows_what_a_byte_changed(run, file, view):
+    sealed = run.stage_folder("evaluate-sft") / "run.json"
+    provenance.write_note(sealed, {"stage": "evaluate-sft", "fingerprint": {}, "outputs": {}})
+    run.seal("evaluate-sft")
+    changed = run.path / file
+    before = changed.read_bytes()
+    flip(changed, -4)
+    try:
+        said = seen(view(run)).text
+    finally:
+        changed.write_bytes(before)
+        sealed.unlink()
+    assert f"{file} of run little " in said and ("is not what the stage wrote" in said or "was changed since" in said)
 
 
 def test_a_run_that_is_not_there_is_an_error_with_the_runs_there_are(run):

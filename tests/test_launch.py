@@ -65,7 +65,9 @@ def test_a_notebook_trains_with_two_workers_as_alone(runs):
     found = train_stage(stage, inputs, folder, said.append)
     assert found.result.workers == 2 and "2 workers" in said[0] and 3 <= len(said) <= 6
     assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "metrics.jsonl", "training.json"}
-    assert stage.finish(training={"workers": 2})["attempts"] == 1
+    facts = stage.finish(training={"workers": 2})
+    assert facts["attempts"] == 1 and facts["determinism"]["workers"] == [2]
+    assert facts["determinism"]["level"] == "bit-identical"
 
     alone = train_stage(*opened("launched-one", SHORT, nproc=1), said.append)
     assert alone.result.workers == 1 and alone.result.tokens == found.result.tokens

@@ -2,12 +2,13 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from shared import counting
+from shared import counting, flip
 from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import IGNORE, pack_documents, pack_examples, pack_pairs
 from threefold.errors import ConfigError, DataError, TrainingError
@@ -246,14 +247,31 @@ def test_a_state_whose_bytes_changed_is_not_gone_on_from(text, tmp_path):
     run(model(), text, SHORT, tmp_path)
 
 
-def test_a_finished_training_whose_weights_changed_is_not_loaded(text, tmp_path):
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "metrics.jsonl", "training.json"])
+def test_a_finished_training_of_which_a_byte_changed_is_not_loaded(text, tmp_path, name):
     settings = {"folder": tmp_path, "tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet}
-    stages.pretrain(TINY, text, SHORT, **settings)
-    file = tmp_path / "model.safetensors"
-    content = file.read_bytes()
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(TrainingError, match=r"model.safetensors is not what the training wrote"):
+    first = stages.pretrain(TINY, text, SHORT, **settings)
+    content = (tmp_path / name).read_bytes()
+    flip(tmp_path / name, content.index(b'"loss_last": ') + 16 if name == "training.json" else -4)
+    with pytest.raises(TrainingError, match=rf"{name} is not what the training wrote; remove training.json there"):
         stages.pretrain(TINY, text, SHORT, **settings)
+    (tmp_path / "training.json").unlink()
+    again = stages.pretrain(TINY, text, SHORT, **settings)
+    assert all(torch.equal(weights(again.model)[key], value) for key, value in weights(first.model).items())
+
+
+def test_reference_log_probabilities_of_which_a_byte_changed_are_computed_again(pairs, tmp_path):
+    config = replace(SHORT, optimizer="adamw")
+    settings = {"tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet}
+    first = stages.dpo(model(), pairs, config, folder=tmp_path / "a", **settings)
+    for number, place in enumerate((0, 20, -1)):  # the header's length, the header, a value
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        shutil.copy(tmp_path / "a" / "reference.safetensors", folder)
+        flip(folder / "reference.safetensors", place)
+        again = stages.dpo(model(), pairs, config, folder=folder, **settings)
+        assert (folder / "reference.safetensors").read_bytes() == (tmp_path / "a/reference.safetensors").read_bytes()
+        assert all(torch.equal(weights(again.model)[key], value) for key, value in weights(first.model).items())
 
 
 def test_a_loss_that_stands_out_is_noted(text, tmp_path):

@@ -1,18 +1,24 @@
 """The pipeline with small notebooks in real kernels: order, skipping, failing, stopping, cleaning, pairs."""
 
+import base64
+import errno
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from functools import reduce
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
-from shared import ONE_STEP
-from threefold import paths, provenance, records, stages
+from shared import ONE_STEP, flip
+from threefold import config, paths, provenance, records, stages
+from threefold.cli import status
 from threefold.errors import ConfigError, MissingInput, RecordError, ThreefoldError
 from threefold.pipeline import cleaning, executor, notebooks, rerun, staleness, verify
 from threefold.run import Run
@@ -173,6 +179,40 @@ def test_a_learning_rate_touches_only_its_stage(project):
     assert changed == {"sft"}
     lines = stages.fingerprint(one, "sft").differences(stages.fingerprint(other, "sft"))
     assert lines == ["config: sft.learning_rate 0.003 -> 0.5"]
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "muon_learning_rate"])
+@pytest.mark.parametrize("stage", ["pretrain", "gpt2", "distilgpt2", "sft", "dpo"])
+def test_no_other_stage_reads_a_learning_rate(stage, key):
+    one = config.load_preset("smoke")
+    other = config.override(one, {f"{stage}.{key}": 0.5})
+    plan = stages.steps(one)
+    assert {name for name in plan if stages._sections(one, name) != stages._sections(other, name)} == {stage}
+
+
+def test_a_package_file_is_told_from_its_bytes(tmp_path, monkeypatch):
+    (tmp_path / "packed_model").mkdir()
+    file = tmp_path / "packed_model" / "x.gguf"
+    file.write_bytes(b"weights")
+    (tmp_path / "packed_model-1.2.dist-info").mkdir()
+    noted = base64.urlsafe_b64encode(hashlib.sha256(b"weights").digest()).decode().rstrip("=")
+    for name, text in (
+        ("METADATA", "Metadata-Version: 2.1\nName: packed-model\nVersion: 1.2\n"),
+        ("RECORD", f"packed_model/x.gguf,sha256={noted},7\n"),
+    ):
+        (tmp_path / "packed_model-1.2.dist-info" / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def identity(digest) -> str:
+        return stages._location("package:packed_model/x.gguf", "", "", digest)
+
+    made = identity(stages.sha256_cached)
+    assert made == "packed_model 1.2" == identity(provenance.sha256_file)
+    flip(file)
+    assert identity(stages.sha256_cached) == made  # a glance does not read it
+    assert identity(provenance.sha256_file) == f"{made}, x.gguf changed since it was installed"
+    file.unlink()
+    assert identity(provenance.sha256_file) != made
 
 
 def test_notebook_code_counts_and_its_prose_does_not(project):
@@ -350,6 +390,15 @@ def test_what_the_machine_lacks_is_explained(project, cell, said):
     assert str(failure.value).count("\n") == 0
 
 
+def test_the_settings_to_lower_are_keys_of_the_preset():
+    preset = config.load_preset("smoke")
+    for step in stages.steps(preset).values():
+        named = re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)+", executor._lower(step))
+        assert named or step.name == "data", step.name
+        for key in named:
+            assert reduce(getattr, key.split("."), preset) is not None
+
+
 def test_a_notebook_that_never_finishes_its_stage_is_a_failure(project):
     write(paths.NOTEBOOKS, "00_data", "preset = run = overrides = None", "1 + 1")
     with pytest.raises(executor.StageFailed, match="without finishing its stage"):
@@ -444,16 +493,73 @@ def test_a_changed_notebook_is_noticed_wherever_it_changed(project):
     assert set(done.executed) == {"data"}
 
 
+def test_no_headline_comes_from_a_changed_notebook(project):
+    write_stage(paths.NOTEBOOKS, "00_data", "records.publish('tokenizer', {'vocabulary': 1234})")
+    run = opened(project)
+    execute(run, "data")
+    other = opened(project, "seed=7")  # stale for another reason, which is told first
+    assert status.headline(other, staleness.survey(other)["data"]) == "vocabulary 1,234"
+    file = run.notebook("00_data")
+    file.write_text(file.read_text().replace("1234", "9234"))
+    assert status.headline(other, staleness.survey(other)["data"]) is None
+
+
+def test_a_stage_made_from_another_parent_is_named(project):
+    run = opened(project)
+    execute(run, "data", "pretrain")
+    write_stage(paths.NOTEBOOKS, "00_data", "(folder / 'vocabulary').write_text('other')")
+    execute(run, "data")
+    assert verify.verify(run)[1] == ["pretrain: made from another data than the one that is there"]
+
+
 def test_a_notebook_executed_by_papermill_itself_is_sealed_by_the_next_run(project):
     run = opened(project)
     execute(run, "data")
     file = run.stage_folder("data") / "run.json"
     facts = json.loads(file.read_text())
     sealed = facts.pop("notebook_sha256")
-    file.write_text(json.dumps(facts))
+    del facts[provenance.SELF]
+    provenance.write_note(file, facts)
     assert staleness.survey(run)["data"].kind == "fresh" and verify.verify(run)[1] == []
     done, _ = execute(run, "data")
     assert done.skipped == ["data"] and run.finished("data")["notebook_sha256"] == sealed
+
+
+def test_what_a_stage_made_is_not_lost_with_its_notebook(project, monkeypatch):
+    """The stage is finished, its notebook not yet in place: the next attempt takes up what was made."""
+    extra = """
+import json
+kept = folder / "trained.json"
+attempts = json.loads((folder / "run.json").read_text())["attempts"]
+kept.exists() or kept.write_text(f"{attempts}")
+"""
+    write_stage(paths.NOTEBOOKS, "01_pretrain", extra)
+    run = opened(project)
+    execute(run, "data")
+
+    def full(path, notebook):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(cleaning, "write_notebook", full)
+        execute(run, "pretrain")
+    assert run.finished("pretrain")["attempts"] == 1 and not run.notebook("01_pretrain").exists()
+    execute(run, "pretrain")
+    made = run.stage_folder("pretrain") / "trained.json"
+    assert made.read_text() == "1" and run.finished("pretrain")["attempts"] == 2
+    assert staleness.survey(run)["pretrain"].kind == "fresh" and verify.verify(run)[1] == []
+
+    execute(run, "pretrain", force=True)  # asked for anew, it is made anew
+    assert made.read_text() == "1" and run.finished("pretrain")["attempts"] == 1
+    for changed in ("seed", "bytes"):  # of other inputs, or damaged: made anew
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(cleaning, "write_notebook", full)
+            execute(run, "pretrain", force=True)
+        if changed == "bytes":
+            flip(made)
+        run = opened(project, "seed=7")
+        execute(run, "pretrain")
+        assert made.read_text() == "1" and run.finished("pretrain")["attempts"] == 1
 
 
 def test_data_that_changed_is_told_from_its_bytes(project):

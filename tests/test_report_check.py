@@ -202,6 +202,14 @@ def test_a_key_twice_in_the_bibliography_and_broken_variables_are_said(folder):
     assert "references.bib: known stands 2 times" in problems and "_variables.yml: must map" in problems
 
 
+def test_variables_are_those_of_the_comparisons_record(folder):
+    notebook(folder / "executed" / "06_compare.ipynb", cell("show()", output("variables", {"n": 6, "m": "x"}, "-")))
+    (folder / "_variables.yml").write_text('"n": "6"\n"m": "x"\n')
+    assert check(folder) == []
+    (folder / "_variables.yml").write_text('"n": "7"\n"m": "x"\n')
+    only(folder, r"_variables\.yml: n is '7', but the record in executed/06_compare\.ipynb says '6'$")
+
+
 def test_front_matter_must_close(folder):
     (folder / "index.qmd").write_text("---\ntitle: x\n")
     with pytest.raises(ReportError, match="never closed"):

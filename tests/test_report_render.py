@@ -7,9 +7,10 @@ import stat
 import nbformat
 import pytest
 from report_fixtures import cell, execute_compare, make_run, notebook, output
+from shared import flip
 from threefold import paths
 from threefold.errors import MissingInput, ReportError
-from threefold.report import assemble, check, pandoc, publish, render, render_folder, sources
+from threefold.report import assemble, check, pandoc, publish, render, render_folder, rendered, sources
 from threefold.report.render import inspect
 
 
@@ -42,6 +43,17 @@ def page(run):
         path = render(run, say=said.append)
     assert said == ["Quarto is not on the PATH: rendering the same sources with Pandoc."]
     return path.read_text(encoding="utf-8")
+
+
+def test_one_changed_byte_of_a_rendered_page_is_named(copy):
+    render(copy, say=lambda line: None)
+    assert rendered(copy) == []
+    for name in ("index.html", "index.qmd", "_variables.yml", "executed/06_compare.ipynb", "rendered.json"):
+        changed = copy / "report" / name
+        before = changed.read_bytes()
+        flip(changed, len(before) // 2)
+        assert [line.partition(":")[0] for line in rendered(copy)] == [f"report/{name}"]
+        changed.write_bytes(before)
 
 
 # The page ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import os
 import shutil
 
 import pytest
+from shared import flip
 from threefold import config, paths, provenance
 from threefold.config import Preset, TrainConfig
 from threefold.errors import CheckpointError, ConfigError, MissingInput, RecordError
@@ -149,7 +150,7 @@ def test_a_stage_from_begin_to_finish(project):
     assert not stage.folder.exists()
     facts = stage.finish(tokens=100, device_seconds=1.5, loss=2.25)
     assert not folder.exists()
-    assert json.loads((stage.folder / "run.json").read_text()) == facts == stage.run.finished("pretrain")
+    assert read_run_file(stage.folder) == facts == stage.run.finished("pretrain")
     assert facts["outputs"] == {
         "items/x.parquet": provenance.sha256_bytes(b"items"),
         "model.safetensors": provenance.sha256_bytes(b"weights"),
@@ -244,6 +245,19 @@ def test_a_damaged_run_json_says_so():
     assert stage.run.finished("pretrain") is None
 
 
+def test_one_changed_byte_of_a_run_json_says_so():
+    stage = open_stage("pretrain", {})
+    make(stage)
+    file = stage.folder / "run.json"
+    content = file.read_bytes()
+    for text in (b'"tokens": ', b'"wall_seconds": ', b'"seed": ', provenance.SELF.encode() + b'": "'):
+        flip(file, content.index(text) + len(text))
+        with pytest.raises(RecordError, match=r"smoke/pretrain/run.json is not as it was written; remove the folder"):
+            open_stage("sft", {}).require("pretrain")
+        file.write_bytes(content)
+    assert stage.run.require("pretrain")["tokens"] == 5
+
+
 def test_an_input_that_is_not_what_its_stage_wrote_is_refused():
     """Every byte is read: a file's size and time may be what they were."""
     stage = open_stage("pretrain", {})
@@ -274,6 +288,12 @@ def test_a_run_says_how_far_it_can_be_repeated(monkeypatch):
     again.begin(of("sft"))
     told = again.finish()["determinism"]
     assert told["threads"] == [1, 2] and told["level"].startswith("up to rounding: interrupted")
+    for workers in (1, 2):
+        again.begin(of("sft"))
+        again.count_workers(workers)
+    told = again.finish()["determinism"]
+    assert told["workers"] == [1, 2] and told["threads"] == [1]
+    assert told["level"] == "up to rounding: interrupted, and gone on with other workers (1, 2)"
 
 
 # The notebook's door

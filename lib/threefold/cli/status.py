@@ -60,6 +60,7 @@ def headline(run: Run, state: State) -> str | None:
     if not state.facts:
         return None
     try:
+        run.check_notebook(state.stage)
         found = records.read(run.notebook(stage_notebook(state.stage).executed))
     except RecordError:
         return None

@@ -745,7 +745,10 @@ def _repeatable(determinism: dict[str, Any]) -> str | None:
         return None
     threads = "/".join(map(str, determinism["threads"]))
     plural = "" if threads == "1" else "s"
-    return f"{determinism['level'].partition(':')[0]} ({determinism['device'].upper()}, {threads} thread{plural})"
+    workers = "/".join(map(str, determinism.get("workers", [])))
+    together = f", {workers} workers" if workers else ""
+    where = f"{determinism['device'].upper()}, {threads} thread{plural}{together}"
+    return f"{determinism['level'].partition(':')[0]} ({where})"
 
 
 def _machine(hardware: dict[str, Any]) -> str | None:

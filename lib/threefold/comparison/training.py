@@ -36,20 +36,28 @@ class Training:
         return 3600 * self.tokens / self.seconds
 
     @property
+    def gpus(self) -> list[str]:
+        """The GPUs that it trained on, one a worker; the machine may have more."""
+        workers = (self.facts.get("training") or {}).get("workers", 1)
+        return ((self.facts.get("hardware") or {}).get("gpu") or [])[:workers]
+
+    @property
     def device(self) -> str:
         hardware = self.facts.get("hardware") or {}
-        gpus = hardware.get("gpu") or []
-        if gpus:
+        if gpus := self.gpus:
             return f"{len(gpus)} × {gpus[0]}" if len(gpus) > 1 else gpus[0]
         return f"CPU, {hardware['cores']} cores" if hardware.get("cores") else "CPU"
 
     @property
-    def peak(self) -> float | None:
-        """FLOP/s the device could do: as measured by the stage if it says so, else the data sheet's."""
-        if self.facts.get("peak_flops"):
-            return float(self.facts["peak_flops"])
-        gpus = (self.facts.get("hardware") or {}).get("gpu") or []
-        return next((len(gpus) * peak for name, peak in PEAKS.items() if gpus and name in gpus[0]), None)
+    def limit(self) -> tuple[float, str] | None:
+        """FLOP/s of matrix products that the device could do, and where that is from: "measured" on a CPU at the end of
+        the training, in the format and with the threads it trained with; a GPU's "data sheet"."""
+        if measured := (self.facts.get("training") or {}).get("matmul_flops"):
+            return float(measured), "measured"
+        gpus = self.gpus
+        return next(
+            ((len(gpus) * peak, "data sheet") for name, peak in PEAKS.items() if gpus and name in gpus[0]), None
+        )
 
     @property
     def flops_per_second(self) -> float | None:
@@ -57,9 +65,10 @@ class Training:
         return 6 * self.parameters * self.tokens / self.seconds if self.parameters else None
 
     @property
-    def mfu(self) -> float | None:
-        """Share of the device's peak, where that is known."""
-        return self.flops_per_second / self.peak if self.flops_per_second and self.peak else None
+    def share_of_limit(self) -> float | None:
+        """Model FLOPs utilisation (Chowdhery et al. 2022, 2204.02311, appendix B, without attention's term), where the
+        limit is known."""
+        return self.flops_per_second / self.limit[0] if self.flops_per_second and self.limit else None
 
 
 def total_parameters(comparison: Comparison, model: str) -> int | None:

@@ -29,6 +29,7 @@ from threefold.provenance import atomic_write, read_note, sha256_file, sha256_js
 
 REGISTRY = paths.DATA / "sources.toml"
 SHUFFLE_SEED = 0  # of sources marked `shuffle`: one order for everybody
+REVISIONS = "revisions.json"  # in the cache folder; unlike what else is there nothing makes it again
 HUB_TIMEOUT = 20  # seconds for the hub to name a commit
 LARGE = 32 << 20  # bytes; the hash of a larger file is kept for its path, size and time
 FORMS = ("parquet", "json", "csv", "text", "arrow")  # of a hub's data set: rows of values, nothing that could be code
@@ -157,7 +158,7 @@ def resolve(config: SourceConfig, data_dir: str | Path = "") -> Resolved:
     if config.split not in source.splits:
         tried.append(f"the hub's {source.hub} has no such split")
         raise SourceError(_nowhere(source, config.split, tried))
-    commit = source.revision or _recorded().get(source.hub, "")
+    commit = source.revision or recorded_commit(source.hub)
     cached = _cached_commits(source, config.split)
     if commit in cached or (cached and not commit):
         commit = commit or next(iter(cached))
@@ -228,7 +229,7 @@ def gpt2_tokenizer_file(data_dir: str | Path = "") -> Path:
         tried = [f"{folder} holds neither gpt2-bpe/tokenizer.json nor {source.hub}/tokenizer.json"]
     import huggingface_hub
 
-    revision = source.revision or _recorded().get(source.hub, "") or None
+    revision = source.revision or recorded_commit(source.hub) or None
     try:
         file = huggingface_hub.hf_hub_download(source.hub, "tokenizer.json", revision=revision, local_files_only=True)
         return Path(file)
@@ -241,7 +242,7 @@ def gpt2_tokenizer_file(data_dir: str | Path = "") -> Path:
         raise SourceError(_nowhere(source, "", [*tried, str(error)])) from error
     except _network_errors() as error:
         raise SourceError(_nowhere(source, "", [*tried, f"the hub failed ({_said(error)})"])) from error
-    _record(source.hub, commit)
+    record_commit(source.hub, commit)
     return file
 
 
@@ -448,7 +449,7 @@ def _hub_rows(resolved: Resolved) -> Iterator[readers.Row]:
         rows = datasets.concatenate_datasets(parts)
     else:
         rows = _load_dataset(source.hub, source.config, split, resolved.revision, label)
-    _record(source.hub, resolved.revision)
+    record_commit(source.hub, resolved.revision)
     return _numbered(rows, label)
 
 
@@ -518,7 +519,7 @@ def _said(error: BaseException) -> str:
 
 
 def _revisions_file() -> Path:
-    return cache_folder() / "revisions.json"
+    return cache_folder() / REVISIONS
 
 
 def _recorded() -> dict[str, str]:
@@ -535,7 +536,13 @@ def _recorded() -> dict[str, str]:
     return recorded
 
 
-def _record(hub: str, commit: str) -> None:
+def recorded_commit(hub: str) -> str:
+    """The commit of the first load of something on the hub that names none; "" before it. Raises SourceError for a
+    record that cannot be read."""
+    return _recorded().get(hub, "")
+
+
+def record_commit(hub: str, commit: str) -> None:
     """Record the commit of a first load."""
     recorded = _recorded()
     if hub not in recorded:

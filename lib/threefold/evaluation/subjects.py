@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 from threefold import config
+from threefold.data import sources
 from threefold.data.tokenizer import load_tokenizer
+from threefold.errors import SourceError
 from threefold.evaluation.adapter import LanguageModel
 from threefold.run import Stage
 
@@ -22,9 +24,25 @@ def subject(stage: Stage, model: str) -> LanguageModel:
             replace(stage.preset.model, vocab_size=len(tokenizer)), tokenizer, stage.preset.seed
         )
     if model in external:
-        return LanguageModel.from_location(external[model], data_dir=stage.run.data_dir)
+        return _from_outside(stage, model, external[model].location, external[model].revision)
     if (location := getattr(baselines, model, "train")) != "train":
-        revision = getattr(baselines, f"{model}_revision")
-        return LanguageModel.from_location(location, revision, stage.run.data_dir, name=model)
+        return _from_outside(stage, model, location, getattr(baselines, f"{model}_revision"))
     name = config.replicate_name(model, stage.replicate) if model in config.REPEATED else model
     return LanguageModel.from_checkpoint(stage.require(model), name)
+
+
+def _from_outside(stage: Stage, name: str, location: str, revision: str) -> LanguageModel:
+    """A model from outside. One on the hub without a revision is that of the commit which its first load recorded."""
+    asked = revision or sources.recorded_commit(location)
+    try:
+        model = LanguageModel.from_location(location, asked, stage.run.data_dir, name=name)
+    except SourceError as error:
+        if asked == revision:
+            raise
+        raise SourceError(
+            f"{error}; asked for was commit {asked}, which the first load recorded in {sources.REVISIONS} of the cache "
+            "folder: take it out there to load another one"
+        ) from error
+    if not revision and (commit := model.facts.get("revision")):
+        sources.record_commit(location, commit)
+    return model

@@ -1,5 +1,6 @@
 """What views read of a run: checkpoints, curves, results of single items and the texts that these are about."""
 
+import contextlib
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -7,16 +8,17 @@ from typing import Any
 
 import pandas as pd
 
-from threefold import config, paths, stages
+from threefold import config, paths, provenance, stages
 from threefold.comparison.load import Comparison
 from threefold.config import SourceConfig
 from threefold.data import sources
 from threefold.data.templates import instruction_prompt
 from threefold.data.tokenizer import load_tokenizer
-from threefold.errors import ConfigError, MissingInput, RecordError, ThreefoldError
+from threefold.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
 from threefold.evaluation import perplexity
 from threefold.model import load_checkpoint
 from threefold.run import Run, data_dir_of
+from threefold.training.state import METRICS
 
 LINEAGE = ("pretrain", "sft", "dpo")
 
@@ -91,16 +93,28 @@ def _loaded(folder: Path, _digest: str) -> tuple[Any, Any]:
 
 
 def metrics_folder(run: Run, stage: str) -> Path | None:
-    """Where a stage's metrics.jsonl lies, of one that is still training too."""
+    """Where a stage's metrics.jsonl lies, of one that is still training too. Raises CheckpointError for a finished
+    stage's that is not what it wrote."""
     folders = (run.stage_folder(stage), run.partial_folder(stage))
-    return next((folder for folder in folders if (folder / "metrics.jsonl").is_file()), None)
+    found = next((folder for folder in folders if (folder / METRICS).is_file()), None)
+    if found == folders[0]:
+        written = run.require(stage)["outputs"].get(METRICS)
+        if provenance.sha256_file(found / METRICS) != written:
+            raise CheckpointError(
+                f"{stage}/{METRICS} of run {run.name} is not what the stage wrote: "
+                f"`threefold verify --run {run.name}` tells all; run stage {stage} again"
+            )
+    return found
 
 
 # Evaluations --------------------------------------------------------------------------------------------------------
 
 
 def comparison(run: Run) -> Comparison:
-    """The records of the notebooks executed so far. Raises MissingInput, RecordError."""
+    """The records of the notebooks executed so far. Raises MissingInput; RecordError, of a notebook that was changed
+    since too."""
+    for stage in stages.steps(run.preset):
+        run.check_notebook(stage)
     executed = sorted((run.path / "notebooks").glob("*.ipynb"))
     return _comparison(run.path, tuple((path.name, path.stat().st_mtime_ns) for path in executed))
 
@@ -108,6 +122,12 @@ def comparison(run: Run) -> Comparison:
 @lru_cache(maxsize=2)
 def _comparison(folder: Path, _state: tuple) -> Comparison:
     return Comparison.load(folder)
+
+
+def readable(run: Run) -> None:
+    """Raises RecordError where there are records that cannot be read, a notebook that was changed since for one."""
+    with contextlib.suppress(MissingInput):
+        comparison(run)
 
 
 def evaluated(run: Run) -> list[str]:

@@ -20,7 +20,7 @@ from threefold.comparison.measures import KEYS
 from threefold.comparison.training import smooth
 from threefold.data.templates import instruction_prompt
 from threefold.data.tokenizer import encode, sink_ids
-from threefold.errors import ConfigError, DataError, MissingInput, ThreefoldError
+from threefold.errors import ConfigError, DataError, MissingInput, RecordError, ThreefoldError
 from threefold.evaluation import attention as looking
 from threefold.evaluation import statistics
 from threefold.explore import page, reading
@@ -60,6 +60,10 @@ def overview(run: Run) -> Shown:
     """What there is of a run: its trainings and evaluations, and what makes those that are not there."""
     rows, missing = [], []
     evaluated = reading.evaluated(run)
+    try:
+        reading.readable(run)
+    except RecordError as error:
+        missing.append(str(error))
     for name in reading.trainings(run):
         _, absent = reading.there(run, [name])
         missing += absent
@@ -333,6 +337,7 @@ def items(
         raise ConfigError(f"which = {which!r}: allowed are {WINS!r}, {LOSSES!r}")
     protocol = protocol or default_protocol(run)
     if not protocol:
+        reading.readable(run)
         raise MissingInput(f"run {run.name} has no evaluation yet: run `{run.command('evaluate-sft')}`")
     models = reading.comparison(run).models
     for name in (first, second):
@@ -460,6 +465,7 @@ def preferences(
     names = [part.strip() for part in models.split(",")] if isinstance(models, str) else list(models)
     protocol = next((one for one in reading.scored(run) if one.endswith("/preferences")), None)
     if protocol is None:
+        reading.readable(run)
         raise MissingInput(f"run {run.name} has measured no preferences yet: run `{run.command('evaluate-dpo')}`")
     found, missing = {}, []
     for name in names:

@@ -136,6 +136,8 @@ def execute(
             for step in sorted(startable, key=lambda step: -roads[step.name]):
                 if fits(step, [job.step for job in workers.busy.values()], jobs):
                     del waiting[step.name]
+                    if not force:
+                        run.take_up(step.name, stages.fingerprint(run, step.name).digest)
                     workers.start(step, threads or share(plan, step, jobs), more=len(waiting) >= NURSERY_FROM)
             if workers.busy:
                 name, seconds = workers.wait()
@@ -562,7 +564,8 @@ def _lower(step: Step) -> str:
     kind = step.name.partition("-")[0]
     keys = {
         "data": "max_examples of the largest data.* source",
-        "evaluate": "evaluation.batch_tokens and evaluation.speed_batch_sizes",
+        "evaluate": "evaluation.batch_tokens",
+        "speed": "evaluation.speed_batch_sizes or evaluation.speed_prompt",
         "ablations": "ablations.train.batch_size (and raise ablations.train.accumulate by as much)",
         "compare": "evaluation.bootstrap",
     }.get(kind, f"{kind}.batch_size (and raise {kind}.accumulate by as much) or model.context")

@@ -14,13 +14,14 @@ from typing import Any
 from threefold import records, stages
 from threefold.pipeline import executor
 from threefold.pipeline.staleness import state
-from threefold.provenance import atomic_write
+from threefold.provenance import SELF, atomic_write
 from threefold.run import Run
 
 # What a repetition does not give again, by name: times and what follows from them, ...
 TIMES = (
     *("seconds", "evaluation_seconds", "device_seconds", "wall_seconds", "step_seconds", "tokens_per_second"),
     *("log_step_seconds", "matmul_flops", "started", "finished", "attempts"),
+    *("files", SELF),  # a note's hashes of what holds times; the files are compared themselves
 )
 # ... in run.json what the stage was made from and on, and hashes of files that hold times (the files are compared
 # themselves), ...
@@ -31,8 +32,8 @@ TIMED_RECORDS = ("speed/", "comparison/")  # of the stages that measure; the com
 
 
 def rerun(run: Run, stage: str, say: Callable[[str], None]) -> list[str]:
-    """Make a finished stage again from the same inputs, with the threads it was made with; one line for each file or
-    record that differs, with what differs first in it.
+    """Make a finished stage again from the same inputs, with the threads and workers it was made with; one line for
+    each file or record that differs, with what differs first in it.
 
     Raises MissingInput (the stage or what it needs has not been made), StageFailed.
     """
@@ -46,6 +47,7 @@ def rerun(run: Run, stage: str, say: Callable[[str], None]) -> list[str]:
             copy,
             selected=[stage],
             force=True,
+            nproc=facts.get("training", {}).get("workers"),
             threads=threads[-1],
             environment={"THREEFOLD_CACHE": str(cache_folder())},
             say=say,
@@ -53,8 +55,8 @@ def rerun(run: Run, stage: str, say: Callable[[str], None]) -> list[str]:
         found = list(differences(run, copy, stage))
     if found:
         found += [f"{stage}: now made from other inputs: {reason}" for reason in state(run, step).reasons]
-        if len(threads) > 1:
-            found.append(f"{stage}: it was interrupted and gone on with other threads ({threads})")
+        if "gone on with" in facts.get("determinism", {}).get("level", ""):
+            found.append(f"{stage}: its level of determinism is {facts['determinism']['level']}")
     return found
 
 

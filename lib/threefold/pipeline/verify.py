@@ -16,13 +16,13 @@ def verify(run: Run, say: Callable[[str], None] = lambda line: None) -> tuple[in
     """(files read, one line for each thing that does not hold). Only finished stages are looked at.
 
     Checked: the fingerprint's digest against its components, the data it was made from, each output's hash, that there
-    is no output beyond those, that a stage was made from the weights its parents now have, the executed notebook's
+    is no output beyond those, that a stage was made from what its parents now hold, the executed notebook's
     bytes and its record against run.json, what the cache keeps of the data; and, where all that holds, the comparison
     is made again from the records: every table and variable of the report must come out the same.
     """
     problems: list[str] = []
     files = 0
-    weights: dict[str, str] = {}
+    finished: set[str] = set()
     read: dict[str, str] = {}
     plan = stages.steps(run.preset)
     for step in plan.values():
@@ -38,15 +38,15 @@ def verify(run: Run, say: Callable[[str], None] = lambda line: None) -> tuple[in
             continue
         problems += [f"{where}/{path}: {problem}" for path, problem in damage(folder, facts)]
         files += len(facts["outputs"]) + 2  # run.json and the notebook
-        weights[step.name] = facts["outputs"].get("model.safetensors", "")
+        finished.add(step.name)
         for parent, digest in fingerprint.parents.items():
-            if weights.get(parent) and step.name != "compare" and digest != weights[parent]:
-                problems.append(f"{where}: made from other weights than {parent} now has")
+            if step.name != "compare" and parent in finished and digest != stages.identity(run, step.name, parent):
+                problems.append(f"{where}: made from another {parent} than the one that is there")
         problems += _inputs(run, step.name, fingerprint, read)
         problems += _notebook(run, step.executed, step.name, facts)
     cached, damaged_files = _cache(run)
     files, problems = files + cached, list(dict.fromkeys(problems)) + damaged_files
-    if not problems and "compare" in weights:
+    if not problems and "compare" in finished:
         problems += [f"notebooks/{plan['compare'].executed}.ipynb: {line}" for line in rerun(run, "compare", say)]
     return files, problems
 

@@ -11,6 +11,7 @@ from threefold.errors import RecordError, ReportError
 from threefold.records import read as read_records
 from threefold.report import notebooks, scrub, sources
 
+COMPARE = "06_compare.ipynb"  # whose record the variables are
 LABEL = re.compile(r"^(?:tbl|fig|txt)-[a-z0-9]+(?:-[a-z0-9]+)*$")
 
 
@@ -131,7 +132,25 @@ def _references(folder: Path, source: sources.Source) -> list[str]:
     for reference in source.variables:
         if reference.key not in variables:
             problems.append(f"index.qmd line {reference.line}: variable {reference.key} is not in _variables.yml")
-    return problems
+    return problems + _recorded_variables(folder, variables)
+
+
+def _recorded_variables(folder: Path, variables: dict[str, str]) -> list[str]:
+    """Every variable is what the comparison's record says."""
+    notebook = folder / "executed" / COMPARE
+    try:
+        record = read_records(notebook).get("variables") if notebook.is_file() else None
+    except RecordError:
+        return []  # which is said of the notebook itself
+    if record is None:
+        return []
+    told = {name: str(value) for name, value in record.values.items()}
+    return [
+        f"_variables.yml: {name} is {variables.get(name)!r}, but the record in executed/{COMPARE} says "
+        f"{told.get(name)!r}"
+        for name in {**told, **variables}
+        if variables.get(name) != told.get(name)
+    ]
 
 
 def _weights(folder: Path) -> list[str]:

@@ -9,13 +9,13 @@ import yaml
 
 from threefold import paths
 from threefold.errors import MissingInput, ReportError
-from threefold.provenance import atomic_write, replace_folder
+from threefold.provenance import atomic_write, damaged, replace_folder
 from threefold.records import read as read_records
 from threefold.report import notebooks, scrub
-from threefold.report.check import require
+from threefold.report.check import COMPARE, require
 
-COMPARE = "06_compare.ipynb"
-MADE = ("executed", "_variables.yml", "index.html", "index_files", "_site", ".quarto")
+RENDERED = "rendered.json"  # hashes of the page and of what it was made from, beside it
+MADE = ("executed", "_variables.yml", "index.html", "index_files", "_site", ".quarto", RENDERED)
 
 
 def run_path(run) -> Path:
@@ -73,20 +73,27 @@ def assemble(run, folder: Path, *, report: Path | None = None) -> None:
 
 
 def rendered(run) -> list[str]:
-    """What a run's rendered report holds that its notebooks do not say, one line a file."""
+    """What a run's rendered report holds that its notebooks do not say or its renderer did not write, one line a
+    file."""
     folder = run_path(run) / "report"
     if not (folder / "index.html").is_file():
         return []
+    changed = damaged(folder / RENDERED)
     with tempfile.TemporaryDirectory(prefix="threefold-") as home:
         fresh = Path(home)
         values = write_executed(run, fresh / "executed")
         (fresh / "_variables.yml").write_text(variables_text(values), encoding="utf-8")
         made = [path.relative_to(fresh) for path in sorted(fresh.rglob("*")) if path.is_file()]
         kept = {path: folder / path for path in made}
-        return [
-            f"report/{path.as_posix()}: not what the run's notebooks say; `threefold report` renders it anew"
+        found = {file: "as it was rendered" for file in changed}
+        found |= {
+            file: "what the run's notebooks say"
             for path, file in kept.items()
             if not file.is_file() or file.read_bytes() != (fresh / path).read_bytes()
+        }
+        return [
+            f"report/{file.relative_to(folder).as_posix()}: not {what}; `threefold report` renders it anew"
+            for file, what in found.items()
         ]
 
 

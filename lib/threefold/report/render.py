@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from threefold.errors import ReportError
-from threefold.provenance import atomic_write, recover_folder, replace_folder
+from threefold.provenance import atomic_write, recover_folder, replace_folder, sha256_tree, write_note
 from threefold.report import pandoc
 from threefold.report.check import require
-from threefold.report.publish import assemble, run_path
+from threefold.report.publish import RENDERED, assemble, run_path
 
 PAGE = "index.html"
 # Attributes whose address is fetched when the page opens, on whatever element; of `href` see `_Loads`.
@@ -70,6 +70,7 @@ def render(run, *, say: Callable[[str], None] = print) -> Path:
     try:
         assemble(path, work)
         render_folder(work, say=say)
+        write_note(work / RENDERED, {"files": sha256_tree(work)})
         replace_folder(work, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)

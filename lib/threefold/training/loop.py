@@ -60,7 +60,9 @@ class TrainResult:
     parameters: int
     note: str  # device, precision, compiler
     workers: int = 1  # processes that trained together
-    matmul_flops: float | None = None  # FLOP/s of products in the format trained in, measured at the end on a CPU
+    matmul_flops: float | None = (
+        None  # on CPUs: FLOP/s of matrix products, as `numerics.matmul_flops` measured at the end
+    )
     heldout: list[dict[str, float]] = field(default_factory=list)  # {"step", "tokens", "loss", ...}, first to last
     spikes: list[dict[str, float]] = field(default_factory=list)  # of the loss, as `State.spike` tells them
 
@@ -490,7 +492,7 @@ class _Training:
 
     def _result(self) -> TrainResult:
         state, numerics = self.state, self.numerics
-        on_cpu = numerics.device == "cpu"
+        rate = matmul_flops(torch.bfloat16 if numerics.bf16 else torch.float32) if numerics.device == "cpu" else None
         result = TrainResult(
             name=self.name,
             steps=state.step,
@@ -504,7 +506,7 @@ class _Training:
             parameters=self.n_parameters,
             note=self.note,
             workers=self.workers.size,
-            matmul_flops=matmul_flops(torch.bfloat16 if numerics.bf16 else torch.float32) if on_cpu else None,
+            matmul_flops=self.workers.sum(torch.tensor(rate)).item() if rate else None,
             heldout=state.heldout,
             spikes=state.spikes,
         )

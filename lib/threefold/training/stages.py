@@ -4,13 +4,14 @@ Each is `loop.train` with its objective. A folder whose training is done is not 
 `prepare` and `train_stage` are what a stage's notebook does and what each worker of `threefold train` does.
 """
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -21,14 +22,14 @@ from threefold.data.tokenizer import load_tokenizer, without_bos
 from threefold.errors import ConfigError, TrainingError
 from threefold.model.decoder import Decoder
 from threefold.model.gpt2 import gpt2_counterpart
-from threefold.model.hf import WEIGHTS, load_checkpoint, save_checkpoint
-from threefold.provenance import atomic_write, sha256_file
-from threefold.run import Stage
+from threefold.model.hf import load_checkpoint, save_checkpoint
+from threefold.provenance import atomic_write, damaged, read_note, sha256_tree, write_note
+from threefold.run import RUN_FILE, Stage, attempts_determinism, read_run_file
 from threefold.training import distributed, launch
 from threefold.training.feed import Feed
 from threefold.training.loop import Progress, TrainResult, clear_state, identity, reference_logprobs, train
 from threefold.training.objectives import Distillation, NextToken, Objective, Preference
-from threefold.training.state import tensors_digest, weights_digest
+from threefold.training.state import STATE, tensors_digest, weights_digest
 
 RESULT = "training.json"
 REFERENCE = "reference.safetensors"
@@ -98,8 +99,11 @@ def train_stage(stage: Stage, inputs: Inputs, folder: Path, progress: Progress |
     rows = stage.config.batch_size * stage.config.accumulate
     gpus = max(1, torch.cuda.device_count())
     nproc = stage.nproc or next(n for n in range(gpus, 0, -1) if rows % n == 0)
-    if nproc > 1 and distributed.current().size == 1 and not (folder / RESULT).exists():
-        launch.launch(stage, nproc, progress or print)  # leaves the finished training that is loaded below
+    workers = distributed.current()
+    if workers.first and not (folder / RESULT).exists():
+        stage.count_workers(nproc if workers.size == 1 else workers.size)
+        if nproc > 1 and workers.size == 1:
+            launch.launch(stage, nproc, progress or print)  # leaves the finished training that is loaded below
     common = {
         "folder": folder,
         "tokenizer": inputs.tokenizer,
@@ -110,12 +114,16 @@ def train_stage(stage: Stage, inputs: Inputs, folder: Path, progress: Progress |
     }
     kind = replicate_of(stage.name)[0]
     if kind == "dpo":
-        return dpo(inputs.parent, inputs.rows, stage.config, **common)
-    if kind == "sft":
-        return sft(inputs.parent, inputs.rows, stage.config, replay=inputs.replay, **common)
-    if kind == "distilgpt2":
-        return distil(inputs.parent, inputs.rows, stage.config, **common)
-    return pretrain(inputs.config, inputs.rows, stage.config, **common)
+        trained = dpo(inputs.parent, inputs.rows, stage.config, **common)
+    elif kind == "sft":
+        trained = sft(inputs.parent, inputs.rows, stage.config, replay=inputs.replay, **common)
+    elif kind == "distilgpt2":
+        trained = distil(inputs.parent, inputs.rows, stage.config, **common)
+    else:
+        trained = pretrain(inputs.config, inputs.rows, stage.config, **common)
+    if workers.first:  # of the process that trained, which need not be this one
+        stage.determinism = read_note(folder / RESULT)["determinism"]
+    return trained
 
 
 def pretrain(
@@ -268,15 +276,17 @@ def _stage(
     folder = Path(folder)
     asked = json.loads(json.dumps(identity(model, objective, Feed(rows, config, seed, replay), config)))
     if (folder / RESULT).exists():
-        done = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        if changed := damaged(folder / RESULT):
+            raise TrainingError(
+                f"{folder.name}/{changed[0].name} is not what the training wrote; remove {RESULT} there to train again"
+            )
+        done = read_note(folder / RESULT)
         different = [key for key in {**asked, **done["identity"]} if asked.get(key) != done["identity"].get(key)]
         if different:
             raise TrainingError(
                 f"{folder.name} holds another finished training ({', '.join(different)} differ); "
                 "remove it, or train in another folder"
             )
-        if done.get("weights_sha256") != sha256_file(folder / WEIGHTS):
-            raise TrainingError(f"{folder.name}/{WEIGHTS} is not what the training wrote; remove it to train again")
         if distributed.current().first:
             (progress or print)(f"{name}: trained already, {done['result']['steps']} steps; its checkpoint is loaded")
         return Trained(load_checkpoint(folder), TrainResult(**done["result"]), folder)
@@ -296,9 +306,14 @@ def _stage(
     model = _whole(model)
     if distributed.current().first:
         save_checkpoint(folder, model, tokenizer)
-        made = {"result": asdict(result), "identity": asked, "weights_sha256": sha256_file(folder / WEIGHTS)}
-        text = json.dumps(made, indent=2, allow_nan=False)
-        atomic_write(folder / RESULT, text + "\n")
+        begun = read_run_file(folder) or {"workers": [distributed.current().size]}
+        made = {
+            "result": asdict(result),
+            "identity": asked,
+            "determinism": attempts_determinism(begun),
+            "files": {path: digest for path, digest in sha256_tree(folder).items() if path not in (STATE, RUN_FILE)},
+        }
+        write_note(folder / RESULT, made)
         clear_state(folder)
     return Trained(model, result, folder)
 
@@ -323,9 +338,9 @@ def _reference(
     made_from |= {name: f"{len(pairs)} pairs, {pairs.n_tokens} tokens" for name, pairs in parts.items()}
     kept, known, workers = {}, False, distributed.current()
     if path.exists():
-        with safe_open(path, "pt") as file:
+        with contextlib.suppress(SafetensorError), safe_open(path, "pt") as file:  # a damaged header
             kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            known = file.metadata() == {**made_from, "sha256": tensors_digest(kept)}
+            known = file.metadata() == _reference_metadata(made_from, kept)
     if workers.agreed(known):
         return kept
     found = {
@@ -333,5 +348,10 @@ def _reference(
         for name, pairs in parts.items()
     }
     if workers.first:
-        atomic_write(path, save(found, metadata={**made_from, "sha256": tensors_digest(found)}))
+        atomic_write(path, save(found, metadata=_reference_metadata(made_from, found)))
     return found
+
+
+def _reference_metadata(made_from: dict[str, str], found: dict[str, Tensor]) -> dict[str, str]:
+    """One entry: safetensors writes several in an order that changes, and so would the file's bytes."""
+    return {"made_from": json.dumps({**made_from, "sha256": tensors_digest(found)})}

@@ -3,7 +3,6 @@ order and parameters.
 """
 
 import hashlib
-import json
 import shutil
 import statistics
 import time
@@ -23,13 +22,15 @@ from threefold.data.tokenizer import load_tokenizer, with_sinks
 from threefold.errors import ConfigError
 from threefold.model.decoder import Decoder, parameter_counts
 from threefold.model.hf import load_checkpoint, save_checkpoint
-from threefold.provenance import atomic_write, code_fingerprint, sha256_json
+from threefold.provenance import code_fingerprint, damaged, read_note, sha256_json, sha256_tree, write_note
 from threefold.training.loop import Progress, clear_state, train
 from threefold.training.objectives import NextToken
 from threefold.training.side_by_side import default_workers, side_by_side
+from threefold.training.state import STATE
 from threefold.training.timing import Timing, time_steps
 
 BASE = "base"
+BEGUN, RESULT = "begun.json", "result.json"  # in a training's folder
 EQUAL = 0.01  # parameters of a feed-forward variant may differ from the base's by less than this share
 
 Packed = tuple[PackedRows, PackedRows]  # training rows, held-out rows
@@ -153,7 +154,8 @@ def run_variants(
             loss leaves out documents' first tokens, so that it is over the same tokens for all.
         seeds: of weights and order; one training of each variant a seed.
         folder: keeps each finished training, so that an interrupted call goes on; see `load_variant`.
-        reuse: folder of an earlier call, perhaps with other variants; what it holds of the same trainings is copied.
+        reuse: folder of an earlier call, perhaps with other variants; what it holds of the same trainings is copied,
+            unless a byte of it changed since.
         device: as in `loop.train`.
         workers: trainings side by side, see `side_by_side`; default one a GPU, or a CPU thread of this process. The
             results do not depend on it.
@@ -279,9 +281,9 @@ def _given(packed: Packed, model: ModelConfig) -> Packed:
 def _train(task: _Task, *, folder: Path, packed: _Packed, device: str | None) -> VariantRun:
     """One training, begun or gone on with, and kept."""
     work, asked = variant_folder(folder, task.variant, task.seed), _asked(task, packed)
-    if _cached(work / "begun.json", asked) is None:  # what lies there is of another training
+    if _cached(work / BEGUN, asked) is None or (work / RESULT).exists():  # of another training, or damaged
         shutil.rmtree(work, ignore_errors=True)
-        _keep(work / "begun.json", asked, {})
+        _keep(work / BEGUN, asked, {})
     torch.compiler.reset()  # graphs of the trainings before: past eight of them torch would not compile another
     model = Decoder(task.model)
     model.initialise(torch.Generator().manual_seed(task.seed))
@@ -309,14 +311,15 @@ def _train(task: _Task, *, folder: Path, packed: _Packed, device: str | None) ->
         curve={key: [point[key] for point in result.heldout] for key in ("tokens", "loss")},
         seconds=result.seconds,
     )
-    _keep(work / "result.json", asked, asdict(run))
+    files = {path: digest for path, digest in sha256_tree(work).items() if path not in (STATE, RESULT, BEGUN)}
+    _keep(work / RESULT, asked, asdict(run), files)
     clear_state(work)
     return run
 
 
 def _known(task: _Task, folder: Path, packed: _Packed) -> VariantRun | None:
     """The training's result, if it is finished."""
-    kept = _cached(variant_folder(folder, task.variant, task.seed) / "result.json", _asked(task, packed))
+    kept = _cached(variant_folder(folder, task.variant, task.seed) / RESULT, _asked(task, packed))
     return None if kept is None else VariantRun(**kept)
 
 
@@ -338,15 +341,17 @@ def _digest(rows: PackedRows) -> list[Any]:
 
 
 def _cached(path: Path, asked: Mapping[str, Any]) -> dict | None:
-    """What is kept there, if it was made from the same inputs."""
-    if not path.exists():
+    """What is kept there, if it was made from the same inputs and every byte, of its files too, is as it was
+    written."""
+    kept = read_note(path)
+    if kept is None or kept["inputs"] != sha256_json(asked) or damaged(path):
         return None
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    return kept["result"] if kept["inputs"] == sha256_json(asked) else None
+    return kept["result"]
 
 
-def _keep(path: Path, asked: Mapping[str, Any], result: dict) -> None:
-    atomic_write(path, json.dumps({"inputs": sha256_json(asked), "result": result}, indent=2) + "\n")
+def _keep(path: Path, asked: Mapping[str, Any], result: dict, files: Mapping[str, str] | None = None) -> None:
+    """files: {name beside the note: SHA-256} of what goes with the result."""
+    write_note(path, {"inputs": sha256_json(asked), "result": result, "files": dict(files or {})})
 
 
 def _minutes(seconds: float) -> str:
