@@ -229,12 +229,47 @@ def summary(part: Part, rounds: list[dict[str, Any]], settings: dict[str, Any]) 
 
 
 def write(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
-    """`folder/<part>.json` and its table `folder/<part>.md`."""
+    """`folder/<part>.json`, its table `folder/<part>.md`, and README.md over all parts that lie there."""
     folder.mkdir(parents=True, exist_ok=True)
     as_json, as_table = folder / f"{result['part']}.json", folder / f"{result['part']}.md"
     atomic_write(as_json, json.dumps(result, indent=1, default=float) + "\n")
     atomic_write(as_table, markdown(result))
+    found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")}
+    atomic_write(folder / "README.md", overview([found[name] for name in PARTS if name in found]))
     return as_json, as_table
+
+
+def overview(results: Sequence[dict[str, Any]]) -> str:
+    """All parts in one table: ours against each peer, the share of the machine's limit, and what has no peer."""
+    lines = [
+        "# Measured",
+        "",
+        "Written by `make bench`; each part's page has its machine, versions, rounds and rates.",
+        "",
+        "| part | ours against | in | ratio | interval of the median | at least |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for result in results:
+        part, page = PARTS[result["part"]], f"[{result['title']}]({result['part']}.md)"
+        for entry in result["ratios"]:
+            unit = part.measures[entry["measure"].removesuffix(" with reference")]
+            what = unit if entry["measure"] in ("train", "score", "generate") else f"{unit}, {entry['measure']}"
+            least = "" if entry["least"] is None else f"{entry['least']:g}"
+            lines.append(
+                f"| {page} | {entry['peer']} | {what} | {entry['ratio']:.2f} | {entry['low']:.2f} to "
+                f"{entry['high']:.2f} ({entry['coverage']:.0%}) | {least} |"
+            )
+        for entry in result.get("shares", []):
+            if entry["contestant"] == OURS:
+                least = part.least.get((entry["limit"], entry["count"]))
+                asked = "" if least is None else f"{least:.0%}"
+                lines.append(
+                    f"| {page} | the machine's {entry['limit']} | {entry['count']} | {entry['share']:.0%} | | {asked} |"
+                )
+        if not result["ratios"]:
+            for measure, rate in result["rates"][OURS].items():
+                lines.append(f"| {page} | | seconds a {measure} | {rate['seconds']:.0f} | | |")
+    return "\n".join(lines) + "\n"
 
 
 def markdown(result: dict[str, Any]) -> str:
