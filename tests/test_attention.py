@@ -58,6 +58,11 @@ def test_maps_are_causal_distributions_and_leave_the_model_as_it_was(parts):
     assert not any(block.attention._forward_pre_hooks for block in model.blocks)
 
 
+def test_a_single_token_looks_at_itself():
+    for n_kv_head in (4, 2):
+        assert torch.equal(attention.maps(decoder(n_kv_head=n_kv_head), [3]), torch.ones(3, 4, 1, 1))
+
+
 def test_bf16_maps_are_those_of_the_forward_in_bf16():
     model, tokens = decoder("explicit").bfloat16(), text(40)
     exact = attention.maps(decoder("explicit"), tokens)

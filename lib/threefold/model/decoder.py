@@ -399,15 +399,17 @@ def repeat_heads(x_BGSK: Tensor, repeats: int) -> Tensor:
 
 def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, context: AttentionContext) -> Tensor:
     """softmax(q k^T / sqrt(K) + mask) v [B, H, T, K], by the fused kernel or spelled out; the same values."""
-    repeats = q_BHTK.shape[1] // k_BGSK.shape[1]
+    B, H, T, _ = q_BHTK.shape
+    repeats, mask = H // k_BGSK.shape[1], context.mask
     if context.blocks is not None:
         return flex_attention(q_BHTK, k_BGSK, v_BGSK, block_mask=context.blocks, enable_gqa=repeats > 1)
+    if T == 1:  # the queries of a group stand side by side before their one head, which is not repeated
+        q_BGRK = q_BHTK.reshape(B, -1, repeats, q_BHTK.shape[-1])
+        attended = _spelled_out if context.explicit else F.scaled_dot_product_attention
+        return attended(q_BGRK, k_BGSK, v_BGSK, mask).reshape(B, H, 1, -1)
     k_BHSK, v_BHSK = repeat_heads(k_BGSK, repeats), repeat_heads(v_BGSK, repeats)
     if not context.explicit:
-        return F.scaled_dot_product_attention(
-            q_BHTK, k_BHSK, v_BHSK, attn_mask=context.mask, is_causal=context.causal and q_BHTK.shape[2] > 1
-        )
-    T, mask = q_BHTK.shape[2], context.mask
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask, is_causal=context.causal)
     blocks = min(MOST_BLOCKS, T // BLOCK)
     if mask is None or k_BHSK.shape[2] > T or blocks < 2:
         return _spelled_out(q_BHTK, k_BHSK, v_BHSK, mask)
