@@ -451,10 +451,16 @@ def test_a_compiled_model_is_one_graph_that_computes_the_same():
 @torch.no_grad()
 def test_documents_are_kept_apart_by_flex_attention_too(parts):
     """As on a GPU: masked in blocks that are made outside the graph, here without the compiler's kernels."""
-    segments = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 3, -1], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
-    model, x = decoder(**parts), tokens(2, 10)
-    context = model.prepare(x, None, segments, in_blocks=True)
-    assert context.blocks is not None and context.mask is None and not context.causal
+    first = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 3, -1], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+    model = decoder(**parts)
     torch.compiler.reset()  # each model is compiled anew, and there is a limit
     run = torch.compile(model.run, dynamic=False, fullgraph=True, backend="aot_eager")
-    close(run(x, context), model.hidden(x, segments_BT=segments))
+    try:
+        for segments in (first, first.flip(0), first.clamp(max=1)):
+            x = tokens(2, 10, seed=int(segments.sum()))
+            context = model.prepare(x, None, segments, in_blocks=True)
+            assert context.blocks is not None and context.mask is None and not context.causal
+            close(run(x, context), model.hidden(x, segments_BT=segments))
+            torch.compiler.set_stance("fail_on_recompile")  # other documents are not another graph
+    finally:
+        torch.compiler.set_stance("default")
