@@ -40,15 +40,19 @@ def plan() -> None:
     model = cost.Model.of(config)
     tokens = preset.pretrain.batch_size * preset.pretrain.accumulate * config.context
     micro_tokens = preset.pretrain.batch_size * config.context
-    kept, each = kept_bytes(config)
+    beside, each = kept_bytes(config)
+    a_token = beside + config.n_layer * each
     rows = [
         ("parameters", f"{model.parameters:,}"),
         ("GFLOP a token, 6N", f"{6 * model.parameters / 1e9:.3f}"),
         ("GFLOP a token, matrices and attention", f"{model.flops_a_token / 1e9:.3f}"),
         ("bytes a token on the disk", "2"),
-        ("bytes a token kept for the backward pass (measured)", f"{kept + config.n_layer * each:,.0f}"),
+        ("bytes a token kept for the backward pass, eager (measured)", f"{a_token:,.0f}"),
         ("tokens a step", f"{tokens:,}"),
-        ("GB kept for a micro-batch's backward pass", f"{(kept + config.n_layer * each) * micro_tokens / 1e9:.1f}"),
+        (
+            "GB kept for a micro-batch's backward pass, eager",
+            f"{a_token * micro_tokens / 1e9:.1f}",
+        ),
         ("bytes a token moved by the update", f"{cost.UPDATE * model.parameters / tokens:,.0f}"),
         ("GB of weights, gradients and AdamW's states", f"{distributed.BYTES * model.parameters / 1e9:.2f}"),
         ("GFLOP a token of Muon's iterations", f"{model.muon_flops() / tokens / 1e9:.3f}"),
@@ -78,24 +82,28 @@ def plan() -> None:
 
 
 def kept_bytes(config: ModelConfig) -> tuple[float, float]:
-    """Bytes a token that autograd keeps in bf16 up to the head: beside the blocks, and in each block."""
+    """Bytes a token that autograd keeps in bf16 up to the head: beside the blocks, and in each block.
 
-    def kept(layers: int) -> float:
-        model = Decoder(replace(config, n_layer=layers, vocab_size=256), attention="sdpa")
-        weights = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
+    What a second row adds: copies of weights are kept once for any number of rows.
+    """
+
+    def kept_by(model: Decoder, rows: int) -> int:
         found: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.shape not in weights:
-                storage = tensor.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        tokens = torch.zeros(1, config.context, dtype=torch.long)
+        tokens = torch.zeros(rows, config.context, dtype=torch.long)
         with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
             alive = model.hidden(tokens)  # nothing is freed, and no place taken twice, while it lives
         del alive
-        return sum(found.values()) / config.context
+        return sum(found.values())
+
+    def kept(layers: int) -> float:
+        model = Decoder(replace(config, n_layer=layers, vocab_size=256), attention="sdpa")
+        return (kept_by(model, 2) - kept_by(model, 1)) / config.context
 
     one, two = kept(1), kept(2)
     return one - (two - one), two - one
