@@ -14,7 +14,7 @@ from typing import Any
 from threefold import records, stages
 from threefold.pipeline import executor
 from threefold.pipeline.staleness import state
-from threefold.provenance import atomic_write
+from threefold.provenance import SELF, atomic_write
 from threefold.run import Run
 
 # What a repetition does not give again, by name: times and what follows from them, ...
@@ -25,6 +25,7 @@ TIMES = (
 # ... in run.json what the stage was made from and on, and hashes of files that hold times (the files are compared
 # themselves), ...
 ELSEWHERE = ("fingerprint", "hardware", "git", "determinism", "outputs")
+NOTED = ("files", "determinism", SELF)  # ... in a note beside a training likewise, ...
 # ... and results that are, or show, times.
 TIMED_FILES = ("steps-preset.json", "steps-ablation.json", "speed.parquet")
 TIMED_RECORDS = ("speed/", "comparison/")  # of the stages that measure; the comparison itself only reads
@@ -116,7 +117,11 @@ def _file_difference(one: Path, other: Path) -> str:
 
         return _difference(*(_timeless(read_metrics(file.parent)) for file in (one, other)))
     if one.suffix == ".json":
-        return _difference(*(_timeless(json.loads(file.read_text(encoding="utf-8"))) for file in (one, other)))
+        found = [_timeless(json.loads(file.read_text(encoding="utf-8"))) for file in (one, other)]
+        for values in found:
+            for key in NOTED if isinstance(values, dict) else ():
+                values.pop(key, None)
+        return _difference(*found)
     if one.suffix == ".safetensors":
         return _weights_difference(one, other)
     if one.suffix == ".parquet":
