@@ -277,12 +277,13 @@ def read_run_file(folder: Path) -> dict[str, Any] | None:
     file = folder / RUN_FILE
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
+        written = facts.pop(provenance.SELF, None) if isinstance(facts, dict) else None  # none in those of before
+        same = written is None or written == provenance.sha256_json(facts)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{_shown(file)} is damaged ({error}); remove the folder and run the stage again") from error
-    written = facts.pop(provenance.SELF, None) if isinstance(facts, dict) else None  # none in those of before
-    if written is not None and written != provenance.sha256_json(facts):
+    if not same:
         raise RecordError(f"{_shown(file)} is not as it was written; remove the folder and run the stage again")
     kinds = {"stage": str, "fingerprint": dict, "outputs": dict}
     if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
