@@ -7,6 +7,7 @@ import sys
 import pytest
 from shared import call
 from threefold import config, paths
+from threefold import run as run_folder
 from threefold.cli import disk
 from threefold.pipeline import executor
 from threefold.run import Run
@@ -177,6 +178,14 @@ def test_nothing_is_removed_under_a_run_at_work(runs, capsys):
         told = json.loads(call(capsys, "status", "--json")[1])["runs"]
         assert {run["run"]: run["at_work"] for run in told} == {"mine": True, "other": False}
         assert "(at work)" in call(capsys, "status")[1]
+    work = runs / "mine" / ".sft.partial"
+    run_folder._hold(work)  # as a notebook that papermill executes by itself
+    try:
+        for arguments in (["--run", "mine"], ["--run", "mine", "--keep-results"], ["--cache"]):
+            status, _, err = call(capsys, "clean", *arguments, "--yes")
+            assert status == 2 and "run mine is at work" in err and err.count("\n") == 1
+    finally:
+        run_folder._let_go(work)
     assert files(runs) - {"mine/.lock"} == before
     assert not executor.at_work(runs / "mine")
     assert call(capsys, "clean", "--run", "mine", "--yes")[0] == 0

@@ -1,5 +1,6 @@
 """The loop: sums over micro-batches, resuming, what stops it and what it says; the stages on top of it."""
 
+import errno
 import json
 import math
 import shutil
@@ -258,6 +259,28 @@ def test_a_finished_training_of_which_a_byte_changed_is_not_loaded(text, tmp_pat
     (tmp_path / "training.json").unlink()
     again = stages.pretrain(TINY, text, SHORT, **settings)
     assert all(torch.equal(weights(again.model)[key], value) for key, value in weights(first.model).items())
+
+
+def test_a_disk_full_at_the_checkpoint_is_an_os_error_and_costs_no_step(text, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    settings = {"folder": tmp_path, "tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet}
+    save = stages.save_checkpoint
+
+    def without_room(*arguments):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        try:
+            save(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="File too large") as caught:
+        patch.setattr(stages, "save_checkpoint", without_room)
+        stages.pretrain(TINY, text, SHORT, **settings)
+    assert caught.value.errno == errno.EFBIG and caught.value.filename.endswith("/model.safetensors")
+    stages.pretrain(TINY, text, SHORT, **settings)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines[-1] == '{"resumed_from": 8}'  # no step was taken again
 
 
 def test_reference_log_probabilities_of_which_a_byte_changed_are_computed_again(pairs, tmp_path):

@@ -595,6 +595,16 @@ def test_a_stage_made_again_is_compared_file_by_file_and_record_by_record(projec
     assert run.finished("data") == before and verify.verify(run)[1] == []
 
 
+def test_a_training_made_again_may_take_another_time(tmp_path):
+    for name, seconds, loss in (("one", 1.0, 2.5), ("two", 3.0, 2.5), ("three", 3.0, 2.75)):
+        result = {"seconds": seconds, "loss_last": loss}
+        files = {"metrics.jsonl": f"a hash over {seconds}"}
+        provenance.write_note(tmp_path / name / "training.json", {"result": result, "files": files})
+    one, two, three = (tmp_path / name / "training.json" for name in ("one", "two", "three"))
+    assert rerun._file_difference(one, two) == ""
+    assert rerun._file_difference(one, three) == "result.loss_last was 2.5 and is now 2.75"
+
+
 def test_weights_that_differ_are_named_with_the_largest_difference(tmp_path):
     import torch
     from safetensors.torch import save_file

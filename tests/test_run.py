@@ -1,12 +1,14 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from shared import flip
-from threefold import config, paths, provenance
+from threefold import config, paths, provenance, run
 from threefold.config import Preset, TrainConfig
-from threefold.errors import CheckpointError, ConfigError, MissingInput, RecordError
+from threefold.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
 from threefold.provenance import Fingerprint
 from threefold.run import Run, open_stage, read_run_file, stage_notebook
 
@@ -218,6 +220,31 @@ def test_a_stage_set_aside_by_a_crash_is_back_when_it_is_opened_again():
     make(stage)
     os.rename(stage.folder, stage.folder.with_name(".sft.previous"))
     assert open_stage("sft", {}).run.finished("sft")["tokens"] == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no advisory locks")
+def test_two_processes_do_not_work_on_one_stage(monkeypatch):
+    stage = open_stage("sft", {})
+    script = (
+        "import sys; from pathlib import Path; from threefold import run\n"
+        "run._hold(Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(stage.partial)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        monkeypatch.setattr(run, "PATIENCE", 0.1)
+        with pytest.raises(ThreefoldError, match=r"smoke/\.sft\.partial: another process works on this stage"):
+            stage.begin(of("sft"))
+        assert run.at_work(stage.run.path) == ".sft.partial"
+        other.kill()
+        other.wait()
+        monkeypatch.setattr(run, "PATIENCE", 10.0)  # a process that is killed is gone a moment later
+        folder = stage.begin(of("sft"))
+        open_stage("sft", {}).begin(of("sft"))  # a notebook's first cell again, in the same kernel
+        (folder / "x").write_text("1")
+        assert run.at_work(stage.run.path) == ".sft.partial"
+        stage.finish()
+    assert run.at_work(stage.run.path) == "" and (stage.folder / "x").exists()
 
 
 def test_what_a_stage_refuses():

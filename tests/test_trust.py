@@ -105,6 +105,8 @@ def test_nothing_on_the_page_acts_or_loads(attacked):
         "<style>@import url(https://x.example/a);</style>",
         '<meta http-equiv="refresh" content="0; url=https://x.example">',
         '<a ping="https://x.example/" href="#x">',
+        '<link rel="preload" as="image" imagesrcset="https://x.example/a.png 2x">',
+        '<iframe srcdoc="&lt;img src=&quot;https://x.example/a.png&quot;&gt;"></iframe>',
         '<svg><image href="https://x.example/a.png"/></svg>',
         "<IMG\nSRC = https://x.example/a.png>",
     ],

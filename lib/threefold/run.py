@@ -24,10 +24,11 @@ from typing import Any
 
 from threefold import config, paths, provenance
 from threefold.config import Preset
-from threefold.errors import CheckpointError, ConfigError, MissingInput, RecordError
+from threefold.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
 from threefold.provenance import Fingerprint
 
 RUN_FILE = "run.json"
+PATIENCE = 5.0  # seconds for a killed process that worked on the same stage to be gone
 DOOR = ("preset", "run", "data_dir", "overrides")  # parameters every notebook takes
 
 # stage -> (notebook, section of the preset whose fields are the notebook's parameters)
@@ -276,17 +277,70 @@ def read_run_file(folder: Path) -> dict[str, Any] | None:
     file = folder / RUN_FILE
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
+        written = facts.pop(provenance.SELF, None) if isinstance(facts, dict) else None  # none in those of before
+        same = written is None or written == provenance.sha256_json(facts)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{_shown(file)} is damaged ({error}); remove the folder and run the stage again") from error
-    written = facts.pop(provenance.SELF, None) if isinstance(facts, dict) else None  # none in those of before
-    if written is not None and written != provenance.sha256_json(facts):
+    if not same:
         raise RecordError(f"{_shown(file)} is not as it was written; remove the folder and run the stage again")
     kinds = {"stage": str, "fingerprint": dict, "outputs": dict}
     if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
         raise RecordError(f"{_shown(file)} lacks stage, fingerprint or outputs; remove the folder and run it again")
     return facts
+
+
+# Work folders -------------------------------------------------------------------------------------------------------
+
+_HELD: dict[Path, int] = {}  # work folders that this process began, and the open folder that holds the lock of each
+
+
+def _hold(folder: Path) -> None:
+    """Make a work folder and take it for this process; the lock goes with the process, however it ends."""
+    _let_go(folder)
+    patience = time.monotonic() + PATIENCE
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = _locked_folder(folder)
+        if opened is not None and os.path.samestat(os.fstat(opened), os.stat(folder)):
+            _HELD[folder] = opened
+            return
+        if opened is not None:  # it took its stage's place in between
+            os.close(opened)
+        elif time.monotonic() > patience:
+            raise ThreefoldError(f"{_shown(folder)}: another process works on this stage; wait for it")
+        time.sleep(0.05)
+
+
+def _let_go(folder: Path) -> None:
+    if folder in _HELD:
+        os.close(_HELD.pop(folder))
+
+
+def _locked_folder(folder: Path) -> int | None:
+    """The folder opened with its lock; None where another process, or this one, has that."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        import fcntl
+
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        return None
+    except (ImportError, OSError):  # Windows, and file systems that lock no folders: nothing is held there
+        pass
+    return opened
+
+
+def at_work(run: Path) -> str:
+    """Name of the work folder in which a process makes a stage of the run, "" where there is none."""
+    for folder in sorted(run.glob(".*.partial")):
+        opened = _locked_folder(folder)
+        if opened is None:
+            return folder.name
+        os.close(opened)
+    return ""
 
 
 def attempts_determinism(begun: Mapping[str, Any]) -> dict[str, Any]:
@@ -347,14 +401,16 @@ class Stage:
 
     def begin(self, fingerprint: Fingerprint) -> Path:
         """The folder to work in. What an interrupted attempt with the same fingerprint left there is kept, so that the
-        work can be resumed; anything else is removed first."""
+        work can be resumed; anything else is removed first. Until `finish` it is this process's: ThreefoldError where
+        another one works in it."""
         if fingerprint.stage != self.name:
             raise ValueError(f"fingerprint of stage {fingerprint.stage} given to stage {self.name}")
         folder = self.partial
+        _hold(folder)
         begun = self._interrupted(fingerprint)
         if begun is None:
-            if folder.exists():
-                shutil.rmtree(folder)
+            for entry in folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             begun = {"stage": self.name, "fingerprint": fingerprint.to_dict(), "outputs": {}, "started": _now()}
         for leftover in folder.rglob(".*.tmp"):  # of an atomic write that was interrupted
             leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
@@ -403,6 +459,7 @@ class Stage:
         }
         _write_run_file(folder, content)
         provenance.replace_folder(folder, self.folder)
+        _let_go(folder)
         self._fingerprint = None
         return read_run_file(self.folder)
 

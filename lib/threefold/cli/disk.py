@@ -8,6 +8,7 @@ from pathlib import Path
 from threefold import config, paths
 from threefold.errors import ConfigError, ThreefoldError
 from threefold.pipeline import executor
+from threefold.run import at_work
 
 REMADE = ("report", "tensorboard", ".executing")  # by `threefold report`, `tensorboard` and `run`
 CONFIG = "config.toml"  # what makes a folder a run; the last to go, so that a removal cut short can be taken up again
@@ -53,10 +54,13 @@ def size_text(count: int) -> str:
 
 
 def removable(name: str) -> Path:
-    """The folder of a run that may be removed. Raises ConfigError for one that is a link out of the runs folder."""
+    """The folder of a run that may be removed. Raises ConfigError for one that is a link out of the runs folder,
+    ThreefoldError while a notebook works on one of its stages."""
     path = folder(name)
     if path.is_symlink():
         raise ConfigError(f"run {name} is a link to another folder: remove the link, and what it points to, yourself")
+    if stage := at_work(path):
+        raise ThreefoldError(f"run {name} is at work in {stage}; wait for it")
     return path
 
 

@@ -29,6 +29,7 @@ from typing import IO
 import psutil
 
 from threefold import config, errors, paths, stages
+from threefold import run as run_folder
 from threefold.errors import MissingInput, RecordError, ThreefoldError
 from threefold.pipeline import cleaning
 from threefold.pipeline.staleness import State, state
@@ -233,12 +234,11 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def at_work(folder: Path) -> bool:
-    """Whether a pipeline works in a run's folder. A notebook that is executed without the pipeline holds no lock."""
-    try:
-        with open(folder / LOCK, encoding="utf-8") as file:
-            return not _locked(file, shared=True)
-    except FileNotFoundError:
-        return False
+    """Whether a pipeline works in a run's folder, or a notebook on one of its stages without a pipeline."""
+    with contextlib.suppress(FileNotFoundError), open(folder / LOCK, encoding="utf-8") as file:
+        if not _locked(file, shared=True):
+            return True
+    return run_folder.at_work(folder) != ""
 
 
 def _locked(file: IO, *, shared: bool = False) -> bool:

@@ -26,6 +26,7 @@ TIMES = (
 # ... in run.json what the stage was made from and on, and hashes of files that hold times (the files are compared
 # themselves), ...
 ELSEWHERE = ("fingerprint", "hardware", "git", "determinism", "outputs")
+NOTED = ("files", "determinism", SELF)  # ... in a note beside a training likewise, ...
 # ... and results that are, or show, times.
 TIMED_FILES = ("steps-preset.json", "steps-ablation.json", "speed.parquet")
 TIMED_RECORDS = ("speed/", "comparison/")  # of the stages that measure; the comparison itself only reads
@@ -117,7 +118,11 @@ def _file_difference(one: Path, other: Path) -> str:
 
         return _difference(*(_timeless(read_metrics(file.parent)) for file in (one, other)))
     if one.suffix == ".json":
-        return _difference(*(_timeless(json.loads(file.read_text(encoding="utf-8"))) for file in (one, other)))
+        found = [_timeless(json.loads(file.read_text(encoding="utf-8"))) for file in (one, other)]
+        for values in found:
+            for key in NOTED if isinstance(values, dict) else ():
+                values.pop(key, None)
+        return _difference(*found)
     if one.suffix == ".safetensors":
         return _weights_difference(one, other)
     if one.suffix == ".parquet":

@@ -16,7 +16,8 @@ from threefold.report.publish import RENDERED, assemble, run_path
 
 PAGE = "index.html"
 # Attributes whose address is fetched when the page opens, on whatever element; of `href` see `_Loads`.
-LOADED = {"src", "srcset", "poster", "data", "background", "manifest", "codebase", "archive", "ping", "xlink:href"}
+LOADED = {"src", "srcset", "imagesrcset", "poster", "data", "background"}
+LOADED |= {"manifest", "codebase", "archive", "ping", "xlink:href"}
 STYLE_LOADS = re.compile(r"""(?:@import\s+(?:url\()?|url\(\s*)["']?(?!data:|#)([^\s"')]+)""", re.IGNORECASE)
 
 
@@ -35,8 +36,13 @@ class _Loads(HTMLParser):
             loaded = name in LOADED or (name == "href" and tag not in ("a", "area"))
             if loaded and address and not address.lower().startswith(("data:", "#")):
                 self.found.append(f"<{tag} {name}={address[:100]!r}>")
-            elif name in ("style", "srcdoc"):
+            elif name == "style":
                 self.found += [f"<{tag} {name}: {found[:100]}>" for found in STYLE_LOADS.findall(address)]
+            elif name == "srcdoc":  # a page in the page
+                inside = _Loads()
+                inside.feed(address)
+                inside.close()
+                self.found += [f"<{tag} {name}: {found}>" for found in inside.found]
         if tag == "meta" and any(name == "http-equiv" and (value or "").lower() == "refresh" for name, value in attrs):
             self.found.append("<meta http-equiv=refresh>")
 

@@ -22,14 +22,14 @@ from threefold.data.tokenizer import load_tokenizer, without_bos
 from threefold.errors import ConfigError, TrainingError
 from threefold.model.decoder import Decoder
 from threefold.model.gpt2 import gpt2_counterpart
-from threefold.model.hf import load_checkpoint, save_checkpoint
+from threefold.model.hf import WEIGHTS, load_checkpoint, save_checkpoint
 from threefold.provenance import atomic_write, damaged, read_note, sha256_tree, write_note
 from threefold.run import RUN_FILE, Stage, attempts_determinism, read_run_file
 from threefold.training import distributed, launch
 from threefold.training.feed import Feed
 from threefold.training.loop import Progress, TrainResult, clear_state, identity, reference_logprobs, train
 from threefold.training.objectives import Distillation, NextToken, Objective, Preference
-from threefold.training.state import STATE, tensors_digest, weights_digest
+from threefold.training.state import STATE, system_errors, tensors_digest, weights_digest
 
 RESULT = "training.json"
 REFERENCE = "reference.safetensors"
@@ -305,7 +305,8 @@ def _stage(
     )
     model = _whole(model)
     if distributed.current().first:
-        save_checkpoint(folder, model, tokenizer)
+        with system_errors(f"{folder.name}/{WEIGHTS}"):
+            save_checkpoint(folder, model, tokenizer)
         begun = read_run_file(folder) or {"workers": [distributed.current().size]}
         made = {
             "result": asdict(result),

@@ -5,7 +5,8 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,16 +143,24 @@ class State:
         metadata = {"format": str(_FORMAT), "state": text, "sha256": tensors_digest(tensors, text)}
         temporary = folder / f".{STATE}.tmp"
         try:
-            save_file(tensors, temporary, metadata)
+            with system_errors(f"{folder.name}/{STATE}"):
+                save_file(tensors, temporary, metadata)
             sync(temporary)
             os.replace(temporary, folder / STATE)
-        except SafetensorError as error:  # which keeps the system's error as text
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), f"{folder.name}/{STATE}") from error
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def system_errors(file: str) -> Iterator[None]:
+    """Raises as OSError what safetensors keeps as text of a system's error while it writes: a full disk, for one."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), file) from error
 
 
 def load_state(folder: Path, identity: dict[str, Any]) -> State | None:
