@@ -21,7 +21,6 @@ from threefold.run import Run
 TIMES = (
     *("seconds", "evaluation_seconds", "device_seconds", "wall_seconds", "step_seconds", "tokens_per_second"),
     *("log_step_seconds", "matmul_flops", "started", "finished", "attempts"),
-    *("files", SELF),  # a note's hashes of what holds times; the files are compared themselves
 )
 # ... in run.json what the stage was made from and on, and hashes of files that hold times (the files are compared
 # themselves), ...
