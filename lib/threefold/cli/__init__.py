@@ -76,6 +76,9 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--run", default="", metavar="NAME", help="the run's name (default: all runs, with their sizes)"
     )
+    status.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="with --run: as if `run` were told so; no change"
+    )
     status.add_argument("--data-dir", default="", metavar="FOLDER", help="local data folder (default: as in the run)")
     status.add_argument("--json", action="store_true", help="for scripts")
 
@@ -94,6 +97,9 @@ def parser() -> argparse.ArgumentParser:
     board = command("tensorboard", _tensorboard, "write a run's training metrics as TensorBoard event files")
     board.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
 
+    offline = command("wandb", _wandb, "write a run's training metrics as offline runs of Weights & Biases")
+    offline.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
+
     clean = command("clean", _clean, "remove a run, what can be made again in it, or the cache")
     target = clean.add_mutually_exclusive_group(required=True)
     target.add_argument("--run", default="", metavar="NAME", help="the run to remove")
@@ -101,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     clean.add_argument(
         "--keep-results",
         action="store_true",
-        help="of the run only its rendered report, TensorBoard's files, failed notebooks and interrupted stages",
+        help="of the run only its rendered report, exported curves, failed notebooks and interrupted stages",
     )
     clean.add_argument("--yes", action="store_true", help="remove without asking")
 
@@ -185,13 +191,13 @@ def _say(line: str) -> None:
 # Runs ---------------------------------------------------------------------------------------------------------------
 
 
-def _open(name: str, data_dir: str = ""):
-    """A run that exists, as it was last configured."""
+def _open(name: str, data_dir: str = "", overrides: Sequence[str] = ()):
+    """A run that exists, as it was last configured, or as it would be with these overrides."""
     from threefold.cli import disk
     from threefold.run import Run, data_dir_of
 
     disk.folder(name)
-    return Run.open("", name, data_dir=data_dir_of(name, data_dir), create=False)
+    return Run.open("", name, overrides, data_dir_of(name, data_dir), create=False)
 
 
 def _intact(name: str, data_dir: str = ""):
@@ -266,8 +272,10 @@ def _train(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from threefold.cli import status
 
+    if options.set and not options.run:
+        raise ConfigError("status: --set goes with --run")
     if options.run:
-        run = _open(options.run, options.data_dir)
+        run = _open(options.run, options.data_dir, options.set)
         states = status.of_run(run)
         _say(_json(status.stages_json(run, states)) if options.json else status.stages_text(run, states))
     else:
@@ -340,6 +348,16 @@ def _tensorboard(options: argparse.Namespace) -> int:
 
     out = tensorboard.export(_intact(options.run), tensorboard.summary_writer())
     print(f"`tensorboard --logdir {_from_here(out)}` shows the training of run {options.run}")
+    return 0
+
+
+def _wandb(options: argparse.Namespace) -> int:
+    from threefold.cli import wandb
+
+    out = wandb.export(_intact(options.run), wandb.client())
+    print(
+        f"`wandb sync {_from_here(out)}/offline-run-*` uploads the training of run {options.run}; nothing was sent yet"
+    )
     return 0
 
 
