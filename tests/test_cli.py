@@ -232,7 +232,7 @@ def test_verify(project, capsys):
 
 
 def test_json_for_scripts(project, capsys):
-    """Its keys are what the README promises."""
+    """Its keys are what docs/scripts.md promises."""
     run = make("data")
     (run.stage_folder("data") / "x.txt").write_text("x")
     status, out, err = call(capsys, "status", "--run", "tiny", "--json")

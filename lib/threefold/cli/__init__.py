@@ -77,7 +77,11 @@ def parser() -> argparse.ArgumentParser:
         "--run", default="", metavar="NAME", help="the run's name (default: all runs, with their sizes)"
     )
     status.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="with --run: as if `run` were told so; no change"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="with --run: as if `run` were told so; no change",
     )
     status.add_argument("--data-dir", default="", metavar="FOLDER", help="local data folder (default: as in the run)")
     status.add_argument("--json", action="store_true", help="for scripts")
@@ -93,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
     compare = command("compare", _compare, "put the headline figures and presets of two or more runs side by side")
     compare.add_argument("runs", nargs="+", metavar="RUN")
+    compare.add_argument("--json", action="store_true", help="for scripts")
 
     board = command("tensorboard", _tensorboard, "write a run's training metrics as TensorBoard event files")
     board.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
@@ -319,13 +324,13 @@ def _json(values: object) -> str:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from threefold.cli.compare import side_by_side
+    from threefold.cli import compare
 
     twice = next((name for name in options.runs if options.runs.count(name) > 1), None)
     if twice or len(options.runs) < 2:
         raise ConfigError(f"compare: run {twice} is named twice" if twice else "compare: name two runs or more")
     runs = [_intact(name) for name in options.runs]
-    text = side_by_side(runs)
+    text = _json(compare.as_json(runs)) if options.json else compare.side_by_side(runs)
     for run in runs:
         _warn_if_behind(run, f"the figures of run {run.name} show")
     _say(text)
