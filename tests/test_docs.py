@@ -100,7 +100,7 @@ def parsed(command: str) -> None:
         assert words[2] in {source.get("hub") for source in known}, f"{command}: not a source of the registry"
     else:
         for word in words[1:]:  # a program that is not here: the files it is given are
-            if re.fullmatch(r"[\w.-]+(/[\w.-]*)+", word) and not word.startswith("runs/"):
+            if re.fullmatch(r"[\w.-]+(/[\w.-]*)+", word) and not word.startswith(("runs/", ".venv/")):
                 assert (ROOT / word).exists() or "=" in word, f"{command}: no {word}"
 
 
