@@ -278,7 +278,7 @@ def test_modules_functions_and_tests_that_are_named_exist(name):
         assert not test or re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.MULTILINE), f"{name}: no {test}"
 
 
-def test_every_formula_names_its_code_and_its_test():
+def test_every_formula_names_its_source_its_code_and_its_test():
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     rows = [
         line
@@ -288,6 +288,7 @@ def test_every_formula_names_its_code_and_its_test():
     rows = [row for row in rows if " code | test |" not in row]
     assert len(rows) > 25
     for row in rows:
+        assert not re.search(r"\| +\|", row), f"a place is empty: {row}"
         assert re.search(r"`threefold\.\S+` \| `tests/\S+::\S+` \|$", row), row
 
 
