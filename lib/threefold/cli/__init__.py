@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -133,9 +134,9 @@ def parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=_positive, metavar="N", help="default: 64; with --stream: until Ctrl-C"
     )
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
-    generate.add_argument("--top-k", type=int, default=-1, metavar="K", help="-1: off")
+    generate.add_argument("--top-k", type=_whole, default=-1, metavar="K", help="-1: off")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    generate.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    generate.add_argument("--seed", type=_seed, default=0, help="of the sampling (default: 0)")
     generate.add_argument(
         "--stream",
         action="store_true",
@@ -182,10 +183,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _whole(text: str) -> int:
+    """A whole number that 64 bits hold."""
+    if not re.fullmatch(r"-?\d{1,19}", text) or not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r:.40}: expected a whole number")
+    return int(text)
+
+
 def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = _whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 0")
     return value
 
 

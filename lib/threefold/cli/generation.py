@@ -24,7 +24,8 @@ def generate(options: argparse.Namespace, folder: Path) -> int:
     }
     if options.stream:
         return _stream(options, tokenizer, model, prompt, sampling)
-    (new,) = generated(model, [prompt], options.max_new_tokens or 64, eos_id=tokenizer.eos_token_id, **sampling)
+    most = min(options.max_new_tokens or 64, model.config.context)  # the cache is made for as many as are asked for
+    (new,) = generated(model, [prompt], most, eos_id=tokenizer.eos_token_id, **sampling)
     print(tokenizer.decode([*prompt, *new], skip_special_tokens=True))
     return 0
 

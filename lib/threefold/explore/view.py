@@ -101,6 +101,8 @@ def continuations(
     """
     if form not in FORMS:
         raise ConfigError(f"form = {form!r}: allowed are {', '.join(FORMS)}")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed = {seed}: allowed is 0 to {2**63 - 1}")
     names, missing = reading.there(run, reading.chosen(run, stages))
     columns, lines = {}, []
     for name in names:
@@ -122,7 +124,8 @@ def _continuation(
     given = _ids(tokenizer, prompt)
     generator = torch.Generator().manual_seed(seed)
     eos = tokenizer.eos_token_id
-    (new,) = generate(model, [given], new_tokens, temperature=temperature, eos_id=eos, generator=generator)
+    most = min(new_tokens, model.config.context)  # the cache is made for as many as are asked for
+    (new,) = generate(model, [given], most, temperature=temperature, eos_id=eos, generator=generator)
     ended = len(new) < new_tokens and len(given) + len(new) < model.config.context
     every = [*given, *new, *([eos] if ended else [])]
     logp_TV = next_logprobs(model, every)
