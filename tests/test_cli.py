@@ -337,14 +337,14 @@ def test_a_stream_says_what_generate_says_and_goes_on(checkpoint, capsys):
 
 
 def test_ctrl_c_ends_a_stream_and_keeps_what_was_printed(checkpoint, capsys, monkeypatch):
-    from threefold import model
+    from threefold.cli import generation
 
     def interrupted(*arguments, **settings):
         assert arguments[3] == -1, "without an end"
         yield from arguments[1][1:]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model, "stream", interrupted)
+    monkeypatch.setattr(generation, "stream", interrupted)
     arguments = ["generate", "--run", "tiny", "--stage", "pretrain", "the cat", "--stream"]
     assert call(capsys, *arguments) == (0, "the catthe cat\n", "")
 
