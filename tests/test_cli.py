@@ -82,6 +82,8 @@ def make(stage: str, fill=lambda folder: (folder / "x.txt").write_text("x")) -> 
         (["verify", "--run", "tiny"], "no run 'tiny'"),
         (["verify", "--run", "tiny", "--json"], "no run 'tiny'"),
         (["tensorboard", "--run", "tiny"], "no run 'tiny'"),
+        (["wandb", "--run", "tiny"], "no run 'tiny'"),
+        (["status", "--set", "sft.steps=1"], "--set goes with --run"),
         (["clean", "--run", "tiny"], "no run 'tiny'"),
         (["completion", "fish"], "invalid choice"),
         (["report", "--run", "tiny"], "no run 'tiny'"),
@@ -101,7 +103,7 @@ def test_wrong_input_is_one_line_and_exit_2(project, capsys, arguments, said):
 
 
 COMMANDS = [
-    *("run", "train", "status", "verify", "compare", "tensorboard", "clean", "report", "generate", "export"),
+    *("run", "train", "status", "verify", "compare", "tensorboard", "wandb", "clean", "report", "generate", "export"),
     "completion",
 ]
 
@@ -161,7 +163,10 @@ def test_a_learning_rate_makes_its_stage_and_what_depends_on_it_stale_and_nothin
         return {entry["stage"]: entry["state"] for entry in told}
 
     assert set(states().values()) == {"fresh"}
+    asked = call(capsys, "status", "--run", "tiny", "--json", "--set", "sft.learning_rate=0.5")[1]
+    assert set(states().values()) == {"fresh"}, "asking what a change would do changed the run"
     Run.open("tiny.toml", overrides=["sft.learning_rate=0.5"])
+    assert json.loads(asked) == json.loads(call(capsys, "status", "--run", "tiny", "--json")[1])
     stale = {stage for stage, state in states().items() if state == "stale"}
     assert stale == {"sft", *stages.dependents(plan, "sft")} and set(states().values()) == {"fresh", "stale"}
     told = json.loads(call(capsys, "status", "--run", "tiny", "--json")[1])["stages"]
@@ -230,7 +235,7 @@ def test_verify(project, capsys):
 
 
 def test_json_for_scripts(project, capsys):
-    """Its keys are what the README promises."""
+    """Its keys are what docs/scripts.md promises."""
     run = make("data")
     (run.stage_folder("data") / "x.txt").write_text("x")
     status, out, err = call(capsys, "status", "--run", "tiny", "--json")

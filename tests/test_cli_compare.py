@@ -11,6 +11,7 @@ from report_fixtures import make_run
 from threefold import cli, config, paths, records
 from threefold.cli.compare import preset_rows, side_by_side
 from threefold.comparison import Comparison, tables
+from threefold.comparison.measures import HEADLINE
 from threefold.comparison.results import NBSP
 from threefold.run import Run
 
@@ -130,6 +131,23 @@ def test_a_figure_that_one_run_lacks_is_a_dash(world, tmp_path):
     rows = parsed(side_by_side([world[0], fewer]).split("\n\n")[0])
     (row,) = (row for row in rows if "SFT" in row["Model"] and "problems" in row["Measure"])
     assert row["run one"] != "–" and row["run fewer"] == "–"
+
+
+def test_json_holds_the_figures_that_the_table_shows(world, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "RUNS", world[0].path.parent)
+    assert cli.main(["compare", "one", "two", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["runs"] == ["one", "two"]
+    assert told["differing"] == {"sft.learning_rate": {"one": world[0].preset.sft.learning_rate, "two": 0.5}}
+    cells = [cell for row in parsed(side_by_side(world[:2]).split("\n\n")[0]) for cell in list(row.values())[3:]]
+    assert len(told["figures"]) == sum(cell != "–" for cell in cells)
+    for run in world[:2]:
+        comparison = Comparison.load(run)
+        for one in (one for one in told["figures"] if one["run"] == run.name):
+            measure = next(known for known in HEADLINE if known.key == one["measure"])
+            own = comparison.metric(one["model"], one["protocol"], measure.metric)
+            assert (one["value"], one["low"], one["high"]) == (own.value, own.low, own.high)
+            assert one["conditions"]["n"] == str(own.n)
 
 
 def test_preset_keys():

@@ -22,7 +22,8 @@ RESULTS = {
 }
 LEFTOVERS = {
     "report/index.html": 1000,
-    "tensorboard/sft/events": 100,
+    "tensorboard/sft/events": 60,
+    "wandb/offline-run-1/run-1.wandb": 40,
     ".dpo.partial/resume.safetensors": 700,
     ".executing/03_dpo.ipynb": 7,
     "notebooks/03_dpo.failed.ipynb": 30,

@@ -3,24 +3,14 @@
 import ast
 import importlib.util
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from threefold import cli, config, paths
+from cli_world import STARTED, trained_run
+from threefold import cli, config
 from threefold.cli import tensorboard
 from threefold.errors import MissingInput, TrainingError
 from threefold.run import Run
-
-LINES = [
-    {"step": 1, "tokens": 100, "loss": 2.5, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 50.0, "seconds": 2.0},
-    {"step": 1, "tokens": 100, "heldout_loss": 2.75},
-    {"step": 2, "tokens": 200, "loss": 9.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 50.0, "seconds": 4.0},
-    {"resumed_from": 1},
-    {"step": 2, "tokens": 200, "loss": 2.25, "lr": 0.2, "grad_norm": 1.5, "tokens_per_second": 50.0, "seconds": 5.5},
-    {"step": 2, "tokens": 200, "heldout_loss": 2.5, "heldout_margin": 0.25},
-]
-STARTED = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 class FakeWriter:
@@ -39,17 +29,7 @@ class FakeWriter:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Stage pretrain finished, stage sft and the second seed's pretraining at work."""
-    monkeypatch.setattr(paths, "RUNS", tmp_path)
-    made = Run("mine", tmp_path / "mine", config.load_preset("smoke", ["seeds=2"]))
-    again = [made.partial_folder("sft"), made.partial_folder("pretrain-seed2")]
-    for folder in (made.stage_folder("pretrain"), *again):
-        folder.mkdir(parents=True)
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
-        facts = {"stage": "x", "fingerprint": {}, "outputs": {}, "started": STARTED.isoformat()}
-        (folder / "run.json").write_text(json.dumps(facts))
-    (made.path / "config.toml").write_text(config.to_toml(made.preset))
-    return made
+    return trained_run(tmp_path, monkeypatch)
 
 
 def test_every_number_that_counts_becomes_a_scalar(run):
@@ -113,6 +93,20 @@ def test_the_command(run, monkeypatch, capsys):
     monkeypatch.setattr(tensorboard, "summary_writer", lambda: FakeWriter)
     assert cli.main(["tensorboard", "--run", "mine"]) == 0
     assert "tensorboard --logdir" in capsys.readouterr().out and (run.path / "tensorboard" / "sft").is_dir()
+
+
+def test_tensorboard_reads_what_its_own_writer_wrote(run):
+    pytest.importorskip("tensorboard", exc_type=ImportError)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert cli.main(["tensorboard", "--run", "mine"]) == 0
+    read = EventAccumulator(str(run.path / "tensorboard" / "sft"))
+    read.Reload()
+    assert [(one.step, one.value, one.wall_time) for one in read.Scalars("train/loss")] == [
+        (1, 2.5, STARTED.timestamp() + 2.0),
+        (2, 2.25, STARTED.timestamp() + 5.5),
+    ]
+    assert [one.value for one in read.Scalars("heldout/loss")] == [2.75, 2.5]
 
 
 def test_without_tensorboard_the_extra_is_named(run, monkeypatch, capsys):

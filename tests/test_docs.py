@@ -6,6 +6,7 @@ on less data (`small_smoke`), so that README takes a minute. What cannot run off
 EXCEPTIONS with the reason, is printed, and goes through the real argument parser (or `make -n`) instead.
 """
 
+import ast
 import importlib
 import inspect
 import io
@@ -27,7 +28,7 @@ from threefold.data import sources
 
 ROOT = paths.PROJECT
 PAGES = sorted(
-    path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")) if path.is_file()
+    path for part in (".", "docs", "data", "data/sample") for path in (ROOT / part).glob("*.md") if path.is_file()
 )
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -37,12 +38,14 @@ EXCEPTIONS = (
     (r"make (report|test|bench|lab|notebooks|protocols|env|lock)\b", "installs an environment first"),
     (r"pip install\b", "the network"),
     (r"threefold run --preset (full|laptop)\b", "needs real data, hours or a GPU"),
-    (r"threefold (tensorboard|clean)\b", "an optional package; a question at a terminal"),
+    (r"threefold (tensorboard|wandb|clean)\b", "an optional package; a question at a terminal"),
     (r"threefold generate --stream\b", "goes on until Ctrl-C"),
     (r"jupyter lab\b", "serves until it is stopped"),
-    (r"tensorboard\b", "serves until it is stopped"),
+    (r"(tensorboard|wandb)\b", "an optional package; serves until it is stopped"),
     (r"quarto\b", "not in the package registries"),
     (r"(torchrun|sbatch|srun)\b", "several GPUs or a cluster"),
+    (r"hf download\b", "the network"),
+    (r"python data/facts\.py\b", "needs real data"),
     (r"lm[_-]eval\b", "minutes; tests/test_lm_eval_agreement.py compares the figures"),
     (r"(\./)?\.ci/run\b", "the whole of the checks"),
     (r"source \.venv/", "the environment of a fresh machine"),
@@ -92,9 +95,12 @@ def parsed(command: str) -> None:
         extras = re.findall(r"\[(\w+)\]", words[-1])
         declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert set(extras) <= declared.keys(), f"{command}: no such extra"
+    elif words[0] == "hf":
+        known = tomllib.loads((ROOT / "data" / "sources.toml").read_text()).values()
+        assert words[2] in {source.get("hub") for source in known}, f"{command}: not a source of the registry"
     else:
         for word in words[1:]:  # a program that is not here: the files it is given are
-            if re.fullmatch(r"[\w.-]+(/[\w.-]*)+", word) and not word.startswith("runs/"):
+            if re.fullmatch(r"[\w.-]+(/[\w.-]*)+", word) and not word.startswith(("runs/", ".venv/")):
                 assert (ROOT / word).exists() or "=" in word, f"{command}: no {word}"
 
 
@@ -167,6 +173,33 @@ def test_every_command_is_one_that_the_parsers_take(name):
                 assert re.search(rf"^{parameter} = ", cell.source, re.MULTILINE), f"{command}: no parameter {parameter}"
 
 
+PROGRAMS = ("threefold", "make", "pip", "python", "pytest", "torchrun", "hf", "lm_eval")
+INLINE = [
+    (name, span)
+    for name in NAMES
+    for span in re.findall(r"`([^`]+)`", BLOCK.sub("", (ROOT / name).read_text(encoding="utf-8")))
+    if span.split()[0] in PROGRAMS and " " in span.strip()
+]
+
+
+@pytest.mark.parametrize(("name", "span"), INLINE, ids=[f"{name}: {span}" for name, span in INLINE])
+def test_every_command_in_a_sentence_is_one_that_the_parsers_take(name, span):
+    words = span.split()
+    if words[0] == "threefold" and len(words) == 2:  # the command as such
+        words.append("--help")
+    if "my.toml" not in words:  # what a reader is to write
+        parsed(shlex.join(words))
+
+
+def test_commands_stand_in_blocks_that_are_run():
+    """Indented four spaces a command would be seen by a reader, and by no test."""
+    for name in NAMES:
+        text = BLOCK.sub("", (ROOT / name).read_text(encoding="utf-8"))
+        found = re.findall(rf"^    (?:{'|'.join((*PROGRAMS, 'papermill', 'jupyter', 'quarto', 'git'))}) .*", text, re.M)
+        assert not found, f"{name}: {found}"
+    assert {"threefold status", "make notebooks"} <= {span for _, span in INLINE}
+
+
 def test_a_command_that_is_wrong_would_be_found():
     with pytest.raises(AssertionError):
         parsed("threefold run --presets smoke")
@@ -174,6 +207,8 @@ def test_a_command_that_is_wrong_would_be_found():
         parsed("make reprot")
     with pytest.raises(AssertionError):
         parsed("pip install -e '.[tensorbord]'")
+    with pytest.raises(AssertionError):
+        parsed("hf download openai/gsm9k --repo-type dataset")
     assert exception("threefold status --run smoke") == "" and exception("make test")
 
 
@@ -185,9 +220,14 @@ EXAMPLES = [(name, place, text) for name in NAMES for place, text in enumerate(b
 
 @pytest.mark.parametrize(("name", "place", "text"), EXAMPLES, ids=[f"{name}-{place}" for name, place, _ in EXAMPLES])
 def test_every_example_holds(name, place, text, tmp_path):
-    """Python is executed; TOML is a part of a preset (put into smoke) or of the registry of sources."""
+    """Python is executed (of what needs real data, the imports); TOML is a part of a preset (put into smoke) or of the
+    registry of sources."""
     if "from_pretrained(" in text:
         compile(text, name, "exec")  # needs a run: tests/test_end_to_end.py loads a checkpoint so
+    elif '"DATA"' in text:  # needs real data: what it imports is there
+        tree = ast.parse(text)
+        tree.body = [line for line in tree.body if isinstance(line, ast.Import | ast.ImportFrom)]
+        exec(compile(tree, name, "exec"), {"__name__": "example"})
     elif "import" in text or "assert" in text:
         exec(compile(text, f"{name}, example {place}", "exec"), {"__name__": "example"})
     elif text.startswith("# data/sources.toml"):
@@ -238,7 +278,7 @@ def test_modules_functions_and_tests_that_are_named_exist(name):
         assert not test or re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.MULTILINE), f"{name}: no {test}"
 
 
-def test_every_formula_names_its_code_and_its_test():
+def test_every_formula_names_its_source_its_code_and_its_test():
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     rows = [
         line
@@ -248,6 +288,7 @@ def test_every_formula_names_its_code_and_its_test():
     rows = [row for row in rows if " code | test |" not in row]
     assert len(rows) > 25
     for row in rows:
+        assert not re.search(r"\| +\|", row), f"a place is empty: {row}"
         assert re.search(r"`threefold\.\S+` \| `tests/\S+::\S+` \|$", row), row
 
 

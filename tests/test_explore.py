@@ -139,6 +139,7 @@ def test_an_evaluation_that_is_not_there_is_named(run):
     [
         (lambda run: view.continuations(run, "stf"), "did you mean sft?"),
         (lambda run: view.attention(run, "evaluate-sft"), "run little trains pretrain"),
+        (lambda run: view.continuations(run, seed=2**64), "seed = 18446744073709551616"),
         (lambda run: view.continuations(run, form="chat"), "allowed are text, instruction"),
         (lambda run: view.losses(run, span=(0.5, 0.5)), "0 <= begin < end <= 1"),
         (lambda run: view.losses(run, against="time"), "tokens, step"),

@@ -110,9 +110,11 @@ def test_what_was_tried_by_hand(tmp_path):
 
 
 @examples(30)
-@given(path=st.text(max_size=20) | st.sampled_from(["a" * 5000, "a/" * 3000, "\0", "~nobody/x", "/dev/null"]))
+@given(path=st.text(max_size=20) | st.sampled_from(["a" * 5000, "a/" * 3000, "\0", "~no-such-user/x", "/dev/null"]))
 def test_own_paths_of_any_text(path):
     documented(lambda: sources.load(SourceConfig(path=path, reader="text", split="x")) if path else None)
+    folder = documented(lambda: sources.local_folder(path))
+    assert folder is None or folder.is_dir()
 
 
 def test_a_clone_whose_files_could_be_code_is_refused(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """Checkpoints, tokenizers and prompts of any content: a model that computes what its files say, or one line that names
 the file."""
 
+import io
 import json
 import shutil
 import struct
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import as_json, damaged, documented, examples, mutated
 from safetensors.torch import load_file, save_file
+from threefold import cli
 from threefold.config import ModelConfig
 from threefold.data.tokenizer import load_tokenizer
 from threefold.errors import CheckpointError
@@ -256,6 +259,45 @@ def test_scores_of_any_ids(whole, requests):
     model = LanguageModel.from_checkpoint(whole["llama"])
     for score, (_, target) in zip(documented(lambda: model.loglikelihoods(requests)) or (), requests, strict=False):
         assert score.n == len(target) and score.sum <= 0
+
+
+NUMBERS = {
+    "--max-new-tokens": ["1", "0", "-1", "x", "1.5", "٣"],
+    "--seed": ["0", "-1", "x", "9" * 30, str(2**63 - 1), "9" * 5000],
+    "--temperature": ["1", "-1", "nan", "inf", "1e-300", "x"],
+    "--top-k": ["-1", "0", "1", "999999999", "9" * 30, "9" * 5000, "x"],
+    "--top-p": ["0", "1", "0.5", "1e-300", "nan", "2"],
+    "--window": ["1", "15", "999999999", "9" * 30],
+}
+PROMPTS = ["", "\ud800", "a" * 9999, "-x", "--", "\0", "\x1b[2J"]
+
+
+@examples(250)
+@given(
+    prompt=st.just("a fox") | st.sampled_from(PROMPTS) | st.text(st.characters(), max_size=12),
+    stream=st.booleans(),
+    settings=st.lists(
+        st.sampled_from([f"{name}={value}" for name, several in NUMBERS.items() for value in several]), max_size=2
+    ),
+)
+def test_the_command_line_with_prompts_and_numbers_of_any_kind(whole, prompt, stream, settings):
+    """Text and exit 0, or one line and exit 2."""
+    words = ["generate", "--max-new-tokens=3", *settings, *["--stream"] * stream, prompt]
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(cli, "_checkpoint", lambda options: whole["llama"])
+        try:
+            status = cli.main(words)
+        except SystemExit as left:
+            status = left.code
+    assert (status, out.getvalue() != "", err.getvalue().count("\n")) in ((0, True, 0), (2, False, 1)), err.getvalue()
+
+
+def test_more_tokens_than_any_context_take_no_memory(whole, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_checkpoint", lambda options: whole["llama"])
+    assert cli.main(["generate", "--max-new-tokens", "9" * 12, "a"]) == 0
+    (most,) = [capsys.readouterr().out]
+    assert cli.main(["generate", "--max-new-tokens", "16", "a"]) == 0 and capsys.readouterr().out == most
 
 
 @examples(80)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import as_json, damaged, documented, examples, mutated, values
 from report_fixtures import cell, notebook, output
-from threefold import records, run
+from threefold import config, paths, records, run
 from threefold.report import notebooks, scrub
 from threefold.training import state
 from threefold.training.state import curve
@@ -68,6 +68,30 @@ def test_values_of_any_kind_are_published_as_they_are_or_refused(tmp_path_factor
         cell("x", nbformat.v4.new_output("display_data", data=made[0])),
     )
     assert records.read(path)[name].values == published
+
+
+PARAMETERS = ("preset", "run", "data_dir", "overrides", "model", "replicate", "nproc", "learning_rate", "steps")
+
+
+@examples(300)
+@given(
+    stage=st.sampled_from(["data", "pretrain", "sft", "evaluate", "compare"]),
+    parameters=st.dictionaries(
+        st.sampled_from(PARAMETERS) | st.text(max_size=8),
+        values | st.sampled_from(["~nobody/x", "a=b;" * 999, "smoke", "sft.steps=1e999", "1" * 5000]),
+        max_size=3,
+    ),
+)
+def test_parameters_of_any_kind(tmp_path_factory, stage, parameters):
+    """Papermill hands over numbers, texts and YAML of any kind: a stage of such a run, or a line and no run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "RUNS", tmp_path_factory.mktemp("runs"))
+        opened = documented(lambda: run.open_stage(stage, dict(parameters)))
+        if opened is None:
+            assert list(paths.RUNS.iterdir()) == []
+        else:
+            assert config.validate(opened.run.preset) == opened.run.preset
+            assert opened.folder.resolve().is_relative_to(paths.RUNS.resolve())
 
 
 RUN = {

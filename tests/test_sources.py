@@ -132,7 +132,7 @@ def test_a_local_folder_comes_first_and_its_alternatives_in_order(tmp_path, monk
     assert [path.name for path in raw.files] == ["wiki.train.raw"]
     assert raw.fingerprint != resolved.fingerprint
     assert sources.load(config) == [" \n = A = \n \n b c . \n"]
-    with pytest.raises(SourceError, match=r"data_dir = /nowhere: no such folder"):
+    with pytest.raises(SourceError, match=r"data_dir = '/nowhere': no such folder"):
         sources.resolve(config, "/nowhere")
 
 

@@ -233,14 +233,14 @@ def load_preset(name_or_path: str | Path, overrides: Mapping[str, object] | Iter
         try:
             path = next((path for path in (Path(text), paths.PROJECT / text) if path.is_file()), None)
         except OSError as error:  # a name too long for any file
-            raise ConfigError(f"preset {_show(text)}: {error.strerror}") from error
+            raise ConfigError(f"preset {shown(text)}: {error.strerror}") from error
         if path is None:
-            raise ConfigError(f"preset {text}: no such file; presets by name: {', '.join(preset_names())}")
+            raise ConfigError(f"preset {text!r:.300}: no such file; presets by name: {', '.join(preset_names())}")
     else:
         path = paths.PRESETS / f"{text}.toml"
         if text not in preset_names():
             raise ConfigError(
-                f"unknown preset {text!r}{_hint(text, preset_names())}; "
+                f"unknown preset {shown(text)}{_hint(text, preset_names())}; "
                 f"allowed: {', '.join(preset_names())}, or a path that ends in .toml"
             )
     preset = _read(path)
@@ -371,10 +371,10 @@ def replicate_of(name: str) -> tuple[str, int]:
 def check_name(name: str, what: str) -> str:
     """The name, if it can be a file name everywhere and cannot leave its folder; else ConfigError."""
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"{what} {_show(name)}: a name has only A-Z a-z 0-9 . _ - and starts with a letter or digit")
+        raise ConfigError(f"{what} {shown(name)}: a name has only A-Z a-z 0-9 . _ - and starts with a letter or digit")
     if len(name) > _LONGEST_NAME or name.endswith(".") or name.partition(".")[0].upper() in _WINDOWS:
         raise ConfigError(
-            f"{what} {_show(name)}: a name has at most {_LONGEST_NAME} characters, does not end in a dot and is none "
+            f"{what} {shown(name)}: a name has at most {_LONGEST_NAME} characters, does not end in a dot and is none "
             "that Windows keeps for a device (CON, NUL, ...)"
         )
     return name
@@ -464,7 +464,7 @@ def _value(kind: Any, value: Any, key: str, origin: str) -> Any:
     if kind in (bool, str) and isinstance(value, kind):
         return value
     hint = _hint(value, get_args(kind)) if get_origin(kind) is Literal and isinstance(value, str) else ""
-    raise ConfigError(f"{origin}: {key} = {_show(value)}: expected {_describe(kind)}{hint}")
+    raise ConfigError(f"{origin}: {key} = {shown(value)}: expected {_describe(kind)}{hint}")
 
 
 def _describe(kind: Any) -> str:
@@ -477,7 +477,8 @@ def _describe(kind: Any) -> str:
     return {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}[kind]
 
 
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of any kind as an error names it: as it is written, of a long one the beginning."""
     if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
         return f"a number of {value.bit_length()} bits"
     text = str(value).lower() if isinstance(value, bool) else repr(value)
@@ -517,7 +518,7 @@ def _as_pairs(overrides: Mapping[str, object] | Iterable[str]) -> list[tuple[str
     pairs = []
     for item in overrides:
         if not isinstance(item, str) or "=" not in item:
-            raise ConfigError(f"override {item!r}: expected key=value, for example sft.learning_rate=1e-4")
+            raise ConfigError(f"override {shown(item)}: expected key=value, for example sft.learning_rate=1e-4")
         key, _, text = item.partition("=")
         pairs.append((key.strip(), text.strip(), True))
     return pairs
@@ -738,7 +739,7 @@ def _check_rules(config: Any, where: str, origin: str) -> None:
     for name, (text, holds) in _RULES.get(type(config), {}).items():
         value = getattr(config, name)
         if not holds(value):
-            raise ConfigError(f"{origin}: {where}{'.' if where else ''}{name} = {_show(value)}: expected {text}")
+            raise ConfigError(f"{origin}: {where}{'.' if where else ''}{name} = {shown(value)}: expected {text}")
 
 
 def _check_model(model: ModelConfig, where: str, origin: str) -> None:

@@ -10,3 +10,11 @@ DATA = PROJECT / "data"
 REPORT = PROJECT / "report"
 PRESETS = PACKAGE / "presets"
 RUNS = Path(os.environ.get("THREEFOLD_RUNS") or PROJECT / "runs").resolve()
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with ~ and ~NAME put in; where nobody has that name it stays as it is, as in a shell."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

@@ -502,20 +502,26 @@ def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
     model, replicate = given.pop("model", None), given.pop("replicate", replicate)
     if stage == "pretrain" and model:
         if model not in _PRETRAINED:
-            raise ConfigError(f"model {model!r}{_hint(str(model), _PRETRAINED)}; allowed: {', '.join(_PRETRAINED)}")
+            raise ConfigError(
+                f"model {config.shown(model)}{_hint(str(model), _PRETRAINED)}; allowed: {', '.join(_PRETRAINED)}"
+            )
         stage = section = model
     if stage == "evaluate":
         stage = f"evaluate-{model or 'pretrain'}"
     nproc = given.pop("nproc", None)
     if nproc is not None and (type(nproc) is not int or nproc < 1):
-        raise ConfigError(f"parameter nproc = {nproc!r}: expected None or a whole number of at least 1")
+        raise ConfigError(f"parameter nproc = {config.shown(nproc)}: expected None or a whole number of at least 1")
     door = {name: given.pop(name) for name in DOOR if name in given}
     overrides = door.pop("overrides", ())
+    if not isinstance(overrides, str | list | tuple):
+        raise ConfigError(
+            f"parameter overrides = {config.shown(overrides)}: expected 'key=value; key=value', or a list"
+        )
     overrides = config.split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
     overrides += [config.join_overrides({f"{section}.{name}": value}) for name, value in given.items()]
     for name, value in door.items():
         if isinstance(value, bool | float):
-            raise ConfigError(f"parameter {name} = {value!r}: expected a string")
+            raise ConfigError(f"parameter {name} = {config.shown(value)}: expected a string")
         door[name] = str(value)  # papermill's -p makes a number of a run named 2024
     run = Run.open(**door, overrides=overrides, create=False)
     if kind == "evaluate":
@@ -533,15 +539,16 @@ def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
 def _replicate(stage: str, replicate: Any, preset: Preset) -> str:
     """The stage's name in that replicate. Raises ConfigError for one that the preset does not ask for."""
     if type(replicate) is not int or replicate < 1:
-        raise ConfigError(f"parameter replicate = {replicate!r}: expected a whole number of at least 1")
+        raise ConfigError(f"parameter replicate = {config.shown(replicate)}: expected a whole number of at least 1")
     model = stage.removeprefix("evaluate-")
     if replicate > 1 and model not in config.REPEATED:
         raise ConfigError(
-            f"parameter replicate = {replicate}: {model} is trained once; seeds repeats {', '.join(config.REPEATED)}"
+            f"parameter replicate = {config.shown(replicate)}: {model} is trained once; seeds repeats "
+            f"{', '.join(config.REPEATED)}"
         )
     if replicate > preset.seeds:
         raise ConfigError(
-            f"parameter replicate = {replicate}: preset {preset.name} has seeds = {preset.seeds}; "
+            f"parameter replicate = {config.shown(replicate)}: preset {preset.name} has seeds = {preset.seeds}; "
             f"overrides='seeds={replicate}' asks for more"
         )
     return config.replicate_name(stage, replicate)
@@ -575,12 +582,12 @@ def _data_folder(given: str) -> str:
     text = given or os.environ.get("THREEFOLD_DATA", "")
     if not text:
         return ""
-    path = Path(text).expanduser()
+    path = paths.expanded(text)
     for folder in (path, paths.PROJECT / path):
-        if folder.is_dir():
+        if os.path.isdir(folder):  # no for what can be no name
             return str(folder.resolve())
     origin = "data_dir" if given else "$THREEFOLD_DATA"
-    raise ConfigError(f"{origin} = {text!r}: no such folder, neither from here nor from the project's folder")
+    raise ConfigError(f"{origin} = {text!r:.300}: no such folder, neither from here nor from the project's folder")
 
 
 def _hint(name: str, allowed: Iterable[str]) -> str:

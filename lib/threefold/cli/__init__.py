@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -76,6 +77,13 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--run", default="", metavar="NAME", help="the run's name (default: all runs, with their sizes)"
     )
+    status.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="with --run: as if `run` were told so; no change",
+    )
     status.add_argument("--data-dir", default="", metavar="FOLDER", help="local data folder (default: as in the run)")
     status.add_argument("--json", action="store_true", help="for scripts")
 
@@ -90,9 +98,13 @@ def parser() -> argparse.ArgumentParser:
 
     compare = command("compare", _compare, "put the headline figures and presets of two or more runs side by side")
     compare.add_argument("runs", nargs="+", metavar="RUN")
+    compare.add_argument("--json", action="store_true", help="for scripts")
 
     board = command("tensorboard", _tensorboard, "write a run's training metrics as TensorBoard event files")
     board.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
+
+    offline = command("wandb", _wandb, "write a run's training metrics as offline runs of Weights & Biases")
+    offline.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
 
     clean = command("clean", _clean, "remove a run, what can be made again in it, or the cache")
     target = clean.add_mutually_exclusive_group(required=True)
@@ -101,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     clean.add_argument(
         "--keep-results",
         action="store_true",
-        help="of the run only its rendered report, TensorBoard's files, failed notebooks and interrupted stages",
+        help="of the run only its rendered report, exported curves, failed notebooks and interrupted stages",
     )
     clean.add_argument("--yes", action="store_true", help="remove without asking")
 
@@ -122,9 +134,9 @@ def parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=_positive, metavar="N", help="default: 64; with --stream: until Ctrl-C"
     )
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
-    generate.add_argument("--top-k", type=int, default=-1, metavar="K", help="-1: off")
+    generate.add_argument("--top-k", type=_whole, default=-1, metavar="K", help="-1: off")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    generate.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    generate.add_argument("--seed", type=_seed, default=0, help="of the sampling (default: 0)")
     generate.add_argument(
         "--stream",
         action="store_true",
@@ -171,10 +183,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _whole(text: str) -> int:
+    """A whole number that 64 bits hold."""
+    if not re.fullmatch(r"-?\d{1,19}", text) or not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r:.40}: expected a whole number")
+    return int(text)
+
+
 def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = _whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 0")
     return value
 
 
@@ -185,13 +211,13 @@ def _say(line: str) -> None:
 # Runs ---------------------------------------------------------------------------------------------------------------
 
 
-def _open(name: str, data_dir: str = ""):
-    """A run that exists, as it was last configured."""
+def _open(name: str, data_dir: str = "", overrides: Sequence[str] = ()):
+    """A run that exists, as it was last configured, or as it would be with these overrides."""
     from threefold.cli import disk
     from threefold.run import Run, data_dir_of
 
     disk.folder(name)
-    return Run.open("", name, data_dir=data_dir_of(name, data_dir), create=False)
+    return Run.open("", name, overrides, data_dir_of(name, data_dir), create=False)
 
 
 def _intact(name: str, data_dir: str = ""):
@@ -266,8 +292,10 @@ def _train(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from threefold.cli import status
 
+    if options.set and not options.run:
+        raise ConfigError("status: --set goes with --run")
     if options.run:
-        run = _open(options.run, options.data_dir)
+        run = _open(options.run, options.data_dir, options.set)
         states = status.of_run(run)
         _say(_json(status.stages_json(run, states)) if options.json else status.stages_text(run, states))
     else:
@@ -311,13 +339,13 @@ def _json(values: object) -> str:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from threefold.cli.compare import side_by_side
+    from threefold.cli import compare
 
     twice = next((name for name in options.runs if options.runs.count(name) > 1), None)
     if twice or len(options.runs) < 2:
         raise ConfigError(f"compare: run {twice} is named twice" if twice else "compare: name two runs or more")
     runs = [_intact(name) for name in options.runs]
-    text = side_by_side(runs)
+    text = _json(compare.as_json(runs)) if options.json else compare.side_by_side(runs)
     for run in runs:
         _warn_if_behind(run, f"the figures of run {run.name} show")
     _say(text)
@@ -340,6 +368,16 @@ def _tensorboard(options: argparse.Namespace) -> int:
 
     out = tensorboard.export(_intact(options.run), tensorboard.summary_writer())
     print(f"`tensorboard --logdir {_from_here(out)}` shows the training of run {options.run}")
+    return 0
+
+
+def _wandb(options: argparse.Namespace) -> int:
+    from threefold.cli import wandb
+
+    out = wandb.export(_intact(options.run), wandb.client())
+    print(
+        f"`wandb sync {_from_here(out)}/offline-run-*` uploads the training of run {options.run}; nothing was sent yet"
+    )
     return 0
 
 

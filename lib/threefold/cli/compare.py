@@ -27,8 +27,12 @@ class Figure:
     model: str
     name: str  # of the model, for a reader
     protocol: str
-    conditions: tuple[tuple[str, str], ...]  # what was measured on what: ("items", "872"), ("data", "fc8ff935"), ...
-    text: str
+    conditions: tuple[tuple[str, str], ...]  # what was measured on what: ("n", "872"), ("data", "fc8ff935"), ...
+    value: Value
+
+    @property
+    def text(self) -> str:
+        return self.measure.text(self.value) or "–"
 
 
 def side_by_side(runs: Sequence[Run]) -> str:
@@ -39,7 +43,7 @@ def side_by_side(runs: Sequence[Run]) -> str:
     perplexity per token, the same tokenizer; otherwise the row says by what it differs.
     Raises MissingInput (a notebook that was not run), RecordError (weights that are not the stage's).
     """
-    figures = [figure for run in runs for figure in headline_figures(run.name, Comparison.load(run))]
+    figures = _figures(runs)
     rows = [] if not figures else list(_figure_rows(figures, [run.name for run in runs]))
     keys = preset_rows({run.name: config.to_dict(run.preset) for run in runs})
     parts = [
@@ -48,6 +52,35 @@ def side_by_side(runs: Sequence[Run]) -> str:
         tables.markdown_table(keys) if keys else "*The presets are the same.*",
     ]
     return "\n\n".join(parts)
+
+
+def as_json(runs: Sequence[Run]) -> dict[str, Any]:
+    """{"runs", "figures": [{"run", "measure", "model", "protocol", "conditions", "value", "low", "high"}], "differing":
+    {key: {run: value}}}: what `side_by_side` shows, under the same rules. Figures compare if their protocol and
+    conditions are equal. Raises what `side_by_side` raises."""
+    figures = [
+        {
+            "run": one.run,
+            "measure": one.measure.key,
+            "model": one.model,
+            "protocol": one.protocol,
+            "conditions": dict(one.conditions),
+            "value": one.value.value,
+            "low": one.value.low,
+            "high": one.value.high,
+        }
+        for one in _figures(runs)
+    ]
+    keys = preset_rows({run.name: config.to_dict(run.preset) for run in runs})
+    differing = {
+        row["Key"]: {run.name: None if (text := row[f"run {run.name}"]) is None else json.loads(text) for run in runs}
+        for row in keys
+    }
+    return {"runs": [run.name for run in runs], "figures": figures, "differing": differing}
+
+
+def _figures(runs: Sequence[Run]) -> list[Figure]:
+    return [figure for run in runs for figure in headline_figures(run.name, Comparison.load(run))]
 
 
 def headline_figures(run: str, comparison: Comparison) -> list[Figure]:
@@ -71,9 +104,7 @@ def headline_figures(run: str, comparison: Comparison) -> list[Figure]:
                 conditions["tokenizer"] = (settings.get("tokenizer_sha256") or f"of run {run}")[:8]
             value = Value(**entry, protocol=protocol, metric=measure.metric)
             known = tuple((name, str(condition)) for name, condition in conditions.items())
-            figures.append(
-                Figure(run, measure, model, comparison.name(model), protocol, known, measure.text(value) or "–")
-            )
+            figures.append(Figure(run, measure, model, comparison.name(model), protocol, known, value))
     return figures
 
 

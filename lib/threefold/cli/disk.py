@@ -10,7 +10,7 @@ from threefold.errors import ConfigError, ThreefoldError
 from threefold.pipeline import executor
 from threefold.run import at_work
 
-REMADE = ("report", "tensorboard", ".executing")  # by `threefold report`, `tensorboard` and `run`
+REMADE = ("report", "tensorboard", "wandb", ".executing")  # by the commands of those names, and by `threefold run`
 CONFIG = "config.toml"  # what makes a folder a run; the last to go, so that a removal cut short can be taken up again
 
 
@@ -71,7 +71,7 @@ def whole(name: str) -> list[Path]:
 
 
 def leftovers(name: str) -> list[Path]:
-    """What a run can lose without losing a result: the rendered report, TensorBoard's files, what failed or was
+    """What a run can lose without losing a result: the rendered report, exported curves, what failed or was
     interrupted."""
     path = removable(name)
     found = {path / entry for entry in REMADE}

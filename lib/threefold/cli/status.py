@@ -1,4 +1,4 @@
-"""How runs stand, for a person and for a script. The keys of the JSON are documented in the README."""
+"""How runs stand, for a person and for a script. The keys of the JSON are documented in docs/scripts.md."""
 
 import statistics
 from collections import Counter

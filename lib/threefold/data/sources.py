@@ -259,10 +259,10 @@ def local_folder(data_dir: str | Path = "") -> Path | None:
     given = str(data_dir) or os.environ.get("THREEFOLD_DATA", "")
     if not given:
         return None
-    folder = Path(given).expanduser()
-    if not folder.is_dir():
+    folder = paths.expanded(given)
+    if not os.path.isdir(folder):  # nor is what can be no name
         origin = "data_dir" if str(data_dir) else "$THREEFOLD_DATA"
-        raise SourceError(f"{origin} = {given}: no such folder")
+        raise SourceError(f"{origin} = {given!r:.300}: no such folder")
     return folder.resolve()
 
 
@@ -276,7 +276,7 @@ def _split_files(folder: Path, source: Source, split: str) -> tuple[Path, ...]:
 
 
 def _own(config: SourceConfig, data_dir: str | Path) -> Resolved:
-    given = Path(config.path).expanduser()
+    given = paths.expanded(config.path)
     folder = None if given.is_absolute() else local_folder(data_dir)
     bases = [Path()] if given.is_absolute() else [*([folder] if folder else []), Path.cwd(), paths.PROJECT]
     if "\0" in config.path:

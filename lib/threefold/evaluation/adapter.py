@@ -23,6 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from tokenizers.models import BPE
 from torch import Tensor
 
+from threefold import paths
 from threefold.config import ExternalConfig, ModelConfig
 from threefold.data.tokenizer import load_tokenizer, tokenizer_hash
 from threefold.errors import CheckpointError, EvaluationError, SourceError
@@ -330,7 +331,7 @@ class LanguageModel:
                 gguf_file=file.name,
                 local_files_only=True,
             )
-        folders = [Path(location).expanduser(), *([Path(data_dir) / location] if data_dir else [])]
+        folders = [paths.expanded(location), *([Path(data_dir) / location] if data_dir else [])]
         for folder in folders:
             if folder.is_dir():
                 return cls.from_checkpoint(folder, name or folder.name, dtype=dtype, device=device)

@@ -105,6 +105,8 @@ def continuations(
     """
     if form not in FORMS:
         raise ConfigError(f"form = {form!r}: allowed are {', '.join(FORMS)}")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed = {seed}: allowed is 0 to {2**63 - 1}")
     names, missing = reading.there(run, reading.chosen(run, stages))
     columns, lines = {}, []
     for name in names:

@@ -56,8 +56,8 @@ def generate(
     stops = tuple(stop or ())
     tail = max((len(text.encode()) for text in stops), default=0) + SLACK
 
-    with model.packed(len(prompts), sum(map(len, prompts)) + len(prompts) * max_new_tokens):
-        logits_BV, cache = _prefill(model, prompts, max_new_tokens, prefix)
+    with model.packed(len(prompts), sum(map(len, prompts)) + sum(room)):
+        logits_BV, cache = _prefill(model, prompts, max(room), prefix)
         new: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))  # the prompts that the rows of the batch belong to
         running = [True] * len(prompts)
