@@ -97,8 +97,8 @@ class Page:
 
     def _settle(self) -> None:
         """Waits until the notebook is there and its session has a kernel."""
-        panel = "[...(window.jupyterapp?.shell.widgets('main') ?? [])].find(one => one.sessionContext)"
-        ready = f"(one => !!one && one.context.isReady && one.sessionContext.isReady)({panel})"
+        panel = "[...(window.jupyterapp?.shell?.widgets('main') ?? [])].find(one => one.sessionContext)"
+        ready = f"(one => !!one?.context?.isReady && !!one.sessionContext.isReady)({panel})"
         until("JupyterLab with the notebook", lambda: self.run(ready), 90)
         status = "document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status"
         until("a kernel", lambda: self.run(status) == "idle", 60)
@@ -107,8 +107,8 @@ class Page:
     def run_all(self) -> None:
         """Runs all cells, and again in the page loaded anew where JupyterLab was still making itself ready: cells are
         then left out, or their controls never come. Raises TimeoutError."""
-        last = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].pop().textContent"
-        loading = "document.querySelector('.jp-Notebook').innerText.includes('Loading widget')"
+        last = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].pop()?.textContent ?? ''"
+        loading = "(document.querySelector('.jp-Notebook')?.innerText ?? 'Loading widget').includes('Loading widget')"
         for attempt in range(3):
             if attempt:
                 self.run("jupyterapp.commands.execute('docmanager:save')")
