@@ -78,7 +78,7 @@ def test_a_notebook_opens_the_replicate_it_is_asked_for(project):
         ("sft", {"replicate": 2}, "replicate = 2: preset smoke has seeds = 1; overrides='seeds=2'"),
         ("sft-seed2", {}, "replicate = 2: preset smoke has seeds = 1"),
         ("sft", {"replicate": 0}, "replicate = 0: expected a whole number of at least 1"),
-        ("sft", {"replicate": True}, "replicate = True"),
+        ("sft", {"replicate": True}, "replicate = true"),
         ("sft", {"replicate": "2"}, "replicate = '2'"),
         ("pretrain", {"model": "gpt2", "replicate": 2, "overrides": "seeds=2"}, "gpt2 is trained once; seeds repeats"),
         ("evaluate", {"model": "random", "replicate": 2, "overrides": "seeds=2"}, "random is trained once"),
