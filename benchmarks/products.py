@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from threefold.memory import keep_freed_memory
 from threefold.model import kernels
 from threefold.model.kernels import Linear, Packed, linears
 
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as training and evaluation have it
     layers = [Linear(options.width, options.width, bias=False) for _ in range(3)]
     for layer in layers:
         torch.nn.init.normal_(layer.weight)
