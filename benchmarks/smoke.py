@@ -8,6 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
+COMMAND = (sys.executable, "-m", "threefold", "run", "--preset", "smoke")
+
 
 class SmokeRun:
     def __init__(self, world):
@@ -22,7 +24,7 @@ class SmokeRun:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "MKL_"))}
         begun = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-m", "threefold.cli", "run", "--preset", "smoke"],
+            COMMAND,
             env={**environment, "THREEFOLD_RUNS": str(self.runs)},
             check=True,
         )

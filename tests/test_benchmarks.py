@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Options, agree, median_interval, summary
 from benchmarks.parts import OURS, PARTS, Part
+from benchmarks.smoke import COMMAND
 from benchmarks.world import World
 
 
@@ -128,6 +130,11 @@ def test_a_part_is_run_by_turns_and_written(tmp_path):
     columns = [line.count("|") for line in table.splitlines()]
     assert all(a == b for a, b in pairwise(columns) if a and b)
     assert str(tmp_path) not in table + as_json.read_text()
+
+
+def test_the_smoke_run_is_started_by_a_command_that_there_is():
+    told = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True)
+    assert told.returncode == 0 and "Execute the stages of a run" in told.stdout
 
 
 def test_a_fallen_contestant_ends_the_part_with_its_log(monkeypatch):
