@@ -459,7 +459,7 @@ def test_documents_are_kept_apart_by_flex_attention_too(parts):
         for segments in (first, first.flip(0), first.clamp(max=1)):
             x = tokens(2, 10, seed=int(segments.sum()))
             context = model.prepare(x, None, segments, in_blocks=True)
-            assert context.blocks is not None and context.mask is None and not context.causal
+            assert context.block_mask is not None and context.mask is None and not context.causal
             close(run(x, context), model.hidden(x, segments_BT=segments))
             torch.compiler.set_stance("fail_on_recompile")  # other documents are not another graph
     finally:

@@ -86,7 +86,7 @@ def sees(query: Tensor, key: Tensor) -> Tensor:
     return (query == key) | (key == SINK)
 
 
-def segment_blocks(segments_BT: Tensor) -> BlockMask:
+def segment_block_mask(segments_BT: Tensor) -> BlockMask:
     """The mask of packed rows as FlexAttention takes it."""
     B, T = segments_BT.shape
 
@@ -111,7 +111,7 @@ class AttentionContext:
     rotary: tuple[Tensor, Tensor] | None
     explicit: bool
     cached_rotary: tuple[Tensor, Tensor] | None = None  # of all cached keys, where the cache holds them unrotated
-    blocks: BlockMask | None = None  # of FlexAttention, in place of a mask
+    block_mask: BlockMask | None = None  # of FlexAttention, in place of a mask
 
 
 class KVCache:
@@ -401,8 +401,8 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, context: AttentionCon
     """softmax(q k^T / sqrt(K) + mask) v [B, H, T, K], by the fused kernel or spelled out; the same values."""
     B, H, T, _ = q_BHTK.shape
     repeats, mask = H // k_BGSK.shape[1], context.mask
-    if context.blocks is not None:
-        return flex_attention(q_BHTK, k_BGSK, v_BGSK, block_mask=context.blocks, enable_gqa=repeats > 1)
+    if context.block_mask is not None:
+        return flex_attention(q_BHTK, k_BGSK, v_BGSK, block_mask=context.block_mask, enable_gqa=repeats > 1)
     if T == 1:  # the queries of a group stand side by side before their one head, which is not repeated
         q_BGRK = q_BHTK.reshape(B, -1, repeats, q_BHTK.shape[-1])
         attended = _spelled_out if context.explicit else F.scaled_dot_product_attention
@@ -609,11 +609,11 @@ class Decoder(nn.Module):
         """
         T = tokens_BT.shape[1]
         dtype = self._compute_dtype(tokens_BT.device)
-        blocks = None
+        block_mask = None
         if cache is None:
             mask = None if segments_BT is None or in_blocks else self._segment_mask(segments_BT, dtype)
             if in_blocks and segments_BT is not None:
-                blocks = segment_blocks(segments_BT)
+                block_mask = segment_block_mask(segments_BT)
             if positions_BT is None and segments_BT is not None:
                 positions_BT = segment_positions(segments_BT)
             start = 0
@@ -641,13 +641,13 @@ class Decoder(nn.Module):
             if unrotated_S is not None:
                 cached_rotary = rotary_tables(unrotated_S, head_width, self.config.rope_theta)
 
-        causal = mask is None and blocks is None and (cache is None or cache.length == 0)
+        causal = mask is None and block_mask is None and (cache is None or cache.length == 0)
         explicit = self.attention == "explicit" or (
             self.attention == "auto" and dtype == torch.bfloat16 and tokens_BT.device.type == "cpu" and T <= 512
         )
         if explicit and causal and T > 1:
             mask = additive_mask(_causal(T, T, tokens_BT.device), dtype)
-        return AttentionContext(positions_BT, causal, mask, rotary, explicit, cached_rotary, blocks)
+        return AttentionContext(positions_BT, causal, mask, rotary, explicit, cached_rotary, block_mask)
 
     def run(self, tokens_BT: Tensor, context: AttentionContext, cache: KVCache | None = None) -> Tensor:
         """Hidden states [B, T, D] after the final norm, with what `prepare` made of the same arguments."""
