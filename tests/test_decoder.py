@@ -429,6 +429,21 @@ def test_written_forms_equal_the_plain_ones_bit_for_bit():
         torch.testing.assert_close(a.detach(), b, rtol=2e-7, atol=2e-7)
 
 
+def test_autocast_leaves_the_norm_and_its_gradients_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (torch.randn(*shape, generator=generator) for shape in ((6, 64), (64,), (6, 64)))
+    found = []
+    for autocast in (False, True):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = rms_norm(*leaves, 1e-5)
+            out.backward(grad)
+        found.append((out.detach(), leaves[0].grad, leaves[1].grad))
+    for plain, cast in zip(*found, strict=True):
+        assert cast.dtype == torch.float32
+        assert torch.equal(plain, cast)
+
+
 @pytest.mark.slow
 def test_a_compiled_model_is_one_graph_that_computes_the_same():
     """Traced as training compiles it, forward and backward, but run without the minutes of a C++ compiler."""
