@@ -1,14 +1,15 @@
 """Evaluation: few-shot scoring and batched generation, ours and what transformers and lm-eval do with the same weights.
 
-In fp32, so that answers can be compared: labels' log-likelihoods of the same prompts, and greedy tokens one for one.
+Answers are compared in fp32: labels' log-likelihoods of the same prompts, and greedy tokens one for one.
 """
 
 import time
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from threefold.evaluation import LanguageModel, sentiment
-from threefold.model import generate, to_transformers
+from threefold.model import Decoder, generate, to_transformers
 
 from benchmarks.world import World
 
@@ -117,9 +118,9 @@ class HarnessScoring(_Scoring):
 
 class _Generation(ABC):
     """Prompts of several lengths in one batch, greedy, a fixed number of new tokens: starts of texts, and prompts that
-    share demonstrations, as evaluations have them."""
+    share demonstrations, as evaluations have them; in fp32, where tokens are compared, and in bf16."""
 
-    def __init__(self, world: World):
+    def __init__(self, world: World, models: dict[str, Any]):
         self.new = world.size.new_tokens
         room = world.size.model.context - self.new
         items, pool = world.sentiment()
@@ -127,53 +128,54 @@ class _Generation(ABC):
         fitting = [[*world.sinks, *ids] for ids in asked if len(world.sinks) + len(ids) <= room]
         if len(fitting) < world.size.prompts:
             raise SystemExit(f"only {len(fitting)} prompts leave room for {self.new} tokens: fewer shots")
-        self.prompts = {"generate": world.prompts(), "few-shot": fitting[: world.size.prompts]}
-        self.settings = {"precision": "fp32", "prompts": world.size.prompts, "new tokens each": self.new}
+        self.models = models
+        self.prompts = {"": world.prompts(), "few-shot, ": fitting[: world.size.prompts]}
+        self.settings = {"prompts": world.size.prompts, "new tokens each": self.new}
         for name, prompts in self.prompts.items():
-            self.settings[f"tokens a prompt, {name}"] = round(sum(map(len, prompts)) / len(prompts))
+            self.settings[f"{name}tokens a prompt"] = round(sum(map(len, prompts)) / len(prompts))
 
     @abstractmethod
-    def generate(self, prompts: list[list[int]]) -> list[list[int]]:
+    def generate(self, model: Any, prompts: list[list[int]]) -> list[list[int]]:
         """The new tokens of each prompt."""
 
     def check(self) -> dict[str, list[float]]:
         return {
-            name: [float(token) for row in self.generate(prompts) for token in row]
+            name: [float(token) for row in self.generate(self.models["fp32"], prompts) for token in row]
             for name, prompts in self.prompts.items()
         }
 
     def round(self) -> Times:
         times = {}
         for name, prompts in self.prompts.items():
-            begun = time.perf_counter()
-            rows = self.generate(prompts)
-            times[name] = (sum(map(len, rows)), time.perf_counter() - begun)
+            for dtype, model in self.models.items():
+                begun = time.perf_counter()
+                rows = self.generate(model, prompts)
+                times[name + dtype] = (sum(map(len, rows)), time.perf_counter() - begun)
         return times
 
 
 class OurGeneration(_Generation):
     def __init__(self, world: World):
-        super().__init__(world)
-        self.model = world.model().eval()
+        super().__init__(world, {"fp32": world.model().eval(), "bf16": world.model().eval().bfloat16()})
 
-    def generate(self, prompts: list[list[int]]) -> list[list[int]]:
-        return generate(self.model, prompts, self.new)
+    def generate(self, model: Decoder, prompts: list[list[int]]) -> list[list[int]]:
+        return generate(model, prompts, self.new)
 
 
 class TransformersGeneration(_Generation):
     def __init__(self, world: World):
-        super().__init__(world)
-        self.model = to_transformers(world.model(), world.tokenizer).eval()
+        made = [to_transformers(world.model(), world.tokenizer).eval() for _ in range(2)]
+        super().__init__(world, {"fp32": made[0], "bf16": made[1].bfloat16()})
         self.pad = world.eos
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]]) -> list[list[int]]:
+    def generate(self, model: Any, prompts: list[list[int]]) -> list[list[int]]:
         width = max(map(len, prompts))
         tokens_BT = torch.full((len(prompts), width), self.pad)
         mask_BT = torch.zeros_like(tokens_BT)
         for row, ids in enumerate(prompts):
             tokens_BT[row, width - len(ids) :], mask_BT[row, width - len(ids) :] = torch.tensor(ids), 1
-        out_BT = self.model.generate(
+        out_BT = model.generate(
             tokens_BT,
             attention_mask=mask_BT,
             max_new_tokens=self.new,

@@ -253,7 +253,7 @@ def overview(results: Sequence[dict[str, Any]]) -> str:
         part, page = PARTS[result["part"]], f"[{result['title']}]({result['part']}.md)"
         for entry in result["ratios"]:
             unit = part.measures[entry["measure"].removesuffix(" with reference")]
-            what = unit if entry["measure"] in ("train", "score", "generate") else f"{unit}, {entry['measure']}"
+            what = unit if entry["measure"] in ("train", "score") else f"{unit}, {entry['measure']}"
             least = "" if entry["least"] is None else f"{entry['least']:g}"
             lines.append(
                 f"| {page} | {entry['peer']} | {what} | {entry['ratio']:.2f} | {entry['low']:.2f} to "

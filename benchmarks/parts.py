@@ -81,9 +81,9 @@ PARTS = {
     "generation": Part(
         "Batched generation",
         {OURS: "evaluation:OurGeneration", "transformers generate": "evaluation:TransformersGeneration"},
-        {"generate": "tokens/s", "few-shot": "tokens/s"},
+        dict.fromkeys(("fp32", "bf16", "few-shot, fp32", "few-shot, bf16"), "tokens/s"),
         rounds=7,
-        least={("transformers generate", "generate"): 2.0},
+        least={("transformers generate", dtype): 2.0 for dtype in ("fp32", "bf16")},
         tolerance=0.0,
     ),
     "smoke": Part("The whole smoke run", {OURS: "smoke:SmokeRun"}, {"run": "runs/s"}, rounds=1),

@@ -125,8 +125,8 @@ def test_a_part_is_run_by_turns_and_written(tmp_path):
     assert all(items == 18 and seconds > 0 for r in kept["rounds"] for m in r.values() for items, seconds in m.values())
     table = as_table.read_text()
     overview = (tmp_path / "README.md").read_text()
-    assert "[Batched generation](generation.md) | transformers generate | tokens/s, few-shot |" in overview
-    assert table.startswith("## Batched generation") and "| transformers generate | generate |" in table
+    assert "[Batched generation](generation.md) | transformers generate | tokens/s, few-shot, bf16 |" in overview
+    assert table.startswith("## Batched generation") and "| transformers generate | fp32 |" in table
     columns = [line.count("|") for line in table.splitlines()]
     assert all(a == b for a, b in pairwise(columns) if a and b)
     assert str(tmp_path) not in table + as_json.read_text()

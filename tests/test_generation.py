@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from threefold.config import ModelConfig
 from threefold.errors import ConfigError, DataError, EvaluationError
-from threefold.model import Decoder, KVCache, generate
+from threefold.model import Decoder, KVCache, generate, generation
 from threefold.model.generation import sample
 
 BASE = ModelConfig(n_layer=2, d_model=32, n_head=4, d_ff=48, context=64, vocab_size=50)
@@ -68,6 +68,28 @@ def test_greedy_of_any_batch_equals_each_prompt_alone(seed, count, common, new):
     asked = prompts(count, seed, common)
     together = generate(model, asked, new, eos_id=EOS)
     assert together == [generate(model, [prompt], new, eos_id=EOS)[0] for prompt in asked]
+
+
+@pytest.fixture
+def nan_in_fresh_memory():
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("common", [0, 18], ids="{} common".format)
+@pytest.mark.parametrize("parts", VARIANTS.values(), ids=VARIANTS)
+def test_prompts_read_in_groups_of_similar_length(parts, common, monkeypatch, nan_in_fresh_memory):
+    model = decoder(**parts)
+    asked = [[1] * common + prompt for prompt in ([5] * 20, [3], [4] * 9, [9, 2], [6] * 8, [8] * 21, [2, 2])]
+    read = []
+    for padded in (10**6, 1, 0):
+        monkeypatch.setattr(generation, "PADDED", padded)
+        groups = [list(map(len, group)) for group in generation._groups(sorted(asked, key=len, reverse=True))]
+        read.append([[n - common for n in group] for group in groups])
+        assert generate(model, asked, 12) == [recomputed(model, prompt, 12, None) for prompt in asked]
+    assert read == [[[21, 20, 9, 8, 2, 2, 1]], [[21, 20], [9, 8], [2, 2, 1]], [[21], [20], [9], [8], [2, 2], [1]]]
 
 
 def test_equal_and_one_token_prompts():

@@ -8,7 +8,7 @@ Shape suffixes: B rows, T new tokens, S key slots, D model width, H query heads,
 F feed-forward width, V vocabulary, L layers, P shared prefix slots.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -199,6 +199,26 @@ class KVCache:
         chosen.real_BS = None if self.real_BS is None else self.real_BS[rows]
         chosen.next_position = self.next_position if isinstance(self.next_position, int) else self.next_position[rows]
         return chosen
+
+    def join(self, parts: Sequence["KVCache"]) -> None:
+        """Take over the tokens of caches whose rows, one part after the other, are this empty one's. Each row's tokens end
+        at the same slot; what lies before shorter ones is padding."""
+        self.used = max(part.used for part in parts)
+        real_BS = torch.ones((self.batch, self.capacity), dtype=torch.bool, device=self.keys.device)
+        end = 0
+        for part in parts:
+            rows, first = slice(end, end + part.batch), self.used - part.used
+            end += part.batch
+            for own, taken in ((self.keys, part.keys), (self.values, part.values)):
+                own[:, rows, :, :first] = 0  # fresh memory may hold NaN, which no mask takes out
+                own[:, rows, :, first : self.used] = taken[:, :, :, : part.used]
+            real_BS[rows, :first] = False
+            if part.real_BS is not None:
+                real_BS[rows, first : self.used] = part.real_BS[:, : part.used]
+        if not real_BS.all():
+            self.real_BS = real_BS
+            self._next = self.prefix_length + real_BS[:, : self.used].sum(dim=1, keepdim=True)
+        self.finish(0)
 
     def begin(self, length: int, real_BT: Tensor | None) -> Tensor | None:
         """Room for `length` new tokens; returns their positions [B, T], or None when they simply count on in every row.

@@ -10,6 +10,7 @@ from threefold.errors import ConfigError, DataError, EvaluationError
 from threefold.model.decoder import PADDING, SINK, Decoder, KVCache, StreamingCache
 
 SHARED = 16  # tokens that prompts have in common before it pays to compute them once
+PADDED = 128  # tokens of padding on a CPU, which another forward costs less than
 SLACK = 4  # tokens decoded beyond a stop string's bytes: tokenizers may drop a space at the start of what they decode
 
 
@@ -57,9 +58,9 @@ def generate(
     tail = max((len(text.encode()) for text in stops), default=0) + SLACK
 
     with model.packed(len(prompts), sum(map(len, prompts)) + sum(room)):
-        logits_BV, cache = _prefill(model, prompts, max(room), prefix)
+        active = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the prompts that the batch's rows belong to
+        logits_BV, cache = _prefill(model, [prompts[i] for i in active], max(room), prefix)
         new: list[list[int]] = [[] for _ in prompts]
-        active = list(range(len(prompts)))  # the prompts that the rows of the batch belong to
         running = [True] * len(prompts)
         device = logits_BV.device
         step = 0
@@ -173,7 +174,8 @@ def _stream(
 def _prefill(
     model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefix: KVCache | None
 ) -> tuple[Tensor, KVCache]:
-    """Logits after each prompt [B, V] and their cache: the common start once, the rest padded left."""
+    """Logits after each prompt [B, V] and their cache: the common start once, the rest padded left, on a CPU in groups
+    of similar length. prompts: longest first."""
     device = model.embed.weight.device
     shared = _common_start(prompts) if len(prompts) > 1 else 0
     if shared >= SHARED:
@@ -182,19 +184,45 @@ def _prefill(
         prefix = start
     else:
         shared = 0
-    width = max(map(len, prompts)) - shared
-    capacity = width + max_new_tokens - 1  # the last token is never fed back
-    batch = len(prompts)
-    cache = KVCache.of(model, batch, capacity) if prefix is None else prefix.expand(batch, capacity)
-    tokens_BT = torch.zeros((len(prompts), width), dtype=torch.long)
-    segments_BT = torch.full((len(prompts), width), PADDING)
-    for row, prompt in enumerate(prompts):
-        rest = torch.tensor(prompt[shared:])
-        tokens_BT[row, width - len(rest) :] = rest
-        segments_BT[row, width - len(rest) :] = SINK
-    segments = segments_BT.to(device) if (segments_BT == PADDING).any() else None
+
+    def empty(batch: int, capacity: int) -> KVCache:
+        return KVCache.of(model, batch, capacity) if prefix is None else prefix.expand(batch, capacity)
+
+    rests = [prompt[shared:] for prompt in prompts]
+    capacity = len(rests[0]) + max_new_tokens - 1  # the last token is never fed back
+    groups = _groups(rests) if device.type == "cpu" else [rests]
+    caches = [empty(len(group), len(group[0]) if len(groups) > 1 else capacity) for group in groups]
+    logits_BV = torch.cat([_read(model, group, cache) for group, cache in zip(groups, caches, strict=True)])
+    if len(groups) == 1:
+        return logits_BV, caches[0]
+    cache = empty(len(prompts), capacity)
+    cache.join(caches)
+    return logits_BV, cache
+
+
+def _groups(rows: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
+    """Rows, longest first, cut where padding a group's rows to its first one's length would come to more than PADDED."""
+    groups, begin, padded = [], 0, 0
+    for i, row in enumerate(rows):
+        padded += len(rows[begin]) - len(row)
+        if padded > PADDED:
+            groups.append(rows[begin:i])
+            begin, padded = i, 0
+    return [*groups, rows[begin:]]
+
+
+def _read(model: Decoder, rows: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+    """Logits after each row [B, V], padded left to the first one's length; its tokens are added to the cache."""
+    width = len(rows[0])
+    tokens_BT = torch.zeros((len(rows), width), dtype=torch.long)
+    segments_BT = torch.full((len(rows), width), PADDING)
+    for i, row in enumerate(rows):
+        tokens_BT[i, width - len(row) :] = torch.tensor(row)
+        segments_BT[i, width - len(row) :] = SINK
+    device = model.embed.weight.device
+    segments = segments_BT.to(device) if len(rows[-1]) < width else None
     h_BTD = model.hidden(tokens_BT.to(device), segments_BT=segments, cache=cache)
-    return model.head(h_BTD[:, -1]), cache
+    return model.head(h_BTD[:, -1])
 
 
 def _common_start(prompts: Sequence[Sequence[int]]) -> int:
