@@ -11,7 +11,7 @@ import pytest
 import torch
 from threefold.config import ModelConfig, SourceConfig, TokenizerConfig
 from threefold.data import corpus
-from threefold.data.packing import IGNORE
+from threefold.data.packing import IGNORE, TRUNK_BITS
 from threefold.data.templates import as_prompt_response
 from threefold.data.tokenizer import build_tokenizer, encode, sink_ids, without_bos
 from threefold.errors import DataError
@@ -177,7 +177,11 @@ def test_preference_rows_hold_both_sides(tokenizer):
     for place, pair in enumerate(batch.pairs_P.tolist()):
         item = items[rows.kept[pair]]
         for side, name in enumerate(("chosen", "rejected")):
-            text = tokenizer.decode(batch.tokens_BT[batch.sides_BT == 2 * place + side])
+            here = batch.sides_BT == 2 * place + side
+            row, segment = here.any(dim=1), batch.segments_BT[here][0]
+            shared = batch.segments_BT[row] == segment >> TRUNK_BITS  # the prompt but its last token, in all of these
+            assert segment >> TRUNK_BITS and shared.any()
+            text = tokenizer.decode([*batch.tokens_BT[row][shared], *batch.tokens_BT[here]])
             assert text == item["prompt"] + item[name]
     both = corpus.preference_rows([PREFERENCES, PREFERENCES], tokenizer, config(192))
     assert both.n_pairs == 2 * rows.n_pairs and both.n_tokens == 2 * rows.n_tokens
@@ -228,7 +232,12 @@ def test_real_sources_become_rows(tokenizer):
     train = corpus.preference_rows([SourceConfig(**half, skip_examples=4500)], tokenizer, config(512), DATA)
     assert train.n_pairs + train.n_dropped == 166
     batches = list(train.batches(16, seed=1, epochs=1))
-    used = sum(batch.n_tokens for batch in batches) / sum(batch.tokens_BT.numel() for batch in batches)
-    assert used > 0.8
+    lengths = [  # of each side in full: behind one sink its last position
+        int(batch.positions_BT[batch.sides_BT == side].max())
+        for batch in batches
+        for side in range(2 * len(batch.pairs_P))
+    ]
+    # More than the rows have positions: no layout holds that in which prompts are computed twice.
+    assert sum(lengths) > sum(batch.tokens_BT.numel() for batch in batches)
     counts = torch.bincount(torch.cat([batch.pairs_P for batch in batches]), minlength=train.n_pairs)
     assert counts.max() <= 2  # the last batch is filled up from the next epoch

@@ -11,7 +11,7 @@ from threefold.config import ModelConfig, load_preset
 from threefold.errors import ConfigError, DataError
 from threefold.model import Decoder, KVCache, kernels, parameter_counts
 from threefold.model import decoder as decoder_module
-from threefold.model.decoder import rotary_tables, segment_positions
+from threefold.model.decoder import TRUNK, rotary_tables, segment_positions
 from threefold.model.kernels import rms_norm, rotate
 
 BASE = ModelConfig(n_layer=2, d_model=32, n_head=4, d_ff=48, context=64, vocab_size=50)
@@ -151,6 +151,22 @@ def test_a_packed_document_is_computed_as_an_unpacked_one(parts, sinks):
         alone = model(torch.cat([head, document])[None])[0]
         close(packed[start : start + len(document)], alone[sinks:])
         start += len(document)
+
+
+@variants
+@pytest.mark.parametrize("attention", ["sdpa", "explicit"])
+@pytest.mark.parametrize("sinks", [0, 2])
+@torch.no_grad()
+def test_branches_of_one_trunk_are_computed_as_two_texts(parts, attention, sinks):
+    model = decoder(**{**parts, "sinks": sinks}, attention=attention)
+    head, other, trunk, left, right = (tokens(n, seed=n) for n in (sinks, 4, 5, 6, 3))
+    numbers = [0] * sinks + [1] * 4 + [2] * 5 + [3 + (2 << TRUNK)] * 6 + [4 + (2 << TRUNK)] * 3 + [-1] * 2
+    row = torch.cat([head, other, trunk, left, right, torch.zeros(2, dtype=torch.long)])
+    found = model(row[None], segments_BT=torch.tensor([numbers]))[0, sinks + 4 :]
+    for begin, branch in ((5, left), (11, right)):
+        alone = model(torch.cat([head, trunk, branch])[None])[0, sinks:]
+        close(found[:5], alone[:5])
+        close(found[begin : begin + len(branch)], alone[5:])
 
 
 @torch.no_grad()
@@ -466,7 +482,8 @@ def test_a_compiled_model_is_one_graph_that_computes_the_same():
 @torch.no_grad()
 def test_documents_are_kept_apart_by_flex_attention_too(parts):
     """As on a GPU: masked in blocks that are made outside the graph, here without the compiler's kernels."""
-    first = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 3, -1], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+    branch = 2 + (1 << TRUNK)
+    first = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 3, -1], [0, 1, 1, 1, branch, branch, branch + 1, branch + 1, 4, 4]])
     model = decoder(**parts)
     torch.compiler.reset()  # each model is compiled anew, and there is a limit
     run = torch.compile(model.run, dynamic=False, fullgraph=True, backend="aot_eager")

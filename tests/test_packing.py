@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from threefold.config import ModelConfig
 from threefold.data.packing import (
     IGNORE,
+    TRUNK_BITS,
     Documents,
     best_fit,
     pack_documents,
@@ -18,6 +19,7 @@ from threefold.data.packing import (
     shuffled,
 )
 from threefold.errors import DataError
+from threefold.model.decoder import segment_positions
 
 EOS = 0
 
@@ -175,23 +177,39 @@ def test_pairs_are_whole_in_every_batch(k):
             )
         )
     made.append(([1] * 5, [2] * 50, [3]))
+    made[7] = ([1007] * 9, [100] * 8, [200] * 8)  # together too long for a row
+    made[8] = ([1008], [100] * 3, [200] * 4)  # the one token of the prompt learns on both sides
     rows = pack_pairs(made, config(24, k), EOS, sinks(k))
     assert (len(rows), rows.n_dropped, rows.kept.tolist()) == (23, 1, list(range(23)))
-    shapes, seen = set(), []
+    seen, together = [], []
     for batch in rows.batches(4, shuffle=False):
-        shapes.add(tuple(batch.tokens_BT.shape))
+        assert (batch.segments_BT > 0).any(dim=1).all(), "no row is left empty"
         for place, pair in enumerate(batch.pairs_P.tolist()):
+            trunks = set()
             for side in (0, 1):
                 here = batch.sides_BT == 2 * place + side
+                (row,) = here.any(dim=1).nonzero().flatten().tolist()
+                (segment,) = batch.segments_BT[here].unique().tolist()
+                trunk = batch.segments_BT[row] == segment >> TRUNK_BITS if segment >> TRUNK_BITS else here[row] & False
+                trunks.add((row, *trunk.nonzero().flatten().tolist()))
+                tokens, targets, positions = (
+                    [*values[row][trunk].tolist(), *values[here].tolist()]
+                    for values in (batch.tokens_BT, batch.targets_BT, batch.positions_BT)
+                )
                 prompt, response = made[pair][0], made[pair][1 + side]
-                assert batch.tokens_BT[here].tolist() == prompt + response
-                assert batch.targets_BT[here].tolist() == [IGNORE] * (len(prompt) - 1) + response + [EOS]
-                assert batch.positions_BT[here].tolist() == list(range(k, k + len(prompt) + len(response)))
-                assert len(batch.segments_BT[here].unique()) == 1
-        assert ((batch.sides_BT < 0) == (batch.segments_BT < 1)).all()
-        assert (batch.targets_BT[batch.sides_BT < 0] == IGNORE).all()
+                assert tokens == prompt + response
+                assert targets == [IGNORE] * (len(prompt) - 1) + response + [EOS]
+                assert positions == list(range(k, k + len(prompt) + len(response)))
+                assert trunk.sum() == (len(prompt) - 1 if pair != 7 else 0)
+            together += [pair] if len(trunks) == 1 and len(trunks.pop()) > 1 else []
+        real = batch.segments_BT > 0
+        assert (batch.targets_BT[~real | (batch.sides_BT < 0)] == IGNORE).all() and (batch.sides_BT[~real] < 0).all()
+        assert torch.equal(segment_positions(batch.segments_BT)[real], batch.positions_BT[real])
         seen += batch.pairs_P.tolist()
-    assert seen == list(range(23)) and len(shapes) == 1
+    assert seen == list(range(23))
+    assert together == [pair for pair in range(23) if pair != 7 and len(made[pair][0]) > 1]
+    again = [len(prompt) if pair == 7 else 1 for pair, (prompt, _, _) in enumerate(made)]  # laid out a second time
+    assert rows.n_tokens == sum(sum(map(len, parts)) + twice for parts, twice in zip(made[:23], again, strict=False))
     trained = list(rows.batches(4, seed=5, epochs=2))
     assert len(trained) == rows.steps(4, epochs=2) == 12
     assert {len(batch.pairs_P) for batch in trained} == {4} and len({batch.tokens_BT.shape for batch in trained}) == 1

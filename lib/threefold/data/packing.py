@@ -14,6 +14,10 @@ Without sinks (GPT-2's parts) rows are windows of GPT-2's own stream, `document 
 ended one document is the first input of the next one in the row. The first piece of a row has none, so both forms are
 learned.
 
+Both sides of a preference pair begin with the same prompt. It is laid out once, all but its last token, as the trunk of
+two branches that each see it and not each other; the last token of the prompt, which learns the first one of either
+response, begins both (prefix sharing, Wang & Hegde 2024, 2410.20305).
+
 Nothing is copied when rows are packed: a packing is a table of pieces over one or more token streams, which may be
 memory-mapped; batches are gathered from it.
 """
@@ -32,6 +36,7 @@ from threefold.errors import DataError
 IGNORE = -100  # the target of a position that is not learned (torch's cross-entropy default)
 SINK_SEGMENT = 0
 PADDING_SEGMENT = -1
+TRUNK_BITS = 32  # a branch's segment holds its trunk's number from this bit on, as `Decoder.hidden` reads it
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Batch:
     """B rows of T positions, int64.
 
     tokens_BT: inputs. targets_BT: the next token, or IGNORE. positions_BT: 0..k-1 for the sinks, from k in each piece.
-    segments_BT: 0 for the sinks (every position sees them), 1.. for the pieces of a row, -1 for padding.
+    segments_BT: 0 for the sinks (every position sees them), n = 1.. for the pieces of a row, -1 for padding;
+    n + (m << TRUNK_BITS) for a branch of piece m, whose positions go on where those of m end.
     """
 
     tokens_BT: Tensor
@@ -73,7 +79,7 @@ class PairBatch(Batch):
     """P preference pairs whose 2P sequences are packed into B rows.
 
     sides_BT: which sequence of the batch a position belongs to: 2j for the chosen and 2j+1 for the rejected side of the
-    batch's pair j, -1 for sinks and padding. pairs_P: which pairs of the data set these are.
+    batch's pair j, -1 for sinks, padding and what both sides share. pairs_P: which pairs of the data set these are.
     A sequence's log-probability is the sum over its positions whose target is not IGNORE (its response and EOS).
     """
 
@@ -123,16 +129,17 @@ class Documents:
 @dataclass(frozen=True)
 class _Pieces:
     """A table of pieces: `start` in the joined streams, `length` in inputs, `masked` leading targets, `opens` a
-    document.
+    document, `trunk` so many pieces before it in its row (0: none).
     """
 
     start: np.ndarray
     length: np.ndarray
     masked: np.ndarray
     opens: np.ndarray
+    trunk: np.ndarray
 
     def take(self, index: np.ndarray) -> "_Pieces":
-        return _Pieces(self.start[index], self.length[index], self.masked[index], self.opens[index])
+        return _Pieces(*(array[index] for array in vars(self).values()))
 
 
 class _Layout:
@@ -187,8 +194,11 @@ class _Layout:
             source = start[piece] + within
             tokens.ravel()[place] = self.gather(source)
             targets.ravel()[place] = np.where(within < masked[piece], IGNORE, self.gather(source + 1))
-            positions.ravel()[place] = n_sinks + within
-            segments.ravel()[place] = (ordinal - first_of_row + 1)[piece]
+            number = ordinal - first_of_row + 1
+            branch = pieces.trunk > 0
+            before_branch = np.where(branch, length[ordinal - pieces.trunk], 0)
+            positions.ravel()[place] = n_sinks + before_branch[piece] + within
+            segments.ravel()[place] = (number + np.where(branch, number - pieces.trunk << TRUNK_BITS, 0))[piece]
             if n_sinks:
                 opened = first & pieces.opens & (masked == 0)
                 targets[rows[opened], n_sinks - 1] = self.gather(start[opened])
@@ -291,16 +301,19 @@ class PairedRows:
     """Preference pairs whose sides share a prompt; packed batch by batch, so that every batch holds whole pairs.
 
     n_pairs: pairs kept. n_dropped: pairs with a side that does not fit into a row, left out. n_tokens: document
-    positions of both sides. kept: int64 [n_pairs], the place of each pair in what `pack_pairs` was given.
+    positions of both sides, shared ones once. kept: int64 [n_pairs], the place of each pair in what `pack_pairs` was
+    given.
     """
 
-    def __init__(self, layout: _Layout, pieces: _Pieces, kept: np.ndarray, n_dropped: int):
+    def __init__(self, layout: _Layout, sides: _Pieces, shared: np.ndarray, kept: np.ndarray, n_dropped: int):
+        """sides: 2i chosen, 2i + 1 rejected. shared: leading inputs of a pair's sides that are laid out once."""
         self._layout = layout
-        self._pieces = pieces  # 2i: chosen, 2i + 1: rejected
+        self._sides, self._shared = sides, shared
+        self._lengths = sides.length.reshape(-1, 2).sum(axis=1) - shared  # positions of each pair
         self.kept = kept
         self.n_pairs = len(kept)
         self.n_dropped = n_dropped
-        self.n_tokens = int(pieces.length.sum())
+        self.n_tokens = int(self._lengths.sum())
 
     def __len__(self) -> int:
         return self.n_pairs
@@ -325,43 +338,75 @@ class PairedRows:
         start: int = 0,
         shuffle: bool = True,
     ) -> Iterator[PairBatch]:
-        """Batches of `batch_size` pairs, all with the same number of rows (the most any of them needs).
+        """Batches of `batch_size` pairs.
 
-        Shuffled: `steps` batches or those of `epochs` (one of them is needed, as the rows of all batches are counted
-        first), as `PackedRows.batches`. Not shuffled: every pair once, in order; the last batch may hold fewer pairs.
+        Shuffled (training): `steps` batches or those of `epochs`, as `PackedRows.batches`, all with the same number of
+        rows (the most any of them needs; so one of the two must be given). Not shuffled (scoring): every pair once, in
+        order, in the rows that each batch needs; the last batch may hold fewer pairs.
         """
-        if shuffle:
-            if steps < 0:
-                if epochs < 0:
-                    raise ValueError("steps or epochs must be given to shuffle pairs")
-                steps = self.steps(batch_size, epochs=epochs)
-            chosen = self.shuffled(batch_size, seed, steps)
-        else:
-            chosen = [np.arange(i, min(i + batch_size, len(self))) for i in range(0, len(self), batch_size)]
-        yield from self.assembled(chosen, start)
+        if not shuffle:
+            for first in range(start * batch_size, len(self), batch_size):
+                yield from self.assembled([np.arange(first, min(first + batch_size, len(self)))])
+            return
+        if steps < 0:
+            if epochs < 0:
+                raise ValueError("steps or epochs must be given to shuffle pairs")
+            steps = self.steps(batch_size, epochs=epochs)
+        yield from self.assembled(self.shuffled(batch_size, seed, steps), start)
 
     def shuffled(self, batch_size: int, seed: int, steps: int) -> list[np.ndarray]:
         """The pairs of `steps` batches, int64 [batch_size] each, short and long ones alike in every batch."""
-        lengths = self._pieces.length.reshape(-1, 2).sum(axis=1)
-        return list(shuffled(len(self), batch_size, seed, steps, 0, lengths))
+        return list(shuffled(len(self), batch_size, seed, steps, 0, self._lengths))
 
     def assembled(self, chosen: list[np.ndarray], start: int = 0) -> Iterator[PairBatch]:
         """The batches of these pairs, from the `start`-th on, all with the rows that the largest of them all needs."""
-        packed = [best_fit(self._pieces.length[self._sequences(pairs)], self._layout.capacity) for pairs in chosen]
-        n_rows = max((len(offsets) - 1 for _, offsets in packed), default=0)
-        for pairs, (order, offsets) in zip(chosen[start:], packed[start:], strict=True):
-            rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-            pieces = self._pieces.take(self._sequences(pairs)[order])
+        packed = [self._packed(pairs) for pairs in chosen]
+        n_rows = max((rows[-1] + 1 for _, _, rows in packed), default=0)
+        for pairs, (pieces, side, rows) in zip(chosen[start:], packed[start:], strict=True):
             tensors, place, piece = self._layout.assemble(pieces, rows, n_rows)
             sides = np.full((n_rows, self.width), -1, np.int64)
-            sides.ravel()[place] = order[piece]
+            sides.ravel()[place] = side[piece]
             yield PairBatch(
                 **tensors, sides_BT=torch.from_numpy(sides), pairs_P=torch.from_numpy(pairs.astype(np.int64))
             )
 
-    @staticmethod
-    def _sequences(pairs: np.ndarray) -> np.ndarray:
-        return np.stack([2 * pairs, 2 * pairs + 1], axis=1).ravel()
+    def _packed(self, pairs: np.ndarray) -> tuple[_Pieces, np.ndarray, np.ndarray]:
+        """The pairs' pieces in the order of their rows, the side that each piece is of (-1: both), and its row.
+
+        A pair is a trunk and two branches, which stay together, or two pieces that share nothing.
+        """
+        sides, shared = self._sides.take(_sequences(pairs)), self._shared[pairs]
+        trunks = sides.take(np.arange(0, len(sides.start), 2))
+        both, alone = np.repeat(shared, 2), np.zeros(len(pairs), bool)
+        in_threes = zip(
+            (trunks.start, shared, shared, alone, np.zeros_like(shared)),
+            (
+                sides.start + both,
+                sides.length - both,
+                np.maximum(sides.masked - both, 0),
+                sides.opens,
+                np.where(both > 0, np.tile([1, 2], len(pairs)), 0),
+            ),
+            strict=True,
+        )
+        pieces = _Pieces(*(np.column_stack((trunk, side.reshape(-1, 2))).ravel() for trunk, side in in_threes))
+        side = np.column_stack((np.full(len(pairs), -1), np.arange(2 * len(pairs)).reshape(-1, 2))).ravel()
+        begins = np.column_stack((shared > 0, shared == 0, shared == 0)).ravel()  # what is packed as one
+        there = np.flatnonzero(pieces.length)
+        pieces, side, begins = pieces.take(there), side[there], begins[there]
+        firsts = np.flatnonzero(begins)
+        counts = np.diff(np.append(firsts, len(begins)))
+        order, offsets = best_fit(np.add.reduceat(pieces.length, firsts), self._layout.capacity)
+        rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        counts, firsts = counts[order], firsts[order]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        taken = np.repeat(firsts, counts) + within
+        return pieces.take(taken), side[taken], np.repeat(rows, counts)
+
+
+def _sequences(pairs: np.ndarray) -> np.ndarray:
+    """The sides of these pairs by number."""
+    return np.stack([2 * pairs, 2 * pairs + 1], axis=1).ravel()
 
 
 def pack_documents(
@@ -394,6 +439,7 @@ def pack_documents(
         length=np.minimum(layout.capacity, np.repeat(length, counts) - part * layout.capacity),
         masked=np.zeros(len(part), np.int64),
         opens=part == 0,
+        trunk=np.zeros(len(part), np.int64),
     )
     return PackedRows(layout, pieces, len(start))
 
@@ -443,7 +489,19 @@ def pack_pairs(
     kept = np.flatnonzero(fits)
     if not len(kept):
         raise DataError(f"no preference pair of {len(fits)} fits into model.context = {config.context} positions")
-    return PairedRows(layout, pieces.take(PairedRows._sequences(kept)), kept, len(fits) - len(kept))
+    sides = pieces.take(_sequences(kept))
+    shared = np.fromiter((_shared(documents, prompts, pair) for pair in kept), np.int64, len(kept))
+    together = sides.length.reshape(-1, 2).sum(axis=1) - shared <= layout.capacity
+    return PairedRows(layout, sides, np.where(together, shared, 0), kept, len(fits) - len(kept))
+
+
+def _shared(documents: Documents, prompts: np.ndarray, pair: int) -> int:
+    """Inputs that a pair's sides begin with alike, up to the last token of the prompt, which is an input of both."""
+    chosen, rejected = 2 * pair, 2 * pair + 1
+    most = int(min(prompts[chosen], prompts[rejected])) - 1
+    if most < 1 or prompts[chosen] != prompts[rejected]:
+        return 0
+    return most if np.array_equal(documents[chosen][:most], documents[rejected][:most]) else 0
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -533,4 +591,5 @@ def _whole(documents: Documents, prompts: np.ndarray, lead: int, opens: np.ndarr
         length=documents.lengths + lead,
         masked=np.maximum(prompts - 1 + lead, 0),
         opens=opens,
+        trunk=np.zeros_like(prompts),
     )

@@ -88,13 +88,14 @@ def _time(model: LanguageModel, batch: int, prompt: int, new_tokens: int, seed: 
     tokens_BT = tokens_BT.to(model.device)
     _wait(model)
     begin = time.perf_counter()
-    logits_BV, state = model.backend.begin(tokens_BT, new_tokens)
-    _wait(model)
-    middle = time.perf_counter()
-    for _ in range(new_tokens):
-        logits_BV, state = model.backend.step(logits_BV.argmax(-1, keepdim=True), state)
-    _wait(model)
-    return middle - begin, time.perf_counter() - middle
+    with model.backend.packed(batch, batch * (prompt + new_tokens)):
+        logits_BV, state = model.backend.begin(tokens_BT, new_tokens)
+        _wait(model)
+        middle = time.perf_counter()
+        for _ in range(new_tokens):
+            logits_BV, state = model.backend.step(logits_BV.argmax(-1, keepdim=True), state)
+        _wait(model)
+        return middle - begin, time.perf_counter() - middle
 
 
 def _wait(model: LanguageModel) -> None:

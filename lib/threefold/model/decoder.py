@@ -23,6 +23,7 @@ from threefold.errors import ConfigError, DataError
 from threefold.model.kernels import Linear, Packed, linears, packs, rms_norm, rotate
 
 SINK, PADDING = 0, -1  # segment numbers that are no document
+TRUNK = 32  # bits from which on a segment's number holds that of its trunk
 ATTENTION_KINDS = ("auto", "sdpa", "explicit")
 INITIAL_STD = 0.02  # GPT-2's
 PACK_ROWS, PACK_POSITIONS = 8, 1024  # from which copying the weights for their products pays
@@ -71,19 +72,16 @@ def rotary_tables(positions: Tensor, head_width: int, theta: float) -> tuple[Ten
     return angles.cos(), angles.sin()
 
 
-def segment_positions(segments_BT: Tensor) -> Tensor:
-    """Positions of packed rows: sinks count from 0, every document from the number of sinks, padding from 0. [B, T]"""
-    index_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
-    starts_BT = torch.ones_like(segments_BT, dtype=torch.bool)
-    starts_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
-    start_BT = torch.where(starts_BT, index_T, 0).cummax(dim=1).values
-    sinks_B1 = (segments_BT == SINK).sum(dim=1, keepdim=True)
-    return index_T - start_BT + torch.where(segments_BT > SINK, sinks_B1, 0)
-
-
 def sees(query: Tensor, key: Tensor) -> Tensor:
-    """Whether a token of one segment may see an earlier one of another: of its own, or a sink."""
-    return (query == key) | (key == SINK)
+    """Whether a token of one segment may see an earlier one of another: of its own, of its trunk, or a sink."""
+    return (query == key) | (key == query >> TRUNK) | (key == SINK)
+
+
+def segment_positions(segments_BT: Tensor) -> Tensor:
+    """Positions of packed rows [B, T]: how many earlier tokens each one sees. Sinks count from 0, a document from the
+    number of sinks, a branch from the end of its trunk; padding is at 0."""
+    visible_BTT = sees(segments_BT[:, :, None], segments_BT[:, None, :]).tril_(diagonal=-1)
+    return visible_BTT.sum(dim=-1).masked_fill_(segments_BT == PADDING, 0)
 
 
 def segment_block_mask(segments_BT: Tensor) -> BlockMask:
@@ -201,8 +199,8 @@ class KVCache:
         return chosen
 
     def join(self, parts: Sequence["KVCache"]) -> None:
-        """Take over the tokens of caches whose rows, one part after the other, are this empty one's. Each row's tokens end
-        at the same slot; what lies before shorter ones is padding."""
+        """Take over the tokens of caches whose rows, one part after the other, are this empty one's. All rows' tokens
+        end at the same slot; what lies before shorter ones is padding."""
         self.used = max(part.used for part in parts)
         real_BS = torch.ones((self.batch, self.capacity), dtype=torch.bool, device=self.keys.device)
         end = 0
@@ -601,7 +599,9 @@ class Decoder(nn.Module):
         positions_BT: int64; default: counting from 0 (from the cache's end), or by `segment_positions` where segments
             are given.
         segments_BT: 0 is a sink that every later token sees, n >= 1 the n-th document, which sees its own past and the
-            sinks, -1 is padding, which no token sees (what is computed there means nothing). None: plain causal.
+            sinks, -1 is padding, which no token sees (what is computed there means nothing). n + (m << TRUNK) is a
+            document that goes on from the m-th one, its trunk, and sees that, too: two responses to one prompt, which
+            is then computed once. None: plain causal.
         cache: keys and values of earlier tokens; the new ones are added. Segments then tell real tokens (0) from
             padding (-1); documents may only follow a prefix that all rows share (every one of them sees it), and
             nothing can follow them: else ValueError.

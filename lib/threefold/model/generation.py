@@ -58,7 +58,7 @@ def generate(
     tail = max((len(text.encode()) for text in stops), default=0) + SLACK
 
     with model.packed(len(prompts), sum(map(len, prompts)) + sum(room)):
-        active = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the prompts that the batch's rows belong to
+        active = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the prompts that rows belong to
         logits_BV, cache = _prefill(model, [prompts[i] for i in active], max(room), prefix)
         new: list[list[int]] = [[] for _ in prompts]
         running = [True] * len(prompts)
@@ -201,7 +201,7 @@ def _prefill(
 
 
 def _groups(rows: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
-    """Rows, longest first, cut where padding a group's rows to its first one's length would come to more than PADDED."""
+    """Rows, longest first, cut where padding a group's rows to the length of its first came to more than PADDED."""
     groups, begin, padded = [], 0, 0
     for i, row in enumerate(rows):
         padded += len(rows[begin]) - len(row)
