@@ -246,8 +246,7 @@ class PackedRows:
         index = np.asarray(index, np.int64)
         counts = np.where(index < 0, 0, self._offsets[index + 1] - self._offsets[index])
         rows = np.repeat(np.arange(len(index)), counts)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        pieces = self._pieces.take(np.repeat(self._offsets[index], counts) + within)
+        pieces = self._pieces.take(_ranges(self._offsets[index], counts))
         tensors, _, _ = self._layout.assemble(pieces, rows, len(index))
         batch = Batch(**tensors)
         if not self._openings:
@@ -308,7 +307,9 @@ class PairedRows:
     def __init__(self, layout: _Layout, sides: _Pieces, shared: np.ndarray, kept: np.ndarray, n_dropped: int):
         """sides: 2i chosen, 2i + 1 rejected. shared: leading inputs of a pair's sides that are laid out once."""
         self._layout = layout
-        self._sides, self._shared = sides, shared
+        self._pieces, self._side, self._begins = _branched(sides, shared)
+        self._counts = np.where(shared > 0, 3, 2)  # of each pair's pieces
+        self._firsts = np.cumsum(self._counts) - self._counts
         self._lengths = sides.length.reshape(-1, 2).sum(axis=1) - shared  # positions of each pair
         self.kept = kept
         self.n_pairs = len(kept)
@@ -371,37 +372,41 @@ class PairedRows:
             )
 
     def _packed(self, pairs: np.ndarray) -> tuple[_Pieces, np.ndarray, np.ndarray]:
-        """The pairs' pieces in the order of their rows, the side that each piece is of (-1: both), and its row.
-
-        A pair is a trunk and two branches, which stay together, or two pieces that share nothing.
-        """
-        sides, shared = self._sides.take(_sequences(pairs)), self._shared[pairs]
-        trunks = sides.take(np.arange(0, len(sides.start), 2))
-        both, alone = np.repeat(shared, 2), np.zeros(len(pairs), bool)
-        in_threes = zip(
-            (trunks.start, shared, shared, alone, np.zeros_like(shared)),
-            (
-                sides.start + both,
-                sides.length - both,
-                np.maximum(sides.masked - both, 0),
-                sides.opens,
-                np.where(both > 0, np.tile([1, 2], len(pairs)), 0),
-            ),
-            strict=True,
-        )
-        pieces = _Pieces(*(np.column_stack((trunk, side.reshape(-1, 2))).ravel() for trunk, side in in_threes))
-        side = np.column_stack((np.full(len(pairs), -1), np.arange(2 * len(pairs)).reshape(-1, 2))).ravel()
-        begins = np.column_stack((shared > 0, shared == 0, shared == 0)).ravel()  # what is packed as one
-        there = np.flatnonzero(pieces.length)
-        pieces, side, begins = pieces.take(there), side[there], begins[there]
-        firsts = np.flatnonzero(begins)
-        counts = np.diff(np.append(firsts, len(begins)))
+        """The pairs' pieces in the order of their rows, the side that each piece is of (-1: both), and its row."""
+        index = _ranges(self._firsts[pairs], self._counts[pairs])
+        pieces, side = self._pieces.take(index), self._side[index]
+        side = np.where(side < 0, -1, 2 * np.repeat(np.arange(len(pairs)), self._counts[pairs]) + side)
+        firsts = np.flatnonzero(self._begins[index])
+        counts = np.diff(firsts, append=len(index))
         order, offsets = best_fit(np.add.reduceat(pieces.length, firsts), self._layout.capacity)
         rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        counts, firsts = counts[order], firsts[order]
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        taken = np.repeat(firsts, counts) + within
-        return pieces.take(taken), side[taken], np.repeat(rows, counts)
+        taken = _ranges(firsts[order], counts[order])
+        return pieces.take(taken), side[taken], np.repeat(rows, counts[order])
+
+
+def _branched(sides: _Pieces, shared: np.ndarray) -> tuple[_Pieces, np.ndarray, np.ndarray]:
+    """All pairs' pieces: a trunk and its two branches, or two sides that share nothing. -> (pieces; the side that each
+    is of, -1 for both; whether it begins what has to lie in one row)."""
+    trunk = shared > 0
+    begins = np.stack([trunk, ~trunk, ~trunk], axis=1)
+    side = np.broadcast_to([-1, 0, 1], begins.shape)
+    of = 2 * np.arange(len(shared))[:, None] + np.maximum(side, 0)  # the side whose tokens it takes
+    cut = shared[:, None] * (side >= 0)  # what lies in the trunk
+    pieces = _Pieces(
+        start=sides.start[of] + cut,
+        length=np.where(side < 0, shared[:, None], sides.length[of] - cut),
+        masked=np.where(side < 0, shared[:, None], sides.masked[of] - cut),
+        opens=sides.opens[of] & ~trunk[:, None],
+        trunk=trunk[:, None] * (side + 1),
+    )
+    there = np.flatnonzero(pieces.length)
+    flat = _Pieces(*(array.ravel() for array in vars(pieces).values()))
+    return flat.take(there), side.ravel()[there], begins.ravel()[there]
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... of each, `counts` long, end to end."""
+    return np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
 
 
 def _sequences(pairs: np.ndarray) -> np.ndarray:
@@ -433,7 +438,7 @@ def pack_documents(
     if not len(start):
         raise DataError("no document with a token in it: nothing to pack")
     counts = -(-length // layout.capacity)
-    part = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    part = _ranges(np.zeros_like(counts), counts)
     pieces = _Pieces(
         start=np.repeat(start, counts) + part * layout.capacity,
         length=np.minimum(layout.capacity, np.repeat(length, counts) - part * layout.capacity),
