@@ -27,6 +27,7 @@ TRUNK = 32  # bits from which on a segment's number holds that of its trunk
 ATTENTION_KINDS = ("auto", "sdpa", "explicit")
 INITIAL_STD = 0.02  # GPT-2's
 PACK_ROWS, PACK_POSITIONS = 8, 1024  # from which copying the weights for their products pays
+SPELLED_OUT = 768  # positions up to which a CPU computes attention in bf16 as plain products; see `Decoder`
 BLOCK, MOST_BLOCKS = 64, 4  # queries, at least, of a block of spelled-out causal attention; blocks of a row
 
 
@@ -507,10 +508,11 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """The language model. `vocab_size` of the config must be set.
 
-    `attention` chooses the kernel: "sdpa", "explicit", or "auto", which is SDPA except for bf16 on a CPU at up to 512
-    positions. Measured forward + backward on one core without bf16 units, fp32, 16x256 with 4 heads of 32: SDPA 27 ms
-    causal and 35 ms masked against 41-50 ms spelled out, and SDPA was ahead at every size; with bf16 units (AMX) and
-    compilation the spelled-out form is 1.2-1.4 times faster over a whole step.
+    `attention` chooses the kernel: "sdpa", "explicit", or "auto", which is SDPA except for bf16 on a CPU at up to
+    SPELLED_OUT positions. Packed documents, forward and backward of a small model on two cores with AVX512-BF16: SDPA
+    takes 1.35 times as long as products spelled out at 512 positions a row, 1.33 times at 768, and in fp32 1.13 and
+    1.10 times (benchmarks/attention.py). But the scores that these keep for the backward pass grow with the square of
+    the length, SDPA keeps none.
     """
 
     def __init__(self, config: ModelConfig, attention: Literal["auto", "sdpa", "explicit"] = "auto"):
@@ -663,7 +665,7 @@ class Decoder(nn.Module):
 
         causal = mask is None and block_mask is None and (cache is None or cache.length == 0)
         explicit = self.attention == "explicit" or (
-            self.attention == "auto" and dtype == torch.bfloat16 and tokens_BT.device.type == "cpu" and T <= 512
+            self.attention == "auto" and dtype == torch.bfloat16 and tokens_BT.device.type == "cpu" and T <= SPELLED_OUT
         )
         if explicit and causal and T > 1:
             mask = additive_mask(_causal(T, T, tokens_BT.device), dtype)

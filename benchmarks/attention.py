@@ -1,0 +1,58 @@
+"""A whole small model with attention spelled out and by SDPA, forward and backward, by the length of its rows.
+
+    python benchmarks/attention.py                # minutes on a CPU
+
+Eager, packed documents of 150 tokens, about 4096 positions a step; by turns, medians over the rounds. What
+`Decoder`'s "auto" chooses by.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from threefold.config import ModelConfig
+from threefold.memory import keep_freed_memory
+from threefold.model import Decoder
+
+VOCABULARY, KINDS = 256, ("explicit", "sdpa")  # a small head: attention is what is asked for
+
+
+def seconds(length: int, rounds: int, dtype: torch.dtype) -> dict[str, float]:
+    """Of a forward and backward pass with each kind, over `length` positions a row."""
+    config = ModelConfig(n_layer=4, d_model=256, n_head=4, d_ff=768, context=length, vocab_size=VOCABULARY)
+    models = {kind: Decoder(config, attention=kind) for kind in KINDS}
+    rows = max(1, round(4096 / length))
+    tokens = torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
+    segments = (torch.arange(length) // 150 + 1).expand(rows, -1)
+    taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for turn in range(rounds + 1):
+        for kind, model in models.items():
+            begun = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                hidden = model.hidden(tokens, segments_BT=segments)
+            hidden.float().sum().backward()
+            model.zero_grad()
+            if turn:
+                taken[kind].append(time.perf_counter() - begun)
+    return {kind: statistics.median(each) for kind, each in taken.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 515, 768, 1024, 2048])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as training has it
+    print("| format | positions a row | spelled out, ms | SDPA : spelled out |\n|---|---:|---:|---:|")
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        for length in options.lengths:
+            found = seconds(length, options.rounds, dtype)
+            explicit, sdpa = (found[kind] for kind in KINDS)
+            print(f"| {name} | {length} | {1e3 * explicit:,.0f} | {sdpa / explicit:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
