@@ -8,12 +8,13 @@ Eager, packed documents of 150 tokens, about 4096 positions a step; by turns, me
 
 import argparse
 import statistics
-import time
+from functools import partial
 
 import torch
 from threefold.config import ModelConfig
 from threefold.memory import keep_freed_memory
 from threefold.model import Decoder
+from threefold.training.timing import time_rounds
 
 VOCABULARY, KINDS = 256, ("explicit", "sdpa")  # a small head: attention is what is asked for
 
@@ -25,16 +26,14 @@ def seconds(length: int, rounds: int, dtype: torch.dtype) -> dict[str, float]:
     rows = max(1, round(4096 / length))
     tokens = torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))
     segments = (torch.arange(length) // 150 + 1).expand(rows, -1)
-    taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for turn in range(rounds + 1):
-        for kind, model in models.items():
-            begun = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                hidden = model.hidden(tokens, segments_BT=segments)
-            hidden.float().sum().backward()
-            model.zero_grad()
-            if turn:
-                taken[kind].append(time.perf_counter() - begun)
+
+    def step(model: Decoder) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            hidden = model.hidden(tokens, segments_BT=segments)
+        hidden.float().sum().backward()
+        model.zero_grad()
+
+    taken = time_rounds({kind: partial(step, model) for kind, model in models.items()}, rounds, "cpu")
     return {kind: statistics.median(each) for kind, each in taken.items()}
 
 

@@ -140,7 +140,7 @@ class _Generation(ABC):
 
     def check(self) -> dict[str, list[float]]:
         return {
-            name: [float(token) for row in self.generate(self.models["fp32"], prompts) for token in row]
+            f"{name}tokens": [float(token) for row in self.generate(self.models["fp32"], prompts) for token in row]
             for name, prompts in self.prompts.items()
         }
 

@@ -8,24 +8,17 @@ in bf16 as training has it.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from threefold.memory import keep_freed_memory
 from threefold.model import kernels
 from threefold.model.kernels import Linear, Packed, linears
+from threefold.training.timing import time_rounds
 
 
-def by_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 2):
-        for name, call in calls.items():
-            begun = time.perf_counter()
-            call()
-            if turn > 1:
-                taken[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(each) for name, each in taken.items()}
+def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    return {name: statistics.median(each) for name, each in time_rounds(calls, rounds, "cpu").items()}
 
 
 def main() -> None:
@@ -54,7 +47,7 @@ def main() -> None:
         x = torch.randn(positions, options.width)
         packed = Packed([layer.weight.detach() for layer in layers], [None] * 3, positions)
         with torch.inference_mode():
-            found = by_turns(
+            found = medians(
                 {
                     "plain": lambda x=x: at(1 << 30, x),
                     "side": lambda x=x: at(0, x),
@@ -65,7 +58,7 @@ def main() -> None:
         plain, side, ours = found["plain"], found["side"], found["packed"]
         print(f"| fp32, {positions} positions | {1e6 * plain:,.0f} | {side / plain:.2f} | {ours / plain:.2f} |")
     x = torch.randn(4096, options.width, requires_grad=True)
-    found = by_turns({"plain": lambda: step(1 << 30, x), "side": lambda: step(0, x)}, options.rounds // 4)
+    found = medians({"plain": lambda: step(1 << 30, x), "side": lambda: step(0, x)}, options.rounds // 4)
     ratio = found["side"] / found["plain"]
     print(f"| bf16, 4096 positions, forward and backward | {1e6 * found['plain']:,.0f} | {ratio:.2f} | |")
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from threefold.config import ModelConfig, SourceConfig, TokenizerConfig
 from threefold.data import corpus
-from threefold.data.packing import IGNORE, TRUNK_BITS
+from threefold.data.packing import IGNORE
 from threefold.data.templates import as_prompt_response
 from threefold.data.tokenizer import build_tokenizer, encode, sink_ids, without_bos
 from threefold.errors import DataError
 from threefold.provenance import damaged
+from threefold.segments import TRUNK_SHIFT
 
 DATA = Path(os.environ.get("THREEFOLD_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 real = pytest.mark.skipif(not DATA.is_dir(), reason="no real data: THREEFOLD_DATA or ../shared/data")
@@ -179,8 +180,8 @@ def test_preference_rows_hold_both_sides(tokenizer):
         for side, name in enumerate(("chosen", "rejected")):
             here = batch.sides_BT == 2 * place + side
             row, segment = here.any(dim=1), batch.segments_BT[here][0]
-            shared = batch.segments_BT[row] == segment >> TRUNK_BITS  # the prompt but its last token, in all of these
-            assert segment >> TRUNK_BITS and shared.any()
+            shared = batch.segments_BT[row] == segment >> TRUNK_SHIFT  # the prompt but its last token, in all of these
+            assert segment >> TRUNK_SHIFT and shared.any()
             text = tokenizer.decode([*batch.tokens_BT[row][shared], *batch.tokens_BT[here]])
             assert text == item["prompt"] + item[name]
     both = corpus.preference_rows([PREFERENCES, PREFERENCES], tokenizer, config(192))

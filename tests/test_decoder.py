@@ -11,8 +11,9 @@ from threefold.config import ModelConfig, load_preset
 from threefold.errors import ConfigError, DataError
 from threefold.model import Decoder, KVCache, kernels, parameter_counts
 from threefold.model import decoder as decoder_module
-from threefold.model.decoder import TRUNK, rotary_tables, segment_positions
+from threefold.model.decoder import rotary_tables, segment_positions
 from threefold.model.kernels import rms_norm, rotate
+from threefold.segments import TRUNK_SHIFT
 
 BASE = ModelConfig(n_layer=2, d_model=32, n_head=4, d_ff=48, context=64, vocab_size=50)
 GPT2 = {"norm": "layer", "ffn": "gelu", "position": "learned", "bias": True, "sinks": 0}
@@ -160,7 +161,7 @@ def test_a_packed_document_is_computed_as_an_unpacked_one(parts, sinks):
 def test_branches_of_one_trunk_are_computed_as_two_texts(parts, attention, sinks):
     model = decoder(**{**parts, "sinks": sinks}, attention=attention)
     head, other, trunk, left, right = (tokens(n, seed=n) for n in (sinks, 4, 5, 6, 3))
-    numbers = [0] * sinks + [1] * 4 + [2] * 5 + [3 + (2 << TRUNK)] * 6 + [4 + (2 << TRUNK)] * 3 + [-1] * 2
+    numbers = [0] * sinks + [1] * 4 + [2] * 5 + [3 + (2 << TRUNK_SHIFT)] * 6 + [4 + (2 << TRUNK_SHIFT)] * 3 + [-1] * 2
     row = torch.cat([head, other, trunk, left, right, torch.zeros(2, dtype=torch.long)])
     found = model(row[None], segments_BT=torch.tensor([numbers]))[0, sinks + 4 :]
     for begin, branch in ((5, left), (11, right)):
@@ -482,7 +483,7 @@ def test_a_compiled_model_is_one_graph_that_computes_the_same():
 @torch.no_grad()
 def test_documents_are_kept_apart_by_flex_attention_too(parts):
     """As on a GPU: masked in blocks that are made outside the graph, here without the compiler's kernels."""
-    branch = 2 + (1 << TRUNK)
+    branch = 2 + (1 << TRUNK_SHIFT)
     first = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 3, -1], [0, 1, 1, 1, branch, branch, branch + 1, branch + 1, 4, 4]])
     model = decoder(**parts)
     torch.compiler.reset()  # each model is compiled anew, and there is a limit

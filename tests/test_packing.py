@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from threefold.config import ModelConfig
 from threefold.data.packing import (
     IGNORE,
-    TRUNK_BITS,
     Documents,
     best_fit,
     pack_documents,
@@ -20,6 +19,7 @@ from threefold.data.packing import (
 )
 from threefold.errors import DataError
 from threefold.model.decoder import segment_positions
+from threefold.segments import TRUNK_SHIFT
 
 EOS = 0
 
@@ -190,7 +190,9 @@ def test_pairs_are_whole_in_every_batch(k):
                 here = batch.sides_BT == 2 * place + side
                 (row,) = here.any(dim=1).nonzero().flatten().tolist()
                 (segment,) = batch.segments_BT[here].unique().tolist()
-                trunk = batch.segments_BT[row] == segment >> TRUNK_BITS if segment >> TRUNK_BITS else here[row] & False
+                trunk = (
+                    batch.segments_BT[row] == segment >> TRUNK_SHIFT if segment >> TRUNK_SHIFT else here[row] & False
+                )
                 trunks.add((row, *trunk.nonzero().flatten().tolist()))
                 tokens, targets, positions = (
                     [*values[row][trunk].tolist(), *values[here].tolist()]

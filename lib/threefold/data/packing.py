@@ -32,11 +32,9 @@ from torch import Tensor
 
 from threefold.config import ModelConfig
 from threefold.errors import DataError
+from threefold.segments import PADDING, SINK, TRUNK_SHIFT
 
 IGNORE = -100  # the target of a position that is not learned (torch's cross-entropy default)
-SINK_SEGMENT = 0
-PADDING_SEGMENT = -1
-TRUNK_BITS = 32  # a branch's segment holds its trunk's number from this bit on, as `Decoder.hidden` reads it
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Batch:
 
     tokens_BT: inputs. targets_BT: the next token, or IGNORE. positions_BT: 0..k-1 for the sinks, from k in each piece.
     segments_BT: 0 for the sinks (every position sees them), n = 1.. for the pieces of a row, -1 for padding;
-    n + (m << TRUNK_BITS) for a branch of piece m, whose positions go on where those of m end.
+    n + (m << TRUNK_SHIFT) for a branch of piece m, whose positions go on where those of m end.
     """
 
     tokens_BT: Tensor
@@ -56,7 +54,7 @@ class Batch:
     @property
     def n_tokens(self) -> int:
         """Document positions: neither padding nor sinks."""
-        return int((self.segments_BT > SINK_SEGMENT).sum())
+        return int((self.segments_BT > SINK).sum())
 
     @property
     def n_targets(self) -> int:
@@ -66,7 +64,7 @@ class Batch:
     @property
     def n_padding(self) -> int:
         """Padding positions."""
-        return int((self.segments_BT == PADDING_SEGMENT).sum())
+        return int((self.segments_BT == PADDING).sum())
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device; from pinned memory the copy does not block."""
@@ -174,10 +172,10 @@ class _Layout:
         tokens = np.full((n_rows, width), self.eos, np.int64)
         targets = np.full((n_rows, width), IGNORE, np.int64)
         positions = np.zeros((n_rows, width), np.int64)
-        segments = np.full((n_rows, width), PADDING_SEGMENT, np.int64)
+        segments = np.full((n_rows, width), PADDING, np.int64)
         tokens[:, :n_sinks] = self.sinks
         positions[:, :n_sinks] = np.arange(n_sinks)
-        segments[:, :n_sinks] = SINK_SEGMENT
+        segments[:, :n_sinks] = SINK
         if len(rows):
             first = np.concatenate(([True], rows[1:] != rows[:-1]))
             start, length, masked = pieces.start, pieces.length, pieces.masked
@@ -198,7 +196,7 @@ class _Layout:
             branch = pieces.trunk > 0
             before_branch = np.where(branch, length[ordinal - pieces.trunk], 0)
             positions.ravel()[place] = n_sinks + before_branch[piece] + within
-            segments.ravel()[place] = (number + np.where(branch, number - pieces.trunk << TRUNK_BITS, 0))[piece]
+            segments.ravel()[place] = (number + np.where(branch, number - pieces.trunk << TRUNK_SHIFT, 0))[piece]
             if n_sinks:
                 opened = first & pieces.opens & (masked == 0)
                 targets[rows[opened], n_sinks - 1] = self.gather(start[opened])
@@ -251,7 +249,7 @@ class PackedRows:
         batch = Batch(**tensors)
         if not self._openings:
             opening = (batch.tokens_BT == self._layout.eos) & (batch.positions_BT == 0)  # the EOS before a document
-            batch.targets_BT[opening | (batch.segments_BT == SINK_SEGMENT)] = IGNORE
+            batch.targets_BT[opening | (batch.segments_BT == SINK)] = IGNORE
         return batch
 
     def without_openings(self) -> "PackedRows":

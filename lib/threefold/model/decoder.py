@@ -21,9 +21,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from threefold.config import ModelConfig
 from threefold.errors import ConfigError, DataError
 from threefold.model.kernels import Linear, Packed, linears, packs, rms_norm, rotate
+from threefold.segments import PADDING, SINK, TRUNK_SHIFT
 
-SINK, PADDING = 0, -1  # segment numbers that are no document
-TRUNK = 32  # bits from which on a segment's number holds that of its trunk
 ATTENTION_KINDS = ("auto", "sdpa", "explicit")
 INITIAL_STD = 0.02  # GPT-2's
 PACK_ROWS, PACK_POSITIONS = 8, 1024  # from which copying the weights for their products pays
@@ -75,7 +74,7 @@ def rotary_tables(positions: Tensor, head_width: int, theta: float) -> tuple[Ten
 
 def sees(query: Tensor, key: Tensor) -> Tensor:
     """Whether a token of one segment may see an earlier one of another: of its own, of its trunk, or a sink."""
-    return (query == key) | (key == query >> TRUNK) | (key == SINK)
+    return (query == key) | (key == query >> TRUNK_SHIFT) | (key == SINK)
 
 
 def segment_positions(segments_BT: Tensor) -> Tensor:
@@ -601,9 +600,8 @@ class Decoder(nn.Module):
         positions_BT: int64; default: counting from 0 (from the cache's end), or by `segment_positions` where segments
             are given.
         segments_BT: 0 is a sink that every later token sees, n >= 1 the n-th document, which sees its own past and the
-            sinks, -1 is padding, which no token sees (what is computed there means nothing). n + (m << TRUNK) is a
-            document that goes on from the m-th one, its trunk, and sees that, too: two responses to one prompt, which
-            is then computed once. None: plain causal.
+            sinks, -1 is padding, which no token sees (what is computed there means nothing); branches of a document as
+            `threefold.segments` has them. None: plain causal.
         cache: keys and values of earlier tokens; the new ones are added. Segments then tell real tokens (0) from
             padding (-1); documents may only follow a prefix that all rows share (every one of them sees it), and
             nothing can follow them: else ValueError.

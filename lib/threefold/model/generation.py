@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from threefold.errors import ConfigError, DataError, EvaluationError
-from threefold.model.decoder import PADDING, SINK, Decoder, KVCache, StreamingCache
+from threefold.model.decoder import Decoder, KVCache, StreamingCache
+from threefold.segments import PADDING, SINK
 
 SHARED = 16  # tokens that prompts have in common before it pays to compute them once
 PADDED = 128  # tokens of padding on a CPU, which another forward costs less than
