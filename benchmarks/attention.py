@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 515, 768, 1024, 2048])
     options = parser.parse_args()
+    if min(options.rounds, options.threads, *options.lengths) < 1:
+        parser.error("rounds, threads and lengths are at least 1")
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as training has it
     print("| format | positions a row | spelled out, ms | SDPA : spelled out |\n|---|---:|---:|---:|")
