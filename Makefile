@@ -41,7 +41,7 @@ lab: env
 	$(BIN)/jupyter lab notebooks
 
 notebooks: env  ## write notebooks/*.ipynb from notebooks/percent/*.py
-	$(BIN)/python -m threefold.pipeline.notebooks
+	$(BIN)/python -m papertrail.notebooks
 
 protocols: env  ## write docs/protocols.md from the protocols' docstrings
 	$(BIN)/python -m threefold.evaluation.protocols

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.harness import Options, run, write
 from benchmarks.parts import PARTS
-from benchmarks.world import SIZES
+from benchmarks.setup import SIZES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -11,6 +11,7 @@ import statistics
 from functools import partial
 
 import torch
+
 from threefold.config import ModelConfig
 from threefold.memory import keep_freed_memory
 from threefold.model import Decoder

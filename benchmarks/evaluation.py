@@ -8,10 +8,10 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+
+from benchmarks.setup import Setup
 from threefold.evaluation import LanguageModel, sentiment
 from threefold.model import Decoder, generate, to_transformers
-
-from benchmarks.world import World
 
 BATCH = 32
 
@@ -21,9 +21,9 @@ Times = dict[str, tuple[float, float]]
 TEMPLATE = sentiment.TEMPLATES[0]
 
 
-def few_shot(world: World, items: list[dict], pool: list[dict]) -> list[str]:
+def few_shot(setup: Setup, items: list[dict], pool: list[dict]) -> list[str]:
     """A prompt for each item, behind the same demonstrations."""
-    shown = sentiment.draw(pool, world.size.shots, 0, 0)
+    shown = sentiment.draw(pool, setup.size.shots, 0, 0)
     head = "".join(TEMPLATE.demonstration(item) + TEMPLATE.separator for item in shown)
     return [head + TEMPLATE.text(item["sentence"]) for item in items]
 
@@ -31,18 +31,18 @@ def few_shot(world: World, items: list[dict], pool: list[dict]) -> list[str]:
 class _Scoring(ABC):
     """Few-shot sentiment: every item's prompt holds the same demonstrations, and both labels are scored after it."""
 
-    def __init__(self, world: World):
-        self.world, self.tokenizer, template = world, world.tokenizer, TEMPLATE
-        self.items, pool = world.sentiment()
+    def __init__(self, setup: Setup):
+        self.setup, self.tokenizer, template = setup, setup.tokenizer, TEMPLATE
+        self.items, pool = setup.sentiment()
         self.requests = []
-        for prompt in few_shot(world, self.items, pool):
+        for prompt in few_shot(setup, self.items, pool):
             context = self._ids(prompt)
             for label in template.labels:
                 whole = self._ids(f"{prompt} {label}")
-                self.requests.append(([*world.sinks, *context], whole[len(context) :]))
+                self.requests.append(([*setup.sinks, *context], whole[len(context) :]))
         longest = max(len(context) + len(target) - 1 for context, target in self.requests)
-        if longest > world.size.model.context:
-            raise SystemExit(f"a prompt of {longest} tokens does not fit {world.size.model.context}: fewer shots")
+        if longest > setup.size.model.context:
+            raise SystemExit(f"a prompt of {longest} tokens does not fit {setup.size.model.context}: fewer shots")
         tokens = sum(len(context) for context, _ in self.requests) / len(self.requests)
         self.settings = {"precision": "fp32", "tokens a prompt": round(tokens), "items": len(self.items)}
 
@@ -63,9 +63,9 @@ class _Scoring(ABC):
 
 
 class OurScoring(_Scoring):
-    def __init__(self, world: World):
-        super().__init__(world)
-        self.model = LanguageModel.from_model(world.model(), world.tokenizer, "ours", "")
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.model = LanguageModel.from_model(setup.model(), setup.tokenizer, "ours", "")
 
     def score(self) -> list[float]:
         return [span.sum for span in self.model.loglikelihoods(self.requests)]
@@ -74,9 +74,9 @@ class OurScoring(_Scoring):
 class TransformersScoring(_Scoring):
     """Rows sorted by length, padded right, in batches; logits only where a label is."""
 
-    def __init__(self, world: World):
-        super().__init__(world)
-        self.model = to_transformers(world.model()).eval()
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.model = to_transformers(setup.model()).eval()
         self.settings["batch"] = BATCH
 
     @torch.inference_mode()
@@ -102,12 +102,12 @@ class TransformersScoring(_Scoring):
 class HarnessScoring(_Scoring):
     """lm-eval's own scorer on the same token ids."""
 
-    def __init__(self, world: World):
+    def __init__(self, setup: Setup):
         from lm_eval.models.huggingface import HFLM
 
-        super().__init__(world)
-        model = to_transformers(world.model()).eval()
-        self.model = HFLM(pretrained=model, tokenizer=world.tokenizer, batch_size=BATCH, device="cpu")
+        super().__init__(setup)
+        model = to_transformers(setup.model()).eval()
+        self.model = HFLM(pretrained=model, tokenizer=setup.tokenizer, batch_size=BATCH, device="cpu")
         self.settings["batch"] = BATCH
 
     def score(self) -> list[float]:
@@ -120,17 +120,17 @@ class _Generation(ABC):
     """Prompts of several lengths in one batch, greedy, a fixed number of new tokens: starts of texts, and prompts that
     share demonstrations, as evaluations have them; in fp32, where tokens are compared, and in bf16."""
 
-    def __init__(self, world: World, models: dict[str, Any]):
-        self.new = world.size.new_tokens
-        room = world.size.model.context - self.new
-        items, pool = world.sentiment()
-        asked = world.tokenizer(few_shot(world, items, pool), add_special_tokens=False).input_ids
-        fitting = [[*world.sinks, *ids] for ids in asked if len(world.sinks) + len(ids) <= room]
-        if len(fitting) < world.size.prompts:
+    def __init__(self, setup: Setup, models: dict[str, Any]):
+        self.new = setup.size.new_tokens
+        room = setup.size.model.context - self.new
+        items, pool = setup.sentiment()
+        asked = setup.tokenizer(few_shot(setup, items, pool), add_special_tokens=False).input_ids
+        fitting = [[*setup.sinks, *ids] for ids in asked if len(setup.sinks) + len(ids) <= room]
+        if len(fitting) < setup.size.prompts:
             raise SystemExit(f"only {len(fitting)} prompts leave room for {self.new} tokens: fewer shots")
         self.models = models
-        self.prompts = {"": world.prompts(), "few-shot, ": fitting[: world.size.prompts]}
-        self.settings = {"prompts": world.size.prompts, "new tokens each": self.new}
+        self.prompts = {"": setup.prompts(), "few-shot, ": fitting[: setup.size.prompts]}
+        self.settings = {"prompts": setup.size.prompts, "new tokens each": self.new}
         for name, prompts in self.prompts.items():
             self.settings[f"{name}tokens a prompt"] = round(sum(map(len, prompts)) / len(prompts))
 
@@ -155,18 +155,18 @@ class _Generation(ABC):
 
 
 class OurGeneration(_Generation):
-    def __init__(self, world: World):
-        super().__init__(world, {"fp32": world.model().eval(), "bf16": world.model().eval().bfloat16()})
+    def __init__(self, setup: Setup):
+        super().__init__(setup, {"fp32": setup.model().eval(), "bf16": setup.model().eval().bfloat16()})
 
     def generate(self, model: Decoder, prompts: list[list[int]]) -> list[list[int]]:
         return generate(model, prompts, self.new)
 
 
 class TransformersGeneration(_Generation):
-    def __init__(self, world: World):
-        made = [to_transformers(world.model(), world.tokenizer).eval() for _ in range(2)]
-        super().__init__(world, {"fp32": made[0], "bf16": made[1].bfloat16()})
-        self.pad = world.eos
+    def __init__(self, setup: Setup):
+        made = [to_transformers(setup.model(), setup.tokenizer).eval() for _ in range(2)]
+        super().__init__(setup, {"fp32": made[0], "bf16": made[1].bfloat16()})
+        self.pad = setup.eos
 
     @torch.inference_mode()
     def generate(self, model: Any, prompts: list[list[int]]) -> list[list[int]]:

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import binom
-from threefold.provenance import atomic_write, git_state, hardware, versions
 
+from basics.files import atomic_write
 from benchmarks.parts import OURS, PARTS, Part
+from papertrail.provenance import git_state, hardware, versions
 
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "trl", "lm_eval", "accelerate")

@@ -10,7 +10,8 @@ import argparse
 from dataclasses import asdict
 
 import torch
-from threefold.comparison import tables
+
+from study.comparison import tables
 from threefold.training import time_kernels
 
 

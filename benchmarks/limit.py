@@ -3,6 +3,7 @@
 import time
 
 import torch
+
 from threefold.training.numerics import SHAPES, matmul_flops
 
 SECONDS = 1.0  # of each shape in a round
@@ -11,9 +12,9 @@ SECONDS = 1.0  # of each shape in a round
 class _Matmul:
     dtype = torch.float32
 
-    def __init__(self, world):
+    def __init__(self, setup):
         self.settings = {"shapes": [" x ".join(map(str, shape)) for shape in SHAPES], "of": "the fastest shape"}
-        self.seconds = SECONDS if world.size.model.d_model > 32 else 0.01
+        self.seconds = SECONDS if setup.size.model.d_model > 32 else 0.01
 
     def check(self):
         return {}

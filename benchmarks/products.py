@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
+
 from threefold.memory import keep_freed_memory
 from threefold.model import kernels
 from threefold.model.kernels import Linear, Packed, linears

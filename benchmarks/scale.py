@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+
 from threefold.config import ModelConfig, TrainConfig, load_preset
 from threefold.model import Decoder
 from threefold.training import cost, distributed

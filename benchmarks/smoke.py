@@ -12,7 +12,7 @@ COMMAND = (sys.executable, "-m", "threefold", "run", "--preset", "smoke")
 
 
 class SmokeRun:
-    def __init__(self, world):
+    def __init__(self, setup):
         self.settings = {"command": "threefold run --preset smoke"}
         self.runs = Path(tempfile.mkdtemp(prefix="threefold-bench-"))
 

@@ -14,6 +14,7 @@ import sys
 import time
 
 import torch
+
 from threefold.config import ModelConfig
 from threefold.model import Decoder, KVCache, StreamingCache, stream
 

@@ -14,14 +14,14 @@ import time
 from typing import Any
 
 import torch
+
+from benchmarks.setup import Setup
 from threefold.config import TrainConfig
 from threefold.data.packing import pack_documents, pack_examples, pack_pairs
 from threefold.model import to_transformers
 from threefold.training import train
 from threefold.training.loop import reference_logprobs
 from threefold.training.objectives import NextToken, Objective, Preference, Work
-
-from benchmarks.world import World
 
 RATE, CLIP, BETA = 1e-4, 1.0, 0.1
 DISTURBED = 1.1  # the policy's last norm in a check of the DPO loss, which is log 2 where policy and reference agree
@@ -35,8 +35,8 @@ Times = dict[str, tuple[float, float]]
 class _Ours:
     """`threefold.training.train` for one round of steps; the model goes on from round to round."""
 
-    def __init__(self, world: World):
-        self.world, self.size, self.model = world, world.size, world.model()
+    def __init__(self, setup: Setup):
+        self.setup, self.size, self.model = setup, setup.size, setup.model()
         self.settings: dict[str, Any] = {}
 
     def config(self, steps: int, batch_size: int) -> TrainConfig:
@@ -53,9 +53,9 @@ class _Ours:
 
 
 class OurPretraining(_Ours):
-    def __init__(self, world: World):
-        super().__init__(world)
-        self.rows = pack_documents([world.stream()], self.size.model, world.eos, world.sinks)
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.rows = pack_documents([setup.stream()], self.size.model, setup.eos, setup.sinks)
         self.settings["parameters"] = sum(p.numel() for p in self.model.parameters())
         # 12 L T D a position for the products of queries, keys and values over the whole width, forward and backward.
         c = self.size.model
@@ -77,18 +77,18 @@ class OurPretraining(_Ours):
 class OurFineTuning(_Ours):
     """Packed rows, as many in a step as hold the peers' number of examples."""
 
-    def __init__(self, world: World):
-        super().__init__(world)
-        self.examples = world.examples(self.size.examples * self.size.steps)
-        self.rows = pack_examples(self.examples, self.size.model, world.eos, world.sinks)
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.examples = setup.examples(self.size.examples * self.size.steps)
+        self.rows = pack_examples(self.examples, self.size.model, setup.eos, setup.sinks)
         batch = math.ceil(len(self.rows) / self.size.steps)
         self.steps = math.ceil(len(self.rows) / batch)
         self.batch = batch
         self.settings |= {"rows a step": batch, "examples a row": round(len(self.examples) / len(self.rows), 2)}
 
     def check(self) -> dict[str, list[float]]:
-        world = self.world
-        rows = pack_examples(self.examples[: self.size.examples], self.size.model, world.eos, world.sinks)
+        setup = self.setup
+        rows = pack_examples(self.examples[: self.size.examples], self.size.model, setup.eos, setup.sinks)
         loss = NextToken()(self.model, rows.rows(range(len(rows))))
         return {"loss": [loss.sum.item() / loss.weight]}
 
@@ -98,12 +98,12 @@ class OurFineTuning(_Ours):
 
 
 class OurPreferences(_Ours):
-    def __init__(self, world: World):
-        super().__init__(world)
-        pairs = world.pairs(max(self.size.pairs * self.size.steps, self.size.reference))
-        self.rows = pack_pairs(pairs[: self.size.pairs * self.size.steps], self.size.model, world.eos, world.sinks)
-        self.asked = pack_pairs(pairs[: self.size.reference], self.size.model, world.eos, world.sinks)
-        self.first = pack_pairs(pairs[: self.size.pairs], self.size.model, world.eos, world.sinks)
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        pairs = setup.pairs(max(self.size.pairs * self.size.steps, self.size.reference))
+        self.rows = pack_pairs(pairs[: self.size.pairs * self.size.steps], self.size.model, setup.eos, setup.sinks)
+        self.asked = pack_pairs(pairs[: self.size.reference], self.size.model, setup.eos, setup.sinks)
+        self.first = pack_pairs(pairs[: self.size.pairs], self.size.model, setup.eos, setup.sinks)
         self.reference = copy.deepcopy(self.model)
         self.logprobs_P2 = reference_logprobs(self.reference, self.rows, batch_size=self.size.pairs)
 
@@ -132,10 +132,10 @@ class PlainLoop:
 
     compiled = False
 
-    def __init__(self, world: World):
-        self.size = world.size
-        self.rows = pack_documents([world.stream()], self.size.model, world.eos, world.sinks)
-        self.model = to_transformers(world.model()).train()
+    def __init__(self, setup: Setup):
+        self.size = setup.size
+        self.rows = pack_documents([setup.stream()], self.size.model, setup.eos, setup.sinks)
+        self.model = to_transformers(setup.model()).train()
         self.model.config.use_cache = False
         self.forward = torch.compile(self.model) if self.compiled else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.1, fused=True)
@@ -221,7 +221,7 @@ class _Trained:
         return {"train": (self.items, self.spent)}
 
 
-def _arguments(world: World, batch_size: int) -> dict[str, Any]:
+def _arguments(setup: Setup, batch_size: int) -> dict[str, Any]:
     return {
         "output_dir": tempfile.mkdtemp(prefix="threefold-bench-"),
         "per_device_train_batch_size": batch_size,
@@ -238,12 +238,12 @@ def _arguments(world: World, batch_size: int) -> dict[str, Any]:
 
 
 class TransformersTrainer(_Trained):
-    def __init__(self, world: World):
+    def __init__(self, setup: Setup):
         from datasets import Dataset
         from transformers import Trainer, TrainingArguments
 
-        size = world.size
-        rows = pack_documents([world.stream()], size.model, world.eos, world.sinks)
+        size = setup.size
+        rows = pack_documents([setup.stream()], size.model, setup.eos, setup.sinks)
         self.first = next(rows.batches(size.rows, seed=0))
         batches = list(rows.batches(size.rows, seed=0, steps=size.steps))
         data = {
@@ -251,9 +251,9 @@ class TransformersTrainer(_Trained):
             "labels": torch.cat([batch.targets_BT for batch in batches]).tolist(),
         }
         super().__init__(size.steps, sum(batch.n_tokens for batch in batches))
-        self.model = to_transformers(world.model()).train()
+        self.model = to_transformers(setup.model()).train()
         self.model.config.use_cache = False
-        arguments = TrainingArguments(bf16=True, **_arguments(world, size.rows))
+        arguments = TrainingArguments(bf16=True, **_arguments(setup, size.rows))
         self.settings = {"bf16": True, "optimizer": arguments.optim}
 
         def collate(rows):
@@ -275,9 +275,9 @@ class TrlFineTuning(_Trained):
 
     options: dict[str, Any] = {"bf16": True, "gradient_checkpointing": False}  # noqa: RUF012
 
-    def __init__(self, world: World):
-        self.world, self.size = world, world.size
-        self.examples = world.examples(self.size.examples * self.size.steps)
+    def __init__(self, setup: Setup):
+        self.setup, self.size = setup, setup.size
+        self.examples = setup.examples(self.size.examples * self.size.steps)
         super().__init__(self.size.steps, self.size.examples * self.size.steps)
         self.trainer = self._trainer(self.options)
         self.settings = {**self.options, "optimizer": self.trainer.args.optim}
@@ -286,25 +286,25 @@ class TrlFineTuning(_Trained):
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        world = self.world
+        setup = self.setup
         data = [
             {
-                "input_ids": [*world.sinks, *prompt, *response, world.eos],
-                "completion_mask": [0] * (len(world.sinks) + len(prompt)) + [1] * (len(response) + 1),
+                "input_ids": [*setup.sinks, *prompt, *response, setup.eos],
+                "completion_mask": [0] * (len(setup.sinks) + len(prompt)) + [1] * (len(response) + 1),
             }
             for prompt, response in self.examples
         ]
         arguments = SFTConfig(
             completion_only_loss=True,
             max_length=self.size.model.context + 1,
-            **_arguments(world, self.size.examples),
+            **_arguments(setup, self.size.examples),
             **options,
         )
         return SFTTrainer(
-            to_transformers(world.model()).train(),
+            to_transformers(setup.model()).train(),
             arguments,
             train_dataset=Dataset.from_list(data),
-            processing_class=world.tokenizer,
+            processing_class=setup.tokenizer,
         )
 
     def check(self) -> dict[str, list[float]]:
@@ -328,10 +328,10 @@ class TrlPreferences(_Trained):
 
     options: dict[str, Any] = {"bf16": True, "gradient_checkpointing": False, "precompute_ref_log_probs": True}  # noqa: RUF012
 
-    def __init__(self, world: World):
-        self.world, self.size = world, world.size
+    def __init__(self, setup: Setup):
+        self.setup, self.size = setup, setup.size
         n = self.size.pairs * self.size.steps
-        self.pairs = world.pairs(max(n, self.size.reference))
+        self.pairs = setup.pairs(max(n, self.size.reference))
         super().__init__(self.size.steps, n)
         self.trainer = self._trainer(self.options, self.pairs[:n])
         self.settings = {**self.options, "optimizer": self.trainer.args.optim}
@@ -354,21 +354,21 @@ class TrlPreferences(_Trained):
         arguments = DPOConfig(
             beta=BETA,
             max_length=self.size.model.context + 1,
-            **_arguments(outer.world, self.size.pairs),
+            **_arguments(outer.setup, self.size.pairs),
             **options,
         )
         return Tokenised(
-            to_transformers(self.world.model()).train(),
+            to_transformers(self.setup.model()).train(),
             args=arguments,
             train_dataset=Dataset.from_list(data),
-            processing_class=self.world.tokenizer,
+            processing_class=self.setup.tokenizer,
             # Its own copy of a model in memory would be looked for on the hub, by a name that this one has not.
-            ref_model=None if options.get("precompute_ref_log_probs") else to_transformers(self.world.model()),
+            ref_model=None if options.get("precompute_ref_log_probs") else to_transformers(self.setup.model()),
         )
 
     def _ids(self, pair: tuple) -> tuple[list[int], list[int], list[int]]:
         prompt, chosen, rejected = pair
-        return [*self.world.sinks, *prompt], [*chosen, self.world.eos], [*rejected, self.world.eos]
+        return [*self.setup.sinks, *prompt], [*chosen, self.setup.eos], [*rejected, self.setup.eos]
 
     def _batch(self, trainer: Any, pairs: list) -> dict[str, torch.Tensor]:
         rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), self._ids(pair), strict=True)) for pair in pairs]

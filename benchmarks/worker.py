@@ -22,9 +22,9 @@ def main() -> None:
     target, threads, size, data = sys.argv[1:]
     torch.set_num_threads(int(threads))
     module, name = target.split(":")
-    from benchmarks.world import World
+    from benchmarks.setup import Setup
 
-    contestant = getattr(importlib.import_module(f"benchmarks.{module}"), name)(World(size, data))
+    contestant = getattr(importlib.import_module(f"benchmarks.{module}"), name)(Setup(size, data))
     for line in sys.stdin:
         begun = time.perf_counter()
         if line.strip() == "check":

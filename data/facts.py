@@ -9,10 +9,10 @@ A source that is not found is left out and named on standard error.
 import argparse
 import sys
 
+from basics.errors import SourceError
 from threefold.config import SourceConfig, TokenizerConfig
 from threefold.data import corpus, sources
 from threefold.data.tokenizer import build_tokenizer
-from threefold.errors import SourceError
 
 
 def main() -> None:

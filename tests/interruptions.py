@@ -3,7 +3,7 @@
     python tests/interruptions.py FOLDER SEED KILLS
 
 Forks the stage again and again from one process that has imported torch, so that twenty kills take seconds. Prints one
-JSON object, which tests/test_interruptions.py judges.
+JSON object, which tests/papertrail/test_interruptions.py judges.
 """
 
 import json
@@ -18,13 +18,15 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # or every child would, at its optimizer's first step
-from threefold import config, paths
+
+from basics import paths
+from basics.errors import ThreefoldError
+from papertrail.provenance import Fingerprint
+from papertrail.run import Run, open_stage
+from study import training as stages
+from threefold import config
 from threefold.config import ModelConfig, Preset, TrainConfig
 from threefold.data.packing import pack_documents
-from threefold.errors import ThreefoldError
-from threefold.provenance import Fingerprint
-from threefold.run import Run, open_stage
-from threefold.training import stages
 from threefold.training.state import STATE, read_metrics
 
 MODEL = ModelConfig(n_layer=2, d_model=32, n_head=2, d_ff=48, context=32, vocab_size=61)

@@ -259,7 +259,7 @@ def on_run(notebook: Path, run: str, folder: Path) -> Path:
 
 
 def main(run: str, out: str) -> None:
-    from threefold import paths
+    from basics import paths
 
     with tempfile.TemporaryDirectory() as folder:
         notebook = on_run(PROJECT / "notebooks" / "explore.ipynb", run, Path(folder))

@@ -7,7 +7,8 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from threefold.errors import ThreefoldError
+
+from basics.errors import ThreefoldError
 
 QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 

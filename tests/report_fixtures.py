@@ -8,7 +8,8 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pandas as pd
-from threefold import records
+
+from papertrail import records
 from threefold.evaluation import statistics
 
 MODELS = ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")
@@ -344,8 +345,9 @@ def sink_shares() -> dict:
 def execute_compare(run: Path, script: Path) -> Path:
     """Execute the percent script of 06_compare against a fake run without a kernel, and write the executed notebook."""
     import jupytext
-    from threefold.comparison import Comparison
-    from threefold.comparison import results as comparison_results
+
+    from study.comparison import Comparison
+    from study.comparison import results as comparison_results
 
     source = jupytext.read(script)
     shown: list = []
@@ -362,7 +364,7 @@ def execute_compare(run: Path, script: Path) -> Path:
 
     namespace = {"comparison": Comparison.load(run), "stage": Stage}
     exec(
-        "from threefold.comparison import ablations, attention, claims, figures, insights, length, precedent, tables, "
+        "from study.comparison import ablations, attention, claims, figures, insights, length, precedent, tables, "
         "variance",
         namespace,
     )

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 import torch
-from threefold import cli
+
+from study import cli
 
 # The trainings of a preset, each of one step.
 ONE_STEP = "".join(f"[{name}]\nsteps = 1\n" for name in ("pretrain", "gpt2", "distilgpt2", "sft", "dpo"))

@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from threefold import paths
-from threefold.errors import ConfigError
+from basics import paths
+from basics.errors import ConfigError
 
 
 @dataclass(frozen=True)

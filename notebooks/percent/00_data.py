@@ -27,12 +27,13 @@ overrides = ""  # "section.key=value; ..."
 from dataclasses import asdict, fields
 
 import pandas as pd
-from threefold import records
+
+from papertrail import records
+from papertrail.run import open_stage
+from study.stages import fingerprint
 from threefold.config import evaluation_sources
 from threefold.data import corpus, exclusion
 from threefold.data.tokenizer import build_tokenizer, tokenizer_hash
-from threefold.run import open_stage
-from threefold.stages import fingerprint
 
 stage = open_stage("data", globals())
 folder = stage.begin(fingerprint(stage.run, stage.name))

@@ -40,11 +40,14 @@ batch_size = None
 from dataclasses import asdict
 
 import matplotlib.pyplot as plt
-from threefold import records
+
+from papertrail import records
+from papertrail.run import open_stage
+from study.card import write_card
+from study.stages import fingerprint
+from study.training import prepare, train_stage
 from threefold.model import parameter_counts
-from threefold.run import open_stage
-from threefold.stages import fingerprint
-from threefold.training import curve, prepare, train_stage, write_card
+from threefold.training import curve
 
 stage = open_stage("pretrain", globals())
 inputs = prepare(stage)

@@ -39,10 +39,13 @@ batch_size = None
 from dataclasses import asdict
 
 import matplotlib.pyplot as plt
-from threefold import records
-from threefold.run import open_stage
-from threefold.stages import fingerprint
-from threefold.training import curve, prepare, train_stage, write_card
+
+from papertrail import records
+from papertrail.run import open_stage
+from study.card import write_card
+from study.stages import fingerprint
+from study.training import prepare, train_stage
+from threefold.training import curve
 
 stage = open_stage("dpo", globals())
 inputs = prepare(stage)

@@ -29,11 +29,11 @@ model = "pretrain"
 replicate = 1  # which of the preset's `seeds` trainings of pretrain, sft or dpo
 
 # %%
-from threefold import records
+from papertrail import records
+from papertrail.run import open_stage
+from study.stages import fingerprint
+from study.subjects import subject as open_subject
 from threefold.evaluation import LanguageModel, evaluate, headline, save_items
-from threefold.evaluation.subjects import subject as open_subject
-from threefold.run import open_stage
-from threefold.stages import fingerprint
 
 stage = open_stage("evaluate", globals())
 reference = LanguageModel.from_checkpoint(stage.require("sft"), "sft") if stage.model in ("sft", "dpo") else None

@@ -29,11 +29,12 @@ speed_new_tokens = None
 speed_repeats = None
 
 # %%
-from threefold import config, records
+from papertrail import records
+from papertrail.run import open_stage
+from study.stages import fingerprint
+from study.subjects import subject
+from threefold import config
 from threefold.evaluation import save_items, speed
-from threefold.evaluation.subjects import subject
-from threefold.run import open_stage
-from threefold.stages import fingerprint
 
 stage = open_stage("speed", globals())
 models = [subject(stage, model) for model in config.model_names(stage.preset)]

@@ -32,13 +32,13 @@ seeds = None
 # %%
 from dataclasses import asdict, replace
 
-from threefold import records
-from threefold.comparison import figures, tables
+from papertrail import records
+from papertrail.run import open_stage
+from study.comparison import figures, tables
+from study.stages import fingerprint
 from threefold.config import ablation_base
 from threefold.data.tokenizer import load_tokenizer, sink_ids, with_sinks
 from threefold.evaluation import attention, length
-from threefold.run import open_stage
-from threefold.stages import fingerprint
 from threefold.training import PresetRows, load_variant, run_variants, time_kernels, time_variants
 
 stage = open_stage("ablations", globals())

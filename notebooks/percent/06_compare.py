@@ -29,8 +29,10 @@ overrides = ""
 # notebook here, with both hashes.
 
 # %%
-from threefold import records, stages
-from threefold.comparison import (
+from papertrail import records
+from papertrail.run import open_stage
+from study import stages
+from study.comparison import (
     Comparison,
     ablations,
     attention,
@@ -42,7 +44,6 @@ from threefold.comparison import (
     tables,
     variance,
 )
-from threefold.run import open_stage
 
 stage = open_stage("compare", globals())
 stage.begin(stages.fingerprint(stage.run, stage.name))

@@ -28,7 +28,7 @@ data_dir = ""  # where the texts of items are read; default: $THREEFOLD_DATA, th
 controls = True  # False: no widgets, plain outputs
 
 # %%
-from threefold.explore import Show, open_run, view
+from study.explore import Show, open_run, view
 
 opened = open_run(run, data_dir)
 show = Show(opened, controls)

@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from basics.errors import DataError
+from basics.files import damaged, read_note, sha256_json, sha256_tree, write_note
+from papertrail.provenance import code_fingerprint
 from threefold.config import ModelConfig, SourceConfig
 from threefold.data import sources as registry
 from threefold.data.exclusion import Exclusion
 from threefold.data.packing import Documents, PackedRows, PairedRows, pack_documents, pack_examples, pack_pairs
 from threefold.data.templates import as_document, as_prompt_response
 from threefold.data.tokenizer import encode, sink_ids, tokenizer_hash
-from threefold.errors import DataError
-from threefold.provenance import code_fingerprint, damaged, read_note, sha256_json, sha256_tree, write_note
 
 FORMAT = 1  # of the cached files
 META = "meta.json"  # what a cached stream is, with the hashes of its files

@@ -11,11 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from basics.files import read_note, sha256_json, write_note
+from papertrail.provenance import code_fingerprint
 from threefold.config import OverlapConfig, Preset, SourceConfig, measured_on
 from threefold.data import sources as registry
 from threefold.data.overlap import Found, Index, without
 from threefold.data.templates import as_document
-from threefold.provenance import code_fingerprint, read_note, sha256_json, write_note
 
 CODE = ("threefold.data.overlap", "threefold.data.readers")  # and what they import: templates, wikitext
 

@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from basics.errors import DataError
 from threefold.config import ModelConfig
-from threefold.errors import DataError
 from threefold.segments import PADDING, SINK, TRUNK_SHIFT
 
 IGNORE = -100  # the target of a position that is not learned (torch's cross-entropy default)

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from basics.errors import DataError
 from threefold.data.templates import LABELS, review
 from threefold.data.wikitext import articles, split_lines
-from threefold.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"  # separates documents in plain text files, as in TinyStories' own
 ASSISTANT = "\n\nAssistant:"

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from threefold import paths
+from basics import paths
+from basics.errors import DataError, SourceError
+from basics.files import atomic_write, read_note, sha256_file, sha256_json, write_note
 from threefold.config import SourceConfig
 from threefold.data import readers
-from threefold.errors import DataError, SourceError
-from threefold.provenance import atomic_write, read_note, sha256_file, sha256_json, write_note
 
 REGISTRY = paths.DATA / "sources.toml"
 SHUFFLE_SEED = 0  # of sources marked `shuffle`: one order for everybody

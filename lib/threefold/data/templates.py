@@ -13,8 +13,8 @@ Readers and their items:
 
 from collections.abc import Mapping
 
+from basics.errors import DataError
 from threefold.data.wikitext import natural_text, without_holes
-from threefold.errors import DataError
 
 LABELS = ("negative", "positive")  # of SST-2's 0 and 1
 TEXT_READERS = ("text", "wikitext", "wikitext-raw", "stories", "reviews")

@@ -17,11 +17,11 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from basics.errors import DataError, SourceError
+from basics.files import sha256_json
 from threefold.config import TokenizerConfig
 from threefold.data.packing import Documents
 from threefold.data.sources import gpt2_tokenizer_file
-from threefold.errors import DataError, SourceError
-from threefold.provenance import sha256_json
 
 BOS = "<|bos|>"
 EOS = "<|endoftext|>"

@@ -23,15 +23,15 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from tokenizers.models import BPE
 from torch import Tensor
 
-from threefold import paths
+from basics import paths
+from basics.errors import CheckpointError, EvaluationError, SourceError
+from basics.files import sha256_bytes, sha256_file
 from threefold.config import ExternalConfig, ModelConfig
 from threefold.data.tokenizer import load_tokenizer, tokenizer_hash
-from threefold.errors import CheckpointError, EvaluationError, SourceError
 from threefold.memory import keep_freed_memory
 from threefold.model import hf
 from threefold.model.decoder import Decoder, KVCache
 from threefold.model.generation import generate as generate_ids
-from threefold.provenance import sha256_bytes, sha256_file
 
 BATCH_TOKENS = 16384
 FULL, SHORTER = 1024, 0.8  # positions that keep a device busy; a row of less than this share of the longest waits

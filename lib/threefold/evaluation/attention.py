@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from threefold.errors import EvaluationError
+from basics.errors import EvaluationError
 from threefold.evaluation.length import cut
 from threefold.model.decoder import Attention, Decoder, attend
 

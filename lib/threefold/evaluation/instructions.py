@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from basics.errors import EvaluationError
 from threefold.data.templates import instruction_prompt
-from threefold.errors import EvaluationError
 from threefold.evaluation import statistics
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import SCORING, Evaluation, Metric, Scoring, metric, plain

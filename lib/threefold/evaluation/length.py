@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from basics.errors import DataError, EvaluationError
 from threefold.config import ModelConfig, SourceConfig
 from threefold.data import sources
 from threefold.data.tokenizer import encode
-from threefold.errors import DataError, EvaluationError
 from threefold.evaluation.perplexity import running_text
 from threefold.model.decoder import Attention, AttentionContext, Decoder, additive_mask, repeat_heads, rotary_tables
 from threefold.model.kernels import rotate

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from basics.errors import EvaluationError
 from threefold.data.wikitext import hub_rows
-from threefold.errors import EvaluationError
 from threefold.evaluation import statistics
 from threefold.evaluation.adapter import LanguageModel, Request
 from threefold.evaluation.results import SCORING, Evaluation, Scoring, metric, plain

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from threefold.errors import EvaluationError
+from basics.errors import EvaluationError
 from threefold.evaluation import statistics
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import SCORING, Evaluation, Scoring, metric

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from basics.errors import EvaluationError
 from threefold.data.templates import problem_prompt
-from threefold.errors import EvaluationError
 from threefold.evaluation import statistics
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import SCORING, Evaluation, Scoring, metric, plain, too_long

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from threefold import paths
+from basics import paths
+from basics.errors import EvaluationError
+from basics.files import atomic_write
 from threefold.config import EvaluationConfig, SourceConfig
 from threefold.data import sources
-from threefold.errors import EvaluationError
 from threefold.evaluation import instructions, length, perplexity, preferences, problems, sentiment, speed
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import Evaluation, Progress, Scoring, quiet
-from threefold.provenance import atomic_write
 
 PAGE = paths.PROJECT / "docs" / "protocols.md"
 INTRODUCTION = """# Protocols

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from threefold.errors import EvaluationError
+from basics.errors import EvaluationError
+from basics.files import atomic_write, sha256_bytes
 from threefold.evaluation.statistics import Interval
-from threefold.provenance import atomic_write, sha256_bytes
 
 Metric = dict[str, Any]
 PRECEDENT_ITEMS = 200  # sentiment items of the precedent's protocol; here, for readers of records that load no model

@@ -11,20 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from basics.errors import EvaluationError
 from threefold.data.templates import LABELS, review_prompt
-from threefold.errors import EvaluationError
 from threefold.evaluation import statistics
 from threefold.evaluation.adapter import LanguageModel
-from threefold.evaluation.results import (
-    PRECEDENT_ITEMS,
-    SCORING,
-    Evaluation,
-    Metric,
-    Scoring,
-    metric,
-    plain,
-    too_long,
-)
+from threefold.evaluation.results import PRECEDENT_ITEMS, SCORING, Evaluation, Metric, Scoring, metric, plain, too_long
 
 VERSION = 1  # of the protocols in this module; raised when a number would come out differently
 KEYS = "evaluation.sentiment_shots or model.context"

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from threefold.errors import EvaluationError
+from basics.errors import EvaluationError
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import Evaluation, Progress, metric, quiet
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from basics.errors import ConfigError, DataError
 from threefold.config import ModelConfig
-from threefold.errors import ConfigError, DataError
 from threefold.model.kernels import Linear, Packed, linears, packs, rms_norm, rotate
 from threefold.segments import PADDING, SINK, TRUNK_SHIFT
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from threefold.errors import ConfigError, DataError, EvaluationError
+from basics.errors import ConfigError, DataError, EvaluationError
 from threefold.model.decoder import Decoder, KVCache, StreamingCache
 from threefold.segments import PADDING, SINK
 

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from basics.errors import CheckpointError, ConfigError
+from basics.files import atomic_folder, atomic_write
 from threefold.config import ModelConfig
-from threefold.errors import CheckpointError, ConfigError
 from threefold.model.decoder import Decoder, kv_heads
-from threefold.provenance import atomic_folder, atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from threefold.errors import ConfigError
+from basics.errors import ConfigError
 
 TIMEOUT = timedelta(hours=1)  # of a worker that waits for another: the first may have a corpus to tokenise
 BYTES = 16  # of a parameter in training: fp32 weight, gradient and AdamW's two moments

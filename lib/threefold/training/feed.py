@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from basics.errors import ConfigError, DataError
 from threefold.config import TrainConfig
 from threefold.data.packing import Batch, PackedRows, PairedRows
-from threefold.errors import ConfigError, DataError
 
 
 class Feed:

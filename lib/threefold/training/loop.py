@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from basics.errors import DISK_FULL, TrainingError
 from threefold.config import TrainConfig
 from threefold.data.packing import PackedRows, PairedRows
-from threefold.errors import DISK_FULL, TrainingError
 from threefold.memory import keep_freed_memory
 from threefold.training import distributed
 from threefold.training import optimizers as optim

@@ -14,8 +14,8 @@ from functools import lru_cache
 
 import torch
 
+from basics.errors import ConfigError
 from threefold.config import TrainConfig
-from threefold.errors import ConfigError
 
 # Compiling costs up to a minute with a cold cache and saves about a third of a step: it pays from a few minutes of
 # training on. What a device trains at is only needed to within a factor of two.

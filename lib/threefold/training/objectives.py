@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from basics.errors import ConfigError
 from threefold.data.packing import IGNORE, Batch, PairBatch
-from threefold.errors import ConfigError
 from threefold.training.losses import cross_entropy_sum, distillation_sums, target_logprobs
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from basics.errors import TrainingError
 from threefold.config import TrainConfig
-from threefold.errors import TrainingError
 from threefold.training import distributed
 from threefold.training.numerics import fast_bf16
 

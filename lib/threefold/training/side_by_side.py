@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from threefold.errors import ThreefoldError, TrainingError
+from basics.errors import ThreefoldError, TrainingError
 from threefold.training.numerics import pick_device
 
 

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from threefold.errors import TrainingError
-from threefold.provenance import sync
+from basics.errors import TrainingError
+from basics.files import sync
 
 METRICS = "metrics.jsonl"
 STATE = "resume.safetensors"

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from basics.errors import ConfigError
+from basics.files import damaged, read_note, sha256_json, sha256_tree, write_note
+from papertrail.provenance import code_fingerprint
 from threefold.config import AblationConfig, ModelConfig, Preset, TrainConfig, ablated
 from threefold.data import corpus, exclusion
 from threefold.data.packing import PackedRows
 from threefold.data.tokenizer import load_tokenizer, with_sinks
-from threefold.errors import ConfigError
 from threefold.model.decoder import Decoder, parameter_counts
 from threefold.model.hf import load_checkpoint, save_checkpoint
-from threefold.provenance import code_fingerprint, damaged, read_note, sha256_json, sha256_tree, write_note
 from threefold.training.loop import Progress, clear_state, train
 from threefold.training.objectives import NextToken
 from threefold.training.side_by_side import default_workers, side_by_side

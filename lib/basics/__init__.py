@@ -1,0 +1,1 @@
+"""What both packages need: errors in one line, atomic files and hashes, child processes."""

@@ -1,0 +1,167 @@
+"""Atomic files, hashes, and JSON files that carry their own hash."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from basics import paths
+
+# Hashes -------------------------------------------------------------------------------------------------------------
+
+
+def sha256_bytes(data: bytes) -> str:
+    """SHA-256 of bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hex, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_tree(folder: str | Path) -> dict[str, str]:
+    """{path relative to the folder, with /: SHA-256} of every file under it, sorted by path."""
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON: equal values hash equal, whatever the order of their keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return sha256_bytes(text.encode())
+
+
+# Atomic files -------------------------------------------------------------------------------------------------------
+
+
+def atomic_write(path: str | Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part. Makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill that takes its place, replacing what stood there, only if the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        replace_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Move a finished folder into place. The one it replaces is set aside first and removed last, so that at every
+    moment a whole one is on the disk; `recover_folder` puts it back after a crash between the two renames. Its files
+    reach the disk before it takes its place. Not for two writers at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for file in new.rglob("*"):
+        if file.is_file():
+            sync(file)
+    recover_folder(path)
+    aside = _aside(path)
+    if path.exists():
+        os.rename(path, aside)
+    try:
+        os.rename(new, path)
+    except OSError:
+        recover_folder(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content is on the disk, not only on its way there."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def recover_folder(path: Path) -> None:
+    """Undo what a crash inside `replace_folder` left: put the folder set aside back, or remove it if replaced."""
+    aside = _aside(path)
+    if not aside.exists():
+        return
+    if path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.rename(aside, path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.previous")
+
+
+# Notes --------------------------------------------------------------------------------------------------------------
+
+
+SELF = "note_sha256"  # a note's hash over its own values
+
+
+def write_note(path: Path, values: Mapping[str, Any], indent: int | None = None) -> None:
+    """Keep JSON values with their hash. Raises ValueError for what is not finite JSON."""
+    content = {**values, SELF: sha256_json(values)}
+    atomic_write(path, json.dumps(content, indent=indent, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """The values that `write_note` kept; None when there are none or they are not what was written."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values if values.pop(SELF) == sha256_json(values) else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def damaged(note: Path) -> list[Path]:
+    """What is not as it was written: the note, or files beside it of those it names under "files" ({name: SHA-256})."""
+    values = read_note(note)
+    if values is None:
+        return [note]
+    files = {note.parent / name: digest for name, digest in values.get("files", {}).items()}
+    return [file for file, digest in files.items() if not file.is_file() or sha256_file(file) != digest]
+
+
+# Hashes of large files ----------------------------------------------------------------------------------------------
+
+SMALL = 1 << 20  # bytes; a smaller file is hashed each time
+
+
+def sha256_cached(path: Path) -> str:
+    """SHA-256 of a file; of a large one the hash kept for its path, size and modification time.
+
+    Good enough to decide what to run; `threefold verify` reads every byte.
+    """
+    stat = path.stat()
+    if stat.st_size < SMALL:
+        return sha256_file(path)
+    kept = paths.RUNS / ".cache" / "hashes" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
+    state = [stat.st_size, stat.st_mtime_ns]
+    known = read_note(kept)
+    if known is None or known.get("state") != state:
+        known = {"state": state, "sha256": sha256_file(path)}
+        write_note(kept, known)
+    return known["sha256"]

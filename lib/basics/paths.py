@@ -1,0 +1,20 @@
+"""Where things are: the project's folders, from the editable install, and the runs folder."""
+
+import os
+from pathlib import Path
+
+PACKAGES = Path(__file__).resolve().parents[1]
+PROJECT = PACKAGES.parent
+NOTEBOOKS = PROJECT / "notebooks"
+DATA = PROJECT / "data"
+REPORT = PROJECT / "report"
+PRESETS = PACKAGES / "study" / "presets"
+RUNS = Path(os.environ.get("THREEFOLD_RUNS") or PROJECT / "runs").resolve()
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with ~ and ~NAME put in; where nobody has that name it stays as it is, as in a shell."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)

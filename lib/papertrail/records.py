@@ -1,0 +1,306 @@
+"""Results that live in notebooks: shown to a person and carried as data in the same output.
+
+`publish` displays one output with Markdown, a figure or text for the reader and the same values as
+`application/vnd.threefold+json`. `read` takes records back out of an executed notebook, never from side files.
+"""
+
+import base64
+import json
+import math
+import re
+import struct
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from basics.errors import RecordError
+
+MIME = "application/vnd.threefold+json"
+VERSION = 1
+DPI = 160
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One published result: its values, what the reader sees, and where it stands."""
+
+    name: str
+    values: dict[str, Any]
+    markdown: str | None
+    notebook: str  # file name
+    cell: int  # index in the notebook, from 0
+
+
+class Markdown(str):
+    """Markdown that the author wrote: `table` leaves it as it is. Never for text from data or models."""
+
+
+# Publishing ---------------------------------------------------------------------------------------------------------
+
+
+def publish(
+    name: str, values: Mapping[str, Any], *, markdown: str | None = None, figure: Any = None, text: str | None = None
+) -> None:
+    """Display one result, for a person and as data, in exactly one output.
+
+    values: finite JSON under string keys (NumPy and torch scalars and arrays become numbers and lists).
+    markdown: the table or sentence to show; or figure: a Matplotlib figure, shown as PNG at 160 dpi and closed.
+    text: the plain-text form; with a figure its alternative text, which is then needed.
+    Raises RecordError for values that are not finite JSON or an impossible name.
+    """
+    data, metadata = bundle(name, values, markdown=markdown, figure=figure, text=text)
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.display import display
+
+    if InteractiveShell.initialized():
+        display(data, metadata=metadata, raw=True)
+    else:
+        print(data["text/plain"])
+
+
+def bundle(
+    name: str, values: Mapping[str, Any], *, markdown: str | None = None, figure: Any = None, text: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(data, metadata) of the output that `publish` displays."""
+    if not _NAME.fullmatch(name):
+        raise RecordError(f"record name {name!r}: expected words of A-Z a-z 0-9 . _ - joined by /")
+    if markdown is not None and figure is not None:
+        raise RecordError(f"record {name}: markdown and a figure are two outputs; publish two records")
+    if figure is not None and not text:
+        raise RecordError(f"record {name}: a figure needs text=, its alternative text")
+    if not isinstance(values, Mapping):
+        raise RecordError(f"record {name}: values must be a mapping, not {type(values).__name__}")
+    data: dict[str, Any] = {"text/plain": text or markdown or f"record {name}"}
+    metadata: dict[str, Any] = {}
+    if markdown is not None:
+        data["text/markdown"] = str(markdown)
+    if figure is not None:
+        png = _png(figure)
+        width, height = struct.unpack(">II", png[16:24])  # the PNG header's pixel size; shown at 96 pixels an inch
+        data["image/png"] = base64.b64encode(png).decode()
+        metadata["image/png"] = {"alt": text, "width": round(width * 96 / DPI), "height": round(height * 96 / DPI)}
+    data[MIME] = {"name": name, "version": VERSION, "values": finite(values, name)}
+    return data, metadata
+
+
+def finite(value: Any, where: str) -> Any:
+    """The value as finite JSON. RecordError names the place of a NaN, an infinity or anything that JSON cannot hold."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            raise RecordError(f"record {where}: half of a surrogate pair, which no file can hold")
+        return str(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise RecordError(f"record {where} is {value}: a record holds finite numbers only")
+        return float(value)
+    if isinstance(value, Mapping):
+        wrong = [key for key in value if not isinstance(key, str)]
+        if wrong:
+            raise RecordError(f"record {where}: key {wrong[0]!r} is not a string")
+        return {str(key): finite(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if hasattr(value, "tolist"):  # NumPy, torch and pandas scalars, arrays and series
+        return finite(value.tolist(), where)
+    raise RecordError(f"record {where}: {type(value).__name__} is not JSON")
+
+
+def _png(figure: Any) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    if pyplot is not None:
+        pyplot.close(figure)  # or the inline backend shows it a second time at the end of the cell
+    return buffer.getvalue()
+
+
+# Tables -------------------------------------------------------------------------------------------------------------
+
+
+def table(
+    rows: Any,
+    columns: Sequence[str] | Mapping[str, str] | None = None,
+    *,
+    formats: Mapping[str, int | str | Callable[[Any], str]] | None = None,
+) -> str:
+    """Rows as a Markdown pipe table whose source is aligned; columns of numbers stand to the right.
+
+    rows: a DataFrame, or an iterable of mappings, or of sequences (then `columns` names them).
+    columns: which, in which order; a mapping also gives their headings. Default: the first row's.
+    formats: column -> decimals, a format specification (".2f"), or a function to text; see `number` for the default.
+    None prints as an en dash; NaN is an error, an absent value is None. Text is escaped (see `escape`).
+    Raises RecordError.
+    """
+    rows = _rows(rows, columns)
+    if columns is None:
+        columns = list(rows[0]) if rows else []
+    headings = dict(columns) if isinstance(columns, Mapping) else {name: str(name) for name in columns}
+    if not headings:
+        raise RecordError("table without columns")
+    cells = []
+    for index, row in enumerate(rows):
+        missing = [name for name in headings if name not in row]
+        if missing:
+            raise RecordError(f"table row {index} has no column {missing[0]!r}; it has {', '.join(map(str, row))}")
+        cells.append([_cell(row[name], (formats or {}).get(name), f"{name}[{index}]") for name in headings])
+    right = [
+        all(_is_number(row[name]) for row in rows) and any(row[name] is not None for row in rows) for name in headings
+    ]
+    lines = [[escape(heading) for heading in headings.values()], *cells]
+    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(headings))]
+
+    def render(line: Sequence[str]) -> str:
+        padded = [
+            text.rjust(width) if align else text.ljust(width)
+            for text, width, align in zip(line, widths, right, strict=True)
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = [f"{'-' * (width - 1)}:" if align else "-" * width for width, align in zip(widths, right, strict=True)]
+    return "\n".join(map(render, [lines[0], rule, *lines[1:]])) + "\n"
+
+
+def number(value: float, decimals: int | None = None) -> str:
+    """A number for a reader: whole numbers with thousands separators; others with `decimals`, or about three
+    significant digits. Zero is zero."""
+    if not math.isfinite(value):
+        raise RecordError(f"{value} in a table: a result is finite or absent")
+    if isinstance(value, int):
+        return f"{value:,}"
+    if decimals is not None:
+        return f"{value:,.{decimals}f}"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e6 or size < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(size)))}f}"
+
+
+# What text can be taken for, and how it is written instead. A backslash before it is enough for Pandoc; JupyterLab
+# typesets mathematics in the finished page, where escapes are gone: there no `$` and no backslash may stand beside
+# other text.
+_LITERAL = {
+    **{char: f"\\{char}" for char in "`*_[]{}#~^|'\""},
+    **{char: f"<span>\\{char}</span>" for char in "$\\"},
+    **{"&": "&amp;", "<": "&lt;", ">": "&gt;"},
+    "@": "&#64;",  # a citation, an address, JupyterLab's own mark @@0@@ for mathematics
+    "?@": "?<span>&#64;</span>",  # what Quarto prints for a reference to nothing
+    "{{": "\\{<span>\\{</span>",  # Quarto's shortcodes, which its older versions look for in what Pandoc has read
+    "//": "&#47;&#47;",  # of a bare address, which JupyterLab makes a link
+    ".": "&#46;",  # of www., and of dots that Pandoc draws together
+    "-": "\\-",  # of dashes that Pandoc draws together
+}
+_SPECIAL = re.compile(r"\{\{|\?@|[`*_\[\]{}#~^|'\"$\\&<>@]|(?<=:)//|(?<=www)\.|\.(?=\.\.)|-(?=-)", re.IGNORECASE)
+
+
+def escape(text: str) -> str:
+    """Text of any origin as literal Markdown, for a table cell or inside a line: no HTML, link, code, mathematics,
+    citation, further cell or Quarto shortcode can come of it, in JupyterLab, Pandoc or Quarto."""
+    text = "".join(char if char.isprintable() else " " for char in text)
+    return _SPECIAL.sub(lambda match: _LITERAL[match.group()], text)
+
+
+def _rows(rows: Any, columns: Any) -> list[Mapping[str, Any]]:
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
+        rows = rows.to_dict("records")
+    rows = list(rows)
+    if rows and not isinstance(rows[0], Mapping):
+        if columns is None:
+            raise RecordError("table rows that are sequences need columns=")
+        rows = [dict(zip(columns, row, strict=True)) for row in rows]
+    return rows
+
+
+def _cell(value: Any, form: int | str | Callable[[Any], str] | None, where: str) -> str:
+    if hasattr(value, "item"):  # a NumPy or torch scalar
+        value = value.item()
+    if value is None:
+        return "–"
+    if callable(form):
+        value = form(value)
+    if isinstance(value, Markdown):
+        return str(value)
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        if not math.isfinite(value):
+            raise RecordError(f"{value} in a table at {where}: a result is finite or absent")
+        return format(value, form) if isinstance(form, str) else number(value, form)
+    return escape(str(value))
+
+
+# "0.91", "-3", "1,319", "12%", "253M", "0.91 [0.88, 0.94]", "0.91 (n 872)", "0.91 ± 0.02", "12/20"
+_NUMERIC = re.compile(r"[-+−±<>≈]?\s*\d[\d.,]*(e[-+]?\d+)?\s*[%×kMGTB]?(\s*(\[.*\]|\(.*\)|±.*|[/–]\s*\d.*))?")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a cell reads as a number: a number, a text that begins with one, or nothing."""
+    if isinstance(value, str):
+        return value == "–" or _NUMERIC.fullmatch(value) is not None
+    return value is None or (not isinstance(value, bool) and hasattr(value, "__float__"))
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def read(notebook_path: str | Path) -> dict[str, Record]:
+    """The records of an executed notebook, by name, in its order.
+
+    Raises RecordError: no such file, no notebook, a cell whose output is an error, a record of another version, with
+    values that are not finite, or under a name that is there already.
+    """
+    path = Path(notebook_path)
+    try:
+        notebook = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except FileNotFoundError as error:
+        raise RecordError(f"{path.name}: no such notebook") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecordError(f"{path.name}: cannot be read as a notebook: {error}") from error
+    if not isinstance(notebook, dict) or notebook.get("nbformat") != 4 or not isinstance(notebook.get("cells"), list):
+        raise RecordError(f"{path.name}: no notebook of format 4")
+    records: dict[str, Record] = {}
+    for index, cell in enumerate(notebook["cells"]):
+        outputs = cell.get("outputs", []) if isinstance(cell, dict) else None
+        if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
+            raise RecordError(f"{path.name}: cell {index} is no cell of a notebook")
+        for output in outputs:
+            if output.get("output_type") == "error":
+                raise RecordError(f"{path.name}: cell {index} ended in {output.get('ename')}: {output.get('evalue')}")
+            data = output.get("data", {})
+            if not isinstance(data, dict):
+                raise RecordError(f"{path.name}: cell {index}: an output whose data is no object")
+            if MIME in data:
+                record = _record(data, path.name, index)
+                if record.name in records:
+                    first = records[record.name].cell
+                    raise RecordError(f"{path.name}: record {record.name} stands in cell {first} and in cell {index}")
+                records[record.name] = record
+    return records
+
+
+def _record(data: Mapping[str, Any], notebook: str, cell: int) -> Record:
+    content = data[MIME]
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise RecordError(f"{notebook}: cell {cell}: a record of another version; run the notebook again")
+    name, values = content.get("name"), content.get("values")
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(values, dict):
+        raise RecordError(f"{notebook}: cell {cell}: a record without a name or values")
+    markdown = data.get("text/markdown")
+    if isinstance(markdown, list) and all(isinstance(line, str) for line in markdown):  # nbformat's lists of lines
+        markdown = "".join(markdown)
+    if not isinstance(markdown, str | None):
+        raise RecordError(f"{notebook}: cell {cell}: record {name} has Markdown that is no text")
+    return Record(name, finite(values, name), markdown, notebook, cell)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

@@ -1,0 +1,1 @@
+"""This comparison: presets, stages, records to tables, figures, sentences and claims; explore; command line."""

@@ -1,0 +1,169 @@
+"""The model card: README.md in a checkpoint's folder, in the form that the Hugging Face hub reads.
+
+Made of what the run recorded of this stage and of those it came from, and of the registry of data sources. It holds no
+time and no place, so that the same training writes the same bytes.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import tomli_w
+import yaml
+
+from basics.files import atomic_write, sha256_file
+from papertrail import records
+from papertrail.run import RUN_FILE, Stage, read_run_file
+from study import stages
+from threefold.data.sources import registry
+from threefold.model import hf
+from threefold.training.loop import TrainResult
+
+# The hub's names of the licences in data/sources.toml; whatever else is "other" there.
+LICENCES = {"CC0 1.0": "cc0-1.0", "CC BY-SA 3.0": "cc-by-sa-3.0", "CC BY-NC 4.0": "cc-by-nc-4.0", "MIT": "mit"}
+UNKNOWN = "not known: own files"
+OBJECTIVES = {
+    "pretrain": "cross-entropy of the next token",
+    "gpt2": "cross-entropy of the next token, with GPT-2's parts",
+    "distilgpt2": "distillation from gpt2 at half its depth (Sanh et al. 2019)",
+    "sft": "cross-entropy of the response alone",
+    "dpo": "direct preference optimisation against the SFT checkpoint (Rafailov et al. 2023)",
+}
+
+
+def write_card(stage: Stage, result: TrainResult) -> str:
+    """Write the card of the checkpoint in the stage's work folder, and return it. Before `stage.finish`, which hashes
+    it with the rest."""
+    folder = stage.partial
+    weights = sha256_file(folder / hf.WEIGHTS)
+    own = {**read_run_file(folder), "tokens": result.tokens, "weights_sha256": weights}
+    lineage = [*_parents(stage), own]
+    card = _card(stage, result, lineage)
+    atomic_write(folder / hf.CARD, card)
+    return card
+
+
+def _parents(stage: Stage) -> list[dict[str, Any]]:
+    """run.json of every training this one builds on, the first one first."""
+    plan = stages.steps(stage.preset)
+    before = stages.ancestors(plan, stage.name) - {"data"}
+    return [stage.run.require(name) for name in plan if name in before]
+
+
+def _card(stage: Stage, result: TrainResult, lineage: list[Mapping[str, Any]]) -> str:
+    config = hf.read_config(stage.partial)
+    kind = hf.architecture(config)
+    used = _data(lineage)
+    sections = {"model": _fields(config), stage.model: lineage[-1]["fingerprint"]["config"][stage.model]}
+    trained = [
+        {
+            "stage": facts["stage"],
+            "objective": OBJECTIVES[facts["fingerprint"]["stage"].partition("-")[0]],
+            "tokens": facts["tokens"],
+            "seed": str(facts["fingerprint"]["seed"]),
+            "weights (SHA-256)": facts["weights_sha256"],
+        }
+        for facts in lineage
+    ]
+    restricted = [row["source"] for row in used if "NC" in row["licence"] or "research" in row["licence"]]
+    return f"""---
+{_front(stage, kind, used)}---
+
+# {records.escape(f"{stage.run.name}/{stage.name}")}
+
+A decoder-only language model of {result.parameters:,} parameters ({_class(kind)}), context {config.context:,}, made by
+stage `{stage.name}` of run `{stage.run.name}` of Threefold. It was made to study how such models are trained and
+compared, and is meant for nothing else: it is small, states falsehoods, and was not made safe.
+
+## Training
+
+{records.table(trained)}
+The last row is this model. Tokens are those trained on, without padding and sinks. Fingerprint of the stage
+(configuration, code, data, parents, versions, seed): `{lineage[-1]["fingerprint"]["digest"]}`; the rest of its
+provenance is in `{RUN_FILE}` where the stage left it.
+
+## Data and licences
+
+{records.table(used)}
+The data keep their own licences, and nobody has settled what follows from them for weights: take the strictest one.
+{_warning(restricted)}Text that stands in an evaluation set was {_overlap(lineage)} before training.
+
+## Evaluation
+
+Not evaluated when this card was written; the run measures its models afterwards, and its report says how they did.
+
+## Configuration
+
+```toml
+{tomli_w.dumps(sections)}```
+
+## Use
+
+```python
+{_loading(kind)}```
+"""
+
+
+def _front(stage: Stage, kind: str, used: list[dict[str, str]]) -> str:
+    """The YAML that the hub reads. No base_model: it must name a repository of the hub, and the parent is in none."""
+    licences = {LICENCES.get(row["licence"]) for row in used}
+    known = len(licences) == 1 and None not in licences
+    licence = {"license": licences.pop()} if known else {"license": "other", "license_name": "see-data-and-licences"}
+    hubs = sorted({entry.hub for row in used if (entry := registry().get(row["source"])) and entry.hub})
+    own = any(row["licence"] == UNKNOWN for row in used)
+    values = {
+        **({} if own else {"language": "en"}),
+        **licence,
+        **({"library_name": "threefold"} if kind == hf.OWN else {"library_name": "transformers"}),
+        "pipeline_tag": "text-generation",
+        "tags": ["threefold", stage.model],
+        **({"datasets": hubs} if hubs else {}),
+    }
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _data(lineage: list[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """One row a source and split that any training of the lineage took text from, as its fingerprint has them, and one
+    for a tokenizer from elsewhere."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for facts in lineage:
+        for part, sources in facts["fingerprint"]["config"]["data"].items():
+            for source in () if part.endswith("_heldout") else sources:
+                name = source["source"] or source["path"].rstrip("/").rpartition("/")[2]  # no path of this machine
+                licence = registry()[source["source"]].licence if source["source"] else UNKNOWN
+                rows.setdefault((name, source["split"], licence), []).append(facts["stage"])
+    if lineage[0]["fingerprint"]["config"].get("tokenizer", {}).get("kind") == "gpt2":
+        rows["gpt2-bpe", "all", registry()["gpt2-bpe"].licence] = ["the tokenizer"]
+    return [
+        {"source": name, "split": split, "used by": ", ".join(dict.fromkeys(used)), "licence": licence}
+        for (name, split, licence), used in rows.items()
+    ]
+
+
+def _warning(restricted: list[str]) -> str:
+    if not restricted:
+        return ""
+    names = records.escape(", ".join(dict.fromkeys(restricted)))
+    return f"**Not for commercial use**: {names} came for non-commercial or research use only.\n"
+
+
+def _overlap(lineage: list[Mapping[str, Any]]) -> str:
+    removed = all(facts["fingerprint"]["config"].get("overlap", {}).get("remove") for facts in lineage)
+    return "searched for and left out" if removed else "not left out everywhere"
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def _class(kind: str) -> str:
+    return "a mixture of parts that no standard class holds" if kind == hf.OWN else f"`{kind}` of transformers"
+
+
+def _loading(kind: str) -> str:
+    if kind == hf.OWN:
+        return 'from threefold.model import load_checkpoint\n\nmodel = load_checkpoint("THIS_FOLDER")\n'
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n'
+    )

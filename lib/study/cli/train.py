@@ -1,0 +1,71 @@
+"""`threefold train`: a stage's training without its notebook, alone or as one of the workers that torchrun started.
+
+What is trained stays in the stage's work folder; the stage's notebook then finds it done and finishes the stage.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+
+from basics.errors import ConfigError, ThreefoldError
+from papertrail.run import Run, open_stage
+from study import stages
+from threefold import config
+
+
+def work(run: Run, stage: str, *, begun: bool, say: Callable[[str], None]) -> int:
+    """Train a stage of a run. begun: a notebook has begun it and waits; this worker ends when the notebook does."""
+    if config.replicate_of(stage)[0] not in config.TRAINED:
+        raise ConfigError(f"{stage}: allowed are {', '.join(config.TRAINED)} and their replicates, as in sft-seed2")
+    if begun:
+        threading.Thread(target=_leave_with_stdin, daemon=True).start()
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    try:
+        _train(run, stage, begun, say)
+    except Exception as error:
+        if size == 1:
+            raise
+        if not isinstance(error, ThreefoldError):
+            traceback.print_exc()
+        print(f"threefold: worker {rank} of {size}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # connections to the others may block an orderly end
+    return 0
+
+
+def _train(run: Run, stage: str, begun: bool, say: Callable[[str], None]) -> None:
+    from papertrail import scheduler as executor
+    from papertrail import staleness
+    from study.training import prepare, train_stage
+    from threefold.training import distributed
+
+    fingerprint = stages.fingerprint(run, stage)
+    for need in stages.steps(run.preset)[stage].needs:
+        run.require(need)
+    with distributed.joined() as workers, contextlib.ExitStack() as held:
+        opened = open_stage(stage, {"preset": "", "run": run.name, "data_dir": run.data_dir, "nproc": 1})
+        if workers.first and not begun:
+            held.enter_context(executor.lock(run.path))
+        if workers.agreed(not begun and staleness.state(run, stages.steps(run.preset)[stage]).kind == "fresh"):
+            if workers.first:
+                say(f"{stage}: fresh, nothing to train")
+            return
+        if workers.first:  # the others find its folder, and its tokens in the cache
+            inputs = prepare(opened)
+            folder = opened.partial if begun else opened.begin(fingerprint)
+        workers.agreed(True)
+        if not workers.first:
+            inputs, folder = prepare(opened), opened.partial
+        train_stage(opened, inputs, folder)
+        if workers.first and not begun:
+            say(f"{stage}: its notebook finishes the stage: `threefold run --run {run.name} --only {stage}`")
+
+
+def _leave_with_stdin() -> None:
+    """End this process when whoever started it is gone, however that went."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 1024):
+            pass
+    os._exit(1)

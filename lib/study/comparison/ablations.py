@@ -1,0 +1,154 @@
+"""Effects of single components: a variant against the base, over seeds for the loss and over rounds for the time.
+
+Loss: both were trained from the same seeds on the same rows in the same order; the mean of their differences carries
+Student's interval. Time: in each round both took one step; the median of the ratios carries the interval of order
+statistics, which no single slow round can move. Tokens to equal loss are read off the curves of held-out loss.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from study.comparison.differences import ALPHA
+from study.comparison.load import Comparison
+from threefold.evaluation import statistics
+from threefold.evaluation.statistics import PairedDifference, paired_median, paired_student
+
+BASE = "base"
+QUANTITIES = {"heldout_loss": "perplexity", "tokens_per_second": "training speed"}  # and what a reader is told
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Relative change that the component brings: the base (with it) against the variant (with GPT-2's counterpart).
+
+    change, low, high: e.g. -0.03 is 3% less perplexity. low and high are None where too few values leave no interval.
+    """
+
+    variant: str
+    quantity: str
+    change: float
+    low: float | None
+    high: float | None
+    values: int  # seeds of a loss, rounds of a speed
+
+    @property
+    def basis(self) -> str:
+        """What the effect rests on: "3 seeds", "15 rounds"."""
+        what = "round" if self.quantity == "tokens_per_second" else "seed"
+        return f"{self.values} {what}{'s' if self.values > 1 else ''}"
+
+    @property
+    def turned(self) -> "Effect":
+        """The variant against the base: what comes of switching on what the base is without."""
+        low, high = (None if bound is None else 1 / (1 + bound) - 1 for bound in (self.high, self.low))
+        return Effect(self.variant, self.quantity, 1 / (1 + self.change) - 1, low, high, self.values)
+
+
+def found(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """Variant -> values of its record. The variant is the override it stands for ("norm=layer") or "base"."""
+    result = {}
+    for name, record in comparison.records.items():
+        if name.startswith("ablation/"):
+            result[str(record.values.get("variant", name.partition("/")[2]))] = record.values
+    return result
+
+
+def effect(comparison: Comparison, variant: str, quantity: str) -> Effect | None:
+    """What the base gains over a variant in `heldout_loss` (as perplexity) or `tokens_per_second`.
+
+    Both records hold one value a seed, or one a round of timing, under that name, in the same order.
+    """
+    variants = found(comparison)
+    if BASE not in variants or variant not in variants:
+        return None
+    base, other = (_series(variants[name], quantity) for name in (BASE, variant))
+    n = min(len(base), len(other))
+    if n == 0:
+        return None
+    base, other = base[:n], other[:n]
+    one = paired_student(other, base) if quantity == "heldout_loss" else paired_median(np.log(other), np.log(base))
+    bounds = (None if bound is None else math.expm1(bound) for bound in (one.low, one.high))
+    return Effect(variant, quantity, math.expm1(one.difference), *bounds, one.n)
+
+
+def _series(values: Mapping[str, Any], quantity: str) -> np.ndarray:
+    return np.atleast_1d(np.asarray(values.get(quantity) or [], float))
+
+
+def equal_loss(
+    base: Mapping[str, Sequence[float]], variant: Mapping[str, Sequence[float]]
+) -> tuple[float, float] | None:
+    """Tokens that the base and the variant need to come to the same held-out loss.
+
+    The loss is the higher of the two last ones, which both curves reach; on the way to it each curve is read between
+    its points, linearly in the logarithm of tokens. None where one has come to it by its first point after the start.
+
+    base, variant: {"tokens": [...], "loss": [...]} of one seed.
+    """
+    level = max(base["loss"][-1], variant["loss"][-1])
+    needed = _tokens_to(level, base), _tokens_to(level, variant)
+    return None if None in needed else needed
+
+
+def _tokens_to(level: float, curve: Mapping[str, Sequence[float]]) -> float | None:
+    """Tokens at which a curve first comes down to a loss that it reaches."""
+    points = [(tokens, loss) for tokens, loss in zip(curve["tokens"], curve["loss"], strict=True) if tokens > 0]
+    place = next(i for i, (_, loss) in enumerate(points) if loss <= level)
+    if place == 0:
+        return float(points[0][0]) if points[0][1] == level else None
+    (left, above), (right, below) = points[place - 1 : place + 1]
+    share = (above - level) / (above - below)
+    return math.exp((1 - share) * math.log(left) + share * math.log(right))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A variant against the base. Ratios are kept as logarithms."""
+
+    variant: str
+    loss: PairedDifference  # nats a token, over seeds
+    tokens: PairedDifference | None  # log ratio of tokens to equal loss, over seeds
+    steps: dict[str, PairedDifference]  # size -> log ratio of step times, over rounds
+    loss_p: float  # Holm's, over the variants
+    step_p: dict[str, float]
+
+    @property
+    def detected(self) -> bool:
+        """Whether the difference in held-out loss may be claimed."""
+        return self.loss.low is not None and (self.loss.low > 0 or self.loss.high < 0) and self.loss_p < ALPHA
+
+    def as_record(self) -> dict[str, Any]:
+        tokens = None if self.tokens is None else self.tokens._asdict()
+        steps = {size: one._asdict() | {"p_adjusted": self.step_p[size]} for size, one in self.steps.items()}
+        return {
+            "variant": self.variant,
+            "loss": self.loss._asdict() | {"p_adjusted": self.loss_p},
+            "log_tokens": tokens,
+            "log_step_seconds": steps,
+        }
+
+
+def contrasts(variants: Mapping[str, Mapping[str, Any]]) -> list[Contrast]:
+    """Every variant against the base, from their records' values (`found`)."""
+    if BASE not in variants:
+        return []
+    base, made = variants[BASE], {}
+    for name, values in variants.items():
+        if name == BASE:
+            continue
+        loss = paired_student(_series(base, "heldout_loss"), _series(values, "heldout_loss"))
+        needed = [equal_loss(*pair) for pair in zip(base["curves"], values["curves"], strict=True)]
+        tokens = None if None in needed else paired_student(*np.log(needed).T)
+        timed = base["step_seconds"]
+        steps = {size: paired_median(*np.log([timed[size], values["step_seconds"][size]])) for size in timed}
+        made[name] = (loss, tokens, steps)
+    loss_p = statistics.holm([loss.p for loss, _, _ in made.values()])
+    step_p = {size: statistics.holm([steps[size].p for *_, steps in made.values()]) for size in base["step_seconds"]}
+    return [
+        Contrast(name, *parts, loss_p[place], {size: adjusted[place] for size, adjusted in step_p.items()})
+        for place, (name, parts) in enumerate(made.items())
+    ]

@@ -1,0 +1,151 @@
+"""Facts of training: tokens, time, efficiency and stability, from the stages' records and loss curves."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from study.comparison.load import Comparison
+
+# Dense bf16 matmul peak in FLOP/s, from the vendor's data sheets; a device not listed has no share of a peak.
+PEAKS = {
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one stage took. Seconds are the device's where it was timed, else the stage's wall time."""
+
+    stage: str
+    tokens: int
+    seconds: float
+    timed: str  # "device" or "wall"
+    parameters: int | None
+    facts: dict[str, Any]
+
+    @property
+    def tokens_per_hour(self) -> float:
+        return 3600 * self.tokens / self.seconds
+
+    @property
+    def gpus(self) -> list[str]:
+        """The GPUs that it trained on, one a worker; the machine may have more."""
+        workers = (self.facts.get("training") or {}).get("workers", 1)
+        return ((self.facts.get("hardware") or {}).get("gpu") or [])[:workers]
+
+    @property
+    def device(self) -> str:
+        hardware = self.facts.get("hardware") or {}
+        if gpus := self.gpus:
+            return f"{len(gpus)} × {gpus[0]}" if len(gpus) > 1 else gpus[0]
+        return f"CPU, {hardware['cores']} cores" if hardware.get("cores") else "CPU"
+
+    @property
+    def limit(self) -> tuple[float, str] | None:
+        """FLOP/s of matrix products that the device could do, and where that is from: "measured" on a CPU at the end of
+        the training, in the format and with the threads it trained with; a GPU's "data sheet"."""
+        if measured := (self.facts.get("training") or {}).get("matmul_flops"):
+            return float(measured), "measured"
+        gpus = self.gpus
+        return next(
+            ((len(gpus) * peak, "data sheet") for name, peak in PEAKS.items() if gpus and name in gpus[0]), None
+        )
+
+    @property
+    def flops_per_second(self) -> float | None:
+        """6N a token (Kaplan et al. 2020); attention's share of the context is left out."""
+        return 6 * self.parameters * self.tokens / self.seconds if self.parameters else None
+
+    @property
+    def share_of_limit(self) -> float | None:
+        """Model FLOPs utilisation (Chowdhery et al. 2022, 2204.02311, appendix B, without attention's term), where the
+        limit is known."""
+        return self.flops_per_second / self.limit[0] if self.flops_per_second and self.limit else None
+
+
+def total_parameters(comparison: Comparison, model: str) -> int | None:
+    """Parameters of a model, from its own record or what its evaluations say."""
+    record = comparison.model(model)
+    if record:
+        counts = record.get("parameters")
+        return counts.get("total") if isinstance(counts, dict) else counts
+    return comparison.facts(model).get("parameters")
+
+
+def trainings(comparison: Comparison) -> list[Training]:
+    """Every stage that trained on tokens, in the fixed order."""
+    found = []
+    for stage in comparison.trained:
+        facts = comparison.stage(stage)
+        if not facts or not facts.get("tokens"):
+            continue
+        seconds, timed = facts.get("device_seconds"), "device"
+        if not seconds:
+            seconds, timed = facts.get("wall_seconds"), "wall"
+        if seconds:
+            found.append(
+                Training(stage, int(facts["tokens"]), float(seconds), timed, total_parameters(comparison, stage), facts)
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A stage's losses: mean over the first and last tenth of the steps, held-out at start and end, the worst
+    setback."""
+
+    stage: str
+    steps: int
+    start: float
+    end: float
+    heldout_start: float | None
+    heldout_end: float | None
+    setback: float  # largest rise of the smoothed loss above the least it had been, in nats
+
+    @property
+    def stable(self) -> bool:
+        """No smoothed setback larger than a tenth of what the stage started from, and an end no worse than the
+        start."""
+        return self.setback <= 0.1 * self.start and self.end <= self.start
+
+
+def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
+    """Running mean over a share of the steps."""
+    width = max(1, round(share * len(values)))
+    padded = np.concatenate([np.full(width - 1, values[0]), values])
+    return np.convolve(padded, np.ones(width) / width, mode="valid")
+
+
+def curves(comparison: Comparison) -> list[Curve]:
+    """Every stage with a recorded loss curve."""
+    found = []
+    for stage in comparison.trained:
+        curve = comparison.curve(stage)
+        loss = np.asarray((curve or {}).get("loss") or [], float)
+        if not len(loss):
+            continue
+        tenth = max(1, len(loss) // 10)
+        heldout = (curve.get("heldout") or {}).get("loss") or []
+        smoothed = smooth(loss)
+        setback = float(np.max(smoothed - np.minimum.accumulate(smoothed)))
+        step = curve.get("step") or []
+        found.append(
+            Curve(
+                stage,
+                int(step[-1]) if step else len(loss),
+                float(loss[:tenth].mean()),
+                float(loss[-tenth:].mean()),
+                float(heldout[0]) if heldout else None,
+                float(heldout[-1]) if heldout else None,
+                setback,
+            )
+        )
+    return found

