@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from basics import files, paths
+from basics import files, names, paths
 from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
 from papertrail import provenance
 from papertrail.provenance import Fingerprint
@@ -72,18 +72,18 @@ class StageNotebook:
 def stage_notebook(stage: str) -> StageNotebook:
     """The notebook behind a stage: "gpt2" -> 01_pretrain with model=gpt2, executed as 01_pretrain-gpt2; "sft-seed2"
     -> 02_sft with replicate=2, executed as 02_sft-seed2."""
-    base, replicate = config.replicate_of(stage)
+    base, replicate = names.replicate_of(stage)
     kind, _, model = base.partition("-")
     repeated = replicate == 1 or (model or kind) in config.REPEATED
     if kind not in _STAGES or (kind == "evaluate") != bool(model) or not repeated:
         raise ConfigError(f"unknown stage {stage!r}{_hint(stage, _STAGES)}; allowed: {_stage_list()}")
     if model:
-        config.check_name(model, "model")
+        names.check_name(model, "model")
     source = _STAGES[kind][0]
     model = model or (kind if kind in _PRETRAINED[1:] else "")
     parameters: dict[str, str | int] = {"model": model} if model else {}
     parameters |= {"replicate": replicate} if replicate > 1 else {}
-    executed = config.replicate_name(f"{source}-{model}" if model else source, replicate)
+    executed = names.replicate_name(f"{source}-{model}" if model else source, replicate)
     return StageNotebook(source, executed, parameters)
 
 
@@ -116,7 +116,7 @@ class Run:
         Raises ConfigError.
         """
         if run:
-            config.check_name(run, "run")
+            names.check_name(run, "run")
         if isinstance(overrides, str):
             overrides = config.split_overrides(overrides)
         overrides = overrides if isinstance(overrides, Mapping) else list(overrides)
@@ -156,15 +156,15 @@ class Run:
         """Where a finished stage lies: runs/<run>/<stage>, evaluations in runs/<run>/evaluation/<model>; those of a
         replicate n >= 2 in the same places below runs/<run>/seeds/<n>."""
         stage_notebook(stage)
-        base, replicate = config.replicate_of(stage)
+        base, replicate = names.replicate_of(stage)
         home = replicate_folder(self.path, replicate)
         kind, _, model = base.partition("-")
-        return home / "evaluation" / config.check_name(model, "model") if kind == "evaluate" else home / base
+        return home / "evaluation" / names.check_name(model, "model") if kind == "evaluate" else home / base
 
     def seed(self, stage: str) -> int:
         """The seed of a stage: the preset's; a replicate of a training adds its place, an evaluation does not, so that
         every replicate is asked the same prompts."""
-        base, replicate = config.replicate_of(stage)
+        base, replicate = names.replicate_of(stage)
         return self.preset.seed + (replicate - 1 if base in config.REPEATED else 0)
 
     def partial_folder(self, stage: str) -> Path:
@@ -374,7 +374,7 @@ class Stage:
     @property
     def model(self) -> str:
         """Which model a stage of notebook 01 or 04 is about: "gpt2" of "gpt2", "sft" of "evaluate-sft-seed2"."""
-        return config.replicate_of(self.subject)[0]
+        return names.replicate_of(self.subject)[0]
 
     @property
     def subject(self) -> str:
@@ -384,7 +384,7 @@ class Stage:
     @property
     def replicate(self) -> int:
         """Which training of the lineage this is about, from 1."""
-        return config.replicate_of(self.name)[1]
+        return names.replicate_of(self.name)[1]
 
     @property
     def seed(self) -> int:
@@ -398,7 +398,7 @@ class Stage:
         """Folder of a finished stage this one builds on, of the same replicate where there are several. MissingInput
         names the notebook that makes it, CheckpointError a file in it that is not what that stage wrote."""
         if stage in config.REPEATED:
-            stage = config.replicate_name(stage, self.replicate)
+            stage = names.replicate_name(stage, self.replicate)
         return self.run.intact(stage)
 
     def begin(self, fingerprint: Fingerprint) -> Path:
@@ -488,7 +488,7 @@ def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
     with replicate=2 is "sft-seed2".
     Raises ConfigError.
     """
-    stage, replicate = config.replicate_of(stage)
+    stage, replicate = names.replicate_of(stage)
     kind = stage.partition("-")[0]
     if kind not in _STAGES:
         raise ConfigError(f"unknown stage {stage!r}{_hint(stage, _STAGES)}; allowed: {_stage_list()}")
@@ -505,25 +505,23 @@ def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
     if stage == "pretrain" and model:
         if model not in _PRETRAINED:
             raise ConfigError(
-                f"model {config.shown(model)}{_hint(str(model), _PRETRAINED)}; allowed: {', '.join(_PRETRAINED)}"
+                f"model {names.shown(model)}{_hint(str(model), _PRETRAINED)}; allowed: {', '.join(_PRETRAINED)}"
             )
         stage = section = model
     if stage == "evaluate":
         stage = f"evaluate-{model or 'pretrain'}"
     nproc = given.pop("nproc", None)
     if nproc is not None and (type(nproc) is not int or nproc < 1):
-        raise ConfigError(f"parameter nproc = {config.shown(nproc)}: expected None or a whole number of at least 1")
+        raise ConfigError(f"parameter nproc = {names.shown(nproc)}: expected None or a whole number of at least 1")
     door = {name: given.pop(name) for name in DOOR if name in given}
     overrides = door.pop("overrides", ())
     if not isinstance(overrides, str | list | tuple):
-        raise ConfigError(
-            f"parameter overrides = {config.shown(overrides)}: expected 'key=value; key=value', or a list"
-        )
+        raise ConfigError(f"parameter overrides = {names.shown(overrides)}: expected 'key=value; key=value', or a list")
     overrides = config.split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
     overrides += [config.join_overrides({f"{section}.{name}": value}) for name, value in given.items()]
     for name, value in door.items():
         if isinstance(value, bool | float):
-            raise ConfigError(f"parameter {name} = {config.shown(value)}: expected a string")
+            raise ConfigError(f"parameter {name} = {names.shown(value)}: expected a string")
         door[name] = str(value)  # papermill's -p makes a number of a run named 2024
     run = Run.open(**door, overrides=overrides, create=False)
     if kind == "evaluate":
@@ -541,19 +539,19 @@ def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
 def _replicate(stage: str, replicate: Any, preset: Preset) -> str:
     """The stage's name in that replicate. Raises ConfigError for one that the preset does not ask for."""
     if type(replicate) is not int or replicate < 1:
-        raise ConfigError(f"parameter replicate = {config.shown(replicate)}: expected a whole number of at least 1")
+        raise ConfigError(f"parameter replicate = {names.shown(replicate)}: expected a whole number of at least 1")
     model = stage.removeprefix("evaluate-")
     if replicate > 1 and model not in config.REPEATED:
         raise ConfigError(
-            f"parameter replicate = {config.shown(replicate)}: {model} is trained once; seeds repeats "
+            f"parameter replicate = {names.shown(replicate)}: {model} is trained once; seeds repeats "
             f"{', '.join(config.REPEATED)}"
         )
     if replicate > preset.seeds:
         raise ConfigError(
-            f"parameter replicate = {config.shown(replicate)}: preset {preset.name} has seeds = {preset.seeds}; "
+            f"parameter replicate = {names.shown(replicate)}: preset {preset.name} has seeds = {preset.seeds}; "
             f"overrides='seeds={replicate}' asks for more"
         )
-    return config.replicate_name(stage, replicate)
+    return names.replicate_name(stage, replicate)
 
 
 _SEEN = (
@@ -593,7 +591,7 @@ def _data_folder(given: str) -> str:
 
 
 def _hint(name: str, allowed: Iterable[str]) -> str:
-    miss = config.near_miss(name, allowed)
+    miss = names.near_miss(name, allowed)
     return f", did you mean {miss}?" if miss else ""
 
 

@@ -28,7 +28,7 @@ from typing import IO
 
 import psutil
 
-from basics import errors, paths
+from basics import errors, names, paths
 from basics.errors import MissingInput, RecordError, ThreefoldError
 from papertrail import cleaning
 from papertrail import run as run_folder
@@ -168,7 +168,7 @@ def _roads(plan: Mapping[str, Step]) -> dict[str, int]:
     for step in reversed(plan.values()):
         after = [roads[other.name] for other in plan.values() if step.name in other.needs]
         kind, _, model = step.name.partition("-")
-        external = kind == "evaluate" and config.replicate_of(model)[0] not in config.OWN_MODELS
+        external = kind == "evaluate" and names.replicate_of(model)[0] not in config.OWN_MODELS
         roads[step.name] = (EXTERNAL if external else WEIGHTS.get(kind, 1)) + max(after, default=0)
     return roads
 
@@ -351,7 +351,7 @@ class _Workers:
             "run": self.run.name,
             **({"overrides": self.run.asked["overrides"]} if "overrides" in self.run.asked else {}),
             **step.parameters,
-            **({"nproc": self.nproc} if self.nproc and config.replicate_of(step.name)[0] in config.TRAINED else {}),
+            **({"nproc": self.nproc} if self.nproc and names.replicate_of(step.name)[0] in config.TRAINED else {}),
         }
         self.busy[step.name] = _Job(step, worker, time.monotonic())
         self.say(f"{step.name}: started ({threads} {'thread' if threads == 1 else 'threads'})")

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from basics import files, paths
+from basics import files, names, paths
 from basics.errors import ConfigError, MissingInput, SourceError
 from papertrail.provenance import Fingerprint
 from papertrail.run import Run, stage_notebook
@@ -59,8 +59,8 @@ def steps(preset: Preset) -> dict[str, Step]:
         needs[f"evaluate-{model}"] = (model,) if model in trained else after
     for replicate in range(2, preset.seeds + 1):
         for name in [part for model in config.REPEATED for part in (model, f"evaluate-{model}")]:
-            needs[config.replicate_name(name, replicate)] = tuple(
-                config.replicate_name(need, replicate) if need in config.REPEATED else need for need in needs[name]
+            needs[names.replicate_name(name, replicate)] = tuple(
+                names.replicate_name(need, replicate) if need in config.REPEATED else need for need in needs[name]
             )
     if preset.ablations.steps > 0:
         needs["ablations"] = ("data",)
@@ -80,7 +80,7 @@ def select(preset: Preset, name: str) -> list[str]:
         return [name]
     if name == "evaluate":
         return [stage for stage in every if stage.startswith("evaluate-")]
-    miss = config.near_miss(name, [*every, "evaluate"])
+    miss = names.near_miss(name, [*every, "evaluate"])
     raise ConfigError(
         f"stage {name!r}{f', did you mean {miss}?' if miss else ''}; "
         f"stages of preset {preset.name}: {', '.join(every)}; evaluate means all evaluations"
@@ -118,7 +118,7 @@ def fingerprint(run: Run, stage: str) -> Fingerprint:
     if stage not in every:
         select(run.preset, stage)  # says what is allowed
         raise ConfigError(f"{stage} stands for several stages; name one: {', '.join(select(run.preset, stage))}")
-    step, base = every[stage], config.replicate_of(stage)[0]  # a replicate differs in parents and seed alone
+    step, base = every[stage], names.replicate_of(stage)[0]  # a replicate differs in parents and seed alone
     modules, cells = notebook_code(paths.NOTEBOOKS / f"{step.notebook}.ipynb")
     made = Fingerprint.of(
         stage,
@@ -238,7 +238,7 @@ def data_fingerprints(run: Run, stage: str, read: dict[str, str] | None = None) 
 
     read: with it every byte is read, whatever hashes were kept; it takes what was found, for the next stage.
     """
-    base = config.replicate_of(stage)[0]  # a replicate reads the same
+    base = names.replicate_of(stage)[0]  # a replicate reads the same
     found = {}
     for source in sources(run.preset, base):
         from threefold.data import sources as registry  # late: a stage without data waits for no reader

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from basics import names
 from basics.errors import SourceError
 from papertrail.run import Stage
 from threefold import config
@@ -27,7 +28,7 @@ def subject(stage: Stage, model: str) -> LanguageModel:
         return _from_outside(stage, model, external[model].location, external[model].revision)
     if (location := getattr(baselines, model, "train")) != "train":
         return _from_outside(stage, model, location, getattr(baselines, f"{model}_revision"))
-    name = config.replicate_name(model, stage.replicate) if model in config.REPEATED else model
+    name = names.replicate_name(model, stage.replicate) if model in config.REPEATED else model
     return LanguageModel.from_checkpoint(stage.require(model), name)
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from basics.errors import ConfigError, TrainingError
 from basics.files import atomic_write, damaged, read_note, sha256_tree, write_note
+from basics.names import replicate_of
 from papertrail.run import RUN_FILE, Stage, attempts_determinism, read_run_file
 from study import launch
-from threefold.config import ModelConfig, TrainConfig, replicate_of
+from threefold.config import ModelConfig, TrainConfig
 from threefold.data import corpus, exclusion
 from threefold.data.packing import PackedRows, PairedRows
 from threefold.data.tokenizer import load_tokenizer, without_bos

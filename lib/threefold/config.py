@@ -5,10 +5,8 @@ Whatever cannot be meant (unknown key, wrong type, impossible value) raises one 
 key, what is allowed and the near miss.
 """
 
-import difflib
 import json
 import math
-import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -19,6 +17,7 @@ import tomli_w
 
 from basics import paths
 from basics.errors import ConfigError
+from basics.names import LARGEST_INTEGER, check_name, did_you_mean, near_miss, replicate_of, shown
 
 
 @dataclass(frozen=True)
@@ -240,7 +239,7 @@ def load_preset(name_or_path: str | Path, overrides: Mapping[str, object] | Iter
         path = paths.PRESETS / f"{text}.toml"
         if text not in preset_names():
             raise ConfigError(
-                f"unknown preset {shown(text)}{_hint(text, preset_names())}; "
+                f"unknown preset {shown(text)}{did_you_mean(text, preset_names())}; "
                 f"allowed: {', '.join(preset_names())}, or a path that ends in .toml"
             )
     preset = _read(path)
@@ -357,41 +356,8 @@ def measured_on(preset: Preset) -> dict[str, SourceConfig]:
     return found
 
 
-def replicate_name(name: str, replicate: int) -> str:
-    """A stage's, model's or notebook's name in a replicate: ("sft", 2) -> "sft-seed2"; the first keeps its name."""
-    return name if replicate == 1 else f"{name}-seed{replicate}"
-
-
-def replicate_of(name: str) -> tuple[str, int]:
-    """The inverse of `replicate_name`: "sft-seed2" -> ("sft", 2), "sft" -> ("sft", 1)."""
-    found = _REPLICATE.fullmatch(name)
-    return (found[1], int(found[2])) if found else (name, 1)
-
-
-def check_name(name: str, what: str) -> str:
-    """The name, if it can be a file name everywhere and cannot leave its folder; else ConfigError."""
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"{what} {shown(name)}: a name has only A-Z a-z 0-9 . _ - and starts with a letter or digit")
-    if len(name) > _LONGEST_NAME or name.endswith(".") or name.partition(".")[0].upper() in _WINDOWS:
-        raise ConfigError(
-            f"{what} {shown(name)}: a name has at most {_LONGEST_NAME} characters, does not end in a dot and is none "
-            "that Windows keeps for a device (CON, NUL, ...)"
-        )
-    return name
-
-
-def near_miss(name: str, allowed: Iterable[str]) -> str | None:
-    """The allowed name most like this one, or None when none is near."""
-    found = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
-    return found[0] if found else None
-
-
 # Reading ------------------------------------------------------------------------------------------------------------
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_LONGEST_NAME = 100  # files are named after it, with up to 60 characters more; a file system takes 255
-_WINDOWS = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
-_REPLICATE = re.compile(r"(.+)-seed([2-9]|[1-9][0-9]{1,5})")  # replicates count from 1, which has no suffix
 _LARGEST_FILE = 1 << 20  # bytes of a preset; the ones here have four thousand
 
 
@@ -407,11 +373,6 @@ def _read(path: Path) -> Preset:
     if not table.get("name"):
         table["name"] = path.stem
     return _build(Preset, table, "", path.name)
-
-
-def _hint(name: str, allowed: Iterable[str]) -> str:
-    miss = near_miss(name, allowed)
-    return f", did you mean {miss}?" if miss else ""
 
 
 def _unknown(key: str, cls: type, origin: str) -> ConfigError:
@@ -455,7 +416,7 @@ def _value(kind: Any, value: Any, key: str, origin: str) -> Any:
         return tuple(_value(get_args(kind)[0], item, f"{key}.{index}", origin) for index, item in enumerate(value))
     if get_origin(kind) is Literal and value in get_args(kind):
         return value
-    if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
         number = False
     if kind is float and number and math.isfinite(value):
         return float(value)
@@ -463,7 +424,7 @@ def _value(kind: Any, value: Any, key: str, origin: str) -> Any:
         return value
     if kind in (bool, str) and isinstance(value, kind):
         return value
-    hint = _hint(value, get_args(kind)) if get_origin(kind) is Literal and isinstance(value, str) else ""
+    hint = did_you_mean(value, get_args(kind)) if get_origin(kind) is Literal and isinstance(value, str) else ""
     raise ConfigError(f"{origin}: {key} = {shown(value)}: expected {_describe(kind)}{hint}")
 
 
@@ -475,14 +436,6 @@ def _describe(kind: Any) -> str:
     if is_dataclass(kind):
         return "a table with " + ", ".join(entry.name for entry in fields(kind))
     return {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}[kind]
-
-
-def shown(value: Any) -> str:
-    """A value of any kind as an error names it: as it is written, of a long one the beginning."""
-    if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
-        return f"a number of {value.bit_length()} bits"
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _plain(value: Any) -> Any:
@@ -596,7 +549,6 @@ def _off_or(rule: Rule) -> Rule:
 
 
 _LARGEST_SEED = 2**32 - 1
-_LARGEST_INTEGER = 2**63 - 1  # TOML's
 
 _RULES: dict[type, dict[str, Rule]] = {
     ModelConfig: {

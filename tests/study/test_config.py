@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from basics import paths
+from basics import names, paths
 from basics.errors import ConfigError
 from threefold import config
 from threefold.config import ExternalConfig, Preset, SourceConfig, TrainConfig, load_preset, override
@@ -253,8 +253,8 @@ def test_an_ablation_changes_the_model_only(small):
 
 def test_names_cannot_be_paths():
     for name in ("", ".", "..", ".hidden", "a/b", "a\\b", "a b", "ä", "a\n"):
-        assert "A-Z a-z 0-9" in refused(config.check_name, name, "run")
-    assert config.check_name("SmolLM2-135M_v1.0", "run") == "SmolLM2-135M_v1.0"
+        assert "A-Z a-z 0-9" in refused(names.check_name, name, "run")
+    assert names.check_name("SmolLM2-135M_v1.0", "run") == "SmolLM2-135M_v1.0"
 
 
 def test_models_stand_in_the_reports_order(small):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import damaged, documented, examples, mutated
 
-from basics import paths
+from basics import names, paths
 from papertrail import run
 from threefold import config
 from threefold.config import Preset, from_toml, load_preset, override, to_dict, to_toml
@@ -69,7 +69,7 @@ def test_an_override_of_any_text(key, text):
 @given(name=st.text(max_size=30) | st.from_regex(r"[A-Za-z0-9./\\-]{1,120}", fullmatch=True))
 def test_a_name_stays_in_its_folder(name):
     """Of a run, a model and a stage: it is refused, or a file of that name lies where it should."""
-    if documented(lambda: config.check_name(name, "run"), "run") is not None:
+    if documented(lambda: names.check_name(name, "run"), "run") is not None:
         assert (paths.RUNS / name).parent == paths.RUNS and len(name.encode()) <= 100
         assert name.partition(".")[0].upper() not in ("CON", "NUL", "AUX", "PRN", "COM1", "LPT9")
     opened = run.Run("smoke", paths.RUNS / "smoke", SMOKE)
@@ -88,7 +88,7 @@ def test_names_that_were_tried(tmp_path, monkeypatch):
     """Each by hand: parent, absolute, NUL, long, reserved, turned around, a digit of another script, a link."""
     long, many = "a" * 101, "9" * 5000
     for name in ("../x", "/etc", "a/b", "a\\b", "a\0", long, "CON", "nul.txt", "lpt1", "a.", ".a", "", "\u202ea", "é"):
-        assert documented(lambda name=name: config.check_name(name, "run"), "run") is None
+        assert documented(lambda name=name: names.check_name(name, "run"), "run") is None
     for stage in (
         "evaluate-../../x",
         "evaluate-/etc",

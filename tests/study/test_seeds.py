@@ -10,7 +10,7 @@ from evaluation_fixtures import language_model
 from report_fixtures import MODELS, SKILL, execute_compare, make_run, sha
 from scipy import stats as scipy_stats
 
-from basics import files, paths
+from basics import files, names, paths
 from basics.errors import ConfigError, MissingInput, RecordError
 from papertrail import records
 from papertrail.run import Run, open_stage, stage_notebook
@@ -36,12 +36,12 @@ def project(tmp_path, monkeypatch):
 
 
 def test_a_replicates_name_and_back():
-    assert config.replicate_name("sft", 1) == "sft" and config.replicate_name("sft", 12) == "sft-seed12"
+    assert names.replicate_name("sft", 1) == "sft" and names.replicate_name("sft", 12) == "sft-seed12"
     for name in ("sft", "evaluate-sft", "02_sft"):
         for replicate in (1, 2, 10, 37):
-            assert config.replicate_of(config.replicate_name(name, replicate)) == (name, replicate)
+            assert names.replicate_of(names.replicate_name(name, replicate)) == (name, replicate)
     for name in ("sft-seed1", "sft-seed0", "sft-seed02", "sft-seeds2", "-seed2"):
-        assert config.replicate_of(name) == (name, 1)
+        assert names.replicate_of(name) == (name, 1)
 
 
 def test_folders_notebooks_and_commands_of_replicates(project):

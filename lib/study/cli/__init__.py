@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from basics import files
+from basics import files, names
 from basics.errors import DISK_FULL, ConfigError, MissingInput, ThreefoldError
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def _run(options: argparse.Namespace) -> int:
     from threefold import config
 
     if options.run:
-        config.check_name(options.run, "run")
+        names.check_name(options.run, "run")
     preset = options.preset
     if not preset and not (options.run and (paths.RUNS / options.run / "config.toml").is_file()):
         preset = "smoke"

@@ -5,11 +5,10 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from basics import paths
+from basics import names, paths
 from basics.errors import ConfigError, ThreefoldError
 from papertrail import scheduler as executor
 from papertrail.run import at_work
-from threefold import config
 
 REMADE = ("report", "tensorboard", "wandb", ".executing")  # by the commands of those names, and by `threefold run`
 CONFIG = "config.toml"  # what makes a folder a run; the last to go, so that a removal cut short can be taken up again
@@ -22,10 +21,10 @@ def runs() -> list[str]:
 
 def folder(name: str) -> Path:
     """The folder of a run, whether or not its config.toml can still be read. Raises ConfigError."""
-    config.check_name(name, "run")
+    names.check_name(name, "run")
     path = paths.RUNS / name
     if not (path / CONFIG).is_file():
-        miss = config.near_miss(name, runs())
+        miss = names.near_miss(name, runs())
         raise ConfigError(
             f"no run {name!r}{f', did you mean {miss}?' if miss else ''}; "
             f"runs: {', '.join(runs()) or 'none yet'}; `threefold run --run {name}` makes it"

@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
+from basics import names
 from basics.errors import ConfigError, ThreefoldError
 from papertrail.run import Run, open_stage
 from study import stages
@@ -18,7 +19,7 @@ from threefold import config
 
 def work(run: Run, stage: str, *, begun: bool, say: Callable[[str], None]) -> int:
     """Train a stage of a run. begun: a notebook has begun it and waits; this worker ends when the notebook does."""
-    if config.replicate_of(stage)[0] not in config.TRAINED:
+    if names.replicate_of(stage)[0] not in config.TRAINED:
         raise ConfigError(f"{stage}: allowed are {', '.join(config.TRAINED)} and their replicates, as in sft-seed2")
     if begun:
         threading.Thread(target=_leave_with_stdin, daemon=True).start()

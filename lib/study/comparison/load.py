@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from basics import files
+from basics import files, names
 from basics.errors import MissingInput, RecordError
 from papertrail import records
 from papertrail.records import Record
@@ -109,7 +109,7 @@ class Comparison:
                 if weights and made.setdefault(weights, place) != place:
                     raise RecordError(
                         f"replicates {made[weights]} and {place} of {model} have the same weights {weights}: they are "
-                        f"one training; run {config.replicate_name(model, place)} again"
+                        f"one training; run {names.replicate_name(model, place)} again"
                     )
         for model in self.models:
             made = self._made(model)
@@ -261,5 +261,5 @@ def _first_name(name: str) -> tuple[str, int]:
     """A record's name in the first training, and the replicate it is of: "stage/sft-seed2" -> ("stage/sft", 2)."""
     kind, slash, rest = name.partition("/")
     subject, *protocol = rest.split("/")
-    base, replicate = config.replicate_of(subject)
+    base, replicate = names.replicate_of(subject)
     return "/".join([f"{kind}{slash}{base}", *protocol]), replicate

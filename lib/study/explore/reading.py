@@ -10,10 +10,10 @@ import pandas as pd
 
 from basics import files, paths
 from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
+from basics.names import check_name, near_miss, replicate_of
 from papertrail.run import Run, data_dir_of
 from study import stages
 from study.comparison.load import Comparison
-from threefold import config
 from threefold.config import SourceConfig
 from threefold.data import sources
 from threefold.data.templates import instruction_prompt
@@ -36,10 +36,10 @@ def open_run(name: str = "smoke", data_dir: str = "") -> Run:
     data_dir: where the texts of evaluation items are read; default $THREEFOLD_DATA, then what the run was made with.
     Raises MissingInput, with the runs there are and the command that makes one.
     """
-    config.check_name(name, "run")
+    check_name(name, "run")
     names = run_names()
     if name not in names:
-        miss = config.near_miss(name, names)
+        miss = near_miss(name, names)
         raise MissingInput(
             f"no run {name!r}{f', did you mean {miss}?' if miss else ''}; runs: {', '.join(names) or 'none yet'}; "
             "`threefold run --preset smoke` makes one"
@@ -53,7 +53,7 @@ def open_run(name: str = "smoke", data_dir: str = "") -> Run:
 def trainings(run: Run) -> list[str]:
     """The stages that train a model in this run's preset, replicates included."""
     models = set(stages.TRAINS) - {"ablations"}
-    return [name for name in stages.steps(run.preset) if config.replicate_of(name)[0] in models]
+    return [name for name in stages.steps(run.preset) if replicate_of(name)[0] in models]
 
 
 def chosen(run: Run, names: str | Iterable[str]) -> list[str]:
@@ -64,7 +64,7 @@ def chosen(run: Run, names: str | Iterable[str]) -> list[str]:
     allowed = trainings(run)
     for name in named:
         if name not in allowed:
-            miss = config.near_miss(name, allowed)
+            miss = near_miss(name, allowed)
             raise ConfigError(
                 f"stage {name!r}{f', did you mean {miss}?' if miss else ''}; run {run.name} trains {', '.join(allowed)}"
             )

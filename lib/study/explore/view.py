@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from basics.errors import ConfigError, DataError, MissingInput, RecordError, ThreefoldError
+from basics.names import near_miss, replicate_of
 from papertrail.run import Run
 from study.comparison import models as naming
 from study.comparison.measures import KEYS
@@ -22,7 +23,6 @@ from study.comparison.training import smooth
 from study.explore import page, reading
 from study.explore.page import INK, QUIET, RULE, Html, Shown
 from study.explore.reading import open_run
-from threefold import config
 from threefold.data.templates import instruction_prompt
 from threefold.data.tokenizer import encode, sink_ids
 from threefold.evaluation import attention as looking
@@ -68,7 +68,7 @@ def overview(run: Run) -> Shown:
         _, absent = reading.there(run, [name])
         missing += absent
         facts = {} if absent else run.require(name)
-        base, replicate = config.replicate_of(name)
+        base, replicate = replicate_of(name)
         rows.append(
             {
                 "stage": name,
@@ -222,7 +222,7 @@ def window(places: Sequence[float], span: tuple[float, float]) -> np.ndarray:
 def _loss(axes: Axes, name: str, history: dict, span: tuple[float, float], against: str, smoothing: float) -> str:
     at, loss = np.asarray(history[against], float), np.asarray(history["loss"], float)
     kept = window(at, span)
-    tint = naming.colour(config.replicate_of(name)[0])
+    tint = naming.colour(replicate_of(name)[0])
     axes.plot(at[kept], loss[kept], color=tint, linewidth=0.6, alpha=0.45 if smoothing else 1.0)
     if smoothing:
         axes.plot(at[kept], smooth(loss, smoothing)[kept], color=tint, linewidth=1.6, label="training")
@@ -232,7 +232,7 @@ def _loss(axes: Axes, name: str, history: dict, span: tuple[float, float], again
         inside = (places >= span[0] * at[-1]) & (places <= span[1] * at[-1])
         axes.plot(places[inside], values[inside], "o", color=INK, markersize=4, label="held out")
     axes.set(title=name, xlabel="tokens trained on" if against == "tokens" else "step")
-    axes.set_ylabel("loss (nats per pair)" if config.replicate_of(name)[0] == "dpo" else "loss (nats per token)")
+    axes.set_ylabel("loss (nats per pair)" if replicate_of(name)[0] == "dpo" else "loss (nats per token)")
     axes.legend(frameon=False, fontsize=8)
     _quiet(axes)
     if not kept.any():
@@ -344,7 +344,7 @@ def items(
     models = reading.comparison(run).models
     for name in (first, second):
         if name not in models:
-            miss = config.near_miss(name, models)
+            miss = near_miss(name, models)
             hint = f", did you mean {miss}?" if miss else ""
             raise MissingInput(f"run {run.name} has not evaluated {name!r}{hint}; evaluated are {', '.join(models)}")
     frames = [_per_item(reading.items(run, name, protocol)) for name in (first, second)]
