@@ -1,4 +1,4 @@
-"""The trainings of tests/threefold/test_distributed.py; as a script, which torchrun starts, what each worker does of them."""
+"""The trainings of tests/threefold/test_distributed.py; as a script under torchrun, what each worker does of them."""
 
 import sys
 from pathlib import Path

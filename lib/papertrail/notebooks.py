@@ -18,7 +18,7 @@ from pathlib import Path
 from basics import paths
 from basics.errors import RecordError, ThreefoldError
 from basics.files import atomic_write
-from papertrail.cleaning import joined, read_notebook, write_notebook
+from papertrail.notebook_files import read_notebook, write_notebook
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -48,7 +48,7 @@ def to_notebook(script: str) -> dict:
             "cell_type": cell.cell_type,
             "id": identity if seen[identity] == 1 else f"{identity[:56]}-{seen[identity]}",
             "metadata": {key: value for key, value in cell.metadata.items() if key not in ("lines_to_next_cell",)},
-            "source": cell.source.splitlines(keepends=True),
+            "source": cell.source,
         }
         if cell.cell_type == "code":
             entry |= {"execution_count": None, "outputs": []}
@@ -67,7 +67,7 @@ def to_script(notebook: dict) -> str:
                 "cell_type": cell["cell_type"],
                 "id": cell.get("id", f"cell-{index}"),
                 "metadata": cell.get("metadata", {}),
-                "source": joined(cell["source"]),
+                "source": cell["source"],
                 **({"execution_count": None, "outputs": []} if cell["cell_type"] == "code" else {}),
             }
             for index, cell in enumerate(notebook["cells"])

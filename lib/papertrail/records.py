@@ -5,7 +5,6 @@
 """
 
 import base64
-import json
 import math
 import re
 import struct
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from basics.errors import RecordError
+from papertrail.notebook_files import errors, outputs, read_notebook
 
 MIME = "application/vnd.threefold+json"
 VERSION = 1
@@ -259,31 +259,17 @@ def read(notebook_path: str | Path) -> dict[str, Record]:
     values that are not finite, or under a name that is there already.
     """
     path = Path(notebook_path)
-    try:
-        notebook = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except FileNotFoundError as error:
-        raise RecordError(f"{path.name}: no such notebook") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecordError(f"{path.name}: cannot be read as a notebook: {error}") from error
-    if not isinstance(notebook, dict) or notebook.get("nbformat") != 4 or not isinstance(notebook.get("cells"), list):
-        raise RecordError(f"{path.name}: no notebook of format 4")
+    notebook = read_notebook(path)
+    for error in errors(notebook):
+        raise RecordError(f"{path.name}: cell {error['cell']} ended in {error['ename']}: {error['evalue']}")
     records: dict[str, Record] = {}
-    for index, cell in enumerate(notebook["cells"]):
-        outputs = cell.get("outputs", []) if isinstance(cell, dict) else None
-        if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
-            raise RecordError(f"{path.name}: cell {index} is no cell of a notebook")
-        for output in outputs:
-            if output.get("output_type") == "error":
-                raise RecordError(f"{path.name}: cell {index} ended in {output.get('ename')}: {output.get('evalue')}")
-            data = output.get("data", {})
-            if not isinstance(data, dict):
-                raise RecordError(f"{path.name}: cell {index}: an output whose data is no object")
-            if MIME in data:
-                record = _record(data, path.name, index)
-                if record.name in records:
-                    first = records[record.name].cell
-                    raise RecordError(f"{path.name}: record {record.name} stands in cell {first} and in cell {index}")
-                records[record.name] = record
+    for index, output in outputs(notebook):
+        if MIME in output.get("data", {}):
+            record = _record(output["data"], path.name, index)
+            if record.name in records:
+                first = records[record.name].cell
+                raise RecordError(f"{path.name}: record {record.name} stands in cell {first} and in cell {index}")
+            records[record.name] = record
     return records
 
 
@@ -295,12 +281,6 @@ def _record(data: Mapping[str, Any], notebook: str, cell: int) -> Record:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(values, dict):
         raise RecordError(f"{notebook}: cell {cell}: a record without a name or values")
     markdown = data.get("text/markdown")
-    if isinstance(markdown, list) and all(isinstance(line, str) for line in markdown):  # nbformat's lists of lines
-        markdown = "".join(markdown)
     if not isinstance(markdown, str | None):
         raise RecordError(f"{notebook}: cell {cell}: record {name} has Markdown that is no text")
     return Record(name, finite(values, name), markdown, notebook, cell)
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")

@@ -30,9 +30,10 @@ import psutil
 
 from basics import errors, names, paths
 from basics.errors import MissingInput, RecordError, ThreefoldError
-from papertrail import cleaning
+from papertrail import notebook_files
 from papertrail import run as run_folder
 from papertrail.run import Run
+from papertrail.scrub import scrub
 from papertrail.staleness import State, state
 from study import stages
 from study.stages import Step
@@ -396,24 +397,22 @@ class _Workers:
         failed = self.run.notebook(f"{step.executed}.failed")
         kind = event["event"]
         try:
-            notebook = cleaning.read_notebook(partial)
+            notebook = notebook_files.read_notebook(partial)
         except RecordError:
             notebook = None  # the worker went before papermill wrote anything
-        raised = cleaning.errors(notebook) if notebook else []
+        raised = notebook_files.errors(notebook) if notebook else []
         if notebook is not None:
-            cleaning.clean(
-                notebook,
-                input_path=f"notebooks/{step.notebook}.ipynb",
-                output_path=f"runs/{self.run.name}/notebooks/{final.name}",
-                private={
-                    **_own_paths(config.to_dict(self.run.preset)),
-                    self._preset: Path(self._preset).name,
-                    self.run.data_dir: "$THREEFOLD_DATA",
-                    str(self.run.path.parent): "runs",
-                },
-            )
+            own = {
+                **_own_paths(config.to_dict(self.run.preset)),
+                self._preset: Path(self._preset).name,
+                self.run.data_dir: "$THREEFOLD_DATA",
+                str(self.run.path.parent): "runs",
+                f"{paths.PROJECT}/": "",
+                str(paths.PROJECT): ".",
+            }
+            notebook = scrub(notebook, own)
         if kind == "done" and notebook is not None and not raised:
-            cleaning.write_notebook(final, notebook)
+            notebook_files.write_notebook(final, notebook)
             partial.unlink()
             failed.unlink(missing_ok=True)
             self._check_made(step)
@@ -421,7 +420,7 @@ class _Workers:
             return
         kept = ""
         if notebook is not None:
-            cleaning.write_notebook(failed, notebook)
+            notebook_files.write_notebook(failed, notebook)
             partial.unlink()
             kept = f" (kept: runs/{self.run.name}/notebooks/{failed.name})"
         raise StageFailed(_explanation(step, event, raised) + kept)

@@ -20,7 +20,7 @@ from shared import ONE_STEP, flip
 
 from basics import files, paths
 from basics.errors import ConfigError, MissingInput, RecordError, ThreefoldError
-from papertrail import cleaning, notebooks, records, rerun, staleness, verify
+from papertrail import notebook_files, notebooks, records, rerun, staleness, verify
 from papertrail import scheduler as executor
 from papertrail.run import Run
 from study import stages
@@ -545,7 +545,7 @@ kept.exists() or kept.write_text(f"{attempts}")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(cleaning, "write_notebook", full)
+        patch.setattr(notebook_files, "write_notebook", full)
         execute(run, "pretrain")
     assert run.finished("pretrain")["attempts"] == 1 and not run.notebook("01_pretrain").exists()
     execute(run, "pretrain")
@@ -557,7 +557,7 @@ kept.exists() or kept.write_text(f"{attempts}")
     assert made.read_text() == "1" and run.finished("pretrain")["attempts"] == 1
     for changed in ("seed", "bytes"):  # of other inputs, or damaged: made anew
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-            patch.setattr(cleaning, "write_notebook", full)
+            patch.setattr(notebook_files, "write_notebook", full)
             execute(run, "pretrain", force=True)
         if changed == "bytes":
             flip(made)
@@ -668,175 +668,3 @@ def without_nursery(popen):
         return popen(command, **options)
 
     return start
-
-
-# Cleaning -----------------------------------------------------------------------------------------------------------
-
-
-def cell(*outputs: dict, **more) -> dict:
-    return {
-        "cell_type": "code",
-        "id": "a",
-        "metadata": {},
-        "source": "",
-        "execution_count": 1,
-        "outputs": list(outputs),
-        **more,
-    }
-
-
-def book(*cells: dict, **metadata) -> dict:
-    return {"cells": list(cells), "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
-
-
-def stream(text: str, name: str = "stdout") -> dict:
-    return {"output_type": "stream", "name": name, "text": text}
-
-
-def shown(notebook: dict, index: int = 0) -> str:
-    return "".join("".join(output["text"]) for output in notebook["cells"][index]["outputs"])
-
-
-def test_cleaning_plays_carriage_returns_and_drops_bars():
-    found = cleaning.clean(
-        book(
-            cell(
-                stream("a\rb\rstep 3\n"),
-                stream("  7%|▋  | 3/40 [00:01<00:12,  2.94it/s]\r100%|██| 40/40 [00:09<00:00, 4.1it/s]\n", "stderr"),
-                stream("\x1b[31mred\x1b[0m\r\n", "stdout"),
-            )
-        )
-    )
-    assert shown(found) == "step 3\nred\n"
-
-
-def test_cleaning_keeps_head_and_tail_of_a_flood():
-    found = shown(cleaning.clean(book(cell(*[stream(f"line {number}\n") for number in range(1000)])))).splitlines()
-    assert found[0] == "line 0" and found[-1] == "line 999"
-    assert len(found) == cleaning.STREAM_HEAD + cleaning.STREAM_TAIL + 1
-    assert "... 960 lines left out ..." in found
-
-
-def test_cleaning_leaves_no_path_user_or_host(monkeypatch):
-    monkeypatch.setattr(cleaning.socket, "gethostname", lambda: "box-17.example")
-    home, project = str(Path.home()), str(paths.PROJECT)
-    values = {"name": "x", "version": 1, "values": {"file": f"{project}/runs/smoke/sft", "ratio": "3/4 of a/b"}}
-    display = {"output_type": "display_data", "metadata": {}, "data": {records.MIME: values, "image/png": "/9j/4A/x"}}
-    error = {"output_type": "error", "ename": "E", "evalue": "", "traceback": ["File /usr/lib/python3/json.py"]}
-    found = cleaning.clean(
-        book(
-            cell(stream(f"{project}/runs/x {home}/y me@box-17.example /opt/thing/lib.so:3\n"), display, error),
-            cell(id="9f", metadata={"tags": ["injected-parameters"]}, source=[f'data_dir = "{project}/d"\n']),
-            papermill={
-                "input_path": f"{project}/n.ipynb",
-                "output_path": "/tmp/x.ipynb",
-                "environment_variables": {"A": "b"},
-            },
-        ),
-        input_path="notebooks/n.ipynb",
-        output_path="runs/smoke/notebooks/n.ipynb",
-        private={"/data/mine": "$THREEFOLD_DATA"},
-    )
-    outputs = found["cells"][0]["outputs"]
-    assert outputs[0]["text"] == ["runs/x ~/y me@<host> lib.so:3\n"]
-    assert outputs[1]["data"][records.MIME]["values"] == {"file": "runs/smoke/sft", "ratio": "3/4 of a/b"}
-    assert outputs[1]["data"]["image/png"] == "/9j/4A/x"
-    assert outputs[2]["traceback"] == ["File json.py"]
-    assert found["cells"][1]["source"] == ['data_dir = "d"\n'] and found["cells"][1]["id"] == "injected-parameters"
-    assert found["metadata"]["papermill"] == {
-        "input_path": "notebooks/n.ipynb",
-        "output_path": "runs/smoke/notebooks/n.ipynb",
-    }
-
-
-def test_a_host_named_like_a_word_of_the_notebook_stays(monkeypatch):
-    monkeypatch.setattr(cleaning.socket, "gethostname", lambda: "laptop")
-    found = cleaning.clean(book(cell(stream("preset laptop\n"), source="preset = 'laptop'")))
-    assert shown(found) == "preset laptop\n"
-
-
-def test_cleaning_twice_changes_nothing():
-    notebook = book(cell(stream("a\rb\n\x1b[1mc\n"), stream(f"{paths.PROJECT}/x\n", "stderr")), papermill={})
-    once = json.dumps(cleaning.clean(notebook), sort_keys=True)
-    assert json.dumps(cleaning.clean(json.loads(once)), sort_keys=True) == once
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"nbformat": 3, "cells": []}', '{"nbformat": 4, "cells": [1]}', "\xff"]
-)
-def test_a_file_that_is_no_notebook_is_refused(tmp_path, text):
-    file = tmp_path / "x.ipynb"
-    file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(RecordError, match=r"x\.ipynb"):
-        cleaning.read_notebook(file)
-
-
-# Pairs --------------------------------------------------------------------------------------------------------------
-
-SCRIPT = """# %% [markdown]
-# # A title
-
-# %% tags=["parameters"]
-preset = "smoke"
-
-# %%
-# | a comment
-x = 1
-
-# %%
-#| label: tbl-one
-#| tbl-cap: One
-x
-
-# %%
-x = 1
-
-# %%
-x = 1
-"""
-
-
-@pytest.fixture
-def pair(tmp_path):
-    (tmp_path / "percent").mkdir()
-    (tmp_path / "percent" / "one.py").write_text(SCRIPT)
-    return tmp_path
-
-
-def test_sync_writes_a_runnable_notebook_once(pair):
-    assert notebooks.check(pair) == ["percent/one.py: no one.ipynb beside it"]
-    assert notebooks.sync(pair) == [pair / "one.ipynb"]
-    made = nbformat.read(pair / "one.ipynb", 4)
-    nbformat.validate(made)
-    assert made.metadata.kernelspec.name == "python3"
-    assert made.cells[1].metadata.tags == ["parameters"]
-    assert made.cells[3].id == "tbl-one" and made.cells[3].source.startswith("#| label: tbl-one")
-    assert made.cells[5].id == made.cells[4].id + "-2"
-    assert notebooks.sync(pair) == [] and notebooks.check(pair) == []
-
-
-def test_an_inserted_cell_changes_no_other_id(pair):
-    notebooks.sync(pair)
-    before = [entry["id"] for entry in cleaning.read_notebook(pair / "one.ipynb")["cells"]]
-    (pair / "percent" / "one.py").write_text("# %%\nnew = True\n\n" + SCRIPT)
-    notebooks.sync(pair)
-    assert [entry["id"] for entry in cleaning.read_notebook(pair / "one.ipynb")["cells"]][1:] == before
-
-
-def test_check_names_the_difference_and_the_way_back_keeps_everything(pair):
-    notebooks.sync(pair)
-    edited = nbformat.read(pair / "one.ipynb", 4)
-    edited.cells[2].source = "x = 2"
-    edited.cells[2].outputs = [nbformat.v4.new_output("stream", text="2")]
-    nbformat.write(edited, pair / "one.ipynb")
-    (problem,) = notebooks.check(pair)
-    assert problem.startswith("one.ipynb differs from percent/one.py: ") and "x = 2" not in SCRIPT
-    assert set(notebooks.sync(pair, from_notebooks=True)) == {pair / "percent" / "one.py", pair / "one.ipynb"}
-    script = (pair / "percent" / "one.py").read_text()
-    assert "x = 2" in script and '# %% tags=["parameters"]' in script and "#| label: tbl-one" in script
-    assert notebooks.check(pair) == [] and notebooks.sync(pair, from_notebooks=True) == []
-    assert not cleaning.read_notebook(pair / "one.ipynb")["cells"][2]["outputs"]
-
-
-def test_the_projects_pairs_agree():
-    assert notebooks.check() == []

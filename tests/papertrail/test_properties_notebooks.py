@@ -11,7 +11,8 @@ from report_fixtures import cell, notebook, output
 
 from basics import paths
 from papertrail import records, run
-from papertrail.report import notebooks, scrub
+from papertrail.notebook_files import errors, labelled_cells, read_notebook
+from papertrail.scrub import scrub
 from threefold import config
 from threefold.training import state
 from threefold.training.state import curve
@@ -36,11 +37,12 @@ def read(path):
     for name, record in (found or {}).items():
         assert name == record.name and isinstance(record.markdown, str | None)
         assert records.finite(record.values, name) == record.values
-    loaded = documented(lambda: notebooks.load(path), path.name)
+    loaded = documented(lambda: read_notebook(path, schema=True), path.name)
     if loaded is not None:
-        documented(lambda: notebooks.labelled(loaded, path.name), path.name)
-        documented(lambda: notebooks.errors(loaded))
-        nbformat.validate(documented(lambda: scrub.scrub(loaded, {}, ())))
+        documented(lambda: labelled_cells(loaded, path.name), path.name)
+        documented(lambda: errors(loaded))
+        for publish in (False, True):
+            nbformat.validate(documented(lambda publish=publish: scrub(loaded, {}, names=(), publish=publish)))
 
 
 @examples(150)

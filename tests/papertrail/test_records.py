@@ -122,8 +122,8 @@ def test_what_cannot_be_published():
     ("content", "message"),
     [
         ("{", "cannot be read as a notebook"),
-        ("[]", "no notebook of format 4"),
-        ('{"nbformat": 3, "worksheets": []}', "no notebook of format 4"),
+        ("[]", "not a notebook of format 4"),
+        ('{"nbformat": 3, "worksheets": []}', "not a notebook of format 4"),
         (
             '{"nbformat": 4, "cells": [{"outputs": [{"data": {"%s": {"version": 1, "values": NaN}}}]}]}',
             "NaN is not JSON",

@@ -9,7 +9,6 @@ from report_fixtures import cell, notebook, output, sha
 from basics import paths
 from basics.errors import ReportError
 from papertrail.report import check, require, sources
-from papertrail.report.scrub import leaks, scrub, without_progress
 
 QMD = """---
 title: "A title"
@@ -252,50 +251,3 @@ def test_section_numbers_follow_levels():
 
 
 # Scrubbing -----------------------------------------------------------------------------------------------------------
-
-
-def nbformat_of(*cells):
-    return nbformat.v4.new_notebook(cells=list(cells))
-
-
-@pytest.mark.parametrize(
-    ("text", "clean"),
-    [
-        ('data_dir = "/srv/someone/data"', 'data_dir = "…/data"'),
-        ("File /home/jane/project/lib/x.py, line 3", "File …/x.py, line 3"),
-        ("home is /home/jane", "home is ~"),
-        ("/proj/threefold/runs/smoke/sft", "./runs/smoke/sft"),
-        (r"C:\Users\jane\data\x.txt", "…/x.txt"),
-        ("on host-17.example now", "on … now"),
-        ("9,000 tokens/s and 1/2, a / b, https://example.org/a/b, runs/smoke/sft, ./x/y", None),
-        ("r'[\\w/]+' </td></tr> 3//2", None),
-    ],
-)
-def test_paths_and_hosts_go_and_everything_else_stays(text, clean):
-    roots = {"/proj/threefold": "."}
-    made = scrub(nbformat_of(cell(text)), roots, ("host-17.example",))
-    assert made.cells[0].source == (text if clean is None else clean)
-    assert leaks(made, ("host-17.example",)) == []
-
-
-def test_scrubbing_reaches_metadata_outputs_and_records_but_not_images():
-    entry = cell("x", output("a", {"file": "/srv/me/x.parquet", "n": 3}, "see /srv/me/x.parquet"))
-    entry.outputs[0].data["image/png"] = "iVBORw0KGgo/AAAA/BBBB/CCCC"
-    entry.metadata["papermill"] = {"start_time": "now"}
-    entry.metadata["tags"] = ["parameters"]
-    made = nbformat_of(entry)
-    made.metadata["papermill"] = {"input_path": "/srv/me/in.ipynb", "parameters": {"data_dir": "/srv/me/data"}}
-    made.metadata["widgets"] = {"x": 1}
-    clean = scrub(made, {})
-    assert leaks(made, ()) and leaks(clean, ()) == []
-    data = clean.cells[0].outputs[0].data
-    assert data["application/vnd.threefold+json"]["values"] == {"file": "…/x.parquet", "n": 3}
-    assert data["image/png"] == entry.outputs[0].data["image/png"]
-    assert clean.cells[0].metadata == {"tags": ["parameters"]}
-    assert clean.metadata["papermill"]["parameters"] == {"data_dir": "…/data"} and "widgets" not in clean.metadata
-    assert entry.outputs[0].data["text/markdown"] == "see /srv/me/x.parquet"  # the original is untouched
-
-
-def test_progress_bars_leave_no_litter():
-    text = "start\n 10%|█         | 1/10 [00:00<00:09, 1.0it/s]\n\r 50%|█████ | 5/10\rdone 10\n\x1b[31mred\x1b[0m\n"
-    assert without_progress(text) == "start\ndone 10\nred\n"

@@ -5,11 +5,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import nbformat
-
 from basics.errors import RecordError, ReportError
+from papertrail import scrub
+from papertrail.notebook_files import Cell, errors, labelled_cells, read_notebook
 from papertrail.records import read as read_records
-from papertrail.report import notebooks, scrub, sources
+from papertrail.report import sources
 
 COMPARE = "06_compare.ipynb"  # whose record the variables are
 LABEL = re.compile(r"^(?:tbl|fig|txt)-[a-z0-9]+(?:-[a-z0-9]+)*$")
@@ -27,7 +27,7 @@ def check(folder: Path) -> list[str]:
     problems += [
         f"index.qmd line {item.line}: {item.key} is not an embed alone on its line or a var" for item in source.unknown
     ]
-    loaded: dict[str, nbformat.NotebookNode] = {}
+    loaded: dict[str, dict] = {}
     for embed in source.embeds:
         if embed.notebook in loaded or any(embed.notebook in problem for problem in problems):
             continue
@@ -38,15 +38,17 @@ def check(folder: Path) -> list[str]:
             problems.append(f"index.qmd line {embed.line}: {embed.notebook} does not exist; `threefold run` makes it")
         else:
             try:
-                loaded[embed.notebook] = notebooks.load(path)
-            except ReportError as error:
+                loaded[embed.notebook] = read_notebook(path, schema=True)
+            except RecordError as error:
                 problems.append(str(error))
-    cells: dict[str, list[notebooks.Cell]] = {}
+    cells: dict[str, list[Cell]] = {}
     for name, notebook in loaded.items():
-        problems += [f"{name} cell {cell}: holds the error {what}" for cell, what in notebooks.errors(notebook)]
+        for error in errors(notebook):
+            said = " ".join(error["evalue"].split())[:160]
+            problems.append(f"{name} cell {error['cell'] + 1}: holds the error {error['ename']}: {said}")
         problems += [f"{name} {leak}" for leak in scrub.leaks(notebook)]
         try:
-            cells[name] = notebooks.labelled(notebook, name)
+            cells[name] = labelled_cells(notebook, name)
         except ReportError as error:
             problems.append(str(error))
             cells[name] = []
@@ -63,7 +65,7 @@ def require(folder: Path) -> None:
         raise ReportError("the report does not hold together:\n" + "\n".join(f"- {problem}" for problem in problems))
 
 
-def _labels(cells: dict[str, list[notebooks.Cell]]) -> list[str]:
+def _labels(cells: dict[str, list[Cell]]) -> list[str]:
     problems = []
     places: dict[str, list[str]] = {}
     for name, labelled in cells.items():
@@ -79,7 +81,7 @@ def _labels(cells: dict[str, list[notebooks.Cell]]) -> list[str]:
     return problems
 
 
-def _targets(source: sources.Source, cells: dict[str, list[notebooks.Cell]]) -> list[str]:
+def _targets(source: sources.Source, cells: dict[str, list[Cell]]) -> list[str]:
     problems = []
     for key, count in Counter(embed.label for embed in source.embeds).items():
         if count > 1:
@@ -96,7 +98,7 @@ def _targets(source: sources.Source, cells: dict[str, list[notebooks.Cell]]) -> 
         cell = matching[0]
         place = f"{embed.notebook} cell {cell.index} ({cell.label})"
         if len(cell.outputs) != 1 or len(cell.displays) != 1:
-            kinds = ", ".join(output.output_type for output in cell.outputs) or "no output"
+            kinds = ", ".join(output["output_type"] for output in cell.outputs) or "no output"
             problems.append(f"{place}: an embedded cell has exactly one displayed output, this one has {kinds}")
         elif embed.kind == "fig" and not cell.image:
             problems.append(f"{place}: a fig- cell displays an image/png, this one has none")

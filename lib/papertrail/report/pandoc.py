@@ -12,7 +12,8 @@ import pypandoc
 import yaml
 
 from basics.errors import ReportError
-from papertrail.report import notebooks, sources
+from papertrail.notebook_files import Cell, labelled_cells, read_notebook
+from papertrail.report import sources
 
 NAMES = {"tbl": "Table", "fig": "Figure", "sec": "Section"}
 STYLES = ("report.css", "pandoc.css")
@@ -36,13 +37,13 @@ def _caption(text: str) -> str:
     return " ".join(text.split())
 
 
-def _block(cell: notebooks.Cell, named: str) -> str:
+def _block(cell: Cell, named: str) -> str:
     kind = cell.label.partition("-")[0]
     if kind == "tbl":
         caption = f": {named}: {_caption(cell.caption)}"
         return f"::: {{#{cell.label} .float-table}}\n\n{cell.markdown.strip()}\n\n{caption}\n\n:::"
     if kind == "fig":
-        alt = _caption(cell.alt).replace("\\", "").replace('"', "'")
+        alt = _caption(cell.alternative_text).replace("\\", "").replace('"', "'")
         return f'![{named}: {_caption(cell.caption)}](data:image/png;base64,{cell.image}){{#{cell.label} alt="{alt}"}}'
     return f"::: {{#{cell.label} .generated}}\n\n{cell.markdown.strip()}\n\n:::"
 
@@ -52,9 +53,9 @@ def expand(folder: Path) -> str:
     source = sources.read(folder)
     variables = sources.read_variables(folder)
     names = numbers(source)
-    cells: dict[tuple[str, str], notebooks.Cell] = {}
+    cells: dict[tuple[str, str], Cell] = {}
     for name in {embed.notebook for embed in source.embeds}:
-        for cell in notebooks.labelled(notebooks.load(folder / name), name):
+        for cell in labelled_cells(read_notebook(folder / name), name):
             cells[name, cell.label] = cell
 
     def fill(text: str) -> str:

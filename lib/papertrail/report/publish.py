@@ -4,15 +4,15 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import nbformat
 import yaml
 
 from basics import paths
 from basics.errors import MissingInput, ReportError
 from basics.files import atomic_write, damaged, replace_folder
+from papertrail.notebook_files import read_notebook, write_notebook
 from papertrail.records import read as read_records
-from papertrail.report import notebooks, scrub
 from papertrail.report.check import COMPARE, require
+from papertrail.scrub import scrub
 
 RENDERED = "rendered.json"  # hashes of the page and of what it was made from, beside it
 MADE = ("executed", "_variables.yml", "index.html", "index_files", "_site", ".quarto", RENDERED)
@@ -53,10 +53,9 @@ def write_executed(run, folder: Path, *, project: Path = paths.PROJECT) -> dict[
     path = run_path(run)
     found = executed(path)
     folder.mkdir(parents=True, exist_ok=True)
-    roots = scrub.project_roots(project, path)
+    roots = {str(project): "."} | {str(place): f"runs/{path.name}" for place in (path, path.resolve())}
     for notebook in found:
-        clean = scrub.scrub(notebooks.load(notebook), roots)
-        atomic_write(folder / notebook.name, nbformat.writes(clean) + "\n")
+        write_notebook(folder / notebook.name, scrub(read_notebook(notebook, schema=True), roots, publish=True))
     return variables(path / "notebooks" / COMPARE)
 
 
