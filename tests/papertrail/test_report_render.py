@@ -41,19 +41,19 @@ def page(run):
     said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "which", lambda name: None)
-        path = render(run, say=said.append)
+        path = render(run, paths.REPORT, say=said.append)
     assert said == ["Quarto is not on the PATH: rendering the same sources with Pandoc."]
     return path.read_text(encoding="utf-8")
 
 
 def test_one_changed_byte_of_a_rendered_page_is_named(copy):
-    render(copy, say=lambda line: None)
-    assert rendered(copy) == []
+    render(copy, paths.REPORT, say=lambda line: None)
+    assert rendered(copy, paths.REPORT) == []
     for name in ("index.html", "index.qmd", "_variables.yml", "executed/06_compare.ipynb", "rendered.json"):
         changed = copy / "report" / name
         before = changed.read_bytes()
         flip(changed, len(before) // 2)
-        assert [line.partition(":")[0] for line in rendered(copy)] == [f"report/{name}"]
+        assert [line.partition(":")[0] for line in rendered(copy, paths.REPORT)] == [f"report/{name}"]
         changed.write_bytes(before)
 
 
@@ -112,9 +112,9 @@ def test_figures_have_alternative_text(page):
 
 
 def test_rendering_again_replaces_the_page_and_leaves_nothing_else(copy):
-    first = render(copy, say=lambda line: None)
+    first = render(copy, paths.REPORT, say=lambda line: None)
     before = first.read_bytes()
-    assert render(copy, say=lambda line: None).read_bytes() == before
+    assert render(copy, paths.REPORT, say=lambda line: None).read_bytes() == before
     assert sorted(path.name for path in copy.iterdir() if path.name.startswith(".")) == []
     assert not paths.REPORT.joinpath("index.html").exists()
 
@@ -123,33 +123,33 @@ def test_rendering_again_replaces_the_page_and_leaves_nothing_else(copy):
 
 
 def test_a_report_that_does_not_hold_together_leaves_no_page(copy):
-    page = render(copy, say=lambda line: None)
+    page = render(copy, paths.REPORT, say=lambda line: None)
     assert page.is_file()
     path = copy / "notebooks" / "00_data.ipynb"
     made = nbformat.read(path, as_version=4)
     made.cells = made.cells[1:]
     nbformat.write(made, path)
     with pytest.raises(ReportError, match=r"00_data\.ipynb has no cell labelled 'tbl-sources'"):
-        render(copy, say=lambda line: None)
+        render(copy, paths.REPORT, say=lambda line: None)
     assert not page.exists()
     assert not [path for path in copy.iterdir() if path.name.startswith(".")]
 
 
-def test_a_run_without_comparison_is_told_how_to_get_one(copy):
-    (copy / "notebooks" / "06_compare.ipynb").unlink()
-    with pytest.raises(MissingInput, match=r"06_compare\.ipynb.*threefold run --run fake"):
-        render(copy, say=lambda line: None)
-
-
-def test_a_comparison_without_variables_is_an_error(copy):
-    notebook(copy / "notebooks" / "06_compare.ipynb", cell("x", output("a", {}, "x")))
-    with pytest.raises(ReportError, match="no record named 'variables'"):
-        render(copy, say=lambda line: None)
+@pytest.mark.parametrize("without", ["notebook", "record"])
+def test_a_run_without_comparison_is_an_error_that_names_the_command(copy, without):
+    comparison = copy / "notebooks" / "06_compare.ipynb"
+    comparison.unlink()
+    if without == "record":
+        notebook(comparison, cell("x", output("a", {}, "x")))
+    with pytest.raises(
+        MissingInput, match=r"no executed notebook with the record 'variables'.*threefold run --run fake"
+    ):
+        render(copy, paths.REPORT, say=lambda line: None)
 
 
 def test_what_pandoc_refuses_is_one_line(tmp_path, copy):
     folder = tmp_path / "report"
-    assemble(copy, folder)
+    assemble(copy, paths.REPORT, folder)
     (folder / "references.bib").write_text(
         (folder / "references.bib").read_text() + "\n@article{broken,\n  title = {x\n"
     )
@@ -191,7 +191,7 @@ def test_quarto_is_used_where_it_is_on_the_path(copy, tmp_path, monkeypatch):
         tmp_path / "bin", '[ "$1" = render ] && mkdir -p "$2/.quarto" && echo "<p>by quarto</p>" > "$2/index.html"'
     )
     said = []
-    page = render(copy, say=said.append)
+    page = render(copy, paths.REPORT, say=said.append)
     assert page.read_text() == "<p>by quarto</p>\n" and said == [] and not (page.parent / ".quarto").exists()
 
 
@@ -210,7 +210,7 @@ def test_a_failing_quarto_leaves_no_page(copy, tmp_path, monkeypatch, script, pa
     (copy / "report" / "index.html").write_text("stale")
     fake_quarto(tmp_path / "bin", script)
     with pytest.raises(ReportError, match=pattern):
-        render(copy)
+        render(copy, paths.REPORT)
     assert not (copy / "report" / "index.html").exists()
 
 
@@ -226,15 +226,15 @@ def test_publishing_writes_scrubbed_notebooks_and_variables(copy, tmp_path):
     path = copy / "notebooks" / "02_sft.ipynb"
     made = nbformat.read(path, as_version=4)
     made.cells.insert(0, cell('data_dir = "/srv/someone/data"'))
-    made.cells.insert(1, cell(f'folder = "{paths.PROJECT}/runs/fake"'))
+    made.cells.insert(1, cell(f'folder = "{tmp_path}/runs/fake"'))
     nbformat.write(made, path)
     shutil.copy(path, copy / "notebooks" / "03_dpo.failed.ipynb")
-    published = publish(copy, report=report)
+    published = publish(copy, report)
     assert [one.name for one in published] == sorted(
         p.name for p in (copy / "notebooks").glob("*.ipynb") if not p.name.endswith(".failed.ipynb")
     )
     text = (report / "executed" / "02_sft.ipynb").read_text()
-    assert "/srv/someone" not in text and str(paths.PROJECT) not in text and "./runs/fake" in text
+    assert "/srv/someone" not in text and str(tmp_path) not in text and "./runs/fake" in text
     assert check(report) == []
     assert sources.read_variables(report)["parameters"] == "1.05M"
     page = render_folder(report, say=lambda line: None)
@@ -248,6 +248,6 @@ def test_publishing_a_run_that_does_not_hold_together_changes_nothing(copy, tmp_
     (report / "executed" / "old.ipynb").write_text("{}")
     (copy / "notebooks" / "00_data.ipynb").unlink()
     with pytest.raises(ReportError, match=r"00_data\.ipynb does not exist"):
-        publish(copy, report=report)
+        publish(copy, report)
     assert [path.name for path in (report / "executed").iterdir()] == ["old.ipynb"]
     assert not (report / "_variables.yml").exists() and not list(tmp_path.glob(".report*"))

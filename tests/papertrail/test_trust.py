@@ -74,7 +74,7 @@ def attacked(tmp_path_factory):
     execute_compare(run, paths.NOTEBOOKS / "percent" / "06_compare.py")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shutil.which", lambda name: None)
-        return render(run, say=lambda line: None).read_text(encoding="utf-8")
+        return render(run, paths.REPORT, say=lambda line: None).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -1,7 +1,7 @@
-"""Rendering by Pandoc alone: what Quarto does to our sources, done to the Markdown before Pandoc sees it.
+"""Rendering with Pandoc alone: the Markdown is expanded as Quarto would expand it before Pandoc reads it.
 
 Embeds become tables, figures and text, numbered in order with captions; variables are filled in; cross-references
-become numbered links; citations are citeproc's. The result is one HTML file with its images and styles inside.
+become numbered links; citeproc makes the citations. The result is one HTML file that holds its images and styles.
 """
 
 import subprocess

@@ -1,5 +1,4 @@
-"""One HTML file from a report folder: by Quarto where it is installed, else by Pandoc; never a half-written or stale
-one."""
+"""One HTML file from a report folder, by Quarto where it is installed, else by Pandoc. A failure leaves no page."""
 
 import re
 import shutil
@@ -12,7 +11,7 @@ from basics.errors import ReportError
 from basics.files import atomic_write, recover_folder, replace_folder, sha256_tree, write_note
 from papertrail.report import pandoc
 from papertrail.report.check import require
-from papertrail.report.publish import RENDERED, assemble, run_path
+from papertrail.report.publish import RENDERED, assemble
 
 PAGE = "index.html"
 # Attributes whose address is fetched when the page opens, on whatever element; of `href` see `_Loads`.
@@ -22,7 +21,7 @@ STYLE_LOADS = re.compile(r"""(?:@import\s+(?:url\()?|url\(\s*)["']?(?!data:|#)([
 
 
 class _Loads(HTMLParser):
-    """Collects what a page would fetch when it opens. What a link in the text (`<a href>`) leads to is not fetched."""
+    """Collect what a page would fetch when it opens; the target of a link in the text (`<a href>`) is not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,27 +53,27 @@ class _Loads(HTMLParser):
             self.found += [f"<style>: {found[:100]}" for found in STYLE_LOADS.findall(data)]
 
 
-def render(run, *, say: Callable[[str], None] = print) -> Path:
+def render(run: Path, report: Path, *, say: Callable[[str], None] = print) -> Path:
     """Render a run's own report to `<run>/report/index.html` and return that path.
 
     The sources are copied beside the run's executed notebooks, checked, rendered in a scratch folder and moved into
     place whole. When anything fails, no `index.html` is left from an earlier render.
 
     Args:
-        run: a `papertrail.run.Run` or its folder.
-        say: takes the one line about a missing Quarto.
+        run: the run's folder.
+        report: the folder of the report's sources.
+        say: receives the line that reports a missing Quarto.
 
     Raises:
-        ReportError: what does not hold together, one line a failure.
+        ReportError: what does not hold together, one line a problem.
     """
-    path = run_path(run)
-    target = path / "report"
+    target = run / "report"
     recover_folder(target)
     (target / PAGE).unlink(missing_ok=True)
-    work = path / ".report.partial"
+    work = run / ".report.partial"
     shutil.rmtree(work, ignore_errors=True)
     try:
-        assemble(path, work)
+        assemble(run, report, work)
         render_folder(work, say=say)
         write_note(work / RENDERED, {"files": sha256_tree(work)})
         replace_folder(work, target)
@@ -84,38 +83,38 @@ def render(run, *, say: Callable[[str], None] = print) -> Path:
 
 
 def render_folder(folder: Path, *, say: Callable[[str], None] = print) -> Path:
-    """Check and render a report folder in place, e.g. the published `report/`; returns the HTML's path."""
+    """Check and render a report folder in place, e.g. the published `report/`; return the HTML's path."""
     page = folder / PAGE
     page.unlink(missing_ok=True)
     require(folder)
     quarto = shutil.which("quarto")
     if quarto:
-        text = _quarto(quarto, folder)
+        text = _render_with_quarto(quarto, folder)
     else:
         say("Quarto is not on the PATH: rendering the same sources with Pandoc.")
         text = pandoc.render(folder)
-    if found := inspect(text):
+    if problems := inspect(text):
         page.unlink(missing_ok=True)
-        raise ReportError("the rendered page is not whole:\n" + "\n".join(f"- {line}" for line in found))
+        raise ReportError("the rendered page is not whole:\n" + "\n".join(f"- {line}" for line in problems))
     if not quarto:
         atomic_write(page, text)
     return page
 
 
-def _quarto(quarto: str, folder: Path) -> str:
-    """`quarto render`, and the page it wrote. What Quarto leaves on a failure is removed."""
+def _render_with_quarto(quarto: str, folder: Path) -> str:
+    """Run `quarto render` and return the page it wrote; remove what Quarto leaves behind on a failure."""
     page = folder / PAGE
     result = subprocess.run([quarto, "render", str(folder)], capture_output=True, text=True, encoding="utf-8")
     shutil.rmtree(folder / ".quarto", ignore_errors=True)
     if result.returncode or not page.is_file():
         page.unlink(missing_ok=True)
-        said = " ".join((result.stderr or result.stdout).split())[-800:]
-        raise ReportError(f"quarto render failed ({result.returncode}): {said}")
+        message = " ".join((result.stderr or result.stdout).split())[-800:]
+        raise ReportError(f"quarto render failed ({result.returncode}): {message}")
     return page.read_text(encoding="utf-8")
 
 
 def inspect(html: str) -> list[str]:
-    """What is wrong with a rendered page although its renderer was content: one line each."""
+    """Problems of a rendered page that its renderer does not report, one line each."""
     text = re.sub(r"<(script|style)\b.*?</\1>", "", html, flags=re.DOTALL | re.IGNORECASE)
     loads = _Loads()
     loads.feed(html)

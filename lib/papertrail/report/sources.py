@@ -6,7 +6,7 @@ shortcodes, so that Quarto and Pandoc render the same document.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -20,6 +20,7 @@ CROSSREF = re.compile(r"(?<![\w@\\/.])@((?:tbl|fig|sec)-\w(?:[\w-]*\w)?)")
 CITATION = re.compile(r"(?<![\w@\\/.])-?@(?!(?:tbl|fig|sec)-)([A-Za-z]\w*(?:[-:.]\w+)*)")
 HEADING = re.compile(r"^(#{1,6})\s+(.*?)\s*(?:\{([^}]*)\})?\s*$")
 BIB_KEY = re.compile(r"^\s*@\w+\s*\{\s*([^,\s]+)\s*,", re.MULTILINE)
+FENCE = re.compile(r"^\s*(`{3,}|~{3,})")
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,14 @@ class Embed:
 
     @property
     def kind(self) -> str:
-        """`tbl`, `fig` or `txt`: what stands before the label's first hyphen."""
+        """`tbl`, `fig` or `txt`: the part of the label before its first hyphen."""
         return self.label.partition("-")[0]
 
 
 @dataclass(frozen=True)
 class Section:
-    level: int
     title: str
-    identifier: str  # "" when the heading carries none
+    identifier: str  # "" for a heading without one
     number: str  # "2.1"; "" for unnumbered headings
     line: int
 
@@ -49,86 +49,80 @@ class Reference:
     line: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
-    """One parsed `index.qmd`."""
+    """A parsed `index.qmd`."""
 
     text: str
-    body_start: int  # index of the first line after the front matter
-    embeds: tuple[Embed, ...]
-    variables: tuple[Reference, ...]
-    crossrefs: tuple[Reference, ...]
-    citations: tuple[Reference, ...]
-    sections: tuple[Section, ...]
-    unknown: tuple[Reference, ...]  # shortcodes that are neither embed nor var, and embeds that share their line
+    body_start: int = 0  # index of the first line after the front matter
+    embeds: list[Embed] = field(default_factory=list)
+    variables: list[Reference] = field(default_factory=list)
+    crossrefs: list[Reference] = field(default_factory=list)
+    citations: list[Reference] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+    unknown: list[Reference] = field(default_factory=list)  # other shortcodes, and embeds that share their line
 
 
 def prose(lines: list[str]) -> list[str]:
-    """The lines with code blocks, inline code and HTML comments blanked, so that nothing in them counts as a
-    reference."""
-    kept, fence, comment = [], "", False
+    """The lines with code blocks, inline code and HTML comments blanked, in which nothing counts as a reference."""
+    kept, fence, in_comment = [], "", False
     for line in lines:
-        marker = re.match(r"^\s*(`{3,}|~{3,})", line)
+        marker = FENCE.match(line)
         if fence:
-            if marker and line.strip().startswith(fence) and line.strip().strip(fence[0]) == "":
+            if marker and line.strip().startswith(fence) and not line.strip().strip(fence[0]):
                 fence = ""
             kept.append("")
             continue
-        if marker and not comment:
+        if marker and not in_comment:
             fence = marker.group(1)
             kept.append("")
             continue
         shown = ""
         while line:
-            if comment:
-                _, found, line = line.partition("-->")
-                comment = not found
-            else:
-                before, found, line = line.partition("<!--")
-                shown += before
-                comment = bool(found)
+            text, mark, line = line.partition("-->" if in_comment else "<!--")
+            shown += "" if in_comment else text
+            in_comment ^= bool(mark)
         kept.append(re.sub(r"`[^`]*`", "", shown))
     return kept
 
 
 def parse(text: str) -> Source:
-    """Parse the text of `index.qmd`."""
+    """Parse the text of `index.qmd`. Raises ReportError for front matter that is never closed."""
     lines = text.split("\n")
     body_start = 0
-    if lines and lines[0].strip() == "---":
-        closing = next((i for i, line in enumerate(lines[1:], 1) if line.strip() == "---"), None)
+    if lines[0].strip() == "---":
+        closing = next((index for index, line in enumerate(lines[1:], 1) if line.strip() == "---"), None)
         if closing is None:
             raise ReportError("index.qmd: the front matter opened on line 1 is never closed with `---`")
         body_start = closing + 1
-    embeds, variables, crossrefs, citations, sections, unknown = [], [], [], [], [], []
+    source = Source(text, body_start)
     counts: list[int] = []
     for number, line in enumerate(prose(lines), 1):
-        variables += [Reference(name, number) for name in VARIABLE.findall(line)]
+        source.variables += [Reference(name, number) for name in VARIABLE.findall(line)]
         rest = VARIABLE.sub("", line)
         if embed := EMBED.match(rest):
-            embeds.append(Embed(embed.group(1), embed.group(2), number))
+            source.embeds.append(Embed(embed.group(1), embed.group(2), number))
             continue
-        unknown += [Reference(code, number) for code in SHORTCODE.findall(rest)]
+        source.unknown += [Reference(code, number) for code in SHORTCODE.findall(rest)]
         if number <= body_start:
             continue
-        crossrefs += [Reference(key, number) for key in CROSSREF.findall(rest)]
-        citations += [Reference(key, number) for key in CITATION.findall(rest)]
+        source.crossrefs += [Reference(key, number) for key in CROSSREF.findall(rest)]
+        source.citations += [Reference(key, number) for key in CITATION.findall(rest)]
         if heading := HEADING.match(line):
-            level, title, attributes = len(heading.group(1)), heading.group(2), heading.group(3) or ""
-            identifier = next((word[1:] for word in attributes.split() if word.startswith("#")), "")
-            label = ""
-            if ".unnumbered" not in attributes.split():
+            level, title, attributes = len(heading.group(1)), heading.group(2), (heading.group(3) or "").split()
+            section_number = ""
+            if ".unnumbered" not in attributes:
                 counts = (counts + [0] * level)[:level]
                 counts[-1] += 1
-                top = next(i for i, count in enumerate(counts) if count)
-                label = ".".join(str(count) for count in counts[top:])
-            sections.append(Section(level, title, identifier, label, number))
-    groups = (embeds, variables, crossrefs, citations, sections, unknown)
-    return Source(text, body_start, *(tuple(group) for group in groups))
+                top = next(index for index, count in enumerate(counts) if count)
+                section_number = ".".join(map(str, counts[top:]))
+            identifier = next((word[1:] for word in attributes if word.startswith("#")), "")
+            source.sections.append(Section(title, identifier, section_number, number))
+    return source
 
 
 def read(folder: Path) -> Source:
-    """Parse `index.qmd` of a report folder."""
+    """Parse `index.qmd` of a report folder. Raises ReportError where there is none."""
     path = folder / "index.qmd"
     if not path.is_file():
         raise ReportError(f"{path.name}: not found in the report folder")
@@ -136,7 +130,7 @@ def read(folder: Path) -> Source:
 
 
 def read_variables(folder: Path) -> dict[str, str]:
-    """`_variables.yml` as a flat mapping from name to text; nested names are joined by dots as in `{{< var a.b >}}`."""
+    """`_variables.yml` as a mapping from name to text, {} where there is none. Raises ReportError."""
     path = folder / "_variables.yml"
     if not path.is_file():
         return {}
@@ -146,23 +140,11 @@ def read_variables(folder: Path) -> dict[str, str]:
         raise ReportError(f"_variables.yml: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ReportError("_variables.yml: must map names to values")
-    flat: dict[str, str] = {}
-
-    def descend(prefix: str, part: dict) -> None:
-        for name, value in part.items():
-            if isinstance(value, dict):
-                descend(f"{prefix}{name}.", value)
-            else:
-                flat[f"{prefix}{name}"] = str(value)
-
-    descend("", values)
-    return flat
+    return {str(name): str(value) for name, value in values.items()}
 
 
 def read_bibliography(folder: Path) -> list[str]:
-    """The keys of `references.bib`, in file order, doubles included."""
+    """The keys of `references.bib` in file order, duplicates included; [] where there is none."""
     path = folder / "references.bib"
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return [key for key in BIB_KEY.findall(text) if key.lower() != "comment"]

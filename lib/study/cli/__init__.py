@@ -308,6 +308,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from basics import paths
     from papertrail import report, rerun
     from papertrail import scheduler as executor
     from papertrail.verify import verify
@@ -320,7 +321,9 @@ def _verify(options: argparse.Namespace) -> int:
             kept = f"stage {options.rerun} came out the same, times apart"
         else:
             files, problems = verify(run, say)
-            problems = problems or report.rendered(run)  # which reads the notebooks that were just found whole
+            problems = problems or report.rendered(
+                run.path, paths.REPORT
+            )  # which reads the notebooks that were just found whole
             kept = f"{files} files are what their run.json says"
     except executor.StageFailed as failure:
         print(f"threefold: {failure}", file=sys.stderr)
@@ -433,10 +436,10 @@ def _report(options: argparse.Namespace) -> int:
     if run.finished("compare") is not None:
         _warn_if_behind(run, "the report shows")
     if options.publish:
-        published = report.publish(run)
+        published = report.publish(run.path, paths.REPORT)
         print(f"report/executed: {len(published)} notebooks of run {run.name}")
         return 0
-    page = report.render(run, say=_say)
+    page = report.render(run.path, paths.REPORT, say=_say)
     print(_from_here(page))
     return 0
 
