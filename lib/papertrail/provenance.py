@@ -1,6 +1,5 @@
 """Where a result comes from: hashes, fingerprints, atomic files, and the machine and versions behind a stage."""
 
-import ast
 import importlib.metadata
 import json
 import os
@@ -9,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,84 +15,13 @@ import psutil
 
 from basics import paths
 from basics.errors import RecordError
-from basics.files import sha256_bytes, sha256_json
+from basics.files import sha256_json
+from basics.source_code import code_hashes
 
 # Packages whose version can change a stage's numbers.
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "numpy", "pandas", "scipy")
 OWN = ("basics", "papertrail", "study", "threefold")  # packages whose code counts in a fingerprint
-CODE_DIGITS = 16  # of a module's hash
 CODE_SHOWN = 4  # modules named in one reason
-
-
-# Code ---------------------------------------------------------------------------------------------------------------
-
-
-def code_fingerprint(*module_names: str) -> str:
-    """SHA-256 over the code of these threefold modules and of everything of threefold that they import."""
-    return sha256_json(code_hashes(*module_names))
-
-
-def code_hashes(*module_names: str) -> dict[str, str]:
-    """{module: hash of its code} of these threefold modules and of everything of threefold that they import.
-
-    Imports are followed statically, those inside functions too. The code is the syntax tree without docstrings, so
-    comments, docstrings and layout do not count.
-    Raises ValueError for a name that is no module of threefold.
-    """
-    for name in module_names:
-        if _module_file(name) is None:
-            raise ValueError(f"{name} is no module of threefold")
-    waiting, trees = list(module_names), {}
-    while waiting:
-        name = waiting.pop()
-        file = _module_file(name)
-        if name in trees or file is None:
-            continue
-        stat = file.stat()
-        trees[name], imported = _parsed(name, file, stat.st_mtime_ns, stat.st_size)
-        waiting += imported
-        waiting += [name.rpartition(".")[0]] if "." in name else []  # its package's __init__ runs too
-    return dict(sorted(trees.items()))
-
-
-def _module_file(name: str) -> Path | None:
-    """The source of a threefold module; None for what is not one (another package, or a name inside a module)."""
-    package, *parts = name.split(".")
-    if package not in OWN:
-        return None
-    base = paths.PACKAGES.joinpath(package, *parts)
-    for candidate in (base / "__init__.py", base.with_suffix(".py")):
-        if candidate.is_file():
-            return candidate
-    return None
-
-
-@lru_cache(maxsize=512)
-def _parsed(name: str, file: Path, _mtime: int, _size: int) -> tuple[str, tuple[str, ...]]:
-    """(hash of the module's syntax tree, what it imports of threefold); the times are there for the cache."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    imported = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imported += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = package.split(".")
-                base = ".".join([*parents[: len(parents) - node.level + 1], *([base] if base else [])])
-            imported += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                node.body = node.body[1:]
-    return sha256_bytes(ast.dump(tree).encode())[:CODE_DIGITS], tuple(
-        name for name in imported if name.split(".")[0] in OWN
-    )
 
 
 # Surroundings -------------------------------------------------------------------------------------------------------
@@ -217,7 +144,7 @@ class Fingerprint:
         """
         config = {name: asdict(part) if is_dataclass(part) else part for name, part in preset_sections.items()}
         config = json.loads(json.dumps(config, allow_nan=False))  # tuples become lists, as they come back from run.json
-        return cls(stage, config, code_hashes(*modules), dict(data), dict(parents), versions(), seed)
+        return cls(stage, config, code_hashes(modules, OWN), dict(data), dict(parents), versions(), seed)
 
     @property
     def digest(self) -> str:

@@ -6,7 +6,7 @@ import platform
 
 import pytest
 
-from basics import files, paths
+from basics import files, paths, source_code
 from basics.errors import RecordError
 from papertrail import provenance
 from papertrail.provenance import Fingerprint
@@ -28,7 +28,7 @@ def package(tmp_path, monkeypatch):
         file = tmp_path / "threefold" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    monkeypatch.setattr(paths, "PACKAGES", tmp_path)
+    monkeypatch.setattr(source_code, "ROOT", tmp_path)
     return tmp_path / "threefold"
 
 
@@ -54,22 +54,22 @@ def edit(file, old, new):
     ],
 )
 def test_code_fingerprint_sees_code_of_all_it_imports_and_nothing_else(package, file, old, new, counts):
-    before = provenance.code_fingerprint("threefold.a")
-    assert provenance.code_fingerprint("threefold.a") == before
+    before = source_code.code_fingerprint("threefold.a")
+    assert source_code.code_fingerprint("threefold.a") == before
     edit(package / file, old, new)
-    assert (provenance.code_fingerprint("threefold.a") != before) == counts
+    assert (source_code.code_fingerprint("threefold.a") != before) == counts
 
 
 def test_code_fingerprint_of_what_is_no_module(package):
     for name in ("threefold.nothing", "json"):
         with pytest.raises(ValueError, match=name):
-            provenance.code_fingerprint(name)
+            source_code.code_fingerprint(name)
 
 
 def test_code_fingerprint_of_the_real_package():
-    one = provenance.code_fingerprint("papertrail.run")
-    assert one == provenance.code_fingerprint("papertrail.run", "threefold.config")  # config is among its imports
-    assert one != provenance.code_fingerprint("threefold.config")
+    one = source_code.code_fingerprint("threefold.data.corpus")
+    assert one == source_code.code_fingerprint("threefold.data.corpus", "threefold.config")  # among its imports
+    assert one != source_code.code_fingerprint("threefold.config")
 
 
 def test_hashes(tmp_path):
@@ -181,7 +181,7 @@ def fingerprint(**changes) -> Fingerprint:
     arguments = {
         "stage": "sft",
         "preset_sections": {"model": ModelConfig(), "sft": {"learning_rate": 0.003, "shots": (0, 3)}},
-        "modules": ("threefold.config",),
+        "modules": ("basics.names",),
         "data": {"stories": "aa"},
         "parents": {"pretrain": "bb"},
         "seed": 1,
@@ -208,7 +208,7 @@ def test_fingerprint_survives_json_and_says_when_it_was_changed():
         ({"parents": {"pretrain": "cc"}}, ["parent pretrain"]),
         ({"parents": {}}, ["parent pretrain"]),
         ({"data": {"stories": "aa", "poems": "dd"}}, ["data poems"]),
-        ({"modules": ("basics.errors",)}, ["code: threefold.config, basics.paths"]),
+        ({"modules": ("basics.errors",)}, ["code: basics.names"]),
         (
             {"preset_sections": {"model": ModelConfig(norm="layer"), "sft": {"learning_rate": 0.001, "shots": (0, 5)}}},
             [

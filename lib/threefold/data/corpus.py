@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from basics.errors import DataError
 from basics.files import damaged, read_note, sha256_json, sha256_tree, write_note
-from papertrail.provenance import code_fingerprint
+from basics.source_code import code_fingerprint
 from threefold.config import ModelConfig, SourceConfig
 from threefold.data import sources as registry
 from threefold.data.exclusion import Exclusion

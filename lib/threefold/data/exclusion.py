@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from basics.files import read_note, sha256_json, write_note
-from papertrail.provenance import code_fingerprint
+from basics.source_code import code_fingerprint
 from threefold.config import OverlapConfig, Preset, SourceConfig, measured_on
 from threefold.data import sources as registry
 from threefold.data.overlap import Found, Index, without

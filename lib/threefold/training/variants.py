@@ -17,7 +17,7 @@ import torch
 
 from basics.errors import ConfigError
 from basics.files import damaged, read_note, sha256_json, sha256_tree, write_note
-from papertrail.provenance import code_fingerprint
+from basics.source_code import code_fingerprint
 from threefold.config import AblationConfig, ModelConfig, Preset, TrainConfig, ablated
 from threefold.data import corpus, exclusion
 from threefold.data.packing import PackedRows
