@@ -122,8 +122,10 @@ def evaluations(
         by_template = items.groupby("template").correct.mean()
         first = items[items.template == "lm-eval"].groupby("item").correct.mean()
         metrics = {
-            "accuracy": _metric(statistics.bootstrap_mean(first, resamples=500), "accuracy"),
-            "accuracy_mean": _metric(statistics.bootstrap_mean(items.correct, items.item, resamples=500), "accuracy"),
+            "accuracy": _metric(statistics.bootstrap_ratio(first, resamples=500), "accuracy"),
+            "accuracy_mean": _metric(
+                statistics.bootstrap_ratio(items.correct, clusters=items.item, resamples=500), "accuracy"
+            ),
             "template_spread": _metric((by_template.std(), None, None, 3), "sd of accuracy over templates"),
             "template_lowest": _metric((by_template.min(), None, None, n), "accuracy"),
             "template_highest": _metric((by_template.max(), None, None, n), "accuracy"),

@@ -96,7 +96,7 @@ def pairs(
         rows["reward_correct"] = _preferred(rewards_N2)
         rows["kl"] = _divergence(model, reference, requests[::2], scoring.batch_tokens, lambda i: describe(2 * i))
         options = {"resamples": scoring.bootstrap, "seed": scoring.seed}
-        margin = statistics.bootstrap_mean(rows["reward_margin"], **options)
+        margin = statistics.bootstrap_ratio(rows["reward_margin"], **options)
         kl = statistics.bootstrap_ratio(rows["kl"], rows["tokens_chosen"], **options)
         metrics |= {
             "reward_margin": metric(margin, "nats times beta", "bootstrap over pairs"),

@@ -332,5 +332,7 @@ def _metrics(rows: pd.DataFrame, scoring: Scoring) -> dict[str, Metric]:
 def _accuracy(rows: pd.DataFrame, scoring: Scoring, correct: str = "correct") -> Metric:
     if not rows["item"].duplicated().any():
         return metric(statistics.wilson(int(rows[correct].sum()), len(rows)), "accuracy", "Wilson")
-    interval = statistics.bootstrap_mean(rows[correct], rows["item"], resamples=scoring.bootstrap, seed=scoring.seed)
+    interval = statistics.bootstrap_ratio(
+        rows[correct], clusters=rows["item"], resamples=scoring.bootstrap, seed=scoring.seed
+    )
     return metric(interval, "accuracy", "bootstrap over items")

@@ -4,7 +4,7 @@ Proportions carry Wilson's score interval (Wilson 1927; Brown, Cai & DasGupta 20
 and 1). Means and ratios carry a percentile bootstrap over the units that were sampled: documents for perplexity,
 items for tasks (clusters of rows that share an item are drawn together; Miller 2024, arXiv 2411.00640). Two models on
 the same items are always compared in pairs: McNemar's exact test for right/wrong, the paired bootstrap for everything
-else.
+else. All intervals are 95% intervals. Functions raise ValueError for inputs of the wrong shape and for empty ones.
 """
 
 import math
@@ -13,12 +13,12 @@ from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
-Array = np.ndarray
-_CELLS = 4_000_000  # resampled counts held at a time: 32 MB
-
 CONFIDENCE = 0.95
+_Z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
+_CELLS = 4_000_000  # resampled counts held at a time: 32 MB
 
 
 class Interval(NamedTuple):
@@ -45,7 +45,7 @@ class PairedProportions(NamedTuple):
 
 
 class PairedDifference(NamedTuple):
-    """Difference (b minus a) of two estimates over the same units, its interval and two-sided bootstrap p-value."""
+    """Difference (b minus a) of two estimates over the same units, its interval and two-sided p-value."""
 
     difference: float
     low: float | None
@@ -55,12 +55,12 @@ class PairedDifference(NamedTuple):
 
 
 class VarianceComponents(NamedTuple):
-    """Variance of one right/wrong answer by source, in squared proportions, and what each source makes uncertain.
+    """Variance of one right/wrong answer by source, in squared proportions, and the uncertainty each source causes.
 
-    The components are unbiased and add up to `total`; one that is truly zero may come out a little below it and is to
-    be read as zero. None: the crossing has one level of that factor, which can then not be told from what it is crossed
-    with. The standard errors are those of one given model's mean over the templates, draws and items of the crossing:
-    `se_template` what another choice of as many templates would change, and so on, `se_interaction` the rest.
+    The components are unbiased and add up to `total`; a component that is truly zero may come out slightly negative and
+    should be read as zero. A component is None where its factor has only one level. The standard errors are those of
+    one given model's mean over the templates, draws and items of the crossing: `se_template` is what another choice of
+    as many templates would change, `se_draw` and `se_item` likewise, `se_interaction` the rest.
     """
 
     model: float | None
@@ -76,88 +76,53 @@ class VarianceComponents(NamedTuple):
     se_interaction: float
 
 
-def wilson(successes: float, n: int, confidence: float = CONFIDENCE) -> Interval:
+def wilson(successes: float, n: int) -> Interval:
     """Wilson's score interval of a proportion. A tie may count as half a success."""
-    if n < 1:
-        raise ValueError("a proportion needs at least one trial")
-    if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes in {n} trials")
-    z = float(stats.norm.ppf(0.5 + confidence / 2))
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"no proportion: {successes} successes in {n} trials")
     p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    centre = (p + _Z * _Z / (2 * n)) / (1 + _Z * _Z / n)
+    half = _Z / (1 + _Z * _Z / n) * math.sqrt(p * (1 - p) / n + _Z * _Z / (4 * n * n))
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == n else min(1.0, centre + half)
     return Interval(p, low, high, n)
 
 
 def bootstrap_ratio(
-    numerators: Sequence[float] | Array,
-    denominators: Sequence[float] | Array,
+    numerators: ArrayLike,
+    denominators: ArrayLike = 1.0,
+    clusters: ArrayLike | None = None,
     *,
     resamples: int = 10_000,
     seed: int = 0,
-    transform: Callable[[Array], Array] | None = None,
-    confidence: float = CONFIDENCE,
+    transform: Callable[[np.ndarray], np.ndarray] = np.positive,
 ) -> Interval:
     """`transform(sum numerators / sum denominators)` with a percentile interval over resampled units.
 
     For perplexity: numerators = each document's summed nats, denominators = its scored tokens, transform = np.exp; a
-    long document thus weighs as many tokens as it has, in the estimate and in every resample.
+    long document thus weighs as many tokens as it has, in the estimate and in every resample. With denominators of 1 it
+    is a mean. Rows of one cluster (one item under several prompts, say) are resampled together.
     """
-    columns_DC = np.column_stack([np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)])
-    transform = transform or (lambda x: x)
-    total = columns_DC.sum(axis=0)
-    if total[1] <= 0:
+    columns_DC = _columns(clusters, numerators, denominators)
+    if columns_DC[:, 1].sum() <= 0:
         raise ValueError("the denominators sum to nothing")
-    value = float(transform(np.asarray(total[0] / total[1])))
-    if len(columns_DC) < 2:
-        return Interval(value, None, None, len(columns_DC))
-    sums_BC = resampled_sums(columns_DC, resamples, seed)
-    sums_BC = sums_BC[sums_BC[:, 1] > 0]  # a resample of units without a single scored token holds no ratio
-    low, high = _percentiles(transform(sums_BC[:, 0] / sums_BC[:, 1]), confidence)
+
+    def estimate(sums_BC: np.ndarray) -> np.ndarray:
+        return transform(sums_BC[:, 0] / sums_BC[:, 1])
+
+    value, low, high, _ = _bootstrap(columns_DC, estimate, resamples, seed)
     return Interval(value, low, high, len(columns_DC))
 
 
-def bootstrap_mean(
-    values: Sequence[float] | Array,
-    clusters: Sequence | Array | None = None,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
-    confidence: float = CONFIDENCE,
-) -> Interval:
-    """Mean over rows; rows of one cluster (one item under several prompts, say) are resampled together."""
-    values_N = np.asarray(values, np.float64)
-    if clusters is None:
-        return bootstrap_ratio(values_N, np.ones_like(values_N), resamples=resamples, seed=seed, confidence=confidence)
-    sums, counts = _by_cluster(values_N, clusters)
-    return bootstrap_ratio(sums, counts, resamples=resamples, seed=seed, confidence=confidence)
-
-
-def mcnemar_exact(a: Sequence[bool] | Array, b: Sequence[bool] | Array) -> float:
-    """Two-sided exact McNemar p-value of two models' right/wrong on the same items (binomial over the discordant
-    ones).
+def paired_proportions(a: ArrayLike, b: ArrayLike) -> PairedProportions:
+    """Difference of two proportions (right/wrong) on the same items: Bonett & Price's (2012) adjusted interval, and
+    McNemar's two-sided exact p-value (binomial over the items on which only one of the two is right).
     """
-    a_N, b_N = _paired(a, b)
-    only_a, only_b = int((a_N & ~b_N).sum()), int((~a_N & b_N).sum())
-    if only_a + only_b == 0:
-        return 1.0
-    return min(1.0, 2.0 * float(stats.binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
-
-
-def paired_proportions(
-    a: Sequence[bool] | Array, b: Sequence[bool] | Array, confidence: float = CONFIDENCE
-) -> PairedProportions:
-    """Difference of two proportions on the same items: Bonett & Price's (2012) adjusted interval and McNemar's exact
-    p.
-    """
-    a_N, b_N = _paired(a, b)
+    a_N, b_N = _paired(a, b, bool)
     n = len(a_N)
     only_a, only_b = int((a_N & ~b_N).sum()), int((~a_N & b_N).sum())
     p_a, p_b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
-    z = float(stats.norm.ppf(0.5 + confidence / 2))
-    half = z * math.sqrt((p_a + p_b - (p_b - p_a) ** 2) / (n + 2))
+    half = _Z * math.sqrt((p_a + p_b - (p_b - p_a) ** 2) / (n + 2))
     return PairedProportions(
         n=n,
         both=int((a_N & b_N).sum()),
@@ -167,83 +132,64 @@ def paired_proportions(
         difference=(only_b - only_a) / n,
         low=max(-1.0, p_b - p_a - half),
         high=min(1.0, p_b - p_a + half),
-        p=mcnemar_exact(a_N, b_N),
+        p=min(1.0, 2.0 * float(stats.binom.cdf(min(only_a, only_b), only_a + only_b, 0.5))),
     )
 
 
 def paired_bootstrap(
-    a: Sequence[float] | Array,
-    b: Sequence[float] | Array,
-    a_weights: Sequence[float] | Array | None = None,
-    b_weights: Sequence[float] | Array | None = None,
+    a: ArrayLike,
+    b: ArrayLike,
+    a_weights: ArrayLike = 1.0,
+    b_weights: ArrayLike | None = None,
     *,
-    clusters: Sequence | Array | None = None,
-    transform: Callable[[Array], Array] | None = None,
+    clusters: ArrayLike | None = None,
     resamples: int = 10_000,
     seed: int = 0,
-    confidence: float = CONFIDENCE,
 ) -> PairedDifference:
-    """`transform(sum b / sum b_weights) - transform(sum a / sum a_weights)` over units drawn together for both.
+    """`sum b / sum b_weights - sum a / sum a_weights` over units drawn together for both.
 
-    `a` and `b` are per-unit sums (a document's nats, an item's score) and the weights what they are divided by (its
-    tokens or bytes; 1 where left out; `b_weights` defaults to `a_weights`). Rows sharing a value of `clusters` are
-    drawn together. The p-value is twice the smaller share of resamples on one side of zero, at least 1/(resamples +
-    1); identical inputs give a difference of exactly 0 and p = 1.
+    `a` and `b` are per-unit sums (a document's nats, an item's score) and the weights are what they are divided by (its
+    tokens or bytes); `b_weights` defaults to `a_weights`. Rows sharing a value of `clusters` are drawn together. The
+    p-value is twice the smaller share of resamples on one side of zero, at least 1/(resamples + 1); identical inputs
+    give a difference of exactly 0 and p = 1.
     """
-    a_N, b_N = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    wa_N = np.ones_like(a_N) if a_weights is None else np.asarray(a_weights, np.float64)
-    wb_N = wa_N if b_weights is None else np.asarray(b_weights, np.float64)
-    if not len(a_N) == len(b_N) == len(wa_N) == len(wb_N):
-        raise ValueError("paired measures need the same units in the same order")
-    if len(a_N) == 0:
-        raise ValueError("nothing to compare")
-    columns_DC = np.column_stack([a_N, wa_N, b_N, wb_N])
-    if clusters is not None:
-        columns_DC = np.column_stack([_by_cluster(column, clusters)[0] for column in columns_DC.T])
-    transform = transform or (lambda x: x)
+    a_N, b_N = _paired(a, b)
+    columns_DC = _columns(clusters, a_N, a_weights, b_N, a_weights if b_weights is None else b_weights)
 
-    def difference(sums_BC: Array) -> Array:
-        return transform(sums_BC[:, 2] / sums_BC[:, 3]) - transform(sums_BC[:, 0] / sums_BC[:, 1])
+    def estimate(sums_BC: np.ndarray) -> np.ndarray:
+        return sums_BC[:, 2] / sums_BC[:, 3] - sums_BC[:, 0] / sums_BC[:, 1]
 
-    value = float(difference(columns_DC.sum(axis=0, keepdims=True))[0])
-    n = len(columns_DC)
-    if n < 2:
-        return PairedDifference(value, None, None, 1.0, n)
-    sums_BC = resampled_sums(columns_DC, resamples, seed)
-    sums_BC = sums_BC[(sums_BC[:, 1] > 0) & (sums_BC[:, 3] > 0)]
-    differences_B = difference(sums_BC)
-    low, high = _percentiles(differences_B, confidence)
+    value, low, high, differences_B = _bootstrap(columns_DC, estimate, resamples, seed)
     tail = min(int((differences_B <= 0).sum()), int((differences_B >= 0).sum()))
-    p = min(1.0, 2.0 * (tail + 1) / (len(differences_B) + 1))
-    return PairedDifference(value, low, high, p, n)
+    return PairedDifference(value, low, high, min(1.0, 2.0 * (tail + 1) / (len(differences_B) + 1)), len(columns_DC))
 
 
-def paired_student(a: Sequence[float] | Array, b: Sequence[float] | Array) -> PairedDifference:
+def student_half_width(error: float, freedom: float) -> float:
+    """Half the width of Student's interval around an estimate with this standard error."""
+    return float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)) * error
+
+
+def paired_student(a: ArrayLike, b: ArrayLike) -> PairedDifference:
     """Mean of `b - a` over pairs (a change seed by seed, say) with Student's interval and p-value at n - 1 degrees of
-    freedom. One pair, or pairs that all differ by the same, show no spread to judge by: no interval, and p = 1.
+    freedom. For a single pair, or pairs that all differ by the same amount, there is no interval and p = 1.
     """
-    a_N, b_N = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a_N.shape != b_N.shape or a_N.ndim != 1 or len(a_N) == 0:
-        raise ValueError("paired measures need the same units in the same order")
+    a_N, b_N = _paired(a, b)
     n, mean = len(a_N), float((b_N - a_N).mean())
     error = float((b_N - a_N).std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-    if error <= 1e-12 * abs(mean):  # the last digit of a float is no spread
+    if error <= 1e-12 * abs(mean):  # rounding is not spread
         return PairedDifference(mean, None, None, 1.0, n)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
-    return PairedDifference(mean, mean - half, mean + half, p, n)
+    half = student_half_width(error, n - 1)
+    return PairedDifference(mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / error, n - 1)), n)
 
 
-def paired_median(a: Sequence[float] | Array, b: Sequence[float] | Array) -> PairedDifference:
+def paired_median(a: ArrayLike, b: ArrayLike) -> PairedDifference:
     """Median of `b - a` over pairs (times of the same rounds, say) with the interval of order statistics and the sign
-    test's exact p-value (Conover 1999, sections 3.2 and 3.4): no single pair can move either far.
+    test's exact p-value (Conover 1999, sections 3.2 and 3.4), both robust against outliers.
 
     The interval is [x(k), x(n + 1 - k)] of the sorted differences for the largest k with P(Binomial(n, 1/2) < k) at
-    most 2.5%. Below six pairs there is none, and p = 1.
+    most 2.5%. Below six pairs there is no interval, and p = 1.
     """
-    a_N, b_N = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a_N.shape != b_N.shape or a_N.ndim != 1 or len(a_N) == 0:
-        raise ValueError("paired measures need the same units in the same order")
+    a_N, b_N = _paired(a, b)
     sorted_N = np.sort(b_N - a_N)
     n, median = len(sorted_N), float(np.median(sorted_N))
     k = int(stats.binom.ppf(0.5 - CONFIDENCE / 2, n, 0.5))
@@ -254,13 +200,13 @@ def paired_median(a: Sequence[float] | Array, b: Sequence[float] | Array) -> Pai
     return PairedDifference(median, float(sorted_N[k - 1]), float(sorted_N[n - k]), p, n)
 
 
-def crossed_mean(values_SN: Sequence[Sequence[float]] | Array) -> Interval:
+def crossed_mean(values_SN: ArrayLike) -> Interval:
     """Mean over seeds x streams, both drawn at random and crossed, with Student's interval; n counts the cells.
 
     The variance of the mean is that of the seeds' means over their number plus that of the streams' (two-way
-    clustering, Cameron, Gelbach & Miller 2011, without taking off what both hold: conservative); its degrees of freedom
-    are Welch and Satterthwaite's. A factor of one level adds nothing: the interval then holds for that one. No interval
-    where neither varies.
+    clustering, Cameron, Gelbach & Miller 2011, without subtracting the part that both contain: conservative); its
+    degrees of freedom are Welch and Satterthwaite's. A factor of one level adds nothing: the interval is then
+    conditional on that level. There is no interval where neither factor varies.
     """
     y = np.asarray(values_SN, np.float64)
     if y.ndim != 2 or y.size == 0:
@@ -272,13 +218,13 @@ def crossed_mean(values_SN: Sequence[Sequence[float]] | Array) -> Interval:
     if math.sqrt(variance) <= 1e-12 * abs(mean):
         return Interval(mean, None, None, y.size)
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)) * math.sqrt(variance)
+    half = student_half_width(math.sqrt(variance), freedom)
     return Interval(mean, mean - half, mean + half, y.size)
 
 
-def deviation(values: Sequence[float] | Array) -> Interval:
+def deviation(values: ArrayLike) -> Interval:
     """Standard deviation (n - 1) of normal values with its exact interval: (n - 1) s^2 / sigma^2 is chi-square with
-    n - 1 degrees of freedom (Snedecor & Cochran 1989, section 5.11). Values that are all the same have none.
+    n - 1 degrees of freedom (Snedecor & Cochran 1989, section 5.11). Values that are all equal have no interval.
     """
     values_N = np.asarray(values, np.float64)
     n = len(values_N)
@@ -299,7 +245,7 @@ def deviation_p(s: float, n: int, sigma: float) -> float:
 
 def standard_error(low: float, high: float) -> float:
     """Standard error behind a 95% interval: half its width over the normal quantile."""
-    return (high - low) / (2 * float(stats.norm.ppf(0.5 + CONFIDENCE / 2)))
+    return (high - low) / (2 * _Z)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -315,7 +261,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def detectable_difference(n: int, discordant: float = 0.2, *, power: float = 0.8, alpha: float = 0.05) -> float:
-    """Smallest difference of two paired proportions that `n` items would show with the given power.
+    """Minimum detectable difference of two paired proportions: what `n` items show with the given power.
 
     `discordant` is the share of items on which exactly one of the two models is right; Connor's (1987) normal
     approximation to McNemar's test. Returns at most `discordant`: no difference can exceed it.
@@ -329,7 +275,7 @@ def detectable_difference(n: int, discordant: float = 0.2, *, power: float = 0.8
     return high
 
 
-def variance_components(correct_MTDI: Array) -> VarianceComponents:
+def variance_components(correct_MTDI: np.ndarray) -> VarianceComponents:
     """Variance of correctness over a full crossing of models, templates, demonstration draws and items.
 
     correct_MTDI: right (1) or wrong (0), or any score, [models, templates, draws, items], one answer a cell. All four
@@ -338,7 +284,7 @@ def variance_components(correct_MTDI: Array) -> VarianceComponents:
     is the number of cells for each level of U (Cornfield & Tukey 1956; Searle, Casella & McCulloch 1992, ch. 4;
     Brennan 2001, "Generalizability Theory", ch. 3), which inverts to sigma2_S = sum over U containing S of (-1)^(|U| -
     |S|) MS_U / n_S. A factor of one level is left out of the model. A standard error takes the components of a source
-    and of its interaction with the model, below zero as zero, over the levels they are averaged over.
+    and of its interaction with the model, negative ones as zero, over the levels they are averaged over.
     Raises ValueError for another number of axes, for fewer than two cells, or for values that are not finite.
     """
     y = np.asarray(correct_MTDI, np.float64)
@@ -359,20 +305,17 @@ def variance_components(correct_MTDI: Array) -> VarianceComponents:
         levels = [math.prod(y.shape[axis] for axis in s if axis) for s in sources]
         return math.sqrt(sum(max(0.0, sigma2[s]) / n for s, n in zip(sources, levels, strict=True)))
 
-    alone = {source: [s for s in subsets if s - model == source] for source in (template, draw, item)}
+    alone = [[s for s in subsets if s - model == source] for source in (template, draw, item)]
     return VarianceComponents(
         *(sigma2.get(s) for s in named),
-        residual=sum(sigma2[s] for s in subsets if s not in named),
-        total=sum(sigma2.values()),
-        **{
-            f"se_{name}": error(alone[source]) if alone[source] else None
-            for name, source in (("template", template), ("draw", draw), ("item", item))
-        },
-        se_interaction=error([s for s in subsets if len(s - model) > 1]),
+        sum(sigma2[s] for s in subsets if s not in named),
+        sum(sigma2.values()),
+        *(error(sources) if sources else None for sources in alone),
+        error([s for s in subsets if len(s - model) > 1]),
     )
 
 
-def _mean_square(y: Array, factors: frozenset[int]) -> float:
+def _mean_square(y: np.ndarray, factors: frozenset[int]) -> float:
     """Mean square of the interaction of these axes (of the main effect, for one)."""
     effect = y.mean(axis=tuple(axis for axis in range(y.ndim) if axis not in factors), keepdims=True)
     for axis in factors:  # centring along every axis leaves the interaction alone
@@ -381,8 +324,42 @@ def _mean_square(y: Array, factors: frozenset[int]) -> float:
     return float((effect**2).sum()) * (y.size / effect.size) / freedom
 
 
-def resampled_sums(columns_DC: Array, resamples: int, seed: int) -> Array:
-    """Column sums of `resamples` draws of D rows with replacement -> (resamples, C). Deterministic in the seed."""
+def _paired(a: ArrayLike, b: ArrayLike, dtype: type = np.float64) -> tuple[np.ndarray, np.ndarray]:
+    a_N, b_N = np.asarray(a, dtype), np.asarray(b, dtype)
+    if a_N.shape != b_N.shape or a_N.ndim != 1 or len(a_N) == 0:
+        raise ValueError("paired measures need the same units in the same order, and at least one")
+    return a_N, b_N
+
+
+def _columns(clusters: ArrayLike | None, *columns: ArrayLike) -> np.ndarray:
+    """The columns as one array [D, C], a number standing for a constant column; rows of one cluster are summed, in
+    sorted order of the clusters.
+    """
+    columns_ND = np.column_stack(np.broadcast_arrays(*(np.asarray(column, np.float64) for column in columns)))
+    if clusters is None:
+        return columns_ND
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    return np.column_stack([np.bincount(index, weights=column) for column in columns_ND.T])
+
+
+def _bootstrap(
+    columns_DC: np.ndarray, estimate: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
+) -> tuple[float, float | None, float | None, np.ndarray]:
+    """(estimate, low, high, the estimate of every resample) from `estimate` of column sums [B, C]; odd columns are
+    denominators. A single row cannot be resampled: no interval, no resamples.
+    """
+    value = float(estimate(columns_DC.sum(axis=0, keepdims=True))[0])
+    if len(columns_DC) < 2:
+        return value, None, None, np.empty(0)
+    sums_BC = _resampled_sums(columns_DC, resamples, seed)
+    # A resample of units without a single scored token holds no ratio.
+    estimates_B = estimate(sums_BC[(sums_BC[:, 1::2] > 0).all(axis=1)])
+    low, high = np.quantile(estimates_B, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2]).tolist()
+    return value, low, high, estimates_B
+
+
+def _resampled_sums(columns_DC: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Column sums of `resamples` draws of D rows with replacement -> [resamples, C]. Deterministic in the seed."""
     generator = np.random.default_rng(seed)
     n = len(columns_DC)
     chunk = max(1, _CELLS // n)
@@ -393,23 +370,3 @@ def resampled_sums(columns_DC: Array, resamples: int, seed: int) -> Array:
         flat = (draws_BD + np.arange(rows, dtype=np.int64)[:, None] * n).ravel()
         sums.append(np.bincount(flat, minlength=rows * n).reshape(rows, n) @ columns_DC)
     return np.concatenate(sums)
-
-
-def _by_cluster(values_N: Array, clusters: Sequence | Array) -> tuple[Array, Array]:
-    """Sum and count of the values of each cluster, clusters in sorted order."""
-    _, index = np.unique(np.asarray(clusters), return_inverse=True)
-    return np.bincount(index, weights=values_N), np.bincount(index).astype(np.float64)
-
-
-def _percentiles(values: Array, confidence: float) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return float(low), float(high)
-
-
-def _paired(a: Sequence[bool] | Array, b: Sequence[bool] | Array) -> tuple[Array, Array]:
-    a_N, b_N = np.asarray(a, bool), np.asarray(b, bool)
-    if a_N.shape != b_N.shape or a_N.ndim != 1:
-        raise ValueError("paired measures need the same items in the same order")
-    if len(a_N) == 0:
-        raise ValueError("nothing to compare")
-    return a_N, b_N
