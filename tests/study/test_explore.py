@@ -2,7 +2,6 @@
 
 import html.parser
 import re
-import sys
 
 import numpy as np
 import pandas as pd
@@ -15,7 +14,7 @@ from shared import flip
 
 from basics import files, paths
 from basics.errors import ConfigError, MissingInput
-from study.explore import Show, open_run, page, reading, view
+from study.explore import Show, controls, display, open_run, read, view
 from threefold.config import SourceConfig
 from threefold.data import sources
 from threefold.evaluation import attention as looking
@@ -61,12 +60,12 @@ def seen(shown) -> Parsed:
 
 @given(st.text())
 def test_any_text_is_shown_as_itself(text):
-    shown = Parsed(page.escape(text))
+    shown = Parsed(display.escape(text))
     assert set(shown.tags) <= {"span"}
     assert shown.text == "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
     # no two marks of TeX stand in one run of text, which is where MathJax looks for them
-    assert not re.search(r"[$\\][^<]+[$\\]|\$\$|\\[(\[]", page.escape(text))
-    tip = Parsed(f'<i title="{page.attribute(text)}"></i>')
+    assert not re.search(r"[$\\][^<]+[$\\]|\$\$|\\[(\[]", display.escape(text))
+    tip = Parsed(f'<i title="{display.attribute(text)}"></i>')
     assert tip.tags == ["i"]
     assert tip.attributes == [("title", "".join(char if char.isprintable() else " " for char in text))]
 
@@ -84,7 +83,7 @@ def test_a_hostile_prompt_stays_text_in_page_and_tips(run):
 
 
 def test_probabilities_are_those_of_transformers(run):
-    model, tokenizer = reading.loaded(run, "sft")
+    model, tokenizer = read.checkpoint(run, "sft")
     ids = tokenizer("the baker sang")["input_ids"]
     with torch.no_grad():
         theirs = to_transformers(model)(torch.tensor([ids])).logits[0].double().softmax(dim=-1)
@@ -92,7 +91,7 @@ def test_probabilities_are_those_of_transformers(run):
 
 
 def test_a_continuation_is_that_of_generate_and_its_tips_hold_its_probabilities(run):
-    model, tokenizer = reading.loaded(run, "pretrain")
+    model, tokenizer = read.checkpoint(run, "pretrain")
     ids = tokenizer("the baker")["input_ids"]
     (new,) = generate(model, [ids], 6, eos_id=tokenizer.eos_token_id)
     assert len(new) == 6, "the example should not end by itself"
@@ -114,7 +113,7 @@ def test_a_prompt_longer_than_the_context_is_said_so_in_its_column(run):
 
 
 def test_an_empty_prompt_is_continued_from_the_sink(run):
-    model, tokenizer = reading.loaded(run, "sft")
+    model, tokenizer = read.checkpoint(run, "sft")
     (new,) = generate(model, [tokenizer("")["input_ids"]], 5, eos_id=tokenizer.eos_token_id)
     assert repr(tokenizer.decode(new)) in view.continuations(run, "sft", "", new_tokens=5).text
 
@@ -184,7 +183,6 @@ def test_a_run_that_is_not_there_is_an_error_with_the_runs_there_are(run):
 
 
 def test_zooming_keeps_the_steps_of_that_part(run):
-    assert view.window([10, 20, 30, 40, 50], (0.2, 0.8)).tolist() == [True, True, True, True, False]
     assert "steps 50 to 75, loss 0.160 to 0.107" in view.losses(run, "sft", span=(0.5, 0.75)).text
     assert "steps 1 to 100, loss 8.000 to 0.080, held out 0.500" in view.losses(run, "sft").text
 
@@ -193,7 +191,7 @@ def test_zooming_keeps_the_steps_of_that_part(run):
 
 
 def test_the_sink_share_told_is_that_of_the_maps(run):
-    model, tokenizer = reading.loaded(run, "sft")
+    model, tokenizer = read.checkpoint(run, "sft")
     prompt = "the baker sang quietly over the river and found a lost ladder"
     maps_LHTS = looking.maps(model, tokenizer(prompt)["input_ids"])
     first = min(16, maps_LHTS.shape[-1] // 2)
@@ -226,7 +224,7 @@ def test_wins_and_losses_are_the_items_that_one_model_alone_has_right(run):
 
 
 def test_texts_without_right_and_wrong_compare_by_bits_per_byte(run):
-    frames = [reading.items(run, name, "sample-text/lines-100") for name in ("pretrain", "sft")]
+    frames = [read.items(run, name, "sample-text/lines-100") for name in ("pretrain", "sft")]
     better = (frames[1]["nats"] < frames[0]["nats"]).sum()
     shown = view.items(run, "pretrain", "sft", "sample-text/lines-100")
     assert f"sft is better on {better}, worse on {len(frames[0]) - better}" in shown.text
@@ -235,7 +233,7 @@ def test_texts_without_right_and_wrong_compare_by_bits_per_byte(run):
 
 
 def test_items_of_other_data_are_shown_without_texts(run, monkeypatch):
-    monkeypatch.setattr(reading, "_rows", lambda *_: None)
+    monkeypatch.setattr(read, "_rows", lambda *_: None)
     shown = view.items(run, "pretrain", "sft", SENTIMENT)
     assert "now reads other data" in shown.text and "wins of the second" in shown.text
 
@@ -254,7 +252,7 @@ def test_margins_are_differences_of_log_likelihoods(run):
 
 
 def test_without_ipywidgets_the_view_is_shown_plainly(run, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    monkeypatch.setattr(controls, "ipywidgets", None)
     show = Show(run)
     show(view.losses, stages="sft")
     printed = capsys.readouterr().out
@@ -266,12 +264,8 @@ def test_without_ipywidgets_the_view_is_shown_plainly(run, monkeypatch, capsys):
 def test_every_parameter_of_a_view_has_a_control_that_begins_at_its_value(run, of):
     import inspect
 
-    import ipywidgets
-
-    from study.explore import controls
-
     values = {name: one.default for name, one in list(inspect.signature(of).parameters.items())[1:]}
-    made = controls._controls(ipywidgets, run, values)
+    made = controls.controls(run, of)
     assert set(made) == set(values)
     for name, widget in made.items():
         asked = {"stages": ("pretrain", "sft", "dpo"), "protocol": "sample-sentiment/0-shot"}.get(name, values[name])

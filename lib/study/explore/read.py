@@ -1,6 +1,5 @@
-"""What views read of a run: checkpoints, curves, results of single items and the texts that these are about."""
+"""What the views read of a run: checkpoints, loss curves, results of single items and the texts these are about."""
 
-import contextlib
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -20,24 +19,19 @@ from threefold.data.templates import instruction_prompt
 from threefold.data.tokenizer import load_tokenizer
 from threefold.evaluation import perplexity
 from threefold.model import load_checkpoint
-from threefold.training.state import METRICS
+from threefold.training.state import METRICS, curve
 
 LINEAGE = ("pretrain", "sft", "dpo")
 
 
-def run_names() -> list[str]:
-    """The runs in the runs folder."""
-    return sorted(path.parent.name for path in paths.RUNS.glob("*/config.toml"))
-
-
 def open_run(name: str = "smoke", data_dir: str = "") -> Run:
-    """A run as it was last configured, to look at; nothing is written.
+    """A run as it was last configured, for reading only.
 
-    data_dir: where the texts of evaluation items are read; default $THREEFOLD_DATA, then what the run was made with.
-    Raises MissingInput, with the runs there are and the command that makes one.
+    data_dir: the folder of the evaluation items' texts; default $THREEFOLD_DATA, then the one the run was made with.
+    Raises MissingInput, which lists the runs and names the command that makes one.
     """
     check_name(name, "run")
-    names = run_names()
+    names = sorted(path.parent.name for path in paths.RUNS.glob("*/config.toml"))
     if name not in names:
         miss = near_miss(name, names)
         raise MissingInput(
@@ -57,8 +51,7 @@ def trainings(run: Run) -> list[str]:
 
 
 def chosen(run: Run, names: str | Iterable[str]) -> list[str]:
-    """Stages as a person names them: a list, or one text with commas; none: the lineage. ConfigError for one that the
-    preset does not have."""
+    """Stages by name: a list, or one text with commas; default the three stages. Raises ConfigError for others."""
     named = [part.strip() for part in names.split(",")] if isinstance(names, str) else list(names)
     named = [name for name in named if name] or list(LINEAGE)
     allowed = trainings(run)
@@ -71,50 +64,51 @@ def chosen(run: Run, names: str | Iterable[str]) -> list[str]:
     return named
 
 
-def there(run: Run, names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(the stages that are finished, a line for each that is not: which, and what makes it)."""
-    found, missing = [], []
+def finished(run: Run, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(the stages that are finished, for each other one a line with the command that makes it)."""
+    present, missing = [], []
     for name in names:
         try:
             run.require(name)
-            found.append(name)
+            present.append(name)
         except MissingInput as error:
             missing.append(str(error))
-    return found, missing
+    return present, missing
 
 
-def loaded(run: Run, stage: str) -> tuple[Any, Any]:
-    """(decoder, tokenizer) of a finished stage, kept in memory while the weights are the same."""
+def checkpoint(run: Run, stage: str) -> tuple[Any, Any]:
+    """(decoder, tokenizer) of a finished stage, cached by the stage's fingerprint."""
     facts = run.require(stage)
-    return _loaded(run.intact(stage), facts["fingerprint"]["digest"])
+    return _checkpoint(run.intact(stage), facts["fingerprint"]["digest"])
 
 
 @lru_cache(maxsize=12)
-def _loaded(folder: Path, _digest: str) -> tuple[Any, Any]:
+def _checkpoint(folder: Path, _digest: str) -> tuple[Any, Any]:
     return load_checkpoint(folder), load_tokenizer(folder)
 
 
-def metrics_folder(run: Run, stage: str) -> Path | None:
-    """Where a stage's metrics.jsonl lies, of one that is still training too. Raises CheckpointError for a finished
-    stage's that is not what it wrote."""
-    folders = (run.stage_folder(stage), run.partial_folder(stage))
-    found = next((folder for folder in folders if (folder / METRICS).is_file()), None)
-    if found == folders[0]:
+def loss_curve(run: Run, stage: str, points: int) -> dict | None:
+    """The loss curve of a finished or running stage, None where there is none.
+
+    Raises CheckpointError where a finished stage's metrics.jsonl was changed.
+    """
+    finished_folder, partial = run.stage_folder(stage), run.partial_folder(stage)
+    if (finished_folder / METRICS).is_file():
         written = run.require(stage)["outputs"].get(METRICS)
-        if files.sha256_file(found / METRICS) != written:
+        if files.sha256_file(finished_folder / METRICS) != written:
             raise CheckpointError(
                 f"{stage}/{METRICS} of run {run.name} is not what the stage wrote: "
-                f"`threefold verify --run {run.name}` tells all; run stage {stage} again"
+                f"`threefold verify --run {run.name}` lists all such files; run stage {stage} again"
             )
-    return found
+        return curve(finished_folder, points=points)
+    return curve(partial, points=points) if (partial / METRICS).is_file() else None
 
 
 # Evaluations --------------------------------------------------------------------------------------------------------
 
 
 def comparison(run: Run) -> Comparison:
-    """The records of the notebooks executed so far. Raises MissingInput; RecordError, of a notebook that was changed
-    since too."""
+    """The records of the notebooks executed so far. Raises MissingInput; RecordError where a notebook was changed."""
     for stage in stages.steps(run.preset):
         run.check_notebook(stage)
     executed = sorted((run.path / "notebooks").glob("*.ipynb"))
@@ -126,22 +120,16 @@ def _comparison(folder: Path, _state: tuple) -> Comparison:
     return Comparison.load(folder)
 
 
-def readable(run: Run) -> None:
-    """Raises RecordError where there are records that cannot be read, a notebook that was changed since for one."""
-    with contextlib.suppress(MissingInput):
-        comparison(run)
-
-
 def evaluated(run: Run) -> list[str]:
-    """The models that were evaluated; none where nothing was, or where the records cannot be read."""
+    """The evaluated models; [] where there are none or the records cannot be read."""
     try:
         return comparison(run).models
     except ThreefoldError:
         return []
 
 
-def scored(run: Run) -> list[str]:
-    """The protocols that have items with a text."""
+def protocols(run: Run) -> list[str]:
+    """The protocols with results by item; [] where there are none or the records cannot be read."""
     try:
         return [name for name in comparison(run).protocols if name != "speed"]
     except ThreefoldError:
@@ -149,59 +137,53 @@ def scored(run: Run) -> list[str]:
 
 
 def items(run: Run, model: str, protocol: str) -> pd.DataFrame:
-    """A model's items under a protocol. MissingInput where there are none, with what makes them."""
-    found = comparison(run).items(model, protocol)
-    if found is None:
-        plan = stages.steps(run.preset)
+    """A model's items under a protocol. Raises MissingInput, which names the command that makes them."""
+    frame = comparison(run).items(model, protocol)
+    if frame is None:
         stage = f"evaluate-{model}"
-        way = f"run `{run.command(stage)}`" if stage in plan else f"evaluated are {', '.join(evaluated(run))}"
+        evaluated_stage = stage in stages.steps(run.preset)
+        way = f"run `{run.command(stage)}`" if evaluated_stage else f"evaluated are {', '.join(evaluated(run))}"
         raise MissingInput(f"run {run.name} has no results of {model} under {protocol}: {way}")
-    return found
+    return frame
 
 
 def texts(run: Run, model: str, protocol: str) -> dict[int, dict[str, str]]:
-    """item -> its texts by name ("sentence", "prompt", "chosen", ...), as the run's evaluation read them.
+    """{item: its texts by name ("sentence", "prompt", "chosen", ...)}, from the data that the evaluation read.
 
-    MissingInput or RecordError where the data are not at hand, or are not those that were evaluated.
+    Raises MissingInput or RecordError where the data are missing or differ from those that were evaluated.
     """
     frame = items(run, model, protocol)
-    noted = comparison(run).evaluations(model)[protocol]["settings"].get("data") or {}
-    key = _section(frame, protocol)
+    data = comparison(run).evaluations(model)[protocol]["settings"].get("data") or {}
+    if "document" in frame:
+        key = "lines" if "/lines-" in protocol else "perplexity"
+    else:
+        columns = {"question": "problems", "reference": "instructions", "logp_chosen": "preferences"}
+        key = next((key for column, key in columns.items() if column in frame), "sentiment")
     source: SourceConfig = getattr(run.preset.evaluation, key)
     if not (source.source or source.path):
         raise MissingInput(f"run {run.name} no longer names evaluation.{key}, so its texts are not known")
-    found = _rows(source, run.data_dir, noted.get("fingerprint", ""), noted.get("examples", -1))
-    if found is None:
+    rows = _rows(source, run.data_dir, data.get("fingerprint", ""), data.get("examples", -1))
+    if rows is None:
         raise RecordError(
             f"evaluation.{key} ({source.source or source.path}) now reads other data than {protocol} was measured on"
         )
-    if key in ("perplexity", "lines"):
-        wikitext = sources.resolve(source, run.data_dir).reader.startswith("wikitext")
-        rows = perplexity.first_lines(found, wikitext) if key == "lines" else found
-        return {index: {"text": row} for index, row in enumerate(rows)}
-    return {index: _named(row) for index, row in enumerate(found)}
-
-
-def _section(frame: pd.DataFrame, protocol: str) -> str:
-    """The key of [evaluation] whose source a protocol's items are rows of."""
-    if "document" in frame:
-        return "lines" if "/lines-" in protocol else "perplexity"
-    for column, key in (("question", "problems"), ("reference", "instructions"), ("logp_chosen", "preferences")):
-        if column in frame:
-            return key
-    return "sentiment"
+    if key == "lines":
+        rows = perplexity.first_lines(rows, sources.resolve(source, run.data_dir).reader.startswith("wikitext"))
+    return {index: _texts(row) for index, row in enumerate(rows)}
 
 
 @lru_cache(maxsize=4)
 def _rows(source: SourceConfig, data_dir: str, fingerprint: str, examples: int) -> list | None:
-    """The items of a source; None where they are not those of that fingerprint and number."""
+    """The rows of a source; None where they are not those of that fingerprint and number."""
     if sources.resolve(source, data_dir).fingerprint != fingerprint:
         return None
     rows = sources.load(source, data_dir)
     return rows if len(rows) == examples else None
 
 
-def _named(row: dict) -> dict[str, str]:
+def _texts(row: str | dict) -> dict[str, str]:
+    if isinstance(row, str):
+        return {"text": row}
     if "instruction" in row:
         return {"prompt": instruction_prompt(row["instruction"], row["input"]), "reference": row["output"]}
     if "sentence" in row:
