@@ -17,7 +17,8 @@ from dataclasses import replace
 
 import torch
 
-from threefold.config import ModelConfig, TrainConfig, load_preset
+from study.preset import load_preset
+from threefold.config import ModelConfig, TrainConfig
 from threefold.model import Decoder
 from threefold.training import cost, distributed
 from threefold.training import optimizers as optim

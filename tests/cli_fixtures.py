@@ -6,7 +6,7 @@ from pathlib import Path
 
 from basics import paths
 from papertrail.run import Run
-from threefold import config
+from study.preset import load_preset, to_toml
 
 LINES = [
     {"step": 1, "tokens": 100, "loss": 2.5, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 50.0, "seconds": 2.0},
@@ -22,12 +22,12 @@ STARTED = datetime(2026, 1, 1, tzinfo=UTC)
 def trained_run(folder: Path, monkeypatch) -> Run:
     """Stage pretrain finished, stage sft and the second seed's pretraining at work."""
     monkeypatch.setattr(paths, "RUNS", folder)
-    made = Run("mine", folder / "mine", config.load_preset("smoke", ["seeds=2"]))
+    made = Run("mine", folder / "mine", load_preset("smoke", {"seeds": 2}))
     again = [made.partial_folder("sft"), made.partial_folder("pretrain-seed2")]
     for folder in (made.stage_folder("pretrain"), *again):
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
         facts = {"stage": "x", "fingerprint": {}, "outputs": {}, "started": STARTED.isoformat()}
         (folder / "run.json").write_text(json.dumps(facts))
-    (made.path / "config.toml").write_text(config.to_toml(made.preset))
+    (made.path / "config.toml").write_text(to_toml(made.preset))
     return made

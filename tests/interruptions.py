@@ -24,8 +24,8 @@ from basics.errors import ThreefoldError
 from papertrail.provenance import Fingerprint
 from papertrail.run import Run, open_stage
 from study import training as stages
-from threefold import config
-from threefold.config import ModelConfig, Preset, TrainConfig
+from study.preset import TRAINED, Preset, to_toml
+from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import pack_documents
 from threefold.training.state import STATE, read_metrics
 
@@ -91,8 +91,8 @@ def ended(pid: int, said: Path) -> str:
 def fresh(home: Path, name: str) -> Path:
     runs = home / name
     runs.mkdir()
-    preset = Preset(name="tiny", **dict.fromkeys(config.TRAINED, TrainConfig(steps=1)))
-    (runs / "tiny.toml").write_text(config.to_toml(preset))
+    preset = Preset(name="tiny", **dict.fromkeys(TRAINED, TrainConfig(steps=1)))
+    (runs / "tiny.toml").write_text(to_toml(preset))
     return runs
 
 

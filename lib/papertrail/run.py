@@ -26,8 +26,17 @@ from basics import files, names, paths
 from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
 from papertrail import provenance
 from papertrail.provenance import Fingerprint
-from threefold import config
-from threefold.config import Preset
+from study.preset import (
+    REPEATED,
+    TRAINED,
+    Preset,
+    format_overrides,
+    load_preset,
+    model_names,
+    parse_overrides,
+    preset_names,
+    to_toml,
+)
 
 RUN_FILE = "run.json"
 PATIENCE = 5.0  # seconds for a killed process that worked on the same stage to be gone
@@ -74,7 +83,7 @@ def stage_notebook(stage: str) -> StageNotebook:
     -> 02_sft with replicate=2, executed as 02_sft-seed2."""
     base, replicate = names.replicate_of(stage)
     kind, _, model = base.partition("-")
-    repeated = replicate == 1 or (model or kind) in config.REPEATED
+    repeated = replicate == 1 or (model or kind) in REPEATED
     if kind not in _STAGES or (kind == "evaluate") != bool(model) or not repeated:
         raise ConfigError(f"unknown stage {stage!r}{_hint(stage, _STAGES)}; allowed: {_stage_list()}")
     if model:
@@ -110,24 +119,21 @@ class Run:
         """The run of that name (default: the preset's), with its config.toml written if absent or changed.
 
         preset: a name, a path to a .toml file, or "" for the config.toml that the run has.
-        overrides: as in `config.override`; one string may hold several between semicolons.
+        overrides: {dotted key: value}, or texts that `parse_overrides` reads.
         data_dir: local data folder; relative to the current folder or else to the project; default $THREEFOLD_DATA.
         create: False only looks, and writes nothing.
         Raises ConfigError.
         """
         if run:
             names.check_name(run, "run")
-        if isinstance(overrides, str):
-            overrides = config.split_overrides(overrides)
-        overrides = overrides if isinstance(overrides, Mapping) else list(overrides)
+        if not isinstance(overrides, Mapping):
+            overrides = parse_overrides(overrides)
         if not preset:
             if not run or not (paths.RUNS / run / "config.toml").is_file():
-                raise ConfigError(
-                    f"run {run!r} has no config.toml yet: name a preset ({_listed(config.preset_names())})"
-                )
-            resolved = config.load_preset(paths.RUNS / run / "config.toml", overrides)
+                raise ConfigError(f"run {run!r} has no config.toml yet: name a preset ({_listed(preset_names())})")
+            resolved = load_preset(paths.RUNS / run / "config.toml", overrides)
         else:
-            resolved = config.load_preset(preset, overrides)
+            resolved = load_preset(preset, overrides)
         name = run or resolved.name
         path = paths.RUNS / name
         if path.resolve() != paths.RUNS.resolve() / name:
@@ -138,7 +144,7 @@ class Run:
         asked = {"preset": str(preset)} if preset else {}
         asked |= {"run": name} if name != resolved.name or not preset else {}
         asked |= {"data_dir": str(data_dir)} if data_dir else {}
-        asked |= {"overrides": config.join_overrides(overrides)} if overrides else {}
+        asked |= {"overrides": format_overrides(overrides)} if overrides else {}
         opened = cls(name, path, resolved, _data_folder(str(data_dir)), asked)
         if create:
             opened.create()
@@ -146,7 +152,7 @@ class Run:
 
     def create(self) -> None:
         """Make the run's folders and write its config.toml if absent or changed."""
-        text = config.to_toml(self.preset)
+        text = to_toml(self.preset)
         file = self.path / "config.toml"
         if not file.is_file() or file.read_text(encoding="utf-8") != text:
             files.atomic_write(file, text)
@@ -165,7 +171,7 @@ class Run:
         """The seed of a stage: the preset's; a replicate of a training adds its place, an evaluation does not, so that
         every replicate is asked the same prompts."""
         base, replicate = names.replicate_of(stage)
-        return self.preset.seed + (replicate - 1 if base in config.REPEATED else 0)
+        return self.preset.seed + (replicate - 1 if base in REPEATED else 0)
 
     def partial_folder(self, stage: str) -> Path:
         """Where a stage works until it is finished."""
@@ -397,7 +403,7 @@ class Stage:
     def require(self, stage: str) -> Path:
         """Folder of a finished stage this one builds on, of the same replicate where there are several. MissingInput
         names the notebook that makes it, CheckpointError a file in it that is not what that stage wrote."""
-        if stage in config.REPEATED:
+        if stage in REPEATED:
             stage = names.replicate_name(stage, self.replicate)
         return self.run.intact(stage)
 
@@ -495,8 +501,8 @@ def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
     takes_model = kind in _PRETRAINED or kind == "evaluate"
     section = _STAGES[kind][1]
     known = {entry.name for entry in fields(type(getattr(Preset(), section)))}
-    repeats = takes_model or kind in config.REPEATED
-    trains = section in config.TRAINED
+    repeats = takes_model or kind in REPEATED
+    trains = section in TRAINED
     own = [*(["model"] if takes_model else []), *(["replicate"] if repeats else []), *(["nproc"] if trains else [])]
     allowed = [*DOOR, *own, *sorted(known)]
     given = _parameters(namespace, allowed, _STAGES[kind][0])
@@ -517,15 +523,14 @@ def open_stage(stage: str, namespace: dict[str, Any]) -> Stage:
     overrides = door.pop("overrides", ())
     if not isinstance(overrides, str | list | tuple):
         raise ConfigError(f"parameter overrides = {names.shown(overrides)}: expected 'key=value; key=value', or a list")
-    overrides = config.split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
-    overrides += [config.join_overrides({f"{section}.{name}": value}) for name, value in given.items()]
+    values = parse_overrides(overrides) | {f"{section}.{name}": value for name, value in given.items()}
     for name, value in door.items():
         if isinstance(value, bool | float):
             raise ConfigError(f"parameter {name} = {names.shown(value)}: expected a string")
         door[name] = str(value)  # papermill's -p makes a number of a run named 2024
-    run = Run.open(**door, overrides=overrides, create=False)
+    run = Run.open(**door, overrides=values, create=False)
     if kind == "evaluate":
-        models = config.model_names(run.preset)
+        models = model_names(run.preset)
         name = stage.partition("-")[2]
         if name not in models:
             raise ConfigError(f"model {name!r}{_hint(name, models)}; allowed in this preset: {', '.join(models)}")
@@ -541,10 +546,10 @@ def _replicate(stage: str, replicate: Any, preset: Preset) -> str:
     if type(replicate) is not int or replicate < 1:
         raise ConfigError(f"parameter replicate = {names.shown(replicate)}: expected a whole number of at least 1")
     model = stage.removeprefix("evaluate-")
-    if replicate > 1 and model not in config.REPEATED:
+    if replicate > 1 and model not in REPEATED:
         raise ConfigError(
             f"parameter replicate = {names.shown(replicate)}: {model} is trained once; seeds repeats "
-            f"{', '.join(config.REPEATED)}"
+            f"{', '.join(REPEATED)}"
         )
     if replicate > preset.seeds:
         raise ConfigError(

@@ -36,8 +36,8 @@ from papertrail.run import Run
 from papertrail.scrub import scrub
 from papertrail.staleness import State, state
 from study import stages
+from study.preset import OWN_MODELS, TRAINED, to_dict
 from study.stages import Step
-from threefold import config
 
 # How long a stage takes against the others; only their order matters.
 WEIGHTS = {
@@ -169,7 +169,7 @@ def _roads(plan: Mapping[str, Step]) -> dict[str, int]:
     for step in reversed(plan.values()):
         after = [roads[other.name] for other in plan.values() if step.name in other.needs]
         kind, _, model = step.name.partition("-")
-        external = kind == "evaluate" and names.replicate_of(model)[0] not in config.OWN_MODELS
+        external = kind == "evaluate" and names.replicate_of(model)[0] not in OWN_MODELS
         roads[step.name] = (EXTERNAL if external else WEIGHTS.get(kind, 1)) + max(after, default=0)
     return roads
 
@@ -352,7 +352,7 @@ class _Workers:
             "run": self.run.name,
             **({"overrides": self.run.asked["overrides"]} if "overrides" in self.run.asked else {}),
             **step.parameters,
-            **({"nproc": self.nproc} if self.nproc and names.replicate_of(step.name)[0] in config.TRAINED else {}),
+            **({"nproc": self.nproc} if self.nproc and names.replicate_of(step.name)[0] in TRAINED else {}),
         }
         self.busy[step.name] = _Job(step, worker, time.monotonic())
         self.say(f"{step.name}: started ({threads} {'thread' if threads == 1 else 'threads'})")
@@ -403,7 +403,7 @@ class _Workers:
         raised = notebook_files.errors(notebook) if notebook else []
         if notebook is not None:
             own = {
-                **_own_paths(config.to_dict(self.run.preset)),
+                **_own_paths(to_dict(self.run.preset)),
                 self._preset: Path(self._preset).name,
                 self.run.data_dir: "$THREEFOLD_DATA",
                 str(self.run.path.parent): "runs",

@@ -20,10 +20,10 @@ from basics import files, names, paths
 from basics.errors import ConfigError, MissingInput, SourceError
 from papertrail.provenance import Fingerprint
 from papertrail.run import Run, stage_notebook
-from threefold import config
-from threefold.config import Preset, SourceConfig
+from study.preset import REPEATED, TRAINED, Preset, evaluation_sources, measured_on, model_names
+from threefold.config import SourceConfig
 
-TRAINS = (*config.TRAINED, "ablations")  # the stages that read training text
+TRAINS = (*TRAINED, "ablations")  # the stages that read training text
 # Of pretraining's keys those that do not show in the time of its steps, which is all that the ablations take of it.
 UNTIMED = ("learning_rate", "muon_learning_rate", "schedule", "warmup", "decay", "final_lr_ratio")
 
@@ -53,14 +53,14 @@ def steps(preset: Preset) -> dict[str, Step]:
         needs["gpt2"] = ("data",)
     if "distilgpt2" in trained:
         needs["distilgpt2"] = ("gpt2",)  # its teacher
-    for model in config.model_names(preset):
+    for model in model_names(preset):
         # DPO is measured against the SFT checkpoint it started from: reward margins and the KL divergence to it.
         after = {"dpo": ("sft", "dpo"), "sft": ("sft",), "pretrain": ("pretrain",)}.get(model, ("data",))
         needs[f"evaluate-{model}"] = (model,) if model in trained else after
     for replicate in range(2, preset.seeds + 1):
-        for name in [part for model in config.REPEATED for part in (model, f"evaluate-{model}")]:
+        for name in [part for model in REPEATED for part in (model, f"evaluate-{model}")]:
             needs[names.replicate_name(name, replicate)] = tuple(
-                names.replicate_name(need, replicate) if need in config.REPEATED else need for need in needs[name]
+                names.replicate_name(need, replicate) if need in REPEATED else need for need in needs[name]
             )
     if preset.ablations.steps > 0:
         needs["ablations"] = ("data",)
@@ -142,11 +142,11 @@ def _sections(preset: Preset, stage: str) -> dict[str, Any]:
             "model": rows,
             "tokenizer": preset.tokenizer,
             "data": preset.data,
-            "evaluation": _plain(config.evaluation_sources(preset)),
+            "evaluation": _plain(evaluation_sources(preset)),
             "overlap": preset.overlap,
         }
     removes = preset.overlap.remove and kind in TRAINS
-    cleaned = {"overlap": preset.overlap, "measured_on": _plain(config.measured_on(preset))} if removes else {}
+    cleaned = {"overlap": preset.overlap, "measured_on": _plain(measured_on(preset))} if removes else {}
     corpus |= cleaned
     if kind == "pretrain":
         return {**corpus, "pretrain": preset.pretrain}
@@ -223,13 +223,13 @@ def sources(preset: Preset, stage: str) -> list[SourceConfig]:
         "ablations": [*text, *(one for one in [preset.evaluation.perplexity] if one.source or one.path)],
         "sft": [*data.sft, *data.sft_heldout, *(text if preset.sft.replay else [])],
         "dpo": [*data.dpo, *data.dpo_heldout],
-        "evaluate": list(config.evaluation_sources(preset).values()),
+        "evaluate": list(evaluation_sources(preset).values()),
         "speed": [],
         "compare": [],
     }
     by_kind["data"] = [source for entry in fields(data) for source in getattr(data, entry.name)] + by_kind["evaluate"]
     if preset.overlap.remove and kind in TRAINS:  # what the training text is cleaned against
-        by_kind[kind] = [*by_kind[kind], *config.measured_on(preset).values()]
+        by_kind[kind] = [*by_kind[kind], *measured_on(preset).values()]
     return list(dict.fromkeys(by_kind[kind]))
 
 

@@ -5,14 +5,14 @@ from dataclasses import replace
 from basics import names
 from basics.errors import SourceError
 from papertrail.run import Stage
-from threefold import config
+from study.preset import REPEATED
 from threefold.data import sources
 from threefold.data.tokenizer import load_tokenizer
 from threefold.evaluation.adapter import LanguageModel
 
 
 def subject(stage: Stage, model: str) -> LanguageModel:
-    """The model of that name (`config.model_names`) as the stage's run has it; the stage's replicate of it.
+    """The model of that name (`model_names`) as the stage's run has it; the stage's replicate of it.
 
     Raises MissingInput (the stage that makes it has not been run), SourceError and CheckpointError (a model from
     outside that is not to be had, or whose weights do not fit).
@@ -28,7 +28,7 @@ def subject(stage: Stage, model: str) -> LanguageModel:
         return _from_outside(stage, model, external[model].location, external[model].revision)
     if (location := getattr(baselines, model, "train")) != "train":
         return _from_outside(stage, model, location, getattr(baselines, f"{model}_revision"))
-    name = names.replicate_name(model, stage.replicate) if model in config.REPEATED else model
+    name = names.replicate_name(model, stage.replicate) if model in REPEATED else model
     return LanguageModel.from_checkpoint(stage.require(model), name)
 
 

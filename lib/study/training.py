@@ -20,6 +20,7 @@ from basics.files import atomic_write, damaged, read_note, sha256_tree, write_no
 from basics.names import replicate_of
 from papertrail.run import RUN_FILE, Stage, attempts_determinism, read_run_file
 from study import launch
+from study.preset import measured_on
 from threefold.config import ModelConfig, TrainConfig
 from threefold.data import corpus, exclusion
 from threefold.data.packing import PackedRows, PairedRows
@@ -64,7 +65,7 @@ def prepare(stage: Stage) -> Inputs:
     Raises MissingInput where a parent is not finished; SourceError or DataError.
     """
     kind, data, data_dir = replicate_of(stage.name)[0], stage.preset.data, stage.run.data_dir
-    exclude = exclusion.of_preset(stage.preset, data_dir)
+    exclude = exclusion.Exclusion(stage.preset.overlap, measured_on(stage.preset), data_dir)
     if kind in ("sft", "dpo"):
         folder = stage.require("pretrain" if kind == "sft" else "sft")
         model, tokenizer = load_checkpoint(folder), load_tokenizer(folder)

@@ -30,8 +30,8 @@ import pandas as pd
 
 from papertrail import records
 from papertrail.run import open_stage
+from study.preset import evaluation_sources, measured_on
 from study.stages import fingerprint
-from threefold.config import evaluation_sources
 from threefold.data import corpus, exclusion
 from threefold.data.tokenizer import build_tokenizer, tokenizer_hash
 
@@ -50,7 +50,7 @@ model_config, sources = stage.preset.model, stage.config
 # %%
 #| label: tbl-overlap
 #| tbl-cap: "Training text against the evaluation sets: documents that share a run of words / a whole line or question with each set, and what was removed (lines of articles, single reviews, or whole items). Templates are runs that too many documents of the source hold to be evidence."
-exclude = exclusion.of_preset(stage.preset, stage.run.data_dir)
+exclude = exclusion.Exclusion(stage.preset.overlap, measured_on(stage.preset), stage.run.data_dir)
 searched = [
     {"use": use, **exclude.describe(source)} for use in ("pretrain", "sft", "dpo") for source in getattr(sources, use)
 ]

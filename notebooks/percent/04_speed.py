@@ -31,13 +31,13 @@ speed_repeats = None
 # %%
 from papertrail import records
 from papertrail.run import open_stage
+from study.preset import model_names
 from study.stages import fingerprint
 from study.subjects import subject
-from threefold import config
 from threefold.evaluation import save_items, speed
 
 stage = open_stage("speed", globals())
-models = [subject(stage, model) for model in config.model_names(stage.preset)]
+models = [subject(stage, model) for model in model_names(stage.preset)]
 folder = stage.begin(fingerprint(stage.run, stage.name))
 
 # %% [markdown]

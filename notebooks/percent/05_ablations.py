@@ -35,11 +35,11 @@ from dataclasses import asdict, replace
 from papertrail import records
 from papertrail.run import open_stage
 from study.comparison import figures, tables
+from study.preset import ablation_base, measured_on
 from study.stages import fingerprint
-from threefold.config import ablation_base
 from threefold.data.tokenizer import load_tokenizer, sink_ids, with_sinks
 from threefold.evaluation import attention, length
-from threefold.training import PresetRows, load_variant, run_variants, time_kernels, time_variants
+from threefold.training import SourceRows, load_variant, run_variants, time_kernels, time_variants
 
 stage = open_stage("ablations", globals())
 tokenizer_folder = stage.require("data") / "tokenizer"
@@ -53,10 +53,18 @@ folder = stage.begin(fingerprint(stage.run, stage.name))
 
 # %%
 vocabulary = len(load_tokenizer(tokenizer_folder))
-small = replace(ablation_base(stage.preset).model, vocab_size=vocabulary)
+small = replace(ablation_base(stage.preset), vocab_size=vocabulary)
 whole = replace(stage.preset.model, vocab_size=vocabulary)
 training = replace(stage.config.train, steps=stage.config.steps, tokens=-1, epochs=-1.0)
-rows = PresetRows(stage.preset, tokenizer_folder, stage.run.data_dir)
+text = stage.preset.data
+rows = SourceRows(
+    text.pretrain,
+    text.pretrain_heldout,
+    tokenizer_folder,
+    stage.preset.overlap,
+    measured_on(stage.preset),
+    stage.run.data_dir,
+)
 variants = stage.config.variants
 
 results = run_variants(

@@ -25,7 +25,7 @@ from papertrail import scheduler as executor
 from papertrail.run import Run
 from study import stages
 from study.cli import status
-from threefold import config
+from study.preset import load_preset, override
 
 PRESET = (
     """
@@ -188,8 +188,8 @@ def test_a_learning_rate_touches_only_its_stage(project):
 @pytest.mark.parametrize("key", ["learning_rate", "muon_learning_rate"])
 @pytest.mark.parametrize("stage", ["pretrain", "gpt2", "distilgpt2", "sft", "dpo"])
 def test_no_other_stage_reads_a_learning_rate(stage, key):
-    one = config.load_preset("smoke")
-    other = config.override(one, {f"{stage}.{key}": 0.5})
+    one = load_preset("smoke")
+    other = override(one, {f"{stage}.{key}": 0.5})
     plan = stages.steps(one)
     assert {name for name in plan if stages._sections(one, name) != stages._sections(other, name)} == {stage}
 
@@ -395,7 +395,7 @@ def test_what_the_machine_lacks_is_explained(project, cell, said):
 
 
 def test_the_settings_to_lower_are_keys_of_the_preset():
-    preset = config.load_preset("smoke")
+    preset = load_preset("smoke")
     for step in stages.steps(preset).values():
         named = re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)+", executor._lower(step))
         assert named or step.name == "data", step.name

@@ -13,7 +13,7 @@ from basics import paths
 from papertrail import records, run
 from papertrail.notebook_files import errors, labelled_cells, read_notebook
 from papertrail.scrub import scrub
-from threefold import config
+from study.preset import validate
 from threefold.training import state
 from threefold.training.state import curve
 
@@ -95,7 +95,7 @@ def test_parameters_of_any_kind(tmp_path_factory, stage, parameters):
         if opened is None:
             assert list(paths.RUNS.iterdir()) == []
         else:
-            assert config.validate(opened.run.preset) == opened.run.preset
+            assert validate(opened.run.preset) == opened.run.preset
             assert opened.folder.resolve().is_relative_to(paths.RUNS.resolve())
 
 

@@ -12,8 +12,8 @@ from basics.errors import CheckpointError, ConfigError, MissingInput, RecordErro
 from papertrail import provenance, run
 from papertrail.provenance import Fingerprint
 from papertrail.run import Run, open_stage, read_run_file, stage_notebook
-from threefold import config
-from threefold.config import Preset, TrainConfig
+from study.preset import TRAINED, Preset, load_preset, to_toml
+from threefold.config import TrainConfig
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +25,8 @@ def project(tmp_path, monkeypatch):
     monkeypatch.delenv("THREEFOLD_DATA", raising=False)
     (tmp_path / "presets").mkdir()
     for name in ("smoke", "laptop"):
-        preset = Preset(name=name, **dict.fromkeys(config.TRAINED, TrainConfig(steps=10)))
-        (tmp_path / "presets" / f"{name}.toml").write_text(config.to_toml(preset))
+        preset = Preset(name=name, **dict.fromkeys(TRAINED, TrainConfig(steps=10)))
+        (tmp_path / "presets" / f"{name}.toml").write_text(to_toml(preset))
     return tmp_path
 
 
@@ -51,11 +51,11 @@ def test_opening_writes_the_resolved_preset_once(project):
     run = Run.open("smoke", overrides="sft.learning_rate=1e-4; seed=3")
     assert (run.name, run.path) == ("smoke", project / "runs" / "smoke")
     file = run.path / "config.toml"
-    assert config.from_toml(file) == run.preset and run.preset.sft.learning_rate == 1e-4 and run.preset.seed == 3
+    assert load_preset(file) == run.preset and run.preset.sft.learning_rate == 1e-4 and run.preset.seed == 3
     before = file.stat().st_mtime_ns
     assert Run.open("smoke", overrides={"sft.learning_rate": 1e-4, "seed": 3}).preset == run.preset
     assert file.stat().st_mtime_ns == before
-    assert Run.open("smoke").preset.seed == Preset().seed and config.from_toml(file).seed == Preset().seed
+    assert Run.open("smoke").preset.seed == Preset().seed and load_preset(file).seed == Preset().seed
     assert sorted(path.name for path in run.path.iterdir()) == ["config.toml", "notebooks"]
 
 
@@ -364,7 +364,7 @@ def test_parameters_of_a_notebook():
         ("sft", {"learning_rte": None}, ["unknown parameter learning_rte"]),
         ("sft", {"model": "gpt2"}, ["unknown parameter model"]),
         ("sft", {"learning_rate": "fast"}, ["sft.learning_rate = 'fast'", "finite number"]),
-        ("sft", {"warmup": 2}, ["sft.warmup = 2.0", "from 0 to 1"]),
+        ("sft", {"warmup": 2}, ["sft.warmup = 2", "from 0 to 1"]),
         ("sft", {"preset": "smok"}, ["unknown preset 'smok', did you mean smoke?"]),
         ("sft", {"preset": 1.5}, ["parameter preset = 1.5", "a string"]),
         ("sft", {"overrides": "sft.stepz=1"}, ["sft.stepz", "did you mean sft.steps?"]),

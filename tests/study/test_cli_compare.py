@@ -17,13 +17,13 @@ from study.cli.compare import preset_rows, side_by_side
 from study.comparison import Comparison, tables
 from study.comparison.measures import HEADLINE
 from study.comparison.results import NBSP
-from threefold import config
+from study.preset import load_preset, parse_overrides, to_toml
 
 
 def settle(folder, *overrides: str) -> Run:
     """A run that `Comparison.load` takes: the fake notebooks, and a preset that asks for just those."""
-    preset = config.load_preset("smoke", overrides)
-    (folder / "config.toml").write_text(config.to_toml(preset))
+    preset = load_preset("smoke", parse_overrides(overrides))
+    (folder / "config.toml").write_text(to_toml(preset))
     return Run(folder.name, folder, preset)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from study import cli
 from study.cli.completion import script
-from threefold import config
+from study.preset import preset_names
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash completes")
 
@@ -36,7 +36,7 @@ def test_commands_options_and_values(tmp_path, monkeypatch):
         assert set(complete(tmp_path, "threefold", name, "--")) == {
             flag for flag in command._option_string_actions if flag.startswith("--")
         }
-    assert complete(tmp_path, "threefold", "run", "--preset", "") == config.preset_names()
+    assert complete(tmp_path, "threefold", "run", "--preset", "") == preset_names()
     assert complete(tmp_path, "threefold", "generate", "--run", "smoke", "--stage", "d") == ["dpo", "distilgpt2"]
     assert complete(tmp_path, "threefold", "completion", "z") == ["zsh"]
     assert complete(tmp_path, "threefold", "no-such-command", "") == []

@@ -12,7 +12,7 @@ from papertrail import run as run_folder
 from papertrail import scheduler as executor
 from papertrail.run import Run
 from study.cli import disk
-from threefold import config
+from study.preset import load_preset, to_toml
 
 RESULTS = {
     "config.toml": 0,
@@ -47,7 +47,7 @@ def runs(tmp_path, monkeypatch):
         write(folder / "mine" / path, size)
     for name in ("mine", "other"):
         (folder / name).mkdir(exist_ok=True)
-        (folder / name / "config.toml").write_text(config.to_toml(config.load_preset("smoke")))
+        (folder / name / "config.toml").write_text(to_toml(load_preset("smoke")))
     write(folder / ".cache" / "tokens" / "abc" / "tokens.bin", 5000)
     write(folder / ".cache" / "hashes" / "x.json", 50)
     write(folder / "stray" / "notes.txt", 1)

@@ -12,7 +12,7 @@ from basics.errors import MissingInput, TrainingError
 from papertrail.run import Run
 from study import cli
 from study.cli import tensorboard
-from threefold import config
+from study.preset import load_preset
 
 
 class FakeWriter:
@@ -71,7 +71,7 @@ def test_a_damaged_line_names_the_file_and_leaves_the_export_that_was_there(run)
 
 
 def test_nothing_trained_yet(tmp_path):
-    empty = Run("empty", tmp_path / "empty", config.load_preset("smoke"))
+    empty = Run("empty", tmp_path / "empty", load_preset("smoke"))
     with pytest.raises(MissingInput, match="run empty has trained no stage yet"):
         tensorboard.export(empty, FakeWriter)
 

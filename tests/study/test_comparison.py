@@ -28,7 +28,7 @@ from study.comparison.measures import (
     SENTIMENT,
     STAGED,
 )
-from threefold.config import Preset
+from study.preset import Preset
 
 
 @pytest.fixture(scope="module")

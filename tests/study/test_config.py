@@ -6,8 +6,18 @@ from hypothesis import strategies as st
 
 from basics import names, paths
 from basics.errors import ConfigError
-from threefold import config
-from threefold.config import ExternalConfig, Preset, SourceConfig, TrainConfig, load_preset, override
+from study.preset import (
+    TRAINED,
+    Preset,
+    format_overrides,
+    load_preset,
+    model_names,
+    override,
+    parse_overrides,
+    preset_names,
+    to_toml,
+)
+from threefold.config import ExternalConfig, ModelConfig, SourceConfig, TrainConfig, apply_variant
 
 SMALL = """
 seed = 7
@@ -55,7 +65,7 @@ def refused(call, *arguments) -> str:
 
 def test_file_is_read_into_frozen_dataclasses(small):
     assert small.name == "small" and small.seed == 7
-    assert small.model.n_layer == 2 and small.model.d_model == config.ModelConfig().d_model
+    assert small.model.n_layer == 2 and small.model.d_model == ModelConfig().d_model
     assert small.sft.learning_rate == 1.0 and isinstance(small.sft.learning_rate, float)
     assert small.data.pretrain == (
         SourceConfig("stories", max_examples=5),
@@ -66,13 +76,14 @@ def test_file_is_read_into_frozen_dataclasses(small):
 
 
 def test_toml_round_trip_is_equal(small, tmp_path):
-    changed = override(small, ["baselines.external=[{name='a', location='b'}]", "evaluation.sentiment_shots=0,3,8"])
+    texts = ["baselines.external=[{name='a', location='b'}]", "evaluation.sentiment_shots=0,3,8"]
+    changed = override(small, parse_overrides(texts))
     assert changed.baselines.external == (ExternalConfig("a", "b"),)
-    (tmp_path / "config.toml").write_text(config.to_toml(changed))
-    assert config.from_toml(tmp_path / "config.toml") == changed
+    (tmp_path / "config.toml").write_text(to_toml(changed))
+    assert load_preset(tmp_path / "config.toml") == changed
 
 
-@pytest.mark.parametrize("name", config.preset_names())
+@pytest.mark.parametrize("name", preset_names())
 def test_presets_of_the_package_are_valid(name):
     assert load_preset(name).name == name
 
@@ -110,7 +121,7 @@ def test_what_cannot_be_read_names_file_key_allowed_and_near_miss(tmp_path, text
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ("model.n_head=3", ["model.d_model = 128", "multiple of model.n_head = 3"]),
+        ("model.n_head=3", ["model.d_model = 128", "multiple of n_head = 3"]),
         ("model.n_kv_head=3", ["model.n_kv_head = 3", "divisor"]),
         ("model.n_kv_head=0", ["model.n_kv_head = 0", "-1 or at least 1"]),
         ("model.d_model=12", ["an even number"]),
@@ -130,7 +141,7 @@ def test_what_cannot_be_read_names_file_key_allowed_and_near_miss(tmp_path, text
         ("data.pretrain.1.reader=''", ["data.pretrain.1", "a path needs a reader"]),
         ("data.pretrain.0.source=''", ["data.pretrain.0", "either source"]),
         ("evaluation.sentiment.path=x.tsv", ["evaluation.sentiment", "a path needs a reader"]),
-        ("evaluation.stride=1025", ["evaluation.stride = 1025", "at most evaluation.window = 1024"]),
+        ("evaluation.stride=1025", ["evaluation.stride = 1025", "at most window = 1024"]),
         ("evaluation.speed_batch_sizes=0", ["evaluation.speed_batch_sizes", "at least 1"]),
         ("ablations.variants=norm=laier", ["ablations.variants", "'norm=laier'", "one of rms, layer"]),
         ("ablations.variants=['n_head=3']", ["ablations.variants", "'n_head=3'", "multiple"]),
@@ -142,7 +153,7 @@ def test_what_cannot_be_read_names_file_key_allowed_and_near_miss(tmp_path, text
     ],
 )
 def test_impossible_values_are_refused(small, change, parts):
-    message = refused(override, small, config.split_overrides(change))
+    message = refused(lambda: override(small, parse_overrides(change)))
     for part in parts:
         assert part in message, message
 
@@ -172,7 +183,7 @@ def test_a_loaded_baseline_needs_no_training_length(small):
     ],
 )
 def test_texts_are_read_by_the_type_of_their_key(small, text, read):
-    assert read(override(small, [text]))
+    assert read(override(small, parse_overrides([text])))
 
 
 def test_values_are_taken_as_they_are_and_none_keeps_the_preset(small):
@@ -184,8 +195,8 @@ def test_values_are_taken_as_they_are_and_none_keeps_the_preset(small):
 
 
 def test_one_length_replaces_the_presets(small):
-    assert override(small, ["sft.steps=5"]).sft == dataclasses.replace(small.sft, steps=5, epochs=-1.0)
-    assert override(small, ["dpo.epochs=0.5"]).dpo.tokens == -1
+    assert override(small, parse_overrides(["sft.steps=5"])).sft == dataclasses.replace(small.sft, steps=5, epochs=-1.0)
+    assert override(small, parse_overrides(["dpo.epochs=0.5"])).dpo.tokens == -1
 
 
 @pytest.mark.parametrize(
@@ -200,13 +211,13 @@ def test_one_length_replaces_the_presets(small):
     ],
 )
 def test_overrides_that_fit_nothing(small, text, parts):
-    message = refused(override, small, [text])
+    message = refused(lambda: override(small, parse_overrides([text])))
     for part in parts:
         assert part in message
 
 
 def test_overrides_are_checked_together_with_the_file(preset_file):
-    assert load_preset(preset_file, ["model.d_model=96", "model.n_head=3"]).model.d_model == 96
+    assert load_preset(preset_file, parse_overrides(["model.d_model=96", "model.n_head=3"])).model.d_model == 96
     assert load_preset(preset_file, {"model.d_model": 96, "model.n_head": 3}).model.n_head == 3
 
 
@@ -218,13 +229,18 @@ def test_unknown_preset_lists_the_known_and_the_near_miss(tmp_path, monkeypatch,
     assert "no such file" in refused(load_preset, "nowhere/x.toml")
 
 
-def test_splitting_keeps_quotes_and_brackets_whole():
-    text = """ a.b=c; d="x;y" ;; e=[{f="]"}, {g=1}]; h='; ' """
-    assert config.split_overrides(text) == ["a.b=c", 'd="x;y"', 'e=[{f="]"}, {g=1}]', "h='; '"]
+def test_semicolons_inside_quotes_and_brackets_separate_nothing():
+    text = """ name=c; description="x;y" ;; data.sft=[{source="]"}, {path=";"}]; baselines.gpt2='; ' """
+    assert parse_overrides(text) == {
+        "name": "c",
+        "description": "x;y",
+        "data.sft": [{"source": "]"}, {"path": ";"}],
+        "baselines.gpt2": "; ",
+    }
 
 
 def test_an_apostrophe_in_a_bare_word_opens_no_string():
-    assert config.split_overrides("description=it's; seed=3") == ["description=it's", "seed=3"]
+    assert parse_overrides("description=it's; seed=3") == {"description": "it's", "seed": 3}
 
 
 @settings(max_examples=150, deadline=None)
@@ -233,22 +249,30 @@ def test_an_apostrophe_in_a_bare_word_opens_no_string():
     st.integers(0, 9),
     st.sampled_from([(0, 3), [5], ()]),
 )
-def test_joined_overrides_say_the_same(text, seed, shots):
-    preset = Preset(name="x", **dict.fromkeys(config.TRAINED, TrainConfig(steps=1)))
+def test_formatted_overrides_are_read_back(text, seed, shots):
+    preset = Preset(name="x", **dict.fromkeys(TRAINED, TrainConfig(steps=1)))
     source = {"source": text or "x", "split": "test"}
     changes = {"description": text, "evaluation.lines": source, "evaluation.sentiment_shots": shots, "seed": seed}
-    joined = config.join_overrides({**changes, "dpo.beta": 0.5, "model.bias": True, "model.n_layer": None})
-    expected = override(preset, {**changes, "dpo.beta": 0.5, "model.bias": True})
-    parts = config.split_overrides(joined)
-    assert override(preset, parts) == expected and expected.description == text
-    assert override(preset, config.split_overrides(config.join_overrides(parts))) == expected
+    changes |= {"dpo.beta": 0.5, "model.bias": True, "model.n_layer": None}
+    expected = override(preset, changes)
+    parsed = parse_overrides(format_overrides(changes))
+    assert override(preset, parsed) == expected and expected.description == text
+    assert parse_overrides(format_overrides(parsed)) == parsed
 
 
-def test_an_ablation_changes_the_model_only(small):
-    changed = config.ablated(small, "ffn=gelu, bias=true")
-    assert changed == dataclasses.replace(small, model=dataclasses.replace(small.model, ffn="gelu", bias=True))
-    assert "key=value" in refused(config.ablated, small, "gelu")
-    assert "did you mean model.ffn?" in refused(config.ablated, small, "fn=gelu")
+def test_a_variant_changes_model_or_training(small):
+    model, train = apply_variant(small.model, small.sft, "ffn=gelu, bias=true")
+    assert (model, train) == (dataclasses.replace(small.model, ffn="gelu", bias=True), small.sft)
+    model, train = apply_variant(small.model, small.sft, "optimizer=adamw,learning_rate=2e-3")
+    assert train == dataclasses.replace(small.sft, optimizer="adamw", learning_rate=2e-3) and model == small.model
+    assert "key=value" in refused(apply_variant, small.model, small.sft, "gelu")
+    assert "did you mean ffn?" in refused(apply_variant, small.model, small.sft, "fn=gelu")
+
+
+def test_a_configuration_that_is_impossible_cannot_be_made():
+    assert "d_model = 130: expected a multiple of n_head = 4" in refused(lambda: ModelConfig(d_model=130))
+    assert "did you mean n_layer?" in refused(lambda: ModelConfig(n_layr=1))
+    assert "n_layer = 1.0: expected a whole number" in refused(lambda: ModelConfig(n_layer=1.0))
 
 
 def test_names_cannot_be_paths():
@@ -258,15 +282,15 @@ def test_names_cannot_be_paths():
 
 
 def test_models_stand_in_the_reports_order(small):
-    changed = override(small, ["baselines.external=[{name='a', location='b'}]"])
-    assert config.model_names(changed) == ["random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo", "a"]
+    changed = override(small, {"baselines.external": [{"name": "a", "location": "b"}]})
+    assert model_names(changed) == ["random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo", "a"]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(min_value=1e-12, max_value=1e6), st.integers(1, 10**9), st.text(max_size=30))
 def test_any_resolved_preset_survives_toml(tmp_path_factory, rate, steps, text):
     train = TrainConfig(steps=steps, learning_rate=rate)
-    preset = Preset(name="x", description=text, **dict.fromkeys(config.TRAINED, train))
+    preset = Preset(name="x", description=text, **dict.fromkeys(TRAINED, train))
     file = tmp_path_factory.mktemp("toml") / "x.toml"
-    file.write_text(config.to_toml(preset), encoding="utf-8", newline="")
-    assert config.from_toml(file) == preset
+    file.write_text(to_toml(preset), encoding="utf-8", newline="")
+    assert load_preset(file) == preset

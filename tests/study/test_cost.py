@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from threefold.config import ModelConfig, TrainConfig, load_preset
+from study.preset import load_preset
+from threefold.config import ModelConfig, TrainConfig
 from threefold.model.decoder import Decoder
 from threefold.training import cost, optimizers
 

@@ -25,7 +25,7 @@ import pytest
 
 from basics import paths
 from study.cli import parser
-from threefold import config
+from study.preset import from_dict, load_preset, parse_overrides, to_dict, validate
 from threefold.data import sources
 
 ROOT = paths.PROJECT
@@ -88,7 +88,7 @@ def parsed(command: str) -> None:
             assert left.code == 0, f"{command}: {said.getvalue()}"
             return
         if getattr(options, "preset", ""):
-            config.load_preset(options.preset, getattr(options, "set", ()))
+            load_preset(options.preset, parse_overrides(getattr(options, "set", ())))
     elif words[0] == "make":
         done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}: {done.stderr}"
@@ -129,7 +129,7 @@ def project(tmp_path_factory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     (folder / "lib" / "threefold" / "presets" / "smoke.toml").write_text(small_smoke(), encoding="utf-8")
-    assert config.from_toml(folder / "lib" / "threefold" / "presets" / "smoke.toml").seeds == 1
+    assert load_preset(folder / "lib" / "threefold" / "presets" / "smoke.toml").seeds == 1
     tools = folder.parent / "bin"
     tools.mkdir()
     (tools / "threefold").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m threefold "$@"\n')
@@ -236,11 +236,11 @@ def test_every_example_holds(name, place, text, tmp_path):
         (tmp_path / "sources.toml").write_text((ROOT / "data" / "sources.toml").read_text() + text)
         assert set(tomllib.loads(text)) < set(sources._registry(tmp_path / "sources.toml", 0))
     else:
-        table, part = config.to_dict(config.load_preset("smoke")), tomllib.loads(text)
+        table, part = to_dict(load_preset("smoke")), tomllib.loads(text)
         for section, values in part.items():
             assert section in table, f"{name}: no section {section} in a preset"
             table[section] |= values
-        config.validate(config._build(config.Preset, table, "", name), name)
+        validate(from_dict(table, name), name)
 
 
 # Names ---------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from papertrail import rerun
 from papertrail.run import Run
 from study import cli
 from study.comparison import Comparison, seeds
-from threefold import config
+from study.preset import load_preset
 
 PROJECT = Path(__file__).parents[2]
 PRESET = PROJECT / "tests" / "presets" / "tiny.toml"
@@ -199,7 +199,7 @@ def test_another_number_of_jobs_with_as_many_threads_gives_the_same_bits(runs, r
 
 
 def _run_in(runs: Path) -> Run:
-    preset = config.load_preset(runs / "tiny" / "config.toml")
+    preset = load_preset(runs / "tiny" / "config.toml")
     return Run(preset.name, runs / "tiny", preset)
 
 

@@ -9,8 +9,8 @@ from properties import damaged, documented, examples, mutated
 
 from basics import names, paths
 from papertrail import run
-from threefold import config
-from threefold.config import Preset, from_toml, load_preset, override, to_dict, to_toml
+from study.preset import Preset, from_dict, load_preset, override, parse_overrides, to_dict, to_toml, validate
+from threefold.config import all_keys
 
 SMOKE = load_preset("smoke")
 FILE = (paths.PRESETS / "smoke.toml").read_bytes()
@@ -25,8 +25,8 @@ def without_null(value):
 
 def sound(preset: Preset) -> None:
     """What was accepted is what would be read from its own TOML, and cannot leave the runs folder."""
-    assert config.validate(preset) == preset
-    assert config._build(Preset, tomllib.loads(to_toml(preset)), "", "x") == preset
+    assert validate(preset) == preset
+    assert from_dict(tomllib.loads(to_toml(preset)), "x") == preset
     assert (paths.RUNS / preset.name).resolve().parent == paths.RUNS.resolve()
 
 
@@ -38,7 +38,7 @@ def test_a_preset_with_values_of_any_kind(tmp_path_factory, table):
         file.write_text(tomli_w.dumps(without_null(table)), encoding="utf-8", errors="surrogatepass")
     except (TypeError, ValueError):  # nothing that TOML can write: given as a table below
         return
-    preset = documented(lambda: from_toml(file), "any.toml")
+    preset = documented(lambda: load_preset(file), "any.toml")
     if preset is not None:
         sound(preset)
 
@@ -48,19 +48,19 @@ def test_a_preset_with_values_of_any_kind(tmp_path_factory, table):
 def test_a_damaged_preset_file(tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "damaged.toml"
     file.write_bytes(data)
-    preset = documented(lambda: from_toml(file), "damaged.toml")
+    preset = documented(lambda: load_preset(file), "damaged.toml")
     if preset is not None:
         sound(preset)
 
 
 @examples(150)
 @given(
-    key=st.sampled_from(config.all_keys()) | st.text(max_size=12) | st.just("data.pretrain.0.split"),
+    key=st.sampled_from(all_keys(Preset)) | st.text(max_size=12) | st.just("data.pretrain.0.split"),
     text=st.text(max_size=12)
     | st.sampled_from(["[" * 3000, "1" * 5000, "1e999", "-0", "0x" + "f" * 9999, "nan", "''"]),
 )
 def test_an_override_of_any_text(key, text):
-    preset = documented(lambda: override(SMOKE, [f"{key}={text}"]))
+    preset = documented(lambda: override(SMOKE, parse_overrides([f"{key}={text}"])))
     if preset is not None:
         sound(preset)
 
@@ -105,4 +105,4 @@ def test_names_that_were_tried(tmp_path, monkeypatch):
     for preset in ("../smoke", "a\0.toml", "a/" * 3000 + ".toml", "\u202esmoke", "x" * 3000):
         assert documented(lambda preset=preset: load_preset(preset)) is None
     (tmp_path / "big.toml").write_text("# " + "x" * (1 << 20))
-    assert documented(lambda: from_toml(tmp_path / "big.toml"), "big.toml") is None
+    assert documented(lambda: load_preset(tmp_path / "big.toml"), "big.toml") is None

@@ -17,8 +17,8 @@ from papertrail.run import Run, open_stage, stage_notebook
 from study import stages
 from study.comparison import Comparison, claims, insights, seeds, tables
 from study.comparison.measures import HEADLINE, PERPLEXITY, SENTIMENT
-from threefold import config
-from threefold.config import EvaluationConfig, Preset, SourceConfig
+from study.preset import Preset, load_preset, parse_overrides
+from threefold.config import EvaluationConfig, SourceConfig
 from threefold.evaluation import evaluate, headline, statistics
 
 LINEAGE = ("pretrain", "sft", "dpo")
@@ -97,7 +97,7 @@ def test_a_replicate_that_cannot_be_meant_stops(stage, parameters, message, proj
 
 
 def test_seeds_of_a_preset_are_checked():
-    assert [config.load_preset(name).seeds for name in ("smoke", "laptop", "full")] == [1, 3, 1]
+    assert [load_preset(name).seeds for name in ("smoke", "laptop", "full")] == [1, 3, 1]
     for override, message in (
         ("seeds=0", "seeds = 0: expected at least 1"),
         ("seeds=1.5", "seeds = 1.5: expected a whole number"),
@@ -105,7 +105,7 @@ def test_seeds_of_a_preset_are_checked():
         ("baselines.external=[{name = 'a-seed2', location = 'x'}]", "'a-seed2': -seed and a number"),
     ):
         with pytest.raises(ConfigError) as caught:
-            config.load_preset("smoke", config.split_overrides(override))
+            load_preset("smoke", parse_overrides(override))
         assert message in str(caught.value)
 
 

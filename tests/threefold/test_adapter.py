@@ -20,8 +20,9 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from basics.errors import CheckpointError, EvaluationError, SourceError
 from papertrail.run import Run, Stage
+from study.preset import BaselinesConfig, Preset
 from study.subjects import subject
-from threefold.config import BaselinesConfig, ExternalConfig, Preset
+from threefold.config import ExternalConfig
 from threefold.evaluation import LanguageModel, sha256_state
 from threefold.evaluation.adapter import _batches, _rows
 from threefold.model.decoder import Decoder

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from basics.errors import ConfigError, DataError
-from threefold.config import ModelConfig, load_preset
+from study.preset import load_preset
+from threefold.config import ModelConfig
 from threefold.model import Decoder, KVCache, kernels, parameter_counts
 from threefold.model import decoder as decoder_module
 from threefold.model.decoder import rotary_tables, segment_positions

@@ -13,8 +13,8 @@ import pytest
 from basics.errors import ConfigError, DataError
 from papertrail.run import Run
 from study import stages
-from threefold import config
-from threefold.config import OverlapConfig, SourceConfig, TokenizerConfig, load_preset, measured_on
+from study.preset import load_preset, measured_on, override
+from threefold.config import OverlapConfig, SourceConfig, TokenizerConfig
 from threefold.data import corpus, exclusion, overlap
 from threefold.data.exclusion import Exclusion
 from threefold.data.overlap import Index, words
@@ -345,14 +345,14 @@ def test_settings_are_checked():
     preset = load_preset("laptop")
     assert preset.overlap == load_preset("full").overlap == OverlapConfig(13, 10, 8, True)
     with pytest.raises(ConfigError, match=r"overlap\.ngram = 1: expected at least 2"):
-        config.override(preset, ["overlap.ngram=1"])
+        override(preset, {"overlap.ngram": 1})
     with pytest.raises(ConfigError, match=r"unknown key overlap\.ngrams, did you mean overlap\.ngram"):
-        config.override(preset, ["overlap.ngrams=8"])
+        override(preset, {"overlap.ngrams": 8})
 
 
 def test_the_sample_keeps_its_text_and_every_held_out_item_is_found_in_itself():
     preset = load_preset("smoke")
-    exclude = exclusion.of_preset(preset)
+    exclude = exclusion.Exclusion(preset.overlap, measured_on(preset))
     for part in (*preset.data.pretrain, *preset.data.sft, *preset.data.dpo):
         found = exclude.search(part)
         assert found.words_dropped < 0.05 * found.words

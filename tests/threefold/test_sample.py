@@ -11,7 +11,8 @@ from itertools import combinations
 import pytest
 
 from basics import paths
-from threefold.config import SourceConfig, load_preset
+from study.preset import load_preset
+from threefold.config import SourceConfig
 from threefold.data import corpus, sources
 from threefold.data.tokenizer import build_tokenizer
 

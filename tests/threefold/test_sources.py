@@ -13,7 +13,8 @@ from fake_hub import FakeHub, card, parquet
 
 from basics import paths
 from basics.errors import DataError, SourceError
-from threefold.config import SourceConfig, load_preset, preset_names
+from study.preset import load_preset, preset_names
+from threefold.config import SourceConfig
 from threefold.data import readers, sources
 
 DATA = Path(os.environ.get("THREEFOLD_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")

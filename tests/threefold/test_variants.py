@@ -15,8 +15,8 @@ import torch
 from shared import counting, flip
 
 from basics.errors import CheckpointError, ConfigError, TrainingError
-from threefold import config
-from threefold.config import AblationConfig, ModelConfig, TrainConfig
+from study.preset import AblationConfig, ablation_base, load_preset, preset_names
+from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import pack_documents
 from threefold.model.decoder import Decoder, parameter_counts
 from threefold.training import held_out_loss, side_by_side, timing, train, variants
@@ -73,9 +73,9 @@ def test_each_variant_differs_in_the_named_switch_alone():
 
 
 def test_presets_variants_have_equal_parameters_where_they_are_said_to():
-    for name in config.preset_names():
-        preset = config.load_preset(name)
-        base = replace(config.ablation_base(preset).model, vocab_size=max(preset.tokenizer.vocab_size, 50_000))
+    for name in preset_names():
+        preset = load_preset(name)
+        base = replace(ablation_base(preset), vocab_size=max(preset.tokenizer.vocab_size, 50_000))
         found = variants.all_configs(base, preset.ablations.train, preset.ablations.variants)
         assert len(found) == len(preset.ablations.variants) + 1  # none is what the base has already
         counts = {variant: parameter_counts(model)["total"] for variant, (model, _) in found.items()}

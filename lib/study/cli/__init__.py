@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from basics import files, names
 from basics.errors import DISK_FULL, ConfigError, MissingInput, ThreefoldError
+from study.preset import load_preset, parse_overrides
 
 if TYPE_CHECKING:
     from papertrail.run import Run
@@ -239,15 +240,15 @@ def _run(options: argparse.Namespace) -> int:
     from papertrail import scheduler as executor
     from papertrail.run import Run, data_dir_of
     from study import stages
-    from threefold import config
 
+    overrides = parse_overrides(options.set)
     if options.run:
         names.check_name(options.run, "run")
     preset = options.preset
     if not preset and not (options.run and (paths.RUNS / options.run / "config.toml").is_file()):
         preset = "smoke"
-    name = options.run or config.load_preset(preset, options.set).name
-    arguments = {"preset": preset, "run": options.run, "overrides": options.set}
+    name = options.run or load_preset(preset, overrides).name
+    arguments = {"preset": preset, "run": options.run, "overrides": overrides}
     given = data_dir_of(name, options.data_dir)
     look = Run.open(**arguments, data_dir=given, create=False)
     selected = None

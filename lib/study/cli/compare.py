@@ -10,7 +10,7 @@ from study.comparison import Comparison, tables
 from study.comparison.load import Value
 from study.comparison.measures import HEADLINE, PERPLEXITY, Measure
 from study.comparison.models import ordered
-from threefold import config
+from study.preset import to_dict
 
 FOOT = (
     "Each interval is its own run's 95%, over items. Whether two runs differ is not tested here: item by item only the "
@@ -45,7 +45,7 @@ def side_by_side(runs: Sequence[Run]) -> str:
     """
     figures = _figures(runs)
     rows = [] if not figures else list(_figure_rows(figures, [run.name for run in runs]))
-    keys = preset_rows({run.name: config.to_dict(run.preset) for run in runs})
+    keys = preset_rows({run.name: to_dict(run.preset) for run in runs})
     parts = [
         tables.markdown_table(rows) if rows else "*No headline figure was measured.*",
         FOOT,
@@ -71,7 +71,7 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
         }
         for one in _figures(runs)
     ]
-    keys = preset_rows({run.name: config.to_dict(run.preset) for run in runs})
+    keys = preset_rows({run.name: to_dict(run.preset) for run in runs})
     differing = {
         row["Key"]: {run.name: None if (text := row[f"run {run.name}"]) is None else json.loads(text) for run in runs}
         for row in keys

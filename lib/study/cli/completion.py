@@ -2,7 +2,7 @@
 
 import argparse
 
-from threefold import config
+from study.preset import preset_names
 
 ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n"
 
@@ -51,4 +51,4 @@ def _values(action: argparse.Action) -> list[str]:
         return [str(choice) for choice in action.choices]
     if action.dest in ("run", "runs"):
         return ["$(_threefold_runs)"]
-    return config.preset_names() if action.dest == "preset" else []
+    return preset_names() if action.dest == "preset" else []

@@ -14,13 +14,13 @@ from basics import names
 from basics.errors import ConfigError, ThreefoldError
 from papertrail.run import Run, open_stage
 from study import stages
-from threefold import config
+from study.preset import TRAINED
 
 
 def work(run: Run, stage: str, *, begun: bool, say: Callable[[str], None]) -> int:
     """Train a stage of a run. begun: a notebook has begun it and waits; this worker ends when the notebook does."""
-    if names.replicate_of(stage)[0] not in config.TRAINED:
-        raise ConfigError(f"{stage}: allowed are {', '.join(config.TRAINED)} and their replicates, as in sft-seed2")
+    if names.replicate_of(stage)[0] not in TRAINED:
+        raise ConfigError(f"{stage}: allowed are {', '.join(TRAINED)} and their replicates, as in sft-seed2")
     if begun:
         threading.Thread(target=_leave_with_stdin, daemon=True).start()
     rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))

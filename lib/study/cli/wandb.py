@@ -8,7 +8,7 @@ from basics import files
 from basics.errors import MissingInput
 from papertrail.run import Run
 from study.cli import metrics
-from threefold import config
+from study.preset import to_dict
 
 PROJECT = "threefold"
 
@@ -42,7 +42,7 @@ def export(run: Run, wandb: ModuleType) -> Path:
                 steps.setdefault(step, {"_timestamp": started + seconds})[tag] = value
             with wandb.init(
                 project=PROJECT, name=f"{run.name}/{stage}", group=run.name, job_type=stage,
-                config=config.to_dict(run.preset), dir=str(out), mode="offline", settings=settings,
+                config=to_dict(run.preset), dir=str(out), mode="offline", settings=settings,
             ) as one:  # fmt: skip
                 for step, values in steps.items():
                     one.log(values, step=step)

@@ -15,7 +15,7 @@ from papertrail.records import Record
 from papertrail.run import Run, read_run_file, replicate_folder, stage_notebook
 from study import stages
 from study.comparison import models
-from threefold import config
+from study.preset import REPEATED
 
 OWN_NOTEBOOK = "06_compare"
 FACTS = ("parameters", "precision", "backend", "context", "vocabulary", "tokenizer_sha256", "revision", "location")
@@ -102,7 +102,7 @@ class Comparison:
                 replicate.verify()
             except RecordError as error:
                 raise RecordError(f"replicate {place}: {error}") from error
-        for model in config.REPEATED:
+        for model in REPEATED:
             made: dict[str, int] = {}
             for place, replicate in {1: self, **self.replicates}.items():
                 weights = (replicate.stage(model) or {}).get("weights_sha256")

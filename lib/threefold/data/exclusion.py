@@ -13,7 +13,7 @@ from typing import Any
 
 from basics.files import read_note, sha256_json, write_note
 from basics.source_code import code_fingerprint
-from threefold.config import OverlapConfig, Preset, SourceConfig, measured_on
+from threefold.config import OverlapConfig, SourceConfig
 from threefold.data import sources as registry
 from threefold.data.overlap import Found, Index, without
 from threefold.data.templates import as_document
@@ -102,8 +102,3 @@ class Exclusion:
 
     def _source(self, source: SourceConfig) -> tuple[str, Iterator[Any]]:
         return registry.resolve(source, self.data_dir).reader, registry.iterate(source, self.data_dir)
-
-
-def of_preset(preset: Preset, data_dir: str | Path = "") -> Exclusion:
-    """The search of a preset: against everything its models are measured on."""
-    return Exclusion(preset.overlap, measured_on(preset), data_dir)

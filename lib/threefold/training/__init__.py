@@ -5,7 +5,7 @@ from threefold.training.objectives import Distillation, Loss, NextToken, Objecti
 from threefold.training.state import curve, read_metrics
 from threefold.training.timing import KernelTiming, Timing, time_kernels
 from threefold.training.variants import (
-    PresetRows,
+    SourceRows,
     VariantResult,
     VariantRun,
     load_variant,
@@ -21,7 +21,7 @@ __all__ = [
     "NextToken",
     "Objective",
     "Preference",
-    "PresetRows",
+    "SourceRows",
     "Timing",
     "TrainResult",
     "VariantResult",

@@ -18,7 +18,7 @@ import torch
 from basics.errors import ConfigError
 from basics.files import damaged, read_note, sha256_json, sha256_tree, write_note
 from basics.source_code import code_fingerprint
-from threefold.config import AblationConfig, ModelConfig, Preset, TrainConfig, ablated
+from threefold.config import ModelConfig, OverlapConfig, SourceConfig, TrainConfig, apply_variant
 from threefold.data import corpus, exclusion
 from threefold.data.packing import PackedRows
 from threefold.data.tokenizer import load_tokenizer, with_sinks
@@ -72,19 +72,22 @@ class VariantResult:
 
 
 @dataclass(frozen=True)
-class PresetRows:
-    """A preset's pretraining and held-out text in rows for a model; worker processes get it as it is."""
+class SourceRows:
+    """Training and held-out text in rows for a model; worker processes receive it pickled."""
 
-    preset: Preset
+    train: tuple[SourceConfig, ...]
+    heldout: tuple[SourceConfig, ...]
     tokenizer: Path  # folder
+    overlap: OverlapConfig
+    measured_on: Mapping[str, SourceConfig]  # removed from the training text, as `overlap` says
     data_dir: str = ""
 
     def __call__(self, model: ModelConfig) -> Packed:
-        fitting, data = with_sinks(load_tokenizer(self.tokenizer), model.sinks), self.preset.data
-        exclude = exclusion.of_preset(self.preset, self.data_dir)
+        fitting = with_sinks(load_tokenizer(self.tokenizer), model.sinks)
+        exclude = exclusion.Exclusion(self.overlap, self.measured_on, self.data_dir)
         return (
-            corpus.pretraining_rows(data.pretrain, fitting, model, self.data_dir, exclude),
-            corpus.pretraining_rows(data.pretrain_heldout, fitting, model, self.data_dir),
+            corpus.pretraining_rows(self.train, fitting, model, self.data_dir, exclude),
+            corpus.pretraining_rows(self.heldout, fitting, model, self.data_dir),
         )
 
 
@@ -98,8 +101,7 @@ def variant_configs(model: ModelConfig, config: TrainConfig, variant: str) -> Co
     """
     if variant == BASE:
         return model, config
-    asked = ablated(Preset(name="variant", model=model, ablations=AblationConfig(train=config)), variant)
-    changed = asked.model
+    changed, training = apply_variant(model, config, variant)
     if changed.ffn != model.ffn and changed.d_ff == model.d_ff:
         changed = replace(changed, d_ff=round(model.d_ff * (3 / 2 if changed.ffn == "gelu" else 2 / 3)))
         unlike = _ffn_parameters(changed) / _ffn_parameters(replace(changed, ffn=model.ffn, d_ff=model.d_ff)) - 1
@@ -108,7 +110,7 @@ def variant_configs(model: ModelConfig, config: TrainConfig, variant: str) -> Co
                 f"variant {variant}: with d_ff = {changed.d_ff} its feed-forward has {unlike:+.1%} parameters; "
                 f"choose a base with a larger d_ff than {model.d_ff}, or name d_ff in the variant"
             )
-    return changed, asked.ablations.train
+    return changed, training
 
 
 def _ffn_parameters(model: ModelConfig) -> int:
@@ -150,7 +152,7 @@ def run_variants(
         variants: see `variant_configs`; the base itself always comes first, what does not differ from it is left out.
         config: of every training.
         rows, heldout: packed rows. Variants that change `sinks` or `context` need rows of their own: give a function
-            from a model's config to (rows, heldout rows) instead, such as `PresetRows`. A row's sinks come on top of
+            from a model's config to (rows, heldout rows) instead, such as `SourceRows`. A row's sinks come on top of
             the base's text positions, so that every variant with a sink trains on the very same rows; the held-out
             loss leaves out documents' first tokens, so that it is over the same tokens for all.
         seeds: of weights and order; one training of each variant a seed.

@@ -1,0 +1,385 @@
+"""Presets: one TOML file describes a whole run of this study.
+
+Precedence: default of the dataclass < preset file < `--set a.b=c` / papermill `-p`. Texts of overrides are parsed once,
+by `parse_overrides`; from there on overrides are a mapping of dotted keys to values.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
+
+from basics import paths
+from basics.errors import ConfigError
+from basics.names import check_name, did_you_mean, replicate_of, shown
+from threefold.config import (
+    LENGTHS,
+    AtLeastTwo,
+    EvaluationConfig,
+    ExternalConfig,
+    Integer,
+    ModelConfig,
+    NonnegativeOrOff,
+    OverlapConfig,
+    Positive,
+    PositiveOrOff,
+    SourceConfig,
+    Text,
+    TokenizerConfig,
+    TrainConfig,
+    apply_variant,
+    between,
+    config_error,
+    configuration,
+    kind_at,
+    parse_value,
+    variant_changes,
+)
+
+OWN_MODELS = ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")  # the comparison's rows, in the report's order
+REPEATED = ("pretrain", "sft", "dpo")  # the stages that `seeds` trains again, each replicate from its own parent
+TRAINED = ("pretrain", "gpt2", "distilgpt2", "sft", "dpo")  # sections of a preset that are one TrainConfig each
+_LARGEST_SEED = 2**32 - 1
+_LARGEST_FILE = 1 << 20  # bytes of a preset; the ones here have four thousand
+
+
+@configuration
+class DataConfig:
+    pretrain: tuple[SourceConfig, ...] = ()
+    pretrain_heldout: tuple[SourceConfig, ...] = ()
+    sft: tuple[SourceConfig, ...] = ()
+    sft_heldout: tuple[SourceConfig, ...] = ()
+    dpo: tuple[SourceConfig, ...] = ()
+    dpo_heldout: tuple[SourceConfig, ...] = ()
+
+
+@configuration
+class BaselinesConfig:
+    gpt2: Text = "train"  # train: the GPT-2 architecture on the same tokens; or a folder; or a hub id
+    gpt2_revision: Text = ""
+    distilgpt2: Text = "train"  # train: a half-depth student distilled from our gpt2; or a folder; or a hub id
+    distilgpt2_revision: Text = ""
+    external: tuple[ExternalConfig, ...] = ()
+
+
+@configuration
+class AblationConfig:
+    """A variant is what it changes, "norm=layer" or "optimizer=adamw,learning_rate=2e-3": keys of [model] or of
+    [ablations.train]. The base and every variant are trained from each seed.
+    """
+
+    steps: PositiveOrOff = -1  # -1: no ablations
+    seeds: Positive = 1
+    base: Text = ""  # what the base changes in [model], written like a variant: a smaller one affords more seeds
+    variants: tuple[Text, ...] = (
+        "norm=layer",
+        "ffn=gelu",
+        "position=learned",
+        "position=none",
+        "sinks=0",
+        "sinks=4",
+        "qk_norm=true",
+        "optimizer=adamw",
+    )
+    rounds: Positive = 15  # timed steps of each, interleaved; from 6 on their median has a 95% interval
+    train: TrainConfig = TrainConfig()
+    length_streams: PositiveOrOff = 8  # streams of evaluation.perplexity's text for loss by position; -1: not measured
+    length_factor: AtLeastTwo = 16  # positions of a stream, in contexts
+
+
+@configuration
+class Preset:
+    name: Text = ""
+    description: Text = ""
+    seed: Annotated[Integer, between(0, _LARGEST_SEED)] = 1337
+    seeds: Positive = 1  # trainings of pretrain, sft and dpo, from seed, seed + 1, ...; the other stages run once
+    price_per_hour: NonnegativeOrOff = -1.0  # USD assumed for an hour of the machine, for the report; -1: not stated
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    overlap: OverlapConfig = OverlapConfig()
+    pretrain: TrainConfig = TrainConfig()
+    gpt2: TrainConfig = TrainConfig()
+    distilgpt2: TrainConfig = TrainConfig()
+    sft: TrainConfig = TrainConfig()
+    dpo: TrainConfig = TrainConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    ablations: AblationConfig = AblationConfig()
+
+
+# Reading and writing ------------------------------------------------------------------------------------------------
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(path.stem for path in paths.PRESETS.glob("*.toml"))
+
+
+def load_preset(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Preset:
+    """The preset of that name (or of that `.toml` file) with overrides applied, checked.
+
+    Raises ConfigError: unknown preset, unreadable TOML, unknown key, wrong type or impossible value.
+    """
+    text = str(name_or_path)
+    if text.endswith(".toml") or "/" in text:
+        try:
+            path = next((path for path in (Path(text), paths.PROJECT / text) if path.is_file()), None)
+        except OSError as error:  # a name too long for any file
+            raise ConfigError(f"preset {shown(text)}: {error.strerror}") from error
+        if path is None:
+            raise ConfigError(f"preset {text!r:.300}: no such file; presets by name: {', '.join(preset_names())}")
+    else:
+        path = paths.PRESETS / f"{text}.toml"
+        if text not in preset_names():
+            raise ConfigError(
+                f"unknown preset {shown(text)}{did_you_mean(text, preset_names())}; "
+                f"allowed: {', '.join(preset_names())}, or a path that ends in .toml"
+            )
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ConfigError(f"{path.name}: {path.stat().st_size:,} bytes: a preset has at most {_LARGEST_FILE:,}")
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path.name}: cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:  # no TOML, a number of thousands of digits, brackets without end
+        raise ConfigError(f"{path.name}: no TOML: {error}") from error
+    preset = from_dict({**table, "name": table.get("name") or path.stem}, path.name)
+    if overrides:
+        return override(preset, overrides, origin=f"{path.name} with overrides")
+    return validate(preset, path.name)
+
+
+def from_dict(table: Mapping[str, Any], origin: str) -> Preset:
+    """A preset from plain values, checked key by key (`validate` checks it as a whole). Raises ConfigError."""
+    try:
+        return TypeAdapter(Preset).validate_python(dict(table))
+    except ValidationError as error:
+        raise config_error(error, Preset, origin) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A preset, or one section of it, as plain dicts, lists and scalars: what JSON and TOML can hold."""
+    return to_jsonable_python(config)
+
+
+def to_toml(preset: Preset) -> str:
+    """The whole preset, defaults included, as TOML that `load_preset` reads back equal."""
+    return tomli_w.dumps(to_dict(preset))
+
+
+# Overrides ----------------------------------------------------------------------------------------------------------
+
+
+def parse_overrides(texts: str | Iterable[str]) -> dict[str, Any]:
+    """Texts such as `sft.learning_rate=1e-4` or `seed=3; model.norm=layer` as {dotted key: value}.
+
+    A value is read by the type of its key: as it stands for a string, as a TOML value otherwise (`3e-4`, `true`,
+    `[0, 3]`, `{source = "x"}`; `0,3` for a list). One string may hold several overrides between semicolons.
+    Raises ConfigError: no `=`, unknown key.
+    """
+    values: dict[str, Any] = {}
+    for text in _split(texts) if isinstance(texts, str) else texts:
+        key, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")
+        key = key.strip()
+        if not equals:
+            raise ConfigError(f"override {shown(text)}: expected key=value, for example sft.learning_rate=1e-4")
+        values.pop(key, None)  # of two, the later one is applied, at its place
+        values[key] = parse_value(kind_at(Preset, key.split("."), "override"), value.strip())
+    return values
+
+
+def format_overrides(overrides: Mapping[str, Any]) -> str:
+    """Overrides as one text that `parse_overrides` reads back, for a command line."""
+    return "; ".join(f"{key}={_inline_toml(value)}" for key, value in overrides.items() if value is not None)
+
+
+def override(preset: Preset, overrides: Mapping[str, Any], *, origin: str = "override") -> Preset:
+    """The preset with some keys replaced, `{"sft.learning_rate": 1e-4}`, checked.
+
+    `data.pretrain.0.max_examples` reaches into a list. None leaves the preset's value. One of steps, tokens and epochs
+    replaces whichever of the three the preset has. A string for a key of another type is parsed, because papermill
+    passes `3e-4` as a string. Raises ConfigError.
+    """
+    table = to_dict(preset)
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    for key, value in overrides.items():
+        kind = kind_at(Preset, key.split("."), origin)
+        section, _, last = key.rpartition(".")
+        holder: Any = table
+        for part in section.split(".") if section else ():
+            holder = _child(holder, part, key, origin)
+        _child(holder, last, key, origin)
+        if isinstance(value, str):
+            value = parse_value(kind, value, quotes=False)
+        if last in LENGTHS and set(LENGTHS) <= set(holder) and isinstance(value, int | float) and value > 0:
+            holder.update({name: -1 for name in LENGTHS if f"{section}.{name}" not in overrides})
+        holder[int(last) if isinstance(holder, list) else last] = value
+    return validate(from_dict(table, origin), origin)
+
+
+def _child(holder: Any, part: str, key: str, origin: str) -> Any:
+    if isinstance(holder, list) and part in map(str, range(len(holder))):
+        return holder[int(part)]
+    if isinstance(holder, Mapping) and part in holder:
+        return holder[part]
+    where = f"{key.partition(f'.{part}')[0]} is a list of {len(holder)}, its items count from 0"
+    raise ConfigError(f"{origin}: {key}: {where if isinstance(holder, list) else 'there is no such key'}")
+
+
+def _split(text: str) -> list[str]:
+    """`"a.b=c; d.e=[1; 2]"` -> `["a.b=c", "d.e=[1; 2]"]`: the parts between semicolons outside quotes and brackets."""
+    parts, depth, quote, escaped = [""], 0, "", False
+    for char in text:
+        if quote:
+            ends = char == quote and not escaped
+            escaped = quote == '"' and char == "\\" and not escaped
+            quote = "" if ends else quote
+        elif char in "\"'":  # opens a string only where a TOML value can begin: not the apostrophe of a bare word
+            quote = char if depth or parts[-1].rstrip().endswith("=") else ""
+        elif char in "[{":
+            depth += 1
+        elif char in "]}":
+            depth -= 1
+        elif char == ";" and depth <= 0:
+            parts.append("")
+            depth = 0
+            continue
+        parts[-1] += char
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _inline_toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_inline_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_inline_toml, value)) + "]"
+    # JSON's scalars are TOML's, except that TOML has the delete character escaped
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+
+
+# Checks of a whole preset -------------------------------------------------------------------------------------------
+
+
+def validate(preset: Preset, origin: str = "preset") -> Preset:
+    """The same preset, if its sections fit together; else ConfigError with the key and what is allowed."""
+
+    def refuse(message: str) -> None:
+        raise ConfigError(f"{origin}: {message}")
+
+    check_name(preset.name, f"{origin}: name")
+    if (last := preset.seed + preset.seeds - 1) > _LARGEST_SEED:
+        refuse(
+            f"seeds = {preset.seeds}: the last of them would be {last}, expected seed + seeds - 1 to be at most "
+            f"{_LARGEST_SEED}"
+        )
+    _check_sources(preset, origin)
+    least = 256 + preset.model.sinks + 1
+    if preset.tokenizer.kind == "train" and preset.tokenizer.vocab_size < least:
+        refuse(
+            f"tokenizer.vocab_size = {preset.tokenizer.vocab_size}: expected at least {least} "
+            "(256 bytes, the end-of-text token and the sinks)"
+        )
+    for name in TRAINED:
+        loaded = getattr(preset.baselines, name, "train") != "train"  # a baseline that is loaded is not trained
+        if not loaded and not getattr(preset, name).lengths:
+            refuse(f"{name}: exactly one of steps, tokens and epochs is to be set, none is")
+    ablations = preset.ablations
+    lengths = {name: getattr(ablations.train, name) for name in ablations.train.lengths}
+    if ablations.steps != -1 and lengths not in ({}, {"steps": ablations.steps}):
+        refuse(
+            f"ablations.train: leave out steps, tokens and epochs, ablations.steps = {ablations.steps} says how long"
+        )
+    _check_baselines(preset.baselines, origin)
+    base = ablation_base(preset, origin)
+    for variant in ablations.variants:
+        try:
+            apply_variant(base, ablations.train, variant)
+        except ConfigError as error:
+            refuse(f"ablations.variants: {error}")
+    return preset
+
+
+def _check_sources(preset: Preset, origin: str) -> None:
+    sources = {f"evaluation.{key}": source for key, source in evaluation_sources(preset).items()}
+    for part in fields(DataConfig):
+        parts = getattr(preset.data, part.name)
+        sources.update({f"data.{part.name}.{index}": source for index, source in enumerate(parts)})
+    for key, source in sources.items():
+        if not source.source and not source.path:
+            raise ConfigError(f"{origin}: {key}: expected either source (a name in data/sources.toml) or path")
+        if source.path and not source.reader:
+            raise ConfigError(
+                f"{origin}: {key}: a path needs a reader: text, wikitext, wikitext-raw, stories, reviews, "
+                "instructions, preferences, sentiment or problems"
+            )
+
+
+def _check_baselines(baselines: BaselinesConfig, origin: str) -> None:
+    seen = set(OWN_MODELS)
+    for index, external in enumerate(baselines.external):
+        key = f"{origin}: baselines.external.{index}"
+        check_name(external.name, f"{key}.name")
+        if external.name in seen:
+            raise ConfigError(f"{key}.name = {external.name!r}: that model is there already; rename this one")
+        if replicate_of(external.name)[1] > 1:
+            raise ConfigError(f"{key}.name = {external.name!r}: -seed and a number end a replicate's name")
+        if not external.location:
+            raise ConfigError(f"{key}.location: expected a folder, a hub id or package:NAME/FILE.gguf, it is empty")
+        seen.add(external.name)
+    for name in ("gpt2", "distilgpt2"):
+        if not getattr(baselines, name):
+            raise ConfigError(f"{origin}: baselines.{name}: expected train, a folder or a hub id, it is empty")
+    if baselines.distilgpt2 == "train" != baselines.gpt2:
+        raise ConfigError(
+            f"{origin}: baselines.distilgpt2 = 'train' is distilled from a gpt2 that is trained here, and "
+            f"baselines.gpt2 = {baselines.gpt2!r}: set that to train too, or distilgpt2 to a folder or a hub id"
+        )
+
+
+# What a preset says -------------------------------------------------------------------------------------------------
+
+
+def ablation_base(preset: Preset, origin: str = "preset") -> ModelConfig:
+    """The model that the ablations' variants differ from: `ablations.base` applied to [model]. Raises ConfigError."""
+    if not preset.ablations.base:
+        return preset.model
+    try:
+        model_changes, train_changes = variant_changes(preset.ablations.base)
+        if train_changes:
+            raise ConfigError(f"{preset.ablations.base!r}: expected keys of [model]; [ablations.train] has others")
+        return replace(preset.model, **model_changes)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: ablations.base: {error}") from None
+
+
+def model_names(preset: Preset) -> list[str]:
+    """Every model the run evaluates, in the report's order: the random control, baselines, our stages, externals."""
+    return [*OWN_MODELS, *(external.name for external in preset.baselines.external)]
+
+
+def evaluation_sources(preset: Preset) -> dict[str, SourceConfig]:
+    """The sources that evaluations read, by key of [evaluation]; those that are not set left out."""
+    values = {entry.name: getattr(preset.evaluation, entry.name) for entry in fields(preset.evaluation)}
+    return {name: value for name, value in values.items() if isinstance(value, SourceConfig) and value.is_set}
+
+
+def measured_on(preset: Preset) -> dict[str, SourceConfig]:
+    """What no model of the preset may be trained on, by use: what evaluations score and the held-out text of stages.
+
+    Demonstrations are not included: they are shown, not scored, and come from training splits. One source with
+    several uses is named by the first.
+    """
+    named = {name: value for name, value in evaluation_sources(preset).items() if not name.endswith("_demonstrations")}
+    for part in ("pretrain_heldout", "sft_heldout", "dpo_heldout"):
+        sources = getattr(preset.data, part)
+        for number, source in enumerate(sources, start=1):
+            if source not in named.values():
+                named[part if len(sources) == 1 else f"{part}_{number}"] = source
+    return named
