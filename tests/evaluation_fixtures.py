@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from threefold.config import ModelConfig, TokenizerConfig
 from threefold.data.tokenizer import build_tokenizer, without_bos
 from threefold.evaluation import LanguageModel
+from threefold.evaluation.results import Dataset
 
 VOCABULARY = (
     "the a baker ladder river stone sang walked found lost over quietly 12 4,500 3.5 café naïve “quoted” it 's was "
@@ -31,6 +32,10 @@ def article(n_words: int, seed: int) -> str:
         f" \n = Title {seed} = \n \n {text(half, seed)} , @-@ made \n \n = = Part = = \n \n "
         f"{text(n_words - half, seed + 1000)} \n"
     )
+
+
+def wikitext2(documents: list[str]) -> Dataset:
+    return Dataset("wikitext2", documents, wikitext=True)
 
 
 @lru_cache

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluation_fixtures import article, model_config, tokenizer
+from evaluation_fixtures import article, model_config, tokenizer, wikitext2
 from report_fixtures import length_curves
 from test_streaming import oracle, streamed
 
@@ -153,7 +153,7 @@ def test_full_sums_to_what_disjoint_perplexity_sums(sinks):
     requests = [([*row[: sinks + 1]], [*row[sinks + 1 :]]) for row in windows.tolist()]
     spans = adapter.token_loglikelihoods(requests, batch_tokens=512, describe=str)
     assert float(found) == pytest.approx(-sum(float(span.sum()) for span in spans), rel=1e-5)
-    whole = perplexity.disjoint(adapter, documents, 48)
+    whole = perplexity.disjoint(adapter, wikitext2(documents), 48)
     left = len(adapter.encode([text])[0]) - len(ids)
     assert whole.settings["text_tokens"] - left == len(ids)
     if left < 2:

@@ -9,7 +9,17 @@ import lm_eval
 import pytest
 import torch
 from datasets import disable_progress_bars
-from evaluation_fixtures import article, gpt2, gpt2_style_tokenizer, llama, model_config, real_data, text, tokenizer
+from evaluation_fixtures import (
+    article,
+    gpt2,
+    gpt2_style_tokenizer,
+    llama,
+    model_config,
+    real_data,
+    text,
+    tokenizer,
+    wikitext2,
+)
 from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
@@ -22,7 +32,7 @@ from basics.files import sha256_file
 from threefold.config import SourceConfig
 from threefold.data import sources
 from threefold.evaluation import LanguageModel, perplexity, problems, sentiment
-from threefold.evaluation.results import Scoring
+from threefold.evaluation.results import Dataset, Scoring
 from threefold.model import Decoder, save_checkpoint, to_transformers
 
 QUICK = Scoring(batch_tokens=4096, bootstrap=50)
@@ -69,7 +79,7 @@ def check_wikitext(original, tok, documents, folder):
     expected = harness(
         theirs, "wikitext/wikitext.yaml", {"test": rows}, folder, validation_split=None, training_split=None
     )
-    got = perplexity.lm_eval(LanguageModel.from_model(original, tok, "m"), documents, scoring=QUICK)
+    got = perplexity.lm_eval(LanguageModel.from_model(original, tok, "m"), wikitext2(documents), scoring=QUICK)
     (metrics,) = expected["results"].values()
     for key in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         assert got.metrics[key]["value"] == pytest.approx(metrics[f"{key},none"], rel=1e-3), key
@@ -150,7 +160,7 @@ def test_the_task_over_the_sample_runs_on_a_checkpoint_folder_as_it_is(tmp_path,
     )
     items = sources.load(SourceConfig(source="sample-sentiment", split="validation", max_examples=24))
     ours = LanguageModel.from_checkpoint(tmp_path / "checkpoint", "tiny")
-    got = sentiment.zero_shot(ours, items, templates=1, source="sample", scoring=QUICK)
+    got = sentiment.zero_shot(ours, Dataset("sample", items), templates=1, scoring=QUICK)
     assert got.metrics["accuracy"]["value"] == pytest.approx(found["results"]["sample_sst2"]["acc,none"])
     for row, sample in zip(got.items.itertuples(), found["samples"]["sample_sst2"], strict=True):
         scores = tuple(float(response[0][0]) for response in sample["resps"])

@@ -13,6 +13,7 @@ from evaluation_fixtures import (
     naive_logprobs,
     real_data,
     tokenizer,
+    wikitext2,
 )
 
 from basics.errors import EvaluationError, SourceError
@@ -54,10 +55,10 @@ def test_windows_equal_the_published_procedure(stride):
     expected = published_perplexity(original, ids, 32, stride or 32)
     model = LanguageModel.from_model(original, gpt2_style_tokenizer(), "gpt2")
     if stride is None:
-        result = perplexity.disjoint(model, ARTICLES, 32, scoring=QUICK)
+        result = perplexity.disjoint(model, wikitext2(ARTICLES), 32, scoring=QUICK)
         assert result.protocol == "wikitext2/disjoint-32"
     else:
-        result = perplexity.strided(model, ARTICLES, 32, stride, scoring=QUICK)
+        result = perplexity.strided(model, wikitext2(ARTICLES), 32, stride, scoring=QUICK)
         assert result.protocol == f"wikitext2/stride-{stride}"
     assert result.metrics["perplexity"]["value"] == pytest.approx(expected, rel=1e-5)
     assert result.settings["text_tokens"] == len(ids)
@@ -67,7 +68,7 @@ def test_windows_carry_the_prefix_and_treat_all_models_alike():
     """A BOS takes a position of each window, and the first text token is left unscored as for models without one."""
     original = llama()
     model = LanguageModel.from_model(original, tokenizer(), "llama")
-    result = perplexity.disjoint(model, ARTICLES[:1], 32, scoring=QUICK)
+    result = perplexity.disjoint(model, wikitext2(ARTICLES[:1]), 32, scoring=QUICK)
     text, _ = perplexity.running_text(ARTICLES[:1])
     ids = tokenizer()(text, add_special_tokens=False).input_ids
     nats, count = 0.0, 0
@@ -82,17 +83,17 @@ def test_windows_carry_the_prefix_and_treat_all_models_alike():
 
 def test_strided_windows_score_each_token_once_with_a_long_context():
     model = gpt2_language_model()
-    disjoint = perplexity.disjoint(model, ARTICLES, 32, scoring=QUICK)
-    strided = perplexity.strided(model, ARTICLES, 32, 8, scoring=QUICK)
+    disjoint = perplexity.disjoint(model, wikitext2(ARTICLES), 32, scoring=QUICK)
+    strided = perplexity.strided(model, wikitext2(ARTICLES), 32, 8, scoring=QUICK)
     assert strided.settings["unscored_tokens"] == 1, "only the first token of the text has nothing before it"
     assert disjoint.settings["unscored_tokens"] == math.ceil(disjoint.settings["text_tokens"] / 32)
     assert strided.settings["tokens"] == strided.settings["text_tokens"] - 1
-    whole = perplexity.strided(gpt2_language_model(context=1024), ARTICLES[:1], 1024, 512, scoring=QUICK)
+    whole = perplexity.strided(gpt2_language_model(context=1024), wikitext2(ARTICLES[:1]), 1024, 512, scoring=QUICK)
     assert whole.settings["windows"] == 1
 
 
 def test_aggregate_is_the_ratio_of_the_documents_sums():
-    result = perplexity.disjoint(language_model(), ARTICLES, 32, scoring=QUICK)
+    result = perplexity.disjoint(language_model(), wikitext2(ARTICLES), 32, scoring=QUICK)
     items = result.items
     assert list(items.columns) == ["document", "nats", "tokens", "words", "bytes"]
     assert items["document"].tolist() == [0, 1, 2, 3]
@@ -107,7 +108,7 @@ def test_bytes_are_those_of_the_scored_tokens():
     """All bytes of the text but those of the unscored tokens, several-byte characters included."""
     documents = [" = Café = \n \n naïve “quoted” 日本語 café \n"]
     model = gpt2_language_model()
-    result = perplexity.strided(model, documents, 64, 32, scoring=QUICK)
+    result = perplexity.strided(model, wikitext2(documents), 64, 32, scoring=QUICK)
     text, _ = perplexity.running_text(documents)
     first = model.tokenizer.decode(model.encode([text])[0][:1])
     assert result.settings["bytes"] == len(text.encode()) - len(first.encode())
@@ -125,14 +126,14 @@ def test_documents_of_plain_text_are_joined_as_they_are():
 def test_window_and_stride_must_be_possible():
     model = language_model(context=32)
     with pytest.raises(EvaluationError, match=r"evaluation\.window = 64 exceeds the 32 positions"):
-        perplexity.disjoint(model, ARTICLES, 64)
+        perplexity.disjoint(model, wikitext2(ARTICLES), 64)
     with pytest.raises(EvaluationError, match=r"evaluation\.window = 2"):
-        perplexity.disjoint(model, ARTICLES, 2)
+        perplexity.disjoint(model, wikitext2(ARTICLES), 2)
     for stride in (0, 32):  # a window of 32 holds 31 text tokens beside the BOS
         with pytest.raises(EvaluationError, match=rf"evaluation\.stride = {stride}"):
-            perplexity.strided(model, ARTICLES, 32, stride)
+            perplexity.strided(model, wikitext2(ARTICLES), 32, stride)
     with pytest.raises(EvaluationError, match="empty"):
-        perplexity.disjoint(model, [], 32)
+        perplexity.disjoint(model, wikitext2([]), 32)
 
 
 def test_a_nan_names_the_window_and_document():
@@ -141,15 +142,15 @@ def test_a_nan_names_the_window_and_document():
     original.transformer.wte.weight.data[bad] = float("nan")
     model = LanguageModel.from_model(original, gpt2_style_tokenizer(), "broken", convert=False)
     with pytest.raises(EvaluationError, match=r"wikitext2/disjoint-16: window at token \d+, document \d"):
-        perplexity.disjoint(model, [*ARTICLES, " 日 日 \n"], 16, scoring=QUICK)
+        perplexity.disjoint(model, wikitext2([*ARTICLES, " 日 日 \n"]), 16, scoring=QUICK)
     with pytest.raises(EvaluationError, match=r"wikitext2/lm-eval: document \d"):
-        perplexity.lm_eval(model, ARTICLES, scoring=QUICK)
+        perplexity.lm_eval(model, wikitext2(ARTICLES), scoring=QUICK)
 
 
 def test_lines_are_scored_each_alone_and_cut():
     original = llama(context=64)
     model = LanguageModel.from_model(original, tokenizer(), "llama")
-    result = perplexity.lines(model, ARTICLES, count=5, cut=20, scoring=QUICK)
+    result = perplexity.lines(model, wikitext2(ARTICLES), count=5, cut=20, scoring=QUICK)
     rows = [row for document in ARTICLES for row in hub_rows(document) if row][:5]
     nats, count, n_cut = 0.0, 0, 0
     for row in rows:
@@ -166,7 +167,7 @@ def test_lines_are_scored_each_alone_and_cut():
 
 def test_lines_longer_than_the_context_are_an_error():
     with pytest.raises(EvaluationError, match=r"line \d takes \d+ positions.*model\.context.*evaluation\.lines"):
-        perplexity.lines(language_model(context=32), ARTICLES, scoring=QUICK)
+        perplexity.lines(language_model(context=32), wikitext2(ARTICLES), scoring=QUICK)
 
 
 def test_pages_follow_the_document_level_dataset():
@@ -214,12 +215,18 @@ def test_published_figures_of_gpt2_124m(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     test, validation = wikitext("test"), wikitext("validation")
     model = gpt2_124m()
-    assert perplexity.disjoint(model, test, 1024).metrics["perplexity"]["value"] == pytest.approx(29.94, abs=0.02)
-    assert perplexity.strided(model, test, 1024, 512).metrics["perplexity"]["value"] == pytest.approx(25.2, abs=0.1)
-    document_level = perplexity.lm_eval(model, test).metrics
+    assert perplexity.disjoint(model, wikitext2(test), 1024).metrics["perplexity"]["value"] == pytest.approx(
+        29.94, abs=0.02
+    )
+    assert perplexity.strided(model, wikitext2(test), 1024, 512).metrics["perplexity"]["value"] == pytest.approx(
+        25.2, abs=0.1
+    )
+    document_level = perplexity.lm_eval(model, wikitext2(test)).metrics
     assert document_level["word_perplexity"]["value"] == pytest.approx(37.37, abs=0.02)
     assert document_level["bits_per_byte"]["value"] == pytest.approx(0.9769, abs=2e-4)
-    assert perplexity.lines(model, validation).metrics["perplexity"]["value"] == pytest.approx(40.64, abs=0.05)
+    assert perplexity.lines(model, wikitext2(validation)).metrics["perplexity"]["value"] == pytest.approx(
+        40.64, abs=0.05
+    )
 
 
 def test_detokenizer_leaves_plain_text_alone():
@@ -230,7 +237,7 @@ def test_detokenizer_leaves_plain_text_alone():
 def test_scores_do_not_depend_on_batching():
     model = language_model()
     results = [
-        perplexity.strided(model, ARTICLES, 32, 8, scoring=Scoring(batch_tokens=tokens, bootstrap=50))
+        perplexity.strided(model, wikitext2(ARTICLES), 32, 8, scoring=Scoring(batch_tokens=tokens, bootstrap=50))
         for tokens in (32, 10_000)
     ]
     np.testing.assert_allclose(results[0].items["nats"], results[1].items["nats"], rtol=1e-5)

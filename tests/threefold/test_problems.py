@@ -4,10 +4,14 @@ from evaluation_fixtures import gpt2_language_model, language_model, text
 from basics.errors import EvaluationError
 from threefold.data.templates import problem_prompt
 from threefold.evaluation import LanguageModel, instructions, problems
-from threefold.evaluation.results import Scoring
+from threefold.evaluation.results import Dataset, Scoring
 
 QUICK = Scoring(batch_tokens=4096, bootstrap=200, seed=5)
 ITEMS = [{"question": f"{text(5, i)} {i} ?", "answer": f"{i} + 1 = {i + 1}.\n#### {i + 1}"} for i in range(20)]
+
+
+def gsm8k(items, demonstrations=()):
+    return Dataset("gsm8k", items, demonstrations)
 
 
 class Writer(LanguageModel):
@@ -69,7 +73,7 @@ def test_rates():
             return f" {number + 1}"  # right, but not in the form asked for
         return "" if number < 15 else f" wrong #### {number}"
 
-    result = problems.few_shot(Writer(answer), ITEMS, [], 0, 64, scoring=QUICK)
+    result = problems.few_shot(Writer(answer), gsm8k(ITEMS), 0, 64, scoring=QUICK)
     assert result.protocol == "gsm8k/0-shot"
     assert result.metrics["exact_match"]["value"] == 5 / 20
     assert result.metrics["flexible_match"]["value"] == 12 / 20
@@ -79,7 +83,7 @@ def test_rates():
 
 
 def test_nothing_right_is_zero():
-    result = problems.few_shot(Writer(lambda prompt: ""), ITEMS, [], 0, 8, scoring=QUICK)
+    result = problems.few_shot(Writer(lambda prompt: ""), gsm8k(ITEMS), 0, 8, scoring=QUICK)
     assert result.metrics["exact_match"]["value"] == 0.0 == result.metrics["exact_match"]["low"]
     assert result.metrics["invalid"]["value"] == 1.0
     assert result.metrics["exact_match"]["high"] > 0.1
@@ -88,7 +92,7 @@ def test_nothing_right_is_zero():
 def test_demonstrations_are_drawn_once_and_shown_with_their_solutions():
     writer = Writer(lambda prompt: "")
     shown = [{"question": f"demo {i}", "answer": f"because\n#### {i}"} for i in range(30)]
-    problems.few_shot(writer, ITEMS, shown, 3, 16, scoring=QUICK)
+    problems.few_shot(writer, gsm8k(ITEMS, shown), 3, 16, scoring=QUICK)
     drawn = problems.draw(shown, 3, QUICK.seed)
     before = "".join(f"Question: {d['question']}\nAnswer: {d['answer']}\n\n" for d in drawn)
     assert writer.prompts == [before + problem_prompt(item["question"]) for item in ITEMS]
@@ -98,19 +102,19 @@ def test_demonstrations_are_drawn_once_and_shown_with_their_solutions():
 
 
 def test_a_real_generation_runs_through():
-    result = problems.few_shot(gpt2_language_model(context=256), ITEMS, ITEMS, 2, 12, scoring=QUICK)
+    result = problems.few_shot(gpt2_language_model(context=256), gsm8k(ITEMS, ITEMS), 2, 12, scoring=QUICK)
     assert len(result.items) == 20 and (result.items["tokens"] <= 12).all()
     assert result.metrics["unfinished"]["value"] == (result.items["tokens"] == 12).mean()
 
 
 def test_a_prompt_without_room_names_the_preset_keys():
     with pytest.raises(EvaluationError, match=r"20 of 20 items .*problem_shots, evaluation\.problem_new_tokens or mod"):
-        problems.few_shot(language_model(context=64), ITEMS, ITEMS, 2, 60, scoring=QUICK)
+        problems.few_shot(language_model(context=64), gsm8k(ITEMS, ITEMS), 2, 60, scoring=QUICK)
 
 
 def test_single_long_items_count_as_wrong():
     long = {"question": text(300, 1), "answer": "#### 1"}
-    result = problems.few_shot(Writer(lambda prompt: "#### 1", context=96), [*ITEMS, long], [], 0, 8, scoring=QUICK)
+    result = problems.few_shot(Writer(lambda prompt: "#### 1", context=96), gsm8k([*ITEMS, long]), 0, 8, scoring=QUICK)
     assert result.settings["too_long"] == 1 and not result.items["correct"].iloc[-1]
     assert result.metrics["exact_match"] == {**result.metrics["exact_match"], "value": 1 / 21, "n": 21}
 
@@ -124,7 +128,7 @@ TASKS = [
 
 def test_response_loss_is_over_responses_and_eos():
     model = gpt2_language_model(context=256)
-    result = instructions.responses(model, TASKS, generations=0, scoring=QUICK)
+    result = instructions.responses(model, Dataset("alpaca", TASKS), generations=0, scoring=QUICK)
     assert result.protocol == "alpaca/responses"
     nats = tokens = 0
     for item in TASKS:
@@ -143,17 +147,24 @@ def test_exact_match_of_answers():
     def answer(prompt):
         return f" {answers.get(prompt.split(chr(10))[1], '')} \n"
 
-    result = instructions.responses(Writer(answer), TASKS, generations=8, scoring=QUICK)
+    result = instructions.responses(Writer(answer), Dataset("alpaca", TASKS), generations=8, scoring=QUICK)
     assert result.metrics["exact_match"]["value"] == 6 / 8 and result.metrics["exact_match"]["n"] == 8
     assert result.items["correct"].isna().sum() == 4, "what was not generated is missing, not wrong"
     empty = [{**item, "output": ""} for item in TASKS]
-    assert instructions.responses(Writer(lambda p: ""), empty, scoring=QUICK).metrics["exact_match"]["value"] == 0.0
+    assert (
+        instructions.responses(Writer(lambda p: ""), Dataset("alpaca", empty), scoring=QUICK).metrics["exact_match"][
+            "value"
+        ]
+        == 0.0
+    )
 
 
 def test_examples_that_do_not_fit_are_left_out_and_counted():
     items = [*TASKS, {"instruction": text(200, 3), "input": "", "output": "a"}]
-    result = instructions.responses(language_model(), items, generations=13, new_tokens=4, scoring=QUICK)
+    result = instructions.responses(
+        language_model(), Dataset("alpaca", items), generations=13, new_tokens=4, scoring=QUICK
+    )
     assert result.settings["left_out_too_long"] == 1 == result.settings["generations_too_long"]
     assert result.metrics["response_loss"]["n"] == 12 and result.metrics["exact_match"]["n"] == 13
     with pytest.raises(EvaluationError, match=r"no example fits.*model\.context"):
-        instructions.responses(language_model(context=16), TASKS, scoring=QUICK)
+        instructions.responses(language_model(context=16), Dataset("alpaca", TASKS), scoring=QUICK)

@@ -6,11 +6,15 @@ from basics.errors import EvaluationError
 from threefold.data.templates import review
 from threefold.evaluation import LanguageModel, sentiment
 from threefold.evaluation.adapter import ScoredSpan
-from threefold.evaluation.results import Scoring
+from threefold.evaluation.results import Dataset, Scoring
 
 QUICK = Scoring(batch_tokens=4096, bootstrap=300, seed=11)
 ITEMS = [{"sentence": text(4 + i % 7, i), "label": i % 3 % 2} for i in range(30)]
 SHOWN = [{"sentence": text(3 + i % 4, 500 + i), "label": i % 2} for i in range(40)]
+
+
+def sst2(items, demonstrations=()):
+    return Dataset("sst2", items, demonstrations)
 
 
 class Oracle(LanguageModel):
@@ -62,7 +66,7 @@ def test_first_template_is_lm_evals_and_there_are_at_least_five():
 def test_a_perfect_model_and_the_settings():
     truth = {item["sentence"]: item["label"] for item in ITEMS}
     oracle = Oracle(lambda prompt: next(label for s, label in truth.items() if s in prompt.split("\n\n")[-1]))
-    result = sentiment.few_shot(oracle, ITEMS, SHOWN, 3, draws=2, scoring=QUICK)
+    result = sentiment.few_shot(oracle, sst2(ITEMS, SHOWN), 3, draws=2, scoring=QUICK)
     assert result.protocol == "sst2/3-shot"
     assert result.metrics["accuracy"]["value"] == 1.0 == result.metrics["accuracy_mean"]["value"]
     assert result.metrics["template_spread"]["value"] == 0.0 == result.metrics["draw_spread"]["value"]
@@ -74,20 +78,20 @@ def test_a_perfect_model_and_the_settings():
 
 
 def test_a_tie_is_the_first_label_as_in_lm_eval():
-    result = sentiment.zero_shot(Oracle(lambda prompt: None), ITEMS, scoring=QUICK)
+    result = sentiment.zero_shot(Oracle(lambda prompt: None), sst2(ITEMS), scoring=QUICK)
     assert (result.items["prediction"] == 0).all()
     assert result.items["logp_positive"].eq(0.0).all(), "0.0 is a log-likelihood like any other"
     assert result.metrics["positive_rate"]["value"] == 0.0
 
 
 def test_zero_shot_has_wilsons_interval_and_more_templates_resample_items():
-    result = sentiment.zero_shot(Oracle(lambda prompt: 1), ITEMS, scoring=QUICK)
+    result = sentiment.zero_shot(Oracle(lambda prompt: 1), sst2(ITEMS), scoring=QUICK)
     share = np.mean([item["label"] for item in ITEMS])
     accuracy = result.metrics["accuracy"]
     assert accuracy["value"] == pytest.approx(share) and accuracy["interval"] == "Wilson" and accuracy["n"] == 30
     assert result.metrics["accuracy_mean"]["interval"] == "bootstrap over items"
     assert result.metrics["accuracy_mean"]["n"] == 30, "five templates do not make 150 independent items"
-    one = sentiment.zero_shot(Oracle(lambda prompt: 1), ITEMS, templates=1, scoring=QUICK)
+    one = sentiment.zero_shot(Oracle(lambda prompt: 1), sst2(ITEMS), templates=1, scoring=QUICK)
     assert list(one.metrics) == ["accuracy", "positive_rate"]
 
 
@@ -100,7 +104,7 @@ def test_template_and_draw_spread():
         label = next(label for sentence, label in truth.items() if sentence in last)
         return label if "Question: Is this sentence" in last else 1 - label
 
-    result = sentiment.zero_shot(Oracle(answer), ITEMS, scoring=QUICK)
+    result = sentiment.zero_shot(Oracle(answer), sst2(ITEMS), scoring=QUICK)
     assert result.metrics["accuracy"]["value"] == 1.0
     assert result.metrics["accuracy_mean"]["value"] == pytest.approx(0.2)
     assert result.metrics["template_spread"]["value"] == pytest.approx(np.std([1, 0, 0, 0, 0], ddof=1))
@@ -122,7 +126,7 @@ def test_draws_are_seeded_balanced_and_the_same_for_all_models():
 def test_the_precedents_prompt():
     oracle = Oracle(lambda prompt: 1)
     many = ITEMS * 8
-    result = sentiment.precedent(oracle, many, SHOWN, scoring=QUICK)
+    result = sentiment.precedent(oracle, sst2(many, SHOWN), scoring=QUICK)
     assert result.protocol == "sst2/precedent-3-shot"
     assert len(result.items) == 200 and result.metrics["accuracy"]["n"] == 200
     first, second, third = [SHOWN[1], SHOWN[0], SHOWN[3]]
@@ -138,24 +142,24 @@ def test_the_precedents_prompt():
 def test_items_too_long_for_the_context():
     model = gpt2_language_model(context=96)
     long = {"sentence": text(200, 1), "label": 0}
-    result = sentiment.zero_shot(model, [*ITEMS, long], templates=1, scoring=QUICK)
+    result = sentiment.zero_shot(model, sst2([*ITEMS, long]), templates=1, scoring=QUICK)
     assert result.settings["too_long"] == 1
     assert result.items.iloc[-1][["prediction", "correct"]].tolist() == [-1, False]
     shown = [{"sentence": text(40, i), "label": i % 2} for i in range(9)]
     with pytest.raises(EvaluationError, match=r"sst2/3-shot.*evaluation\.sentiment_shots or model\.context"):
-        sentiment.few_shot(model, ITEMS, shown, 3, scoring=QUICK)
+        sentiment.few_shot(model, sst2(ITEMS, shown), 3, scoring=QUICK)
 
 
 def test_a_random_model_is_at_chance():
     """Over many items an untrained model says nothing about the label: its interval holds one half."""
     items = [{"sentence": text(6, 2000 + i), "label": i % 2} for i in range(300)]
-    result = sentiment.zero_shot(gpt2_language_model(seed=3), items, templates=1, scoring=QUICK)
+    result = sentiment.zero_shot(gpt2_language_model(seed=3), sst2(items), templates=1, scoring=QUICK)
     assert result.metrics["accuracy"]["low"] < 0.5 < result.metrics["accuracy"]["high"]
 
 
 def test_no_items_is_an_error():
     with pytest.raises(EvaluationError, match="no items"):
-        sentiment.zero_shot(language_model(), [])
+        sentiment.zero_shot(language_model(), sst2([]))
 
 
 # Calibration ---------------------------------------------------------------------------------------------------------
@@ -181,7 +185,7 @@ class Biased(LanguageModel):
 
 def test_calibration_takes_a_constant_bias_away():
     """Closed form: a bias of 3 nats hides a signal of 1; divided by what no content gives, every answer is right."""
-    result = sentiment.zero_shot(Biased(3.0), ITEMS, templates=1, calibration=True, scoring=QUICK)
+    result = sentiment.zero_shot(Biased(3.0), sst2(ITEMS), templates=1, calibration=True, scoring=QUICK)
     share = np.mean([item["label"] for item in ITEMS])
     assert result.metrics["accuracy"]["value"] == pytest.approx(share) and result.metrics["positive_rate"]["value"] == 1
     assert result.metrics["accuracy_calibrated"]["value"] == 1.0
@@ -196,10 +200,10 @@ def test_calibration_averages_probabilities_over_the_content_free_inputs():
 
 
 def test_calibration_is_off_by_default_and_never_instead():
-    off = sentiment.zero_shot(Biased(3.0), ITEMS, templates=1, scoring=QUICK)
+    off = sentiment.zero_shot(Biased(3.0), sst2(ITEMS), templates=1, scoring=QUICK)
     assert "accuracy_calibrated" not in off.metrics and off.settings["calibration"] is None
-    on = sentiment.few_shot(Biased(3.0), ITEMS, SHOWN, 2, templates=1, draws=2, calibration=True, scoring=QUICK)
-    plain = sentiment.few_shot(Biased(3.0), ITEMS, SHOWN, 2, templates=1, draws=2, scoring=QUICK)
+    on = sentiment.few_shot(Biased(3.0), sst2(ITEMS, SHOWN), 2, templates=1, draws=2, calibration=True, scoring=QUICK)
+    plain = sentiment.few_shot(Biased(3.0), sst2(ITEMS, SHOWN), 2, templates=1, draws=2, scoring=QUICK)
     assert {k: v for k, v in on.metrics.items() if k != "accuracy_calibrated"} == plain.metrics
 
 
@@ -211,15 +215,15 @@ def test_a_likelihood_that_is_no_number_names_the_item(value):
     model = LanguageModel.from_model(original, tokenizer(), "broken", convert=False)
     items = [*ITEMS[:6], {"sentence": "日", "label": 1}]
     with pytest.raises(EvaluationError, match=r"sst2/0-shot: item 6, template lm-eval, label 'negative'"):
-        sentiment.zero_shot(model, items, scoring=QUICK)
+        sentiment.zero_shot(model, sst2(items), scoring=QUICK)
 
 
 def test_the_grid_asks_the_first_items_under_every_template_and_draw_that_few_shot_uses():
     model = Oracle(lambda prompt: len(prompt) % 2)
-    grid = sentiment.grid(model, ITEMS, SHOWN, 2, first=6, scoring=QUICK)
+    grid = sentiment.grid(model, sst2(ITEMS, SHOWN), 2, first=6, scoring=QUICK)
     assert grid.protocol == "sst2/2-shot-grid"
     cells = grid.items.groupby(["template", "draw", "item"]).size()
     assert len(cells) == len(sentiment.TEMPLATES) * 5 * 6 and (cells == 1).all()
-    whole = sentiment.few_shot(Oracle(lambda prompt: len(prompt) % 2), ITEMS, SHOWN, 2, scoring=QUICK)
+    whole = sentiment.few_shot(Oracle(lambda prompt: len(prompt) % 2), sst2(ITEMS, SHOWN), 2, scoring=QUICK)
     same = whole.items[whole.items["item"] < 6].reset_index(drop=True)
     assert grid.items.equals(same)

@@ -7,20 +7,24 @@ document, and gives bits per byte of the text it scored, the one unit in which m
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from basics.errors import EvaluationError
 from threefold.data.wikitext import hub_rows
-from threefold.evaluation import statistics
 from threefold.evaluation.adapter import LanguageModel, Request
-from threefold.evaluation.results import SCORING, Evaluation, Scoring, metric, plain
+from threefold.evaluation.results import SCORING, Dataset, Evaluation, Scoring, plain
 
-VERSION = 1  # of the protocols in this module; raised when a number would come out differently
 LINES = 100
 LINES_CUT = 512
-BITS = math.log(2)
+METRICS = {  # name: (column that the nats are divided by, transform of nats per unit, unit)
+    "word_perplexity": ("words", np.exp, "perplexity per word"),
+    "byte_perplexity": ("bytes", np.exp, "perplexity per byte"),
+    "perplexity": ("tokens", np.exp, "perplexity per token"),
+    "bits_per_byte": ("bytes", lambda nats: nats / math.log(2), "bits per byte"),
+}
 
 
 # The text ------------------------------------------------------------------------------------------------------------
@@ -85,15 +89,7 @@ def detokenize(page: str) -> str:
 # Protocols -----------------------------------------------------------------------------------------------------------
 
 
-def disjoint(
-    model: LanguageModel,
-    documents: Sequence[str],
-    window: int,
-    *,
-    source: str = "wikitext2",
-    wikitext: bool = True,
-    scoring: Scoring = SCORING,
-) -> Evaluation:
+def disjoint(model: LanguageModel, data: Dataset, window: int, *, scoring: Scoring = SCORING) -> Evaluation:
     """`{source}/disjoint-{window}`: the text cut into windows that do not overlap.
 
     - Data: `evaluation.perplexity` (WikiText-2 raw, test); the hub's rows joined by blank lines into one stream over
@@ -106,18 +102,11 @@ def disjoint(
       bootstrap over documents; `tokens_per_byte`, without one.
     - Reproduces: GPT-2 124M's 29.94 on WikiText-2 raw test at window 1024.
     """
-    return _windowed(model, documents, window, None, f"{source}/disjoint-{window}", wikitext, scoring)
+    return _windowed(model, data, window, None, f"{data.name}/disjoint-{window}", scoring)
 
 
 def strided(
-    model: LanguageModel,
-    documents: Sequence[str],
-    window: int,
-    stride: int,
-    *,
-    source: str = "wikitext2",
-    wikitext: bool = True,
-    scoring: Scoring = SCORING,
+    model: LanguageModel, data: Dataset, window: int, stride: int, *, documents: int = -1, scoring: Scoring = SCORING
 ) -> Evaluation:
     """`{source}/stride-{stride}`: windows that move by `stride` tokens, each token scored once.
 
@@ -130,17 +119,11 @@ def strided(
       `tokens_per_byte`, without one.
     - Reproduces: GPT-2 124M's 25.2 and GPT-2 large's 16.44 on WikiText-2 raw test at window 1024, stride 512.
     """
-    return _windowed(model, documents, window, stride, f"{source}/stride-{stride}", wikitext, scoring)
+    first = data if documents < 0 else replace(data, items=data.items[:documents])
+    return _windowed(model, first, window, stride, f"{data.name}/stride-{stride}", scoring)
 
 
-def lm_eval(
-    model: LanguageModel,
-    documents: Sequence[str],
-    *,
-    source: str = "wikitext2",
-    wikitext: bool = True,
-    scoring: Scoring = SCORING,
-) -> Evaluation:
+def lm_eval(model: LanguageModel, data: Dataset, *, scoring: Scoring = SCORING) -> Evaluation:
     """`{source}/lm-eval`: lm-evaluation-harness's `wikitext` task, document by document.
 
     - Data: `evaluation.perplexity` (WikiText-2 raw, test), cut into the pages of
@@ -155,67 +138,49 @@ def lm_eval(
     - Reproduces: lm-eval 0.4's `wikitext` run with `add_bos_token=False` (else it would score the BOS itself), to 1e-3
       on the same checkpoint; with it GPT-2 124M's word perplexity 37.37 and 0.9769 bits per byte.
     """
-    name = f"{source}/lm-eval"
-    # (document, page): an article is one page but for a few
+    name, last = f"{data.name}/lm-eval", len(data.items) - 1
     cut = [
-        (i, text)
-        for i, d in enumerate(documents)
-        for text in (pages(d, i == len(documents) - 1) if wikitext else [d])
-        if text.strip()
+        (index, page)
+        for index, document in enumerate(data.items)
+        for page in (pages(document, index == last) if data.wikitext else [document])
+        if page.strip()
     ]
     if not cut:
         raise EvaluationError(f"{name}: the text is empty")
-    originals = [text for _, text in cut]
-    texts = [detokenize(text) for text in originals] if wikitext else originals
-    start = model.prefix_ids or [_first_token(model)]
+    documents, originals = zip(*cut, strict=True)
+    bos = model.tokenizer.bos_token_id
+    start = model.prefix_ids or [model.tokenizer.eos_token_id if bos is None else bos]
     requests: list[Request] = []
-    owners: list[int] = []
-    tokens = np.zeros(len(cut), np.int64)
-    for index, ids in enumerate(model.encode(texts)):
-        tokens[index] = len(ids)
+    owners: list[int] = []  # page of each request
+    tokens = []
+    for index, ids in enumerate(model.encode([detokenize(page) for page in originals] if data.wikitext else originals)):
+        tokens.append(len(ids))
         first = model.context - len(start) + 1
-        windows = [(start, ids[:first])]
+        requests.append((start, ids[:first]))
         for at in range(first, len(ids), model.context):
             end = min(at + model.context, len(ids))
-            windows.append((ids[max(0, end - model.context - 1) : at], ids[at:end]))  # the last one reaches back
-        requests += windows
-        owners += [index] * len(windows)
+            requests.append((ids[max(0, end - model.context - 1) : at], ids[at:end]))  # the last one reaches back
+        owners += [index] * (len(requests) - len(owners))
     spans = model.token_loglikelihoods(
-        requests, batch_tokens=scoring.batch_tokens, describe=lambda i: f"{name}: document {cut[owners[i]][0]}"
+        requests, batch_tokens=scoring.batch_tokens, describe=lambda i: f"{name}: document {documents[owners[i]]}"
     )
-    items = pd.DataFrame(
-        {
-            "document": [document for document, _ in cut],
-            "nats": np.bincount(owners, weights=[-span.sum() for span in spans], minlength=len(cut)),
-            "tokens": tokens,
-            "words": [len(re.split(r"\s+", text)) for text in originals],
-            "bytes": [len(text.encode()) for text in originals],
-        }
-    )
-    metrics = {
-        "word_perplexity": _ratio(items, "words", scoring, np.exp, "perplexity per word"),
-        "byte_perplexity": _ratio(items, "bytes", scoring, np.exp, "perplexity per byte"),
-        **_metrics(items, scoring),
+    items = {
+        "document": documents,
+        "nats": np.bincount(owners, weights=[-span.sum() for span in spans]),
+        "tokens": tokens,
+        "words": [len(re.split(r"\s+", page)) for page in originals],
+        "bytes": [len(page.encode()) for page in originals],
     }
     settings = {
-        "version": VERSION,
         "prefix": model.tokenizer.convert_ids_to_tokens(start),
         "windows": len(requests),
         "windows_without_prefix": len(requests) - len(cut),
-        **_totals(items),
     }
-    return Evaluation(name, model.name, model.weights_sha256, metrics, items, settings)
+    return _evaluation(model, name, items, settings, scoring, tuple(METRICS))
 
 
 def lines(
-    model: LanguageModel,
-    documents: Sequence[str],
-    *,
-    source: str = "wikitext2",
-    wikitext: bool = True,
-    count: int = LINES,
-    cut: int = LINES_CUT,
-    scoring: Scoring = SCORING,
+    model: LanguageModel, data: Dataset, *, count: int = LINES, cut: int = LINES_CUT, scoring: Scoring = SCORING
 ) -> Evaluation:
     """`{source}/lines-100`: the first 100 non-empty lines, each alone, cut at 512 positions.
 
@@ -231,8 +196,8 @@ def lines(
       bootstrap over lines; `tokens_per_byte`, without one.
     - Reproduces: 40.64 of GPT-2 124M on WikiText-2 raw validation.
     """
-    name = f"{source}/lines-{count}"
-    rows = first_lines(documents, wikitext, count)
+    name = f"{data.name}/lines-{count}"
+    rows = first_lines(data.items, data.wikitext, count)
     if not rows:
         raise EvaluationError(f"{name}: the text is empty")
     prefix = model.prefix_ids
@@ -240,9 +205,8 @@ def lines(
     kept, scored_bytes, n_cut = [], [], 0
     for index, row in enumerate(rows):
         ids, ends = model.encode_with_ends(row)
-        if len(ids) + len(prefix) > cut:
-            n_cut += 1
-            ids, ends = ids[: cut - len(prefix)], ends[: cut - len(prefix)]
+        n_cut += len(prefix) + len(ids) > cut
+        ids, ends = ids[: cut - len(prefix)], ends[: cut - len(prefix)]
         needed = len(prefix) + len(ids)
         if needed > model.context:
             raise EvaluationError(
@@ -258,109 +222,85 @@ def lines(
     spans = model.token_loglikelihoods(
         requests, batch_tokens=scoring.batch_tokens, describe=lambda i: f"{name}: line {kept[i]}"
     )
-    items = pd.DataFrame(
-        {
-            "document": kept,
-            "nats": [-float(span.sum()) for span in spans],
-            "tokens": [len(span) for span in spans],
-            "words": [len(rows[index].split()) for index in kept],
-            "bytes": scored_bytes,
-        }
-    )
-    settings = {"version": VERSION, "lines": len(kept), "cut": cut, "lines_cut": n_cut, **_totals(items)}
-    return Evaluation(name, model.name, model.weights_sha256, _metrics(items, scoring), items, settings)
-
-
-# Shared --------------------------------------------------------------------------------------------------------------
+    items = {
+        "document": kept,
+        "nats": [-float(span.sum()) for span in spans],
+        "tokens": [len(span) for span in spans],
+        "words": [len(rows[index].split()) for index in kept],
+        "bytes": scored_bytes,
+    }
+    return _evaluation(model, name, items, {"lines": len(kept), "cut": cut, "lines_cut": n_cut}, scoring)
 
 
 def _windowed(
-    model: LanguageModel,
-    documents: Sequence[str],
-    window: int,
-    stride: int | None,
-    name: str,
-    wikitext: bool,
-    scoring: Scoring,
+    model: LanguageModel, data: Dataset, window: int, stride: int | None, name: str, scoring: Scoring
 ) -> Evaluation:
+    """Perplexity over windows of the running text that move by `stride` tokens (None: by as many as a window holds)."""
+    size = window - len(model.prefix_ids)  # tokens of the text in a window
+    move = size if stride is None else stride
+    problem = ""
     if window > model.context:
-        raise EvaluationError(
-            f"{name}: evaluation.window = {window} exceeds the {model.context} positions of {model.name}; "
-            f"set it to at most {model.context}, or use a longer model.context"
+        problem = (
+            f"window = {window} exceeds the {model.context} positions of {model.name}; set it to at most "
+            f"{model.context}, or use a longer model.context"
         )
-    prefix = model.prefix_ids
-    step = window - len(prefix)
-    if step < 2:
-        raise EvaluationError(
-            f"{name}: evaluation.window = {window} leaves no token to score; set it to {len(prefix) + 2} or more"
-        )
-    move = step if stride is None else stride
-    if not 1 <= move <= step:
-        raise EvaluationError(
-            f"{name}: evaluation.stride = {stride} must be at least 1 and at most {step}, "
-            f"what a window of {window} holds"
-        )
-    text, starts = running_text(documents, wikitext)
+    elif size < 2:
+        problem = f"window = {window} leaves no token to score; set it to {len(model.prefix_ids) + 2} or more"
+    elif not 1 <= move <= size:
+        problem = f"stride = {stride} must be at least 1 and at most {size}, what a window of {window} holds"
+    if problem:
+        raise EvaluationError(f"{name}: evaluation.{problem}")
+    text, starts = running_text(data.items, data.wikitext)
     ids, ends = model.encode_with_ends(text)
     if len(ids) < 2:
         raise EvaluationError(f"{name}: the text is empty")
-
-    scored = np.zeros(len(ids), bool)
-    requests: list[Request] = []
-    firsts: list[int] = []  # first scored token of each window
-    done = 0
-    for begin in range(0, len(ids), move):
-        end = min(begin + step, len(ids))
-        first = max(done, begin + 1)  # the first text token of a window has nothing before it
-        if first < end:
-            requests.append(([*prefix, *ids[begin:first].tolist()], ids[first:end].tolist()))
-            firsts.append(first)
-            scored[first:end] = True
-        done = end
-        if end == len(ids):
-            break
+    windows = _windows(len(ids), size, move)
     # A token belongs to the document in which it begins.
-    byte_ends = _byte_ends(text, ends)
-    n_bytes = np.diff(byte_ends, prepend=0)
-    token_starts = np.concatenate([[0], ends[:-1]])
-    owner = np.searchsorted(starts, token_starts, side="right") - 1
+    owner_T = np.searchsorted(starts, np.concatenate([[0], ends[:-1]]), side="right") - 1
     spans = model.token_loglikelihoods(
-        requests,
+        [([*model.prefix_ids, *ids[begin:first].tolist()], ids[first:end].tolist()) for begin, first, end in windows],
         batch_tokens=scoring.batch_tokens,
-        describe=lambda i: f"{name}: window at token {firsts[i]}, document {owner[firsts[i]]}",
+        describe=lambda i: f"{name}: window at token {windows[i][1]}, document {owner_T[windows[i][1]]}",
     )
-    nats = np.zeros(len(ids))
-    for first, span in zip(firsts, spans, strict=True):
-        nats[first : first + len(span)] = -span
+    scored = np.concatenate([np.arange(first, end) for _, first, end in windows])
 
-    def by_document(weights: np.ndarray) -> np.ndarray:
-        return np.bincount(owner, weights=weights * scored, minlength=len(documents))
+    def by_document(values_T: np.ndarray) -> np.ndarray:
+        """Sums of the scored tokens' values."""
+        return np.bincount(owner_T[scored], weights=values_T, minlength=len(data.items))
 
     items = pd.DataFrame(
         {
-            "document": np.arange(len(documents)),
-            "nats": by_document(nats),
-            "tokens": by_document(np.ones(len(ids))).astype(np.int64),
-            "words": [len(document.split()) for document in documents],
-            "bytes": by_document(n_bytes.astype(np.float64)).astype(np.int64),
+            "document": np.arange(len(data.items)),
+            "nats": by_document(-np.concatenate(spans)),
+            "tokens": by_document(np.ones(len(scored))).astype(np.int64),
+            "words": [len(document.split()) for document in data.items],
+            "bytes": by_document(np.diff(_byte_ends(text, ends), prepend=0)[scored]).astype(np.int64),
         }
     )
-    items = items[items["tokens"] > 0].reset_index(drop=True)
     settings = {
-        "version": VERSION,
         "window": window,
         "stride": move,
-        "windows": len(requests),
+        "windows": len(windows),
         "text_tokens": len(ids),
-        "unscored_tokens": int((~scored).sum()),
-        **_totals(items),
+        "unscored_tokens": len(ids) - len(scored),
     }
-    return Evaluation(name, model.name, model.weights_sha256, _metrics(items, scoring), items, settings)
+    return _evaluation(model, name, items[items["tokens"] > 0].reset_index(drop=True), settings, scoring)
 
 
-def _first_token(model: LanguageModel) -> int:
-    bos = model.tokenizer.bos_token_id
-    return model.tokenizer.eos_token_id if bos is None else bos
+def _windows(tokens: int, size: int, move: int) -> list[tuple[int, int, int]]:
+    """(begin, first scored token, end) of each window that scores a token. The first token of a window is not scored:
+    nothing stands before it.
+    """
+    windows, done = [], 0
+    for begin in range(0, tokens, move):
+        end = min(begin + size, tokens)
+        first = max(done, begin + 1)
+        if first < end:
+            windows.append((begin, first, end))
+        if end == tokens:
+            break
+        done = end
+    return windows
 
 
 def _byte_ends(text: str, ends: np.ndarray) -> np.ndarray:
@@ -370,20 +310,21 @@ def _byte_ends(text: str, ends: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(widths)])[ends]
 
 
-def _ratio(items: pd.DataFrame, per: str, scoring: Scoring, transform, unit: str) -> dict:
-    interval = statistics.bootstrap_ratio(
-        items["nats"], items[per], resamples=scoring.bootstrap, seed=scoring.seed, transform=transform
-    )
-    return metric(interval, unit, "bootstrap over documents")
-
-
-def _metrics(items: pd.DataFrame, scoring: Scoring) -> dict:
-    return {
-        "perplexity": _ratio(items, "tokens", scoring, np.exp, "perplexity per token"),
-        "bits_per_byte": _ratio(items, "bytes", scoring, lambda nats: nats / BITS, "bits per byte"),
-        "tokens_per_byte": plain(items["tokens"].sum() / items["bytes"].sum(), "tokens per byte", len(items)),
+def _evaluation(
+    model: LanguageModel,
+    name: str,
+    items: dict | pd.DataFrame,
+    settings: dict,
+    scoring: Scoring,
+    names: tuple[str, ...] = ("perplexity", "bits_per_byte"),
+) -> Evaluation:
+    """The evaluation of these items (columns document, nats, tokens, words, bytes) under the metrics of these names."""
+    items = pd.DataFrame(items)
+    metrics = {
+        key: scoring.ratio(items["nats"], items[per], unit, "documents", transform=transform)
+        for key, (per, transform, unit) in METRICS.items()
+        if key in names
     }
-
-
-def _totals(items: pd.DataFrame) -> dict:
-    return {"documents": len(items), **{key: int(items[key].sum()) for key in ("tokens", "words", "bytes")}}
+    metrics["tokens_per_byte"] = plain(items["tokens"].sum() / items["bytes"].sum(), "tokens per byte", len(items))
+    settings |= {"documents": len(items), **{key: int(items[key].sum()) for key in ("tokens", "words", "bytes")}}
+    return Evaluation(name, model.name, model.weights_sha256, metrics, items, settings)

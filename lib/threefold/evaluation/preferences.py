@@ -11,21 +11,18 @@ import numpy as np
 import pandas as pd
 
 from basics.errors import EvaluationError
-from threefold.evaluation import statistics
-from threefold.evaluation.adapter import LanguageModel
-from threefold.evaluation.results import SCORING, Evaluation, Scoring, metric
+from threefold.evaluation.adapter import LanguageModel, Request
+from threefold.evaluation.results import SCORING, Dataset, Evaluation, Metric, Scoring, share
 
-VERSION = 1  # of the protocols in this module; raised when a number would come out differently
 KL_LOGITS = 2**24  # floats of full distributions held at a time, for each of the two models
 
 
 def pairs(
     model: LanguageModel,
-    items: Sequence[Mapping],
+    data: Dataset,
     reference: LanguageModel | None = None,
     *,
     beta: float = 0.1,
-    source: str = "hh-rlhf",
     scoring: Scoring = SCORING,
 ) -> Evaluation:
     """`{source}/preferences`: likelihood of chosen against rejected replies, and rewards against the reference.
@@ -45,10 +42,10 @@ def pairs(
       pairs.
     - Reproduces: the implicit rewards of Rafailov et al. 2023 (arXiv 2305.18290), as in TRL's DPO; no published figure.
     """
-    name = f"{source}/preferences"
-    if not items:
+    name = f"{data.name}/preferences"
+    if not data.items:
         raise EvaluationError(f"{name}: no items")
-    requests, kept, n_cut = _requests(model, items)
+    requests, kept, n_cut = _requests(model, data.items)
     if not kept:
         raise EvaluationError(
             f"{name}: no reply fits the {model.context} positions of {model.name}; use a longer model.context"
@@ -57,7 +54,7 @@ def pairs(
     def describe(request: int) -> str:
         return f"{name}: item {kept[request // 2]}, {('chosen', 'rejected')[request % 2]} reply"
 
-    logp_N2 = _sums(model, requests, scoring, describe)
+    logp_N2 = _sums(model, requests, describe, scoring)
     tokens_N2 = np.array([len(target) for _, target in requests]).reshape(-1, 2)
     rows = pd.DataFrame(
         {
@@ -66,21 +63,18 @@ def pairs(
             "logp_rejected": logp_N2[:, 1],
             "tokens_chosen": tokens_N2[:, 0],
             "tokens_rejected": tokens_N2[:, 1],
+            "correct": _preferred(logp_N2),
+            "correct_per_token": _preferred(logp_N2 / tokens_N2),
         }
     )
-    mean_N2 = logp_N2 / tokens_N2
-    rows["correct"] = _preferred(logp_N2)
-    rows["correct_per_token"] = _preferred(mean_N2)
-    n = len(rows)
     metrics = {
-        "accuracy": metric(statistics.wilson(rows["correct"].sum(), n), "accuracy", "Wilson"),
-        "accuracy_per_token": metric(statistics.wilson(rows["correct_per_token"].sum(), n), "accuracy", "Wilson"),
+        "accuracy": share(rows["correct"], "accuracy"),
+        "accuracy_per_token": share(rows["correct_per_token"], "accuracy"),
     }
     settings = {
-        "version": VERSION,
-        "items": len(items),
-        "pairs": n,
-        "left_out_too_long": len(items) - n,
+        "items": len(data.items),
+        "pairs": len(rows),
+        "left_out_too_long": len(data.items) - len(rows),
         "prompts_cut": n_cut,
         "reference": None,
     }
@@ -89,33 +83,42 @@ def pairs(
     elif reference is not None and reference.context < model.context:
         settings["reference_left_out"] = f"{reference.name} has a shorter context"
     elif reference is not None:
-        reference_N2 = _sums(reference, requests, scoring, describe)
-        rewards_N2 = beta * (logp_N2 - reference_N2)
-        rows["reference_logp_chosen"], rows["reference_logp_rejected"] = reference_N2.T
-        rows["reward_margin"] = rewards_N2[:, 0] - rewards_N2[:, 1]
-        rows["reward_correct"] = _preferred(rewards_N2)
-        rows["kl"] = _divergence(model, reference, requests[::2], scoring.batch_tokens, lambda i: describe(2 * i))
-        options = {"resamples": scoring.bootstrap, "seed": scoring.seed}
-        margin = statistics.bootstrap_ratio(rows["reward_margin"], **options)
-        kl = statistics.bootstrap_ratio(rows["kl"], rows["tokens_chosen"], **options)
-        metrics |= {
-            "reward_margin": metric(margin, "nats times beta", "bootstrap over pairs"),
-            "reward_accuracy": metric(statistics.wilson(rows["reward_correct"].sum(), n), "accuracy", "Wilson"),
-            "kl": metric(kl, "nats per token", "bootstrap over pairs"),
-        }
+        metrics |= _against(reference, model, requests, rows, beta, describe, scoring)
         settings |= {"reference": reference.name, "reference_sha256": reference.weights_sha256, "beta": beta}
     return Evaluation(name, model.name, model.weights_sha256, metrics, rows, settings)
 
 
-def _requests(
-    model: LanguageModel, items: Sequence[Mapping]
-) -> tuple[list[tuple[list[int], list[int]]], list[int], int]:
-    """(chosen and rejected requests by turns, items kept, prompts cut)."""
+def _against(
+    reference: LanguageModel,
+    model: LanguageModel,
+    requests: Sequence[Request],
+    rows: pd.DataFrame,
+    beta: float,
+    describe: Callable[[int], str],
+    scoring: Scoring,
+) -> dict[str, Metric]:
+    """Metrics of rewards and divergence against the reference; their columns are added to the rows."""
+    logp_N2 = rows[["logp_chosen", "logp_rejected"]].to_numpy()
+    reference_N2 = _sums(reference, requests, describe, scoring)
+    rewards_N2 = beta * (logp_N2 - reference_N2)
+    rows["reference_logp_chosen"], rows["reference_logp_rejected"] = reference_N2.T
+    rows["reward_margin"] = rewards_N2[:, 0] - rewards_N2[:, 1]
+    rows["reward_correct"] = _preferred(rewards_N2)
+    rows["kl"] = _divergence(model, reference, requests[::2], lambda i: describe(2 * i), scoring.batch_tokens)
+    return {
+        "reward_margin": scoring.ratio(rows["reward_margin"], 1.0, "nats times beta", "pairs"),
+        "reward_accuracy": share(rows["reward_correct"], "accuracy"),
+        "kl": scoring.ratio(rows["kl"], rows["tokens_chosen"], "nats per token", "pairs"),
+    }
+
+
+def _requests(model: LanguageModel, items: Sequence[Mapping]) -> tuple[list[Request], list[int], int]:
+    """(requests, the chosen reply before the rejected one of each kept item, kept items, number of prompts cut)."""
     eos = model.tokenizer.eos_token_id
     prompts, chosen, rejected = (
         model.encode([item[key] for item in items]) for key in ("prompt", "chosen", "rejected")
     )
-    requests: list[tuple[list[int], list[int]]] = []
+    requests: list[Request] = []
     kept, n_cut = [], 0
     for index, prompt in enumerate(prompts):
         replies = [[*reply[index], eos] for reply in (chosen, rejected)]
@@ -129,7 +132,10 @@ def _requests(
     return requests, kept, n_cut
 
 
-def _sums(model: LanguageModel, requests: Sequence, scoring: Scoring, describe) -> np.ndarray:
+def _sums(
+    model: LanguageModel, requests: Sequence[Request], describe: Callable[[int], str], scoring: Scoring
+) -> np.ndarray:
+    """Log-likelihood of the chosen and of the rejected reply, [N, 2]."""
     spans = model.token_loglikelihoods(requests, batch_tokens=scoring.batch_tokens, describe=describe)
     return np.array([span.sum() for span in spans]).reshape(-1, 2)
 
@@ -142,9 +148,9 @@ def _preferred(values_N2: np.ndarray) -> np.ndarray:
 def _divergence(
     model: LanguageModel,
     reference: LanguageModel,
-    requests: Sequence,
-    batch_tokens: int,
+    requests: Sequence[Request],
     describe: Callable[[int], str],
+    batch_tokens: int,
 ) -> np.ndarray:
     """Sum over each target's positions of KL(model || reference) of the next-token distributions, in nats."""
     totals = np.zeros(len(requests))

@@ -8,11 +8,9 @@ import pandas as pd
 
 from basics.errors import EvaluationError
 from threefold.data.templates import problem_prompt
-from threefold.evaluation import statistics
 from threefold.evaluation.adapter import LanguageModel
-from threefold.evaluation.results import SCORING, Evaluation, Scoring, metric, plain, too_long
+from threefold.evaluation.results import SCORING, Dataset, Evaluation, Scoring, plain, share, too_long
 
-VERSION = 1  # of the protocols in this module; raised when a number would come out differently
 STOP = ("Question:", "</s>", "<|im_end|>")
 INVALID = "[invalid]"
 KEYS = "evaluation.problem_shots, evaluation.problem_new_tokens or model.context"
@@ -23,14 +21,14 @@ _IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")
 
 def extract_strict(generation: str) -> str:
     """The number after the first `#### `, or INVALID."""
-    found = _STRICT.findall(generation)
-    return found[0].strip() if found else INVALID
+    match = _STRICT.search(generation)
+    return match[1].strip() if match else INVALID
 
 
 def extract_flexible(generation: str) -> str:
     """The last thing that looks like a number, or INVALID."""
-    found = _FLEXIBLE.findall(generation)
-    return next(group for group in found[-1] if group).strip() if found else INVALID
+    matches = _FLEXIBLE.findall(generation)
+    return next(group for group in matches[-1] if group).strip() if matches else INVALID
 
 
 def normalize(answer: str) -> str:
@@ -46,14 +44,7 @@ def matches(extracted: str, answer: str) -> bool:
 
 
 def few_shot(
-    model: LanguageModel,
-    items: Sequence[Mapping],
-    demonstrations: Sequence[Mapping],
-    shots: int,
-    new_tokens: int,
-    *,
-    source: str = "gsm8k",
-    scoring: Scoring = SCORING,
+    model: LanguageModel, data: Dataset, shots: int, new_tokens: int, *, scoring: Scoring = SCORING
 ) -> Evaluation:
     """`{source}/{shots}-shot`: greedy solutions after `shots` worked examples, exact match of the final number.
 
@@ -71,53 +62,66 @@ def few_shot(
     - Reproduces: both extractions of lm-eval 0.4's `gsm8k`, answer for answer on the same generations; GPT-2 124M is
       published with about 0.3% 5-shot.
     """
-    name = f"{source}/{shots}-shot"
-    if not items:
+    name = f"{data.name}/{shots}-shot"
+    if not data.items:
         raise EvaluationError(f"{name}: no items")
-    chosen = draw(demonstrations, shots, scoring.seed)
+    chosen = draw(data.demonstrations, shots, scoring.seed)
     before = "".join(f"{problem_prompt(d['question'])} {d['answer']}\n\n" for d in chosen)
-    prompts = [before + problem_prompt(item["question"]) for item in items]
+    prompts = [before + problem_prompt(item["question"]) for item in data.items]
     lengths = [len(model.prefix_ids) + len(ids) + new_tokens for ids in model.encode(prompts)]
     long_N = too_long(lengths, model.context, what=f"{name} with {new_tokens} new tokens", keys=KEYS)
-    kept = np.flatnonzero(~long_N)
-    generated = model.generate_with_lengths(
-        [prompts[i] for i in kept], new_tokens, STOP, batch_tokens=scoring.batch_tokens
-    )
-    texts, lengths = [""] * len(items), np.zeros(len(items), np.int64)
-    for i, (text, length) in zip(kept, generated, strict=True):
-        texts[i], lengths[i] = text, length
+    texts, tokens = generate_where(model, prompts, ~long_N, new_tokens, STOP, scoring)
+    answers = [item["answer"] for item in data.items]
     strict, flexible = [extract_strict(text) for text in texts], [extract_flexible(text) for text in texts]
     rows = pd.DataFrame(
         {
-            "item": np.arange(len(items)),
-            "question": [item["question"] for item in items],
-            "answer": [normalize(item["answer"]) for item in items],
+            "item": np.arange(len(prompts)),
+            "question": [item["question"] for item in data.items],
+            "answer": [normalize(answer) for answer in answers],
             "generation": texts,
-            "tokens": lengths,
+            "tokens": tokens,
             "strict": strict,
             "flexible": flexible,
-            "correct": [matches(s, item["answer"]) for s, item in zip(strict, items, strict=True)],
-            "correct_flexible": [matches(f, item["answer"]) for f, item in zip(flexible, items, strict=True)],
+            "correct": list(map(matches, strict, answers)),
+            "correct_flexible": list(map(matches, flexible, answers)),
             "too_long": long_N,
         }
     )
-    n = len(rows)
-    invalid = rows["strict"] == INVALID
     metrics = {
-        "exact_match": metric(statistics.wilson(int(rows["correct"].sum()), n), "exact match", "Wilson"),
-        "flexible_match": metric(statistics.wilson(int(rows["correct_flexible"].sum()), n), "exact match", "Wilson"),
-        "invalid": metric(statistics.wilson(int(invalid.sum()), n), "share of items", "Wilson"),
-        "unfinished": plain((rows["tokens"] >= new_tokens).mean(), "share of items", n),
+        "exact_match": share(rows["correct"], "exact match"),
+        "flexible_match": share(rows["correct_flexible"], "exact match"),
+        "invalid": share(rows["strict"] == INVALID, "share of items"),
+        "unfinished": plain((rows["tokens"] >= new_tokens).mean(), "share of items", len(rows)),
     }
     settings = {
-        "version": VERSION,
-        "items": n,
+        "items": len(rows),
         "shots": shots,
         "new_tokens": new_tokens,
         "stop": list(STOP),
         "too_long": int(long_N.sum()),
     }
     return Evaluation(name, model.name, model.weights_sha256, metrics, rows, settings)
+
+
+def generate_where(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    fits: Sequence[bool],
+    new_tokens: int,
+    stop: Sequence[str],
+    scoring: Scoring,
+) -> tuple[list[str], list[int]]:
+    """Greedy answers and their lengths in tokens; "" and 0 for a prompt that does not fit the context."""
+    generated = iter(
+        model.generate_with_lengths(
+            [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit],
+            new_tokens,
+            stop,
+            batch_tokens=scoring.batch_tokens,
+        )
+    )
+    answers = [next(generated) if fit else ("", 0) for fit in fits]
+    return [text for text, _ in answers], [length for _, length in answers]
 
 
 def draw(demonstrations: Sequence[Mapping], shots: int, seed: int) -> list[Mapping]:

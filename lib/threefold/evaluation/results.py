@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from basics.errors import EvaluationError
 from basics.files import atomic_write, sha256_bytes
+from threefold.evaluation import statistics
 from threefold.evaluation.statistics import Interval
 
 Metric = dict[str, Any]
 PRECEDENT_ITEMS = 200  # sentiment items of the precedent's protocol; here, for readers of records that load no model
-LENGTH_TOLERANCE = 0.05  # share of items that may be too long for the context before the setting itself is refused
+LENGTH_TOLERANCE = 0.05  # share of items that may exceed the context before the setting itself is refused
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ def plain(value: float, unit: str, n: int) -> Metric:
     return metric((float(value), None, None, n), unit)
 
 
+def share(correct: ArrayLike, unit: str) -> Metric:
+    """The share of items that are right (1, or 1/2 for a tie), with Wilson's interval."""
+    return metric(statistics.wilson(float(np.sum(correct)), len(correct)), unit, "Wilson")
+
+
 def too_long(lengths: Sequence[int], limit: int, *, what: str, keys: str) -> np.ndarray:
     """Mask of the items longer than `limit` positions.
 
@@ -99,12 +106,42 @@ def too_long(lengths: Sequence[int], limit: int, *, what: str, keys: str) -> np.
 
 
 @dataclass(frozen=True)
+class Dataset:
+    """What a protocol measures a model on.
+
+    name: first part of the evaluation's name, such as "sst2". items: texts for perplexity, for tasks one mapping per
+    item, as `data.readers` describes them. demonstrations: items of the same form for few-shot prompts. wikitext:
+    whether the texts are articles in WikiText's raw form.
+    """
+
+    name: str
+    items: Sequence
+    demonstrations: Sequence = ()
+    wikitext: bool = False
+
+
+@dataclass(frozen=True)
 class Scoring:
     """What all protocols share: positions in one batch, and the bootstrap behind the intervals."""
 
     batch_tokens: int = 16384
     bootstrap: int = 10_000
     seed: int = 0  # of the bootstrap and of demonstration draws
+
+    def ratio(
+        self,
+        numerators: ArrayLike,
+        denominators: ArrayLike,
+        unit: str,
+        over: str,
+        clusters: ArrayLike | None = None,
+        transform: Callable[[np.ndarray], np.ndarray] = np.positive,
+    ) -> Metric:
+        """`transform(sum numerators / sum denominators)` with a bootstrap interval over units, named by `over`."""
+        interval = statistics.bootstrap_ratio(
+            numerators, denominators, clusters, resamples=self.bootstrap, seed=self.seed, transform=transform
+        )
+        return metric(interval, unit, f"bootstrap over {over}")
 
 
 SCORING = Scoring()

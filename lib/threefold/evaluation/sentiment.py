@@ -13,13 +13,20 @@ import pandas as pd
 
 from basics.errors import EvaluationError
 from threefold.data.templates import LABELS, review_prompt
-from threefold.evaluation import statistics
 from threefold.evaluation.adapter import LanguageModel
-from threefold.evaluation.results import PRECEDENT_ITEMS, SCORING, Evaluation, Metric, Scoring, metric, plain, too_long
+from threefold.evaluation.results import (
+    PRECEDENT_ITEMS,
+    SCORING,
+    Dataset,
+    Evaluation,
+    Metric,
+    Scoring,
+    plain,
+    share,
+    too_long,
+)
 
-VERSION = 1  # of the protocols in this module; raised when a number would come out differently
 KEYS = "evaluation.sentiment_shots or model.context"
-PRECEDENT_SHOTS = 3
 CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5
 
 
@@ -51,11 +58,10 @@ PRECEDENT = TEMPLATES[1]
 
 def zero_shot(
     model: LanguageModel,
-    items: Sequence[Mapping],
+    data: Dataset,
     *,
     templates: int = len(TEMPLATES),
     calibration: bool = False,
-    source: str = "sst2",
     scoring: Scoring = SCORING,
 ) -> Evaluation:
     """`{source}/0-shot`: every item under every template, no demonstrations.
@@ -77,19 +83,18 @@ def zero_shot(
       the sentence, averaged over the three.
     - Reproduces: `accuracy` is lm-eval 0.4's `sst2` `acc`, the same prediction on every item.
     """
-    return _evaluate(model, items, [()], f"{source}/0-shot", TEMPLATES[:templates], scoring, calibration)
+    name = f"{data.name}/0-shot"
+    return with_demonstrations(model, data.items, [()], name, TEMPLATES[:templates], calibration, scoring=scoring)
 
 
 def few_shot(
     model: LanguageModel,
-    items: Sequence[Mapping],
-    demonstrations: Sequence[Mapping],
+    data: Dataset,
     shots: int,
     *,
     templates: int = len(TEMPLATES),
     draws: int = 5,
     calibration: bool = False,
-    source: str = "sst2",
     scoring: Scoring = SCORING,
 ) -> Evaluation:
     """`{source}/{shots}-shot`: every item under every template after each of several draws of demonstrations.
@@ -108,20 +113,13 @@ def few_shot(
     - Calibration (off by default): as zero-shot, the demonstrations included.
     - Reproduces: lm-eval 0.4's few-shot `sst2` given the same demonstrations, the same prediction on every item.
     """
-    drawn = [draw(demonstrations, shots, scoring.seed, index) for index in range(draws)]
-    return _evaluate(model, items, drawn, f"{source}/{shots}-shot", TEMPLATES[:templates], scoring, calibration)
+    name = f"{data.name}/{shots}-shot"
+    drawn = [draw(data.demonstrations, shots, scoring.seed, index) for index in range(draws)]
+    return with_demonstrations(model, data.items, drawn, name, TEMPLATES[:templates], calibration, scoring=scoring)
 
 
 def grid(
-    model: LanguageModel,
-    items: Sequence[Mapping],
-    demonstrations: Sequence[Mapping],
-    shots: int,
-    *,
-    first: int,
-    draws: int = 5,
-    source: str = "sst2",
-    scoring: Scoring = SCORING,
+    model: LanguageModel, data: Dataset, shots: int, *, first: int, draws: int = 5, scoring: Scoring = SCORING
 ) -> Evaluation:
     """`{source}/{shots}-shot-grid`: the first items under every template after every draw, to tell how much of a score
     is the prompt's.
@@ -135,18 +133,12 @@ def grid(
       from it.
     - Reproduces: no published figure.
     """
-    drawn = [draw(demonstrations, shots, scoring.seed, index) for index in range(draws)]
-    return _evaluate(model, items[:first], drawn, f"{source}/{shots}-shot-grid", TEMPLATES, scoring)
+    name = f"{data.name}/{shots}-shot-grid"
+    drawn = [draw(data.demonstrations, shots, scoring.seed, index) for index in range(draws)]
+    return with_demonstrations(model, data.items[:first], drawn, name, TEMPLATES, scoring=scoring)
 
 
-def precedent(
-    model: LanguageModel,
-    items: Sequence[Mapping],
-    demonstrations: Sequence[Mapping],
-    *,
-    source: str = "sst2",
-    scoring: Scoring = SCORING,
-) -> Evaluation:
+def precedent(model: LanguageModel, data: Dataset, *, scoring: Scoring = SCORING) -> Evaluation:
     """`{source}/precedent-3-shot`: the precedent's protocol in form: one plain 3-shot prompt, the first 200 items.
 
     - Data: the first 200 items of `evaluation.sentiment` (SST-2, validation).
@@ -158,25 +150,67 @@ def precedent(
       tell; `positive_rate`, without one.
     - Reproduces: no published figure: the precedent's code scored weights it had not trained.
     """
-    fixed = _fixed(demonstrations)
-    return _evaluate(
-        model, items[:PRECEDENT_ITEMS], [fixed], f"{source}/precedent-{PRECEDENT_SHOTS}-shot", (PRECEDENT,), scoring
-    )
+    positive, negative = ([item for item in data.demonstrations if item["label"] == label] for label in (1, 0))
+    if len(positive) < 2 or not negative:
+        raise EvaluationError(
+            "evaluation.sentiment_demonstrations needs at least two positive items and a negative one"
+        )
+    fixed = (positive[0], negative[0], positive[1])
+    name = f"{data.name}/precedent-{len(fixed)}-shot"
+    return with_demonstrations(model, data.items[:PRECEDENT_ITEMS], [fixed], name, (PRECEDENT,), scoring=scoring)
 
 
 def with_demonstrations(
     model: LanguageModel,
     items: Sequence[Mapping],
     draws: Sequence[Sequence[Mapping]],
-    *,
-    protocol: str = "sst2/given",
+    name: str = "sst2/given",
     templates: Sequence[Template] = TEMPLATES[:1],
+    calibration: bool = False,
+    *,
     scoring: Scoring = SCORING,
 ) -> Evaluation:
-    """The same scoring with demonstrations given outright; no registered protocol, for agreement tests and
-    exploration.
-    """
-    return _evaluate(model, items, [tuple(d) for d in draws], protocol, tuple(templates), scoring)
+    """Every item under every template after each of these draws of demonstrations: what all protocols here run."""
+    if not items:
+        raise EvaluationError(f"{name}: no items")
+    labels = np.array([item["label"] for item in items])
+    frames = []
+    n_long = 0
+    for template in templates:
+        for index, demonstrations in enumerate(draws):
+            logp_N2, long_N = _label_logprobs(model, items, template, demonstrations, name, scoring)
+            n_long += int(long_N.sum())
+            prediction = logp_N2.argmax(axis=1)  # a tie goes to the first label, as in lm-eval
+            columns = {
+                "item": np.arange(len(items)),
+                "template": template.name,
+                "draw": index,
+                "label": labels,
+                "prediction": np.where(long_N, -1, prediction),
+                "logp_negative": logp_N2[:, 0],
+                "logp_positive": logp_N2[:, 1],
+                "correct": (prediction == labels) & ~long_N,
+            }
+            if calibration:
+                free = [{"sentence": text} for text in CONTENT_FREE]
+                free_F2, _ = _label_logprobs(model, free, template, demonstrations, f"{name}, no content", scoring)
+                choice = (logp_N2 - content_free_logprobs(free_F2)).argmax(axis=1)
+                columns["prediction_calibrated"] = np.where(long_N, -1, choice)
+                columns["correct_calibrated"] = (choice == labels) & ~long_N
+            frames.append(pd.DataFrame(columns))
+    rows = pd.concat(frames, ignore_index=True)
+    majority = int(np.bincount(labels, minlength=2).argmax())
+    settings = {
+        "items": len(items),
+        "templates": [template.name for template in templates],
+        "shots": len(draws[0]),
+        "draws": len(draws),
+        "too_long": n_long,
+        "calibration": list(CONTENT_FREE) if calibration else None,
+        "majority_label": LABELS[majority],
+        "majority_accuracy": float((labels == majority).mean()),
+    }
+    return Evaluation(name, model.name, model.weights_sha256, _metrics(rows, scoring), rows, settings)
 
 
 def draw(demonstrations: Sequence[Mapping], shots: int, seed: int, index: int) -> tuple[Mapping, ...]:
@@ -195,76 +229,6 @@ def draw(demonstrations: Sequence[Mapping], shots: int, seed: int, index: int) -
     return tuple(chosen[i] for i in generator.permutation(shots))
 
 
-def _fixed(demonstrations: Sequence[Mapping]) -> tuple[Mapping, ...]:
-    positive = [item for item in demonstrations if item["label"] == 1][:2]
-    negative = [item for item in demonstrations if item["label"] == 0][:1]
-    if len(positive) < 2 or not negative:
-        raise EvaluationError(
-            "evaluation.sentiment_demonstrations needs at least two positive items and a negative one"
-        )
-    return (positive[0], negative[0], positive[1])
-
-
-def _evaluate(
-    model: LanguageModel,
-    items: Sequence[Mapping],
-    draws: Sequence[Sequence[Mapping]],
-    name: str,
-    templates: Sequence[Template],
-    scoring: Scoring,
-    calibration: bool = False,
-) -> Evaluation:
-    if not items:
-        raise EvaluationError(f"{name}: no items")
-    labels = np.array([item["label"] for item in items])
-    frames = []
-    n_long = 0
-    for template in templates:
-        for index, demonstrations in enumerate(draws):
-            logp_N2, long_N = _label_logprobs(model, items, template, demonstrations, name, scoring)
-            n_long += int(long_N.sum())
-            prediction = logp_N2.argmax(axis=1)  # a tie goes to the first label, as in lm-eval
-            calibrated = {}
-            if calibration:
-                free_F2, _ = _label_logprobs(
-                    model, _FREE_ITEMS, template, demonstrations, f"{name}, no content", scoring
-                )
-                choice = (logp_N2 - content_free_logprobs(free_F2)).argmax(axis=1)
-                calibrated = {
-                    "prediction_calibrated": np.where(long_N, -1, choice),
-                    "correct_calibrated": (choice == labels) & ~long_N,
-                }
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "item": np.arange(len(items)),
-                        "template": template.name,
-                        "draw": index,
-                        "label": labels,
-                        "prediction": np.where(long_N, -1, prediction),
-                        "logp_negative": logp_N2[:, 0],
-                        "logp_positive": logp_N2[:, 1],
-                        "correct": (prediction == labels) & ~long_N,
-                        **calibrated,
-                    }
-                )
-            )
-    rows = pd.concat(frames, ignore_index=True)
-    majority = int(np.bincount(labels, minlength=2).argmax())
-    settings = {
-        "version": VERSION,
-        "items": len(items),
-        "templates": [template.name for template in templates],
-        "shots": len(draws[0]),
-        "draws": len(draws),
-        "too_long": n_long,
-        "calibration": list(CONTENT_FREE) if calibration else None,
-        "majority_label": LABELS[majority],
-        "majority_accuracy": float((labels == majority).mean()),
-    }
-    return Evaluation(name, model.name, model.weights_sha256, _metrics(rows, scoring), rows, settings)
-
-
 def content_free_logprobs(free_F2: np.ndarray) -> np.ndarray:
     """Log of both labels' probabilities averaged over F content-free inputs [F, 2] -> [2].
 
@@ -272,9 +236,6 @@ def content_free_logprobs(free_F2: np.ndarray) -> np.ndarray:
     in logs argmax(log p - log p_cf); a common factor of both labels' probabilities changes nothing.
     """
     return np.logaddexp.reduce(free_F2, axis=0) - np.log(len(free_F2))
-
-
-_FREE_ITEMS = [{"sentence": text} for text in CONTENT_FREE]
 
 
 def _label_logprobs(
@@ -293,13 +254,9 @@ def _label_logprobs(
     lengths = [len(model.prefix_ids) + max(len(pair[0]), len(pair[1])) - 1 for pair in zip(*whole, strict=True)]
     long_N = too_long(lengths, model.context, what=f"{name}, template {template.name}", keys=KEYS)
     kept = np.flatnonzero(~long_N)
-    requests = []
-    for i in kept:
-        context = model.prefix_ids + contexts[i]
-        for side in whole:  # as lm-eval: what prompt and label together have beyond the prompt's tokens
-            requests.append((context, side[i][len(contexts[i]) :]))
     spans = model.loglikelihoods(
-        requests,
+        # as lm-eval: what prompt and label together have beyond the prompt's tokens
+        [(model.prefix_ids + contexts[i], ids[i][len(contexts[i]) :]) for i in kept for ids in whole],
         batch_tokens=scoring.batch_tokens,
         describe=lambda r: f"{name}: item {kept[r // 2]}, template {template.name}, label {template.labels[r % 2]!r}",
     )
@@ -331,8 +288,5 @@ def _metrics(rows: pd.DataFrame, scoring: Scoring) -> dict[str, Metric]:
 
 def _accuracy(rows: pd.DataFrame, scoring: Scoring, correct: str = "correct") -> Metric:
     if not rows["item"].duplicated().any():
-        return metric(statistics.wilson(int(rows[correct].sum()), len(rows)), "accuracy", "Wilson")
-    interval = statistics.bootstrap_ratio(
-        rows[correct], clusters=rows["item"], resamples=scoring.bootstrap, seed=scoring.seed
-    )
-    return metric(interval, "accuracy", "bootstrap over items")
+        return share(rows[correct], "accuracy")
+    return scoring.ratio(rows[correct], 1.0, "accuracy", "items", clusters=rows["item"])
