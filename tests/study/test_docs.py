@@ -128,11 +128,11 @@ def project(tmp_path_factory):
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    (folder / "lib" / "threefold" / "presets" / "smoke.toml").write_text(small_smoke(), encoding="utf-8")
-    assert load_preset(folder / "lib" / "threefold" / "presets" / "smoke.toml").seeds == 1
+    (folder / "lib" / "study" / "presets" / "smoke.toml").write_text(small_smoke(), encoding="utf-8")
+    assert load_preset(folder / "lib" / "study" / "presets" / "smoke.toml").seeds == 1
     tools = folder.parent / "bin"
     tools.mkdir()
-    (tools / "threefold").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m threefold "$@"\n')
+    (tools / "threefold").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m study "$@"\n')
     (tools / "threefold").chmod(0o755)
     return folder
 
@@ -273,9 +273,9 @@ def resolved(dotted: str) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_modules_functions_and_tests_that_are_named_exist(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    for dotted in set(re.findall(r"`(threefold(?:\.\w+)+)`", text)):
+    for dotted in set(re.findall(r"`((?:threefold|papertrail|study|basics)(?:\.\w+)+)`", text)):
         assert resolved(dotted), f"{name}: no {dotted}"
-    for file, test in set(re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", text)):
+    for file, test in set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)):
         assert (ROOT / file).is_file(), f"{name}: no {file}"
         assert not test or re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.MULTILINE), f"{name}: no {test}"
 
@@ -291,17 +291,27 @@ def test_every_formula_names_its_source_its_code_and_its_test():
     assert len(rows) > 25
     for row in rows:
         assert not re.search(r"\| +\|", row), f"a place is empty: {row}"
-        assert re.search(r"`threefold\.\S+` \| `tests/\S+::\S+` \|$", row), row
+        assert re.search(r"`(?:threefold|study)\.\S+` \| `tests/\S+::\S+` \|$", row), row
 
 
-def test_every_floor_of_the_package_is_on_the_page():
-    """CONTRIBUTING's table has the floors of import-linter, from the top."""
+def test_every_package_and_folder_of_lib_is_on_the_page():
+    """CONTRIBUTING names every package below lib/, and every folder and module directly in one."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
-    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
-    floors = [{part.strip().removeprefix("threefold.") for part in layer.split("|")} for layer in layers]
-    place = {part: number for number, floor in enumerate(floors) for part in floor}
-    for name in listed:
-        assert inspect.ismodule(importlib.import_module(f"threefold.{name}"))
-    assert [place[name] for name in listed] == sorted(place[name] for name in listed)
-    assert set(place) - set(listed) <= {"paths", "processes"}
+    for package in sorted(path for path in (ROOT / "lib").iterdir() if (path / "__init__.py").is_file()):
+        assert f"`{package.name}`" in text, package.name
+        for part in sorted(package.iterdir()):
+            name = part.stem if part.suffix == ".py" else part.name
+            if part.suffix in ("", ".py") and not name.startswith("_"):
+                assert f"`{name}`" in text, f"{package.name}/{part.name}"
+
+
+def test_every_file_of_a_described_path_exists():
+    """The paths of a parameter, a protocol's key and a metric, in CONTRIBUTING, at most six lines each."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for title in ("`sft.learning_rate`", "`evaluation.window`", "One metric"):
+        (section,) = re.findall(rf"^### {re.escape(title)}[^\n]*\n\n((?:\d\. .*\n)+)", text, re.MULTILINE)
+        lines = section.strip().split("\n")
+        assert 2 <= len(lines) <= 6, title
+        for file in re.findall(r"`((?:lib|notebooks|report)/[\w./-]+)`", section):
+            assert (ROOT / file).is_file(), f"{title}: no {file}"
+        assert all(re.search(r"`(?:lib|notebooks|report)/", line) for line in lines), title
