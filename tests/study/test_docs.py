@@ -8,7 +8,6 @@ EXCEPTIONS with the reason, is printed, and goes through the real argument parse
 
 import ast
 import importlib
-import inspect
 import io
 import os
 import re
