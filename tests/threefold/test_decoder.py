@@ -403,9 +403,9 @@ def test_bf16_by_cast_and_by_autocast_stay_near_fp32(parts):
     ("parts", "message"),
     [
         ({"vocab_size": -1}, "vocab_size is not set"),
-        ({"n_head": 5}, "not a multiple"),
-        ({"n_kv_head": 3}, "must divide"),
-        ({"d_model": 12}, "even head width"),
+        ({"n_head": 5}, "a multiple of n_head = 5"),
+        ({"n_kv_head": 3}, "a divisor of n_head"),
+        ({"d_model": 12}, "an even number"),
     ],
 )
 def test_impossible_sizes_are_refused(parts, message):

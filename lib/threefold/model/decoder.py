@@ -726,12 +726,6 @@ def _check(config: ModelConfig) -> None:
         raise ConfigError(
             "model.vocab_size is not set; it is the tokenizer's size and must be filled in before building a model"
         )
-    if config.d_model % config.n_head:
-        raise ConfigError(f"model.d_model = {config.d_model} is not a multiple of model.n_head = {config.n_head}")
-    if kv_heads(config) < 1 or config.n_head % kv_heads(config):
-        raise ConfigError(f"model.n_kv_head = {config.n_kv_head} must divide model.n_head = {config.n_head}, or be -1")
-    if config.position == "rope" and (config.d_model // config.n_head) % 2:
-        raise ConfigError(f"rotary positions need an even head width, not {config.d_model // config.n_head}")
 
 
 def parameter_counts(model: Decoder | ModelConfig) -> dict[str, int]:
