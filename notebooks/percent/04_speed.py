@@ -12,9 +12,9 @@
 # %% [markdown]
 # # 04 · Speed
 #
-# How fast does each model generate? All models of the run stand in one process and are timed by turns: a busy moment of the
-# machine meets them alike, so that their ratios hold where their tokens per second may not. The pipeline runs nothing beside
-# this notebook.
+# How fast does each model generate? All models of the run are timed in one process, interleaved: a busy moment of the machine
+# slows all of them, so that their ratios hold even where their tokens per second do not. The pipeline runs nothing else at the
+# same time.
 #
 # Input: every model's stage. Output: `runs/<run>/speed/` with every repeat as Parquet.
 
@@ -41,7 +41,7 @@ models = [subject(stage, model) for model in model_names(stage.preset)]
 folder = stage.begin(fingerprint(stage.run, stage.name))
 
 # %% [markdown]
-# ## By turns
+# ## Interleaved timing
 #
 # Prefill is one forward over the prompts, decoding the greedy steps after it, each model as the evaluations run it.
 

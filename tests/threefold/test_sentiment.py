@@ -5,7 +5,6 @@ from evaluation_fixtures import gpt2_language_model, language_model, llama, naiv
 from basics.errors import EvaluationError
 from threefold.data.templates import review
 from threefold.evaluation import LanguageModel, sentiment
-from threefold.evaluation.adapter import ScoredSpan
 from threefold.evaluation.results import Dataset, Scoring
 
 QUICK = Scoring(batch_tokens=4096, bootstrap=300, seed=11)
@@ -26,15 +25,15 @@ class Oracle(LanguageModel):
         self.prefers_positive = prefers_positive
         self.prompts: list[str] = []
 
-    def loglikelihoods(self, requests, *, batch_tokens=0, describe=str):
+    def token_loglikelihoods(self, requests, *, batch_tokens=0, describe=str):
         spans = []
-        for index, (context, target) in enumerate(requests):
+        for index, (context, _) in enumerate(requests):
             prompt = self.tokenizer.decode(context[len(self.prefix_ids) :])
             self.prompts.append(prompt)
-            positive = index % 2  # both labels of an item by turns, the negative first
+            positive = index % 2  # the labels of an item alternate, the negative first
             good = self.prefers_positive(prompt)
             value = 0.0 if good is None else -1.0 - (positive != good)
-            spans.append(ScoredSpan(value, len(target), False))
+            spans.append(np.array([value]))
         return spans
 
 
@@ -173,13 +172,13 @@ class Biased(LanguageModel):
         super().__init__("biased", base.backend, base.tokenizer, "0" * 64)
         self.bias = bias
 
-    def loglikelihoods(self, requests, *, batch_tokens=0, describe=str):
+    def token_loglikelihoods(self, requests, *, batch_tokens=0, describe=str):
         truth = {f"{item['sentence']}\n": item["label"] for item in ITEMS}
         spans = []
-        for index, (context, target) in enumerate(requests):
+        for index, (context, _) in enumerate(requests):
             prompt = self.tokenizer.decode(context[len(self.prefix_ids) :])
             margin = self.bias + next((2 * label - 1 for s, label in truth.items() if s in prompt), 0)
-            spans.append(ScoredSpan(-5.0 + (margin if index % 2 else 0.0), len(target), False))
+            spans.append(np.array([-5.0 + (margin if index % 2 else 0.0)]))
         return spans
 
 

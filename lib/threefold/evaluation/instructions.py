@@ -45,11 +45,7 @@ def responses(
         raise EvaluationError(
             f"{name}: no example fits the {model.context} positions of {model.name}; use a longer model.context"
         )
-    spans = model.token_loglikelihoods(
-        [requests[i] for i in kept],
-        batch_tokens=scoring.batch_tokens,
-        describe=lambda i: f"{name}: item {kept[i]}",
-    )
+    spans = scoring.logprobs(model, [requests[i] for i in kept], lambda i: f"{name}: item {kept[i]}")
     rows = pd.DataFrame(
         {
             "item": np.arange(len(items)),

@@ -1,7 +1,7 @@
-"""Loss by position, out to many times the training context, under what a decoder may be let see of a long text.
+"""Loss by position, out to many times the training context, under several ways of reading a long text.
 
-A position is a slot of the stream, counted from 0 and sinks included; the loss at position p is that of the token in
-slot p. Shape suffixes as in `model.decoder`, and N streams, J windows.
+A position is a slot of the stream, counted from 0 and including the sinks; the loss at position p is that of the token
+in slot p. Shape suffixes as in `model.decoder`, and N streams, J windows.
 """
 
 import math
@@ -25,7 +25,7 @@ from threefold.model.decoder import Attention, AttentionContext, Decoder, additi
 from threefold.model.kernels import rotate
 
 VERSION = 1  # raised when a number would come out differently
-VARIANTS = ("base", "sinks=0", "sinks=4", "position=learned", "position=none")  # those that are read, where trained
+VARIANTS = ("base", "sinks=0", "sinks=4", "position=learned", "position=none")  # measured where they were trained
 MODES = ("full", "window", "sinks", "anew")
 FIRST_TOKENS = 4  # kept by "sinks" where a model has none of its own (Xiao et al. 2023, section 3.1)
 STEPS = 2  # buckets an octave
@@ -73,9 +73,7 @@ def by_position(
         last = config.context if mode == "full" and config.position == "learned" else tokens_NS.shape[1]
         within = [mark for mark in marks if mark <= last]
         nats[mode] = {
-            str(seed): np.round(
-                buckets(losses(model, tokens_NS[:, :last], mode, batch_tokens), within, first), 5
-            ).tolist()
+            str(seed): buckets(losses(model, tokens_NS[:, :last], mode, batch_tokens), within, first).round(5).tolist()
             for seed, model in models.items()
         }
     return {
@@ -103,10 +101,10 @@ def modes(config: ModelConfig) -> tuple[str, ...]:
 
 
 def cut(ids: Sequence[int], sink_ids: Sequence[int], length: int, most: int) -> Tensor:
-    """Streams [N, length] of a running text, at most `most`, the sinks in front of each. Each begins `length` tokens
-    after the one before, so that models with other sinks read the same text.
+    """Streams [N, length] of a running text, at most `most`, each with the sinks in front. Each begins `length` tokens
+    after the previous one, so that models with different sinks read the same text.
 
-    EvaluationError where the text does not fill one.
+    Raises EvaluationError where the text does not fill one stream.
     """
     if len(ids) < length:
         raise EvaluationError(
@@ -120,15 +118,17 @@ def cut(ids: Sequence[int], sink_ids: Sequence[int], length: int, most: int) -> 
 
 
 def edges(context: int, factor: int) -> list[int]:
-    """Where buckets of position begin, and the end: 0, then two an octave from an eighth of the context on."""
+    """Edges of the buckets of position: 0, then two per octave from an eighth of the context on, up to the end."""
     steps = range(-SHORTEST * STEPS, math.floor(STEPS * math.log2(factor)) + 1)
     marks = [0, *(round(context * 2 ** (step / STEPS)) for step in steps), factor * context]
     return sorted(set(marks))
 
 
 def buckets(nats_NT: Tensor, marks: Sequence[int], first: int) -> np.ndarray:
-    """Mean nats of each stream between one mark and the next, [N, len(marks) - 1]. nats_NT: of the tokens in slots 1
-    to S - 1; `first`: the first slot that counts."""
+    """Mean nats of each stream between consecutive marks, [N, len(marks) - 1].
+
+    nats_NT: of the tokens in slots 1 to S - 1. first: the first slot that counts.
+    """
     nats_NS = F.pad(nats_NT.double(), (1, 0))
     parts = [nats_NS[:, max(low, first) : high].mean(dim=1) for low, high in pairwise(marks)]
     return torch.stack(parts, dim=1).numpy()
@@ -136,38 +136,32 @@ def buckets(nats_NT: Tensor, marks: Sequence[int], first: int) -> np.ndarray:
 
 @torch.inference_mode()
 def losses(model: Decoder, tokens_NS: Tensor, mode: str, batch_tokens: int = 16384) -> Tensor:
-    """Nats [N, S - 1] of the tokens in slots 1 to S - 1, each from what the mode lets be seen; fp32 on the CPU.
+    """Nats [N, S - 1] of the tokens in slots 1 to S - 1 under a mode; fp32 on the CPU.
 
-    tokens_NS: the model's sinks first. batch_tokens: positions computed at a time. See `by_position` for the modes.
+    tokens_NS: the model's sinks first. batch_tokens: positions per forward. mode: see `by_position`.
     Raises DataError for positions past a learned table; EvaluationError for an unknown mode.
     """
     config = model.config
     if mode not in MODES:
         raise EvaluationError(f"length: no mode {mode!r}; there are {', '.join(MODES)}")
     if mode == "anew":
-        return _anew(model, tokens_NS, batch_tokens)
+        return _recomputed(model, tokens_NS, batch_tokens)
     kept = (config.sinks or FIRST_TOKENS) if mode == "sinks" else 0
     parts = []
     for rows_BS in tokens_NS.split(max(1, batch_tokens // tokens_NS.shape[1])):
         rows_BS = rows_BS.to(model.embed.weight.device)
         seen_BT = rows_BS[:, :-1]
         h_BTD = model.hidden(seen_BT) if mode == "full" else streamed(model, seen_BT, kept, config.context - kept)
-        parts.append(_nats(model, h_BTD, rows_BS[:, 1:]))
+        pieces = zip(h_BTD.flatten(0, 1).split(HEAD_TOKENS), rows_BS[:, 1:].flatten().split(HEAD_TOKENS), strict=True)
+        nats = [F.cross_entropy(model.head(h_MD).float(), target_M, reduction="none") for h_MD, target_M in pieces]
+        parts.append(torch.cat(nats).view(seen_BT.shape).cpu())
     return torch.cat(parts)
 
 
-def _nats(model: Decoder, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-    parts = [
-        F.cross_entropy(model.head(h_MD).float(), targets_M, reduction="none")
-        for h_MD, targets_M in zip(
-            h_BTD.flatten(0, 1).split(HEAD_TOKENS), targets_BT.flatten().split(HEAD_TOKENS), strict=True
-        )
-    ]
-    return torch.cat(parts).view(targets_BT.shape).cpu()
-
-
-def _anew(model: Decoder, tokens_NS: Tensor, batch_tokens: int) -> Tensor:
-    """Windows of the context that move by half of it, the sinks in front of each: as `disjoint` and `stride` read."""
+def _recomputed(model: Decoder, tokens_NS: Tensor, batch_tokens: int) -> Tensor:
+    """As `losses`, over windows of the context that move by half of it, each with the sinks in front, like those of the
+    perplexity protocols.
+    """
     (streams, length), context, sinks = tokens_NS.shape, model.config.context, model.config.sinks
     ends = [*range(min(context, length), length, max(1, context // 2)), length]
     windows = [
@@ -180,13 +174,14 @@ def _anew(model: Decoder, tokens_NS: Tensor, batch_tokens: int) -> Tensor:
 
 @torch.inference_mode()
 def streamed(model: Decoder, tokens_BT: Tensor, sinks: int, window: int) -> Tensor:
-    """Hidden states [B, T, D] as a `StreamingCache` of `sinks` and `window` gives them token by token, at once.
+    """Hidden states [B, T, D] as generation with a `StreamingCache` of `sinks` and `window` computes them, in parallel.
 
-    A token's key and value in a layer stay as they were computed, from what was held then; what has left is only no
-    longer seen. So a layer is one attention of the whole stream over a band beside the sinks. In the band only
-    distances count, and they are those of the stream; from the sinks a token stands as far as its slot in the cache.
+    The cache keeps a token's key and value in a layer as they were computed when the token came; a token that has left
+    the cache is only masked. So a layer is one attention of the whole stream over the sinks and a band. Within the band
+    only relative positions matter, which are those of the stream; relative to the sinks, a token's position is its slot
+    in the cache.
 
-    DataError for positions past a learned table.
+    Raises DataError for positions past a learned table.
     """
     if model.config.position == "learned":
         if tokens_BT.shape[1] > min(model.config.context, sinks + window):
@@ -204,26 +199,28 @@ def streamed(model: Decoder, tokens_BT: Tensor, sinks: int, window: int) -> Tens
 
 def _banded(attention: Attention, x_BTD: Tensor, config: ModelConfig, sinks: int, window: int) -> Tensor:
     """One layer's attention [B, T, D] over the sinks and the last `window` tokens, a block of queries at a time."""
-    places_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
+    positions_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
     q_BHTK, k_BGTK, v_BGTK = attention.project(
-        x_BTD, AttentionContext(places_T, False, None, rotary=None, explicit=True)
+        x_BTD, AttentionContext(positions_T, False, None, rotary=None, explicit=True)
     )
     q_BHTK = q_BHTK * q_BHTK.shape[-1] ** -0.5
     k_BHTK, v_BHTK = (repeat_heads(part, q_BHTK.shape[1] // part.shape[1]) for part in (k_BGTK, v_BGTK))
 
-    def turned(x_BHTK: Tensor, positions_T: Tensor) -> Tensor:
+    def rotated(x_BHTK: Tensor, at_T: Tensor) -> Tensor:
         if config.position != "rope":
             return x_BHTK
-        cos, sin = rotary_tables(positions_T, x_BHTK.shape[-1], config.rope_theta)
+        cos, sin = rotary_tables(at_T, x_BHTK.shape[-1], config.rope_theta)
         return rotate(x_BHTK.transpose(1, 2), cos[:, None], sin[:, None]).transpose(1, 2).to(x_BHTK.dtype)
 
-    to_sinks_BHTK = turned(q_BHTK, places_T.clamp_max(sinks + window - 1))  # the newest token's slot in the cache
-    q_BHTK, k_BHTK = turned(q_BHTK, places_T), turned(k_BHTK, places_T)
+    to_sinks_BHTK = rotated(q_BHTK, positions_T.clamp_max(sinks + window - 1))  # the newest token's slot in the cache
+    q_BHTK, k_BHTK = rotated(q_BHTK, positions_T), rotated(k_BHTK, positions_T)
     out = []
-    for start in range(0, len(places_T), window):
+    for start in range(0, len(positions_T), window):
         queries, keys = slice(start, start + window), slice(max(sinks, start + 1 - window), start + window)
-        ahead_TS = places_T[queries, None] - places_T[keys]  # how far the query is past the key
-        seen_TS = torch.cat((places_T[queries, None] >= places_T[:sinks], (ahead_TS >= 0) & (ahead_TS < window)), 1)
+        ahead_TS = positions_T[queries, None] - positions_T[keys]  # how far the query is past the key
+        seen_TS = torch.cat(
+            (positions_T[queries, None] >= positions_T[:sinks], (ahead_TS >= 0) & (ahead_TS < window)), 1
+        )
         scores_BHTS = torch.cat(
             (
                 to_sinks_BHTK[:, :, queries] @ k_BHTK[:, :, :sinks].transpose(-1, -2),

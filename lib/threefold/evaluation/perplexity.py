@@ -1,7 +1,8 @@
-"""Perplexity of running text under four definitions; the same model can differ by a third between them.
+"""Perplexity of running text under four definitions, which can differ by a third for the same model.
 
-Every definition sums nats over the tokens it scores and divides once (no mean of means), keeps the sums of each
-document, and gives bits per byte of the text it scored, the one unit in which models of different tokenizers compare.
+Every definition makes requests, scores them, sums nats, tokens, words and bytes by document (the items) and computes
+its metrics from the items: one sum over all documents, divided once (no mean of means). Bits per byte are the unit in
+which models of different tokenizers can be compared.
 """
 
 import math
@@ -49,36 +50,31 @@ def first_lines(documents: Sequence[str], wikitext: bool = True, count: int = LI
 
 
 def pages(document: str, last: bool = False) -> list[str]:
-    """The pages of `EleutherAI/wikitext_document_level` in an article: mostly one.
+    """The pages of `EleutherAI/wikitext_document_level` in an article: usually one.
 
-    Its splitting is its own: a page begins at every line that starts with `= ` and ends with ` =` once `= = =` and `=
-    =` are closed up; blank text before the first is dropped and the newline before a page belongs to none (the `last`
-    document of a file keeps its own).
+    A page of that dataset begins at every line that starts with `= ` and ends with ` =` after `= = =` and `= =` have
+    lost their spaces. Blank text before the first page is dropped, and the newline before a page belongs to none (the
+    `last` document of a file keeps its final newline).
     """
-    found: list[list[str]] = [[]]
+    by_page: list[list[str]] = [[]]
     for line in (document if last else document.removesuffix("\n")).split("\n"):
         mark = line.replace("= = =", "===").replace("= =", "==").strip()
         if mark.startswith("= ") and mark.endswith(" ="):
-            found.append([])
-        found[-1].append(line)
-    return [page for lines in found if (page := "\n".join(lines)).strip()]
+            by_page.append([])
+        by_page[-1].append(line)
+    return [page for lines in by_page if (page := "\n".join(lines)).strip()]
 
 
 def detokenize(page: str) -> str:
-    """lm-eval's wikitext detokenizer (its `preprocess_wikitext.py`, version 2): undoes ` @-@ `, spaced punctuation,
-    ...
-    """
+    """lm-eval's wikitext detokenizer (its `preprocess_wikitext.py`, version 2): undoes ` @-@ `, spaced punctuation."""
     text = page.replace("s '", "s'")
     text = re.sub(r"/' [0-9]/", r"/'[0-9]/", text)
     for old, new in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")):
         text = text.replace(old, new)
     for mark in (":", ";", ".", "!", "?", ","):
         text = text.replace(f" {mark} ", f"{mark} ")
-    text = re.sub(r"\(\s*([^\)]*?)\s*\)", r"(\1)", text)
-    text = re.sub(r"\[\s*([^\]]*?)\s*\]", r"[\1]", text)
-    text = re.sub(r"{\s*([^}]*?)\s*}", r"{\1}", text)
-    text = re.sub(r"\"\s*([^\"]*?)\s*\"", r'"\1"', text)
-    text = re.sub(r"'\s*([^']*?)\s*'", r"'\1'", text)
+    for left, right in ("()", "[]", "{}", '""', "''"):
+        text = re.sub(rf"\{left}\s*([^\{right}]*?)\s*\{right}", rf"{left}\1{right}", text)
     for old, new in (("= = = =", "===="), ("= = =", "==="), ("= =", "==")):
         text = text.replace(old, new)
     for old, new in ((" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")):
@@ -161,9 +157,7 @@ def lm_eval(model: LanguageModel, data: Dataset, *, scoring: Scoring = SCORING) 
             end = min(at + model.context, len(ids))
             requests.append((ids[max(0, end - model.context - 1) : at], ids[at:end]))  # the last one reaches back
         owners += [index] * (len(requests) - len(owners))
-    spans = model.token_loglikelihoods(
-        requests, batch_tokens=scoring.batch_tokens, describe=lambda i: f"{name}: document {documents[owners[i]]}"
-    )
+    spans = scoring.logprobs(model, requests, lambda i: f"{name}: document {documents[owners[i]]}")
     items = {
         "document": documents,
         "nats": np.bincount(owners, weights=[-span.sum() for span in spans]),
@@ -219,9 +213,7 @@ def lines(
         requests.append(([*prefix, int(ids[0])], ids[1:].tolist()))
         kept.append(index)
         scored_bytes.append(len(row[ends[0] : ends[-1]].encode()))
-    spans = model.token_loglikelihoods(
-        requests, batch_tokens=scoring.batch_tokens, describe=lambda i: f"{name}: line {kept[i]}"
-    )
+    spans = scoring.logprobs(model, requests, lambda i: f"{name}: line {kept[i]}")
     items = {
         "document": kept,
         "nats": [-float(span.sum()) for span in spans],
@@ -257,10 +249,10 @@ def _windowed(
     windows = _windows(len(ids), size, move)
     # A token belongs to the document in which it begins.
     owner_T = np.searchsorted(starts, np.concatenate([[0], ends[:-1]]), side="right") - 1
-    spans = model.token_loglikelihoods(
+    spans = scoring.logprobs(
+        model,
         [([*model.prefix_ids, *ids[begin:first].tolist()], ids[first:end].tolist()) for begin, first, end in windows],
-        batch_tokens=scoring.batch_tokens,
-        describe=lambda i: f"{name}: window at token {windows[i][1]}, document {owner_T[windows[i][1]]}",
+        lambda i: f"{name}: window at token {windows[i][1]}, document {owner_T[windows[i][1]]}",
     )
     scored = np.concatenate([np.arange(first, end) for _, first, end in windows])
 

@@ -1,4 +1,4 @@
-"""Held-out preference pairs: which reply a model finds likelier, and how far it moved from its reference.
+"""Held-out preference pairs: which reply a model finds more likely, and how far it moved from its reference.
 
 Rewards are DPO's implicit ones (Rafailov et al. 2023, arXiv 2305.18290, section 4): beta times the log-ratio of a reply
 under the model and under the reference, here the SFT checkpoint.
@@ -54,7 +54,7 @@ def pairs(
     def describe(request: int) -> str:
         return f"{name}: item {kept[request // 2]}, {('chosen', 'rejected')[request % 2]} reply"
 
-    logp_N2 = _sums(model, requests, describe, scoring)
+    logp_N2 = np.array([span.sum() for span in scoring.logprobs(model, requests, describe)]).reshape(-1, 2)
     tokens_N2 = np.array([len(target) for _, target in requests]).reshape(-1, 2)
     rows = pd.DataFrame(
         {
@@ -83,14 +83,14 @@ def pairs(
     elif reference is not None and reference.context < model.context:
         settings["reference_left_out"] = f"{reference.name} has a shorter context"
     elif reference is not None:
-        metrics |= _against(reference, model, requests, rows, beta, describe, scoring)
+        metrics |= _reference_metrics(model, reference, requests, rows, beta, describe, scoring)
         settings |= {"reference": reference.name, "reference_sha256": reference.weights_sha256, "beta": beta}
     return Evaluation(name, model.name, model.weights_sha256, metrics, rows, settings)
 
 
-def _against(
-    reference: LanguageModel,
+def _reference_metrics(
     model: LanguageModel,
+    reference: LanguageModel,
     requests: Sequence[Request],
     rows: pd.DataFrame,
     beta: float,
@@ -99,7 +99,7 @@ def _against(
 ) -> dict[str, Metric]:
     """Metrics of rewards and divergence against the reference; their columns are added to the rows."""
     logp_N2 = rows[["logp_chosen", "logp_rejected"]].to_numpy()
-    reference_N2 = _sums(reference, requests, describe, scoring)
+    reference_N2 = np.array([span.sum() for span in scoring.logprobs(reference, requests, describe)]).reshape(-1, 2)
     rewards_N2 = beta * (logp_N2 - reference_N2)
     rows["reference_logp_chosen"], rows["reference_logp_rejected"] = reference_N2.T
     rows["reward_margin"] = rewards_N2[:, 0] - rewards_N2[:, 1]
@@ -130,14 +130,6 @@ def _requests(model: LanguageModel, items: Sequence[Mapping]) -> tuple[list[Requ
         requests += [(model.prefix_ids + prompt[-room:], reply) for reply in replies]
         kept.append(index)
     return requests, kept, n_cut
-
-
-def _sums(
-    model: LanguageModel, requests: Sequence[Request], describe: Callable[[int], str], scoring: Scoring
-) -> np.ndarray:
-    """Log-likelihood of the chosen and of the rejected reply, [N, 2]."""
-    spans = model.token_loglikelihoods(requests, batch_tokens=scoring.batch_tokens, describe=describe)
-    return np.array([span.sum() for span in spans]).reshape(-1, 2)
 
 
 def _preferred(values_N2: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import inspect
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,7 @@ def evaluate(
         resolved = resolve(source)
         return {
             "source": resolved.name,
-            "split": resolved.split,
-            "kind": resolved.kind,
-            "fingerprint": resolved.fingerprint,
-            "revision": resolved.revision,
+            **{key: getattr(resolved, key) for key in ("split", "kind", "fingerprint", "revision")},
             "examples": len(load(source)),
             "subsampled": source.max_examples >= 0 or source.skip_examples > 0,
         }
@@ -162,50 +159,47 @@ def summary(evaluation: Evaluation) -> str:
 
 def _plan(
     config: EvaluationConfig, reference: LanguageModel | None, beta: float
-) -> Iterator[tuple[Protocol, dict[str, Any]]]:
+) -> list[tuple[Protocol, dict[str, Any]]]:
     """The protocols that the preset asks for, each with its arguments, in the order in which they are run."""
-    windows = {"window": config.window}
     prompts = {"templates": config.sentiment_templates, "calibration": config.sentiment_calibration}
-    few = [shots for shots in config.sentiment_shots if shots > 0]
     rows: list[tuple[str, dict[str, Any]]] = [
-        ("disjoint", windows),
-        ("stride", {**windows, "stride": config.stride, "documents": config.strided_documents}),
+        ("disjoint", {"window": config.window}),
+        ("stride", {"window": config.window, "stride": config.stride, "documents": config.strided_documents}),
         ("lm-eval", {}),
         ("lines", {}),
-        *[("zero-shot", prompts)] * (0 in config.sentiment_shots),
     ]
-    for shots in few:
-        rows.append(("few-shot", {"shots": shots, "draws": config.sentiment_draws, **prompts}))
-        if config.sentiment_grid_items > 0:
+    if 0 in config.sentiment_shots:
+        rows.append(("zero-shot", prompts))
+    for shots in config.sentiment_shots:
+        if shots > 0:
+            rows.append(("few-shot", {"shots": shots, "draws": config.sentiment_draws, **prompts}))
+        if shots > 0 and config.sentiment_grid_items > 0:
             rows.append(("grid", {"shots": shots, "first": config.sentiment_grid_items}))
+    answers = {"generations": config.instruction_generations, "new_tokens": config.instruction_new_tokens}
     rows += [
         ("precedent", {}),
         ("problems", {"shots": config.problem_shots, "new_tokens": config.problem_new_tokens}),
-        (
-            "instructions",
-            {"generations": config.instruction_generations, "new_tokens": config.instruction_new_tokens},
-        ),
+        ("instructions", answers),
         ("preferences", {"reference": reference, "beta": beta}),
     ]
+    plan = []
     for key, arguments in rows:
         protocol = PROTOCOLS[key]
-        if not _named(getattr(config, protocol.source)):
+        missing = [name for name in (protocol.source, protocol.demonstrations) if name and not _named(config, name)]
+        if protocol.source in missing or (missing and key == "precedent"):
             continue
-        shots = arguments.get("shots", 0)
-        if protocol.demonstrations and not _named(getattr(config, protocol.demonstrations)):
-            if shots > 0:
-                shots_key = protocol.demonstrations.replace("demonstrations", "shots")
-                raise EvaluationError(
-                    f"evaluation.{shots_key} asks for demonstrations: set "
-                    f"evaluation.{protocol.demonstrations}.source, or evaluation.{shots_key} = "
-                    f"{'[0]' if protocol.source == 'sentiment' else '0'}"
-                )
-            if key == "precedent":
-                continue
-        yield protocol, arguments
+        if missing and arguments["shots"] > 0:
+            shots_key = "problem_shots = 0" if key == "problems" else "sentiment_shots = [0]"
+            raise EvaluationError(
+                f"evaluation.{shots_key.partition(' ')[0]} asks for demonstrations: set "
+                f"evaluation.{protocol.demonstrations}.source, or evaluation.{shots_key}"
+            )
+        plan.append((protocol, arguments))
+    return plan
 
 
-def _named(source: SourceConfig) -> bool:
+def _named(config: EvaluationConfig, key: str) -> bool:
+    source: SourceConfig = getattr(config, key)
     return bool(source.source or source.path)
 
 

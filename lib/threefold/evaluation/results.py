@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,9 @@ from basics.errors import EvaluationError
 from basics.files import atomic_write, sha256_bytes
 from threefold.evaluation import statistics
 from threefold.evaluation.statistics import Interval
+
+if TYPE_CHECKING:  # readers of records import this module without waiting for torch
+    from threefold.evaluation.adapter import LanguageModel, Request
 
 Metric = dict[str, Any]
 PRECEDENT_ITEMS = 200  # sentiment items of the precedent's protocol; here, for readers of records that load no model
@@ -128,18 +131,18 @@ class Scoring:
     bootstrap: int = 10_000
     seed: int = 0  # of the bootstrap and of demonstration draws
 
-    def ratio(
-        self,
-        numerators: ArrayLike,
-        denominators: ArrayLike,
-        unit: str,
-        over: str,
-        clusters: ArrayLike | None = None,
-        transform: Callable[[np.ndarray], np.ndarray] = np.positive,
-    ) -> Metric:
-        """`transform(sum numerators / sum denominators)` with a bootstrap interval over units, named by `over`."""
+    def logprobs(
+        self, model: "LanguageModel", requests: Sequence["Request"], describe: Callable[[int], str]
+    ) -> list[np.ndarray]:
+        """Log-probability in nats of each target's tokens; see `LanguageModel.token_loglikelihoods`."""
+        return model.token_loglikelihoods(requests, batch_tokens=self.batch_tokens, describe=describe)
+
+    def ratio(self, numerators: ArrayLike, denominators: ArrayLike, unit: str, over: str, **options: Any) -> Metric:
+        """The metric of `statistics.bootstrap_ratio`, whose `clusters` and `transform` are the options. `over` names
+        the resampled units.
+        """
         interval = statistics.bootstrap_ratio(
-            numerators, denominators, clusters, resamples=self.bootstrap, seed=self.seed, transform=transform
+            numerators, denominators, resamples=self.bootstrap, seed=self.seed, **options
         )
         return metric(interval, unit, f"bootstrap over {over}")
 

@@ -1,8 +1,8 @@
 """Sentiment by label log-likelihood (SST-2): zero- and few-shot, over several templates and demonstration draws.
 
-A model answers with the label it finds more likely after the prompt; nothing is generated, no label is normalised by
-its length (lm-eval's `acc`). The spread over wordings and demonstrations stands beside the sampling error of the
-items, because at this scale it is often the larger of the two.
+A model answers with the label it finds more likely after the prompt; nothing is generated, and likelihoods are not
+normalised by length (lm-eval's `acc`). The spread over wordings and demonstrations is reported beside the sampling
+error of the items, because at this scale it is often larger.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,18 +13,9 @@ import pandas as pd
 
 from basics.errors import EvaluationError
 from threefold.data.templates import LABELS, review_prompt
+from threefold.evaluation import results
 from threefold.evaluation.adapter import LanguageModel
-from threefold.evaluation.results import (
-    PRECEDENT_ITEMS,
-    SCORING,
-    Dataset,
-    Evaluation,
-    Metric,
-    Scoring,
-    plain,
-    share,
-    too_long,
-)
+from threefold.evaluation.results import SCORING, Dataset, Evaluation, Metric, Scoring, plain, share, too_long
 
 KEYS = "evaluation.sentiment_shots or model.context"
 CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5
@@ -32,7 +23,7 @@ CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5
 
 @dataclass(frozen=True)
 class Template:
-    """A wording: `prompt` holds {sentence}, the words of the labels (0, 1) follow it after one space."""
+    """A wording: `prompt` contains {sentence}; the words of the labels (0, 1) follow it after one space."""
 
     name: str
     prompt: str
@@ -157,7 +148,9 @@ def precedent(model: LanguageModel, data: Dataset, *, scoring: Scoring = SCORING
         )
     fixed = (positive[0], negative[0], positive[1])
     name = f"{data.name}/precedent-{len(fixed)}-shot"
-    return with_demonstrations(model, data.items[:PRECEDENT_ITEMS], [fixed], name, (PRECEDENT,), scoring=scoring)
+    return with_demonstrations(
+        model, data.items[: results.PRECEDENT_ITEMS], [fixed], name, (PRECEDENT,), scoring=scoring
+    )
 
 
 def with_demonstrations(
@@ -254,14 +247,14 @@ def _label_logprobs(
     lengths = [len(model.prefix_ids) + max(len(pair[0]), len(pair[1])) - 1 for pair in zip(*whole, strict=True)]
     long_N = too_long(lengths, model.context, what=f"{name}, template {template.name}", keys=KEYS)
     kept = np.flatnonzero(~long_N)
-    spans = model.loglikelihoods(
+    spans = scoring.logprobs(
+        model,
         # as lm-eval: what prompt and label together have beyond the prompt's tokens
         [(model.prefix_ids + contexts[i], ids[i][len(contexts[i]) :]) for i in kept for ids in whole],
-        batch_tokens=scoring.batch_tokens,
-        describe=lambda r: f"{name}: item {kept[r // 2]}, template {template.name}, label {template.labels[r % 2]!r}",
+        lambda r: f"{name}: item {kept[r // 2]}, template {template.name}, label {template.labels[r % 2]!r}",
     )
     logp_N2 = np.zeros((len(items), 2))
-    logp_N2[kept] = np.array([span.sum for span in spans]).reshape(-1, 2)
+    logp_N2[kept] = np.array([span.sum() for span in spans]).reshape(-1, 2)
     return logp_N2, long_N
 
 

@@ -1,4 +1,4 @@
-"""Speed of prefill and decoding, measured with all models by turns so that a busy machine slows them alike."""
+"""Speed of prefill and decoding, with the models' timings interleaved so that a busy machine slows them alike."""
 
 import time
 from collections.abc import Sequence
