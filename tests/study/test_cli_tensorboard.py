@@ -11,7 +11,7 @@ from cli_fixtures import STARTED, trained_run
 from basics.errors import MissingInput, TrainingError
 from papertrail.run import Run
 from study import cli
-from study.cli import tensorboard
+from study.cli import curves
 from study.preset import load_preset
 
 
@@ -35,7 +35,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_every_number_that_counts_becomes_a_scalar(run):
-    out = tensorboard.export(run, FakeWriter)
+    out = curves.to_tensorboard(run, FakeWriter)
     assert out == run.path / "tensorboard"
     assert sorted(path.name for path in out.iterdir()) == ["pretrain", "pretrain-seed2", "sft"]
     told = json.loads((out / "pretrain" / "events.json").read_text())
@@ -56,24 +56,24 @@ def test_every_number_that_counts_becomes_a_scalar(run):
 
 
 def test_a_second_export_replaces_the_first(run):
-    (tensorboard.export(run, FakeWriter) / "old").touch()
-    tensorboard.export(run, FakeWriter)
+    (curves.to_tensorboard(run, FakeWriter) / "old").touch()
+    curves.to_tensorboard(run, FakeWriter)
     assert not (run.path / "tensorboard" / "old").exists()
 
 
 def test_a_damaged_line_names_the_file_and_leaves_the_export_that_was_there(run):
-    tensorboard.export(run, FakeWriter)
+    curves.to_tensorboard(run, FakeWriter)
     with open(run.partial_folder("sft") / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo\n')
     with pytest.raises(TrainingError, match=r"\.sft\.partial/metrics\.jsonl:7: not JSON"):
-        tensorboard.export(run, FakeWriter)
+        curves.to_tensorboard(run, FakeWriter)
     assert (run.path / "tensorboard" / "sft" / "events.json").exists()
 
 
 def test_nothing_trained_yet(tmp_path):
     empty = Run("empty", tmp_path / "empty", load_preset("smoke"))
     with pytest.raises(MissingInput, match="run empty has trained no stage yet"):
-        tensorboard.export(empty, FakeWriter)
+        curves.to_tensorboard(empty, FakeWriter)
 
 
 def test_the_interface_is_that_of_torchs_writer():
@@ -92,7 +92,7 @@ def test_the_interface_is_that_of_torchs_writer():
 
 
 def test_the_command(run, monkeypatch, capsys):
-    monkeypatch.setattr(tensorboard, "summary_writer", lambda: FakeWriter)
+    monkeypatch.setattr(curves, "summary_writer", lambda: FakeWriter)
     assert cli.main(["tensorboard", "--run", "mine"]) == 0
     assert "tensorboard --logdir" in capsys.readouterr().out and (run.path / "tensorboard" / "sft").is_dir()
 

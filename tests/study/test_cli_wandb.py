@@ -11,7 +11,7 @@ import pytest
 from cli_fixtures import LINES, STARTED, trained_run
 
 from study import cli
-from study.cli import wandb as exporter
+from study.cli import curves
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_an_offline_run_holds_every_number_and_nothing_of_the_machine(run):
     from wandb.proto.wandb_internal_pb2 import Record
 
     # In a process of its own: the package leaves a service running until its process ends.
-    code = "import sys; from threefold import cli; sys.exit(cli.main(['wandb', '--run', 'mine']))"
+    code = "import sys; from study import cli; sys.exit(cli.main(['wandb', '--run', 'mine']))"
     environment = os.environ | {"THREEFOLD_RUNS": str(run.path.parent)}
     environment |= {
         "WANDB_CONFIG_DIR": str(run.path.parent / "config"),
@@ -92,7 +92,7 @@ def test_without_the_package_the_extra_is_named(run, monkeypatch, capsys):
 
 
 def test_a_damaged_line_leaves_the_export_that_was_there(run, capsys, monkeypatch):
-    monkeypatch.setattr(exporter, "client", lambda: pytest.fail)  # not reached by what cannot be read
+    monkeypatch.setattr(curves, "wandb_client", lambda: pytest.fail)  # not reached by what cannot be read
     (run.path / "wandb").mkdir()
     with open(run.partial_folder("sft") / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo\n')

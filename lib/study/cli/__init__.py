@@ -11,24 +11,28 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from basics import files, names
 from basics.errors import DISK_FULL, ConfigError, MissingInput, ThreefoldError
-from study.preset import load_preset, parse_overrides
 
 if TYPE_CHECKING:
     from papertrail.run import Run
 
+Action = Callable[[argparse.Namespace], int]
+Option = tuple[tuple[str, ...], dict[str, Any]]  # arguments of argparse's `add_argument`
+
 CHECKPOINTS = ("pretrain", "sft", "dpo", "gpt2", "distilgpt2")
-# What the environment, the disk or the rights of a person cause, and no fault of the program.
-SURROUNDINGS = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+# Errors of the operating system that the environment causes, not the program.
+ENVIRONMENT = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+_COMMANDS: dict[str, tuple[Action, str, tuple[Option | list[Option], ...]]] = {}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with an error in one line that ends in the way out."""
+    """argparse whose errors are one line that ends with where to look."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -41,126 +45,16 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="threefold", description="A small language model through three stages, compared and written up.")
     top.add_argument("--version", action="version", version=f"threefold {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-
-    def command(name: str, action: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    for name, (action, text, options) in _COMMANDS.items():
+        made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         made.set_defaults(action=action)
-        return made
-
-    run = command("run", _run, "execute the stages of a run that are not fresh")
-    run.add_argument("--preset", default="", help="a preset's name or .toml file (default: the run's own, else smoke)")
-    run.add_argument("--run", default="", metavar="NAME", help="the run's name (default: the preset's)")
-    run.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a preset's key, as often as needed"
-    )
-    chosen = run.add_mutually_exclusive_group()
-    chosen.add_argument("--only", action="append", default=[], metavar="STAGE", help="only this stage; may be repeated")
-    chosen.add_argument(
-        "--from", dest="start", default="", metavar="STAGE", help="this stage and all that follow from it"
-    )
-    run.add_argument("--force", action="store_true", help="execute the chosen stages although they are fresh")
-    run.add_argument("--data-dir", default="", metavar="FOLDER", help="local data folder (default: $THREEFOLD_DATA)")
-    run.add_argument(
-        "--jobs", type=_positive, default=0, metavar="N", help="notebooks side by side (default: 2 on a CPU)"
-    )
-
-    run.add_argument(
-        "--nproc", type=_positive, metavar="N", help="processes that train a stage together (default: one a GPU)"
-    )
-
-    train = command("train", _train, "train one stage: alone, or as a worker that torchrun started")
-    train.add_argument("stage", metavar="STAGE", help="pretrain, gpt2, distilgpt2, sft, dpo or a replicate of one")
-    train.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
-    train.add_argument("--data-dir", default="", metavar="FOLDER", help="local data folder (default: as in the run)")
-    # the notebook that started this worker has begun the stage, and the worker is to end with it
-    train.add_argument("--begun", action="store_true", help=argparse.SUPPRESS)
-
-    status = command("status", _status, "say which stages are fresh, stale, missing or failed, and why")
-    status.add_argument(
-        "--run", default="", metavar="NAME", help="the run's name (default: all runs, with their sizes)"
-    )
-    status.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="with --run: as if `run` were told so; no change",
-    )
-    status.add_argument("--data-dir", default="", metavar="FOLDER", help="local data folder (default: as in the run)")
-    status.add_argument("--json", action="store_true", help="for scripts")
-
-    verify = command(
-        "verify", _verify, "read again all that a run read and wrote, and derive its report's numbers again"
-    )
-    verify.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
-    verify.add_argument(
-        "--rerun", default="", metavar="STAGE", help="instead make this stage again elsewhere and compare bit for bit"
-    )
-    verify.add_argument("--json", action="store_true", help="for scripts")
-
-    compare = command("compare", _compare, "put the headline figures and presets of two or more runs side by side")
-    compare.add_argument("runs", nargs="+", metavar="RUN")
-    compare.add_argument("--json", action="store_true", help="for scripts")
-
-    board = command("tensorboard", _tensorboard, "write a run's training metrics as TensorBoard event files")
-    board.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
-
-    offline = command("wandb", _wandb, "write a run's training metrics as offline runs of Weights & Biases")
-    offline.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
-
-    clean = command("clean", _clean, "remove a run, what can be made again in it, or the cache")
-    target = clean.add_mutually_exclusive_group(required=True)
-    target.add_argument("--run", default="", metavar="NAME", help="the run to remove")
-    target.add_argument("--cache", action="store_true", help="remove tokens and hashes kept between runs")
-    clean.add_argument(
-        "--keep-results",
-        action="store_true",
-        help="of the run only its rendered report, exported curves, failed notebooks and interrupted stages",
-    )
-    clean.add_argument("--yes", action="store_true", help="remove without asking")
-
-    report = command("report", _report, "render a run's report")
-    report.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
-    report.add_argument("--data-dir", default="", metavar="FOLDER", help="local data folder (default: as in the run)")
-    mode = report.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--publish", action="store_true", help="make the run the published one in report/, render nothing"
-    )
-    mode.add_argument("--check", action="store_true", help="only check that the published report/ holds together")
-
-    generate = command("generate", _generate, "continue a prompt with a stage's checkpoint")
-    generate.add_argument("prompt", metavar="PROMPT")
-    generate.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
-    generate.add_argument("--stage", default="dpo", choices=CHECKPOINTS, help="whose checkpoint (default: dpo)")
-    generate.add_argument(
-        "--max-new-tokens", type=_positive, metavar="N", help="default: 64; with --stream: until Ctrl-C"
-    )
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
-    generate.add_argument("--top-k", type=_whole, default=-1, metavar="K", help="-1: off")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    generate.add_argument("--seed", type=_seed, default=0, help="of the sampling (default: 0)")
-    generate.add_argument(
-        "--stream",
-        action="store_true",
-        help="print as it comes, past the context and without an end: memory stays constant",
-    )
-    generate.add_argument(
-        "--window",
-        type=_positive,
-        metavar="W",
-        help="with --stream: recent tokens it sees beside the sinks (default: as many as the context leaves)",
-    )
-    generate.add_argument(
-        "--stop-at-eos", action="store_true", help="with --stream: let the end-of-text token be drawn, and end there"
-    )
-
-    export = command("export", _export, "copy a stage's checkpoint as a Hugging Face folder")
-    export.add_argument("out", metavar="OUT", type=Path, help="a folder that does not exist yet")
-    export.add_argument("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
-    export.add_argument("--stage", default="dpo", choices=CHECKPOINTS, help="whose checkpoint (default: dpo)")
-
-    completion = command("completion", _completion, "print the shell's completion script")
-    completion.add_argument("shell", choices=("bash", "zsh"))
+        for entry in options:
+            if isinstance(entry, list):  # options that exclude each other; `clean` needs one of its two
+                group = made.add_mutually_exclusive_group(required=name == "clean")
+                for flags, settings in entry:
+                    group.add_argument(*flags, **settings)
+            else:
+                made.add_argument(*entry[0], **entry[1])
     return top
 
 
@@ -170,61 +64,90 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.action(options)
     except ThreefoldError as error:
-        print(f"threefold: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), 2)
     except KeyboardInterrupt:
-        print("threefold: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _fail("interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read our output has left; nor can the rest be flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of our output has gone; the rest cannot be flushed
         return 1
     except OSError as error:
-        if error.errno not in SURROUNDINGS:
+        if error.errno not in ENVIRONMENT:
             raise
-        print(f"threefold: {error.strerror}: {error.filename or 'the disk'}", file=sys.stderr)
-        return 2
+        return _fail(f"{error.strerror}: {error.filename or 'the disk'}", 2)
 
 
-def _whole(text: str) -> int:
-    """A whole number that 64 bits hold."""
-    if not re.fullmatch(r"-?\d{1,19}", text) or not -(2**63) <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r:.40}: expected a whole number")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    value = _whole(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = _whole(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 0")
-    return value
+def _fail(message: str, status: int) -> int:
+    print(f"threefold: {message}", file=sys.stderr)
+    return status
 
 
 def _say(line: str) -> None:
     print(line, flush=True)
 
 
+def _json(values: object) -> str:
+    return json.dumps(values, indent=2, allow_nan=False)
+
+
+def _from_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+# Options ------------------------------------------------------------------------------------------------------------
+
+
+def command(text: str, *options: Option | list[Option]) -> Callable[[Action], Action]:
+    """Decorator: the function is the command of its name. A list holds options that exclude each other."""
+
+    def enter(action: Action) -> Action:
+        _COMMANDS[action.__name__.strip("_")] = (action, text, options)
+        return action
+
+    return enter
+
+
+def option(*flags: str, **settings: Any) -> Option:
+    return flags, settings
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """A type for argparse: whole numbers of at least `least` that 64 bits hold."""
+
+    def parse(text: str) -> int:
+        value = int(text) if re.fullmatch(r"-?\d{1,19}", text) else 2**63
+        if not least <= value < 2**63:
+            expected = "a whole number" if least < 0 else f"a whole number of at least {least}"
+            raise argparse.ArgumentTypeError(f"{text!r:.40}: expected {expected}")
+        return value
+
+    return parse
+
+
+RUN = option("--run", default="smoke", metavar="NAME", help="the run's name (default: smoke)")
+DATA_DIR = option("--data-dir", default="", metavar="FOLDER", help="local data folder (default: as in the run)")
+STAGE = option("--stage", default="dpo", choices=CHECKPOINTS, help="whose checkpoint (default: dpo)")
+JSON = option("--json", action="store_true", help="for scripts")
+
+
+def set_option(text: str) -> Option:
+    return option("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+
+
 # Runs ---------------------------------------------------------------------------------------------------------------
 
 
-def _open(name: str, data_dir: str = "", overrides: Sequence[str] = ()):
+def _open(name: str, data_dir: str = "", overrides: Mapping[str, Any] | None = None) -> "Run":
     """A run that exists, as it was last configured, or as it would be with these overrides."""
     from papertrail.run import Run, data_dir_of
     from study.cli import disk
 
     disk.folder(name)
-    return Run.open("", name, overrides, data_dir_of(name, data_dir), create=False)
+    return Run.open("", name, overrides or {}, data_dir_of(name, data_dir), create=False)
 
 
-def _intact(name: str, data_dir: str = ""):
-    """The same, after every byte of its finished stages was read. CheckpointError or RecordError names the first file
-    that changed since its stage wrote it; what was taken away is for the command to miss."""
+def _intact(name: str, data_dir: str = "") -> "Run":
+    """The same, after reading every byte of its finished stages. CheckpointError or RecordError names the first file
+    that changed since its stage wrote it; a missing file is reported by the command that needs it."""
     from study import stages
 
     run = _open(name, data_dir)
@@ -235,11 +158,26 @@ def _intact(name: str, data_dir: str = ""):
     return run
 
 
+@command(
+    "execute the stages of a run that are not fresh",
+    option("--preset", default="", help="a preset's name or .toml file (default: the run's own, else smoke)"),
+    option("--run", default="", metavar="NAME", help="the run's name (default: the preset's)"),
+    set_option("override a preset's key, as often as needed"),
+    [
+        option("--only", action="append", default=[], metavar="STAGE", help="only this stage; may be repeated"),
+        option("--from", dest="start", default="", metavar="STAGE", help="this stage and all that follow from it"),
+    ],
+    option("--force", action="store_true", help="execute the chosen stages although they are fresh"),
+    option("--data-dir", default="", metavar="FOLDER", help="local data folder (default: $THREEFOLD_DATA)"),
+    option("--jobs", type=whole_number(1), default=0, metavar="N", help="notebooks at a time (default: 2 on a CPU)"),
+    option("--nproc", type=whole_number(1), metavar="N", help="processes that train a stage (default: one a GPU)"),
+)
 def _run(options: argparse.Namespace) -> int:
     from basics import paths
-    from papertrail import scheduler as executor
+    from papertrail import scheduler
     from papertrail.run import Run, data_dir_of
     from study import stages
+    from study.preset import load_preset, parse_overrides
 
     overrides = parse_overrides(options.set)
     if options.run:
@@ -248,36 +186,32 @@ def _run(options: argparse.Namespace) -> int:
     if not preset and not (options.run and (paths.RUNS / options.run / "config.toml").is_file()):
         preset = "smoke"
     name = options.run or load_preset(preset, overrides).name
-    arguments = {"preset": preset, "run": options.run, "overrides": overrides}
-    given = data_dir_of(name, options.data_dir)
-    look = Run.open(**arguments, data_dir=given, create=False)
+    data_dir = data_dir_of(name, options.data_dir)
+    run = Run.open(preset, options.run, overrides, data_dir, create=False)
     selected = None
     if options.only:
-        selected = {stage for chosen in options.only for stage in stages.select(look.preset, chosen)}
+        selected = {stage for chosen in options.only for stage in stages.select(run.preset, chosen)}
     elif options.start:
-        first = stages.select(look.preset, options.start)
-        plan = stages.steps(look.preset)
+        first = stages.select(run.preset, options.start)
+        plan = stages.steps(run.preset)
         selected = set(first).union(*(stages.dependents(plan, stage) for stage in first))
-    executor.check(look, selected)  # before anything is written
-    run = Run.open(**arguments, data_dir=given)
+    scheduler.check(run, selected)  # before anything is written
+    run.create()
     if run.data_dir:
         files.atomic_write(run.path / ".data_dir", run.data_dir + "\n")
 
-    def terminate(number: int, _frame) -> NoReturn:
-        raise executor.Interrupted(number)
+    def terminate(number: int, _frame: object) -> NoReturn:
+        raise scheduler.Interrupted(number)
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        done = executor.execute(
+        done = scheduler.execute(
             run, selected=selected, force=options.force, jobs=options.jobs, nproc=options.nproc, say=_say
         )
-    except executor.StageFailed as failure:
-        print(f"threefold: {failure}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, executor.Interrupted) as stopped:
-        number = getattr(stopped, "number", signal.SIGINT)
-        print("threefold: stopped; the same command goes on from here", file=sys.stderr)
-        return 128 + number
+    except scheduler.StageFailed as failure:
+        return _fail(str(failure), 1)
+    except (KeyboardInterrupt, scheduler.Interrupted) as stopped:
+        return _fail("stopped; the same command resumes the run", 128 + getattr(stopped, "number", signal.SIGINT))
     finally:
         signal.signal(signal.SIGTERM, before)
     _say(
@@ -287,64 +221,83 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+@command(
+    "train one stage: alone, or as a worker that torchrun started",
+    option("stage", metavar="STAGE", help="pretrain, gpt2, distilgpt2, sft, dpo or a replicate of one"),
+    RUN,
+    DATA_DIR,
+    # the notebook that started this worker has begun the stage, and the worker is to end with it
+    option("--begun", action="store_true", help=argparse.SUPPRESS),
+)
 def _train(options: argparse.Namespace) -> int:
     from study.cli import train
 
     return train.work(_open(options.run, options.data_dir), options.stage, begun=options.begun, say=_say)
 
 
+@command(
+    "say which stages are fresh, stale, missing or failed, and why",
+    option("--run", default="", metavar="NAME", help="the run's name (default: all runs, with their sizes)"),
+    set_option("with --run: as if `run` had this override; changes nothing"),
+    DATA_DIR,
+    JSON,
+)
 def _status(options: argparse.Namespace) -> int:
     from study.cli import status
+    from study.preset import parse_overrides
 
     if options.set and not options.run:
         raise ConfigError("status: --set goes with --run")
     if options.run:
-        run = _open(options.run, options.data_dir, options.set)
+        run = _open(options.run, options.data_dir, parse_overrides(options.set))
         states = status.of_run(run)
         _say(_json(status.stages_json(run, states)) if options.json else status.stages_text(run, states))
     else:
-        found = status.of_all(lambda name: _open(name, options.data_dir))
-        _say(_json(found) if options.json else status.all_text(found))
+        runs = status.of_all(lambda name: _open(name, options.data_dir))
+        _say(_json(runs) if options.json else status.all_text(runs))
     return 0
 
 
+@command(
+    "read again all that a run read and wrote, and derive its report's numbers again",
+    RUN,
+    option("--rerun", default="", metavar="STAGE", help="instead repeat this stage elsewhere and compare bit for bit"),
+    JSON,
+)
 def _verify(options: argparse.Namespace) -> int:
     from basics import paths
-    from papertrail import report, rerun
-    from papertrail import scheduler as executor
+    from papertrail import report, rerun, scheduler
     from papertrail.verify import verify
 
     run = _open(options.run)
     say = (lambda line: None) if options.json else _say
     try:
         if options.rerun:
-            files, problems = len(run.require(options.rerun)["outputs"]), rerun.rerun(run, options.rerun, say)
+            count, problems = len(run.require(options.rerun)["outputs"]), rerun.rerun(run, options.rerun, say)
             kept = f"stage {options.rerun} came out the same, times apart"
         else:
-            files, problems = verify(run, say)
-            problems = problems or report.rendered(
-                run.path, paths.REPORT
-            )  # which reads the notebooks that were just found whole
-            kept = f"{files} files are what their run.json says"
-    except executor.StageFailed as failure:
-        print(f"threefold: {failure}", file=sys.stderr)
-        return 1
+            count, problems = verify(run, say)
+            problems = problems or report.rendered(run.path, paths.REPORT)  # reads the notebooks just verified
+            kept = f"{count} files are what their run.json says"
+    except scheduler.StageFailed as failure:
+        return _fail(str(failure), 1)
     if options.json:
-        told = [dict(zip(("path", "problem"), line.split(": ", 1), strict=True)) for line in problems]
-        _say(_json({"run": run.name, "files": files, "problems": told}))
+        entries = [dict(zip(("path", "problem"), line.split(": ", 1), strict=True)) for line in problems]
+        _say(_json({"run": run.name, "files": count, "problems": entries}))
         return 1 if problems else 0
     for problem in problems:
-        print(f"threefold: {run.name}/{problem}", file=sys.stderr)
+        _fail(f"{run.name}/{problem}", 1)
     if problems:
         return 1
     print(f"run {run.name}: {kept}")
     return 0
 
 
-def _json(values: object) -> str:
-    return json.dumps(values, indent=2, allow_nan=False)
-
-
+@command(
+    "put the headline figures and presets of two or more runs side by side",
+    option("runs", nargs="+", metavar="RUN"),
+    JSON,
+)
 def _compare(options: argparse.Namespace) -> int:
     from study.cli import compare
 
@@ -370,44 +323,57 @@ def _warn_if_behind(run: "Run", what: str) -> None:
         )
 
 
+@command("write a run's training metrics as TensorBoard event files", RUN)
 def _tensorboard(options: argparse.Namespace) -> int:
-    from study.cli import tensorboard
+    from study.cli import curves
 
-    out = tensorboard.export(_intact(options.run), tensorboard.summary_writer())
-    print(f"`tensorboard --logdir {_from_here(out)}` shows the training of run {options.run}")
+    out = _from_here(curves.to_tensorboard(_intact(options.run), curves.summary_writer()))
+    print(f"`tensorboard --logdir {out}` shows the training of run {options.run}")
     return 0
 
 
+@command("write a run's training metrics as offline runs of Weights & Biases", RUN)
 def _wandb(options: argparse.Namespace) -> int:
-    from study.cli import wandb
+    from study.cli import curves
 
-    out = wandb.export(_intact(options.run), wandb.client())
-    print(
-        f"`wandb sync {_from_here(out)}/offline-run-*` uploads the training of run {options.run}; nothing was sent yet"
-    )
+    out = _from_here(curves.to_wandb(_intact(options.run), curves.wandb_client()))
+    print(f"`wandb sync {out}/offline-run-*` uploads the training of run {options.run}; nothing was sent yet")
     return 0
 
 
+@command(
+    "remove a run, what can be made again in it, or the cache",
+    [
+        option("--run", default="", metavar="NAME", help="the run to remove"),
+        option("--cache", action="store_true", help="remove tokens and hashes kept between runs"),
+    ],
+    option(
+        "--keep-results",
+        action="store_true",
+        help="of the run only its rendered report, exported curves, failed notebooks and interrupted stages",
+    ),
+    option("--yes", action="store_true", help="remove without asking"),
+)
 def _clean(options: argparse.Namespace) -> int:
-    from papertrail import scheduler as executor
+    from papertrail import scheduler
     from study.cli import disk
 
     if options.cache and options.keep_results:
         raise ConfigError("--keep-results is about a run; the cache holds no results")
     home = None if options.cache else disk.removable(options.run)
-    with executor.lock(home) if home else contextlib.nullcontext():
-        find = disk.leftovers if options.keep_results else disk.whole
-        found = find(options.run) if home else disk.cache()
-        sizes = {path: disk.size(path) for path in found}
+    with scheduler.lock(home) if home else contextlib.nullcontext():
+        listed = disk.leftovers if options.keep_results else disk.whole
+        doomed = listed(options.run) if home else disk.cache()
+        sizes = {path: disk.size(path) for path in doomed}
         for path, count in sizes.items():
             _say(f"{disk.size_text(count):>8}  {_from_here(path)}")
-        _say(f"{disk.size_text(sum(sizes.values()))} to free" if found else "nothing to remove")
-        if found and not options.yes:
+        _say(f"{disk.size_text(sum(sizes.values()))} to free" if doomed else "nothing to remove")
+        if doomed and not options.yes:
             if not sys.stdin.isatty():
                 raise ConfigError("nothing was removed: --yes removes it without asking")
             if not _agreed():
                 return 0
-        disk.remove(found)
+        disk.remove(doomed)
     if home and not options.keep_results:
         home.rmdir()
     return 0
@@ -421,10 +387,15 @@ def _agreed() -> bool:
         return False
 
 
-def _from_here(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
+@command(
+    "render a run's report",
+    RUN,
+    DATA_DIR,
+    [
+        option("--publish", action="store_true", help="make the run the published one in report/, render nothing"),
+        option("--check", action="store_true", help="only check that the published report/ holds together"),
+    ],
+)
 def _report(options: argparse.Namespace) -> int:
     from basics import paths
     from papertrail import report
@@ -456,6 +427,29 @@ def _checkpoint(options: argparse.Namespace) -> Path:
     return run.intact(options.stage)
 
 
+@command(
+    "continue a prompt with a stage's checkpoint",
+    option("prompt", metavar="PROMPT"),
+    RUN,
+    STAGE,
+    option("--max-new-tokens", type=whole_number(1), metavar="N", help="default: 64; with --stream: until Ctrl-C"),
+    option("--temperature", type=float, default=0.0, help="0 (default): greedy"),
+    option("--top-k", type=whole_number(-(2**63)), default=-1, metavar="K", help="-1: off"),
+    option("--top-p", type=float, default=1.0, metavar="P"),
+    option("--seed", type=whole_number(0), default=0, help="of the sampling (default: 0)"),
+    option(
+        "--stream",
+        action="store_true",
+        help="print as it comes, past the context and without an end: memory stays constant",
+    ),
+    option(
+        "--window",
+        type=whole_number(1),
+        metavar="W",
+        help="with --stream: recent tokens it sees beside the sinks (default: as many as the context leaves)",
+    ),
+    option("--stop-at-eos", action="store_true", help="with --stream: the end-of-text token may be drawn and ends it"),
+)
 def _generate(options: argparse.Namespace) -> int:
     if not options.stream and (options.window or options.stop_at_eos):
         raise ConfigError(f"{'--window' if options.window else '--stop-at-eos'} goes with --stream")
@@ -467,6 +461,12 @@ def _generate(options: argparse.Namespace) -> int:
     return generation.generate(options, folder)
 
 
+@command(
+    "copy a stage's checkpoint as a Hugging Face folder",
+    option("out", metavar="OUT", type=Path, help="a folder that does not exist yet"),
+    RUN,
+    STAGE,
+)
 def _export(options: argparse.Namespace) -> int:
     folder = _checkpoint(options)
     from transformers.utils import logging
@@ -481,9 +481,7 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
-# The shell ----------------------------------------------------------------------------------------------------------
-
-
+@command("print the shell's completion script", option("shell", choices=("bash", "zsh")))
 def _completion(options: argparse.Namespace) -> int:
     from study.cli.completion import script
 
