@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 benchmarks/scale.py --rounds 30      # predicted against measured, about a minute
 
 The plan takes `full` on H100s; the rate and links it assumes stand in its output. The check measures, by turns in one
-run, what the model of time in `threefold.training.cost` is made of (the forward and backward pass alone, the gradients'
+run, what the model of time in `benchmarks.cost` is made of (the forward and backward pass alone, the gradients'
 exchange alone, AdamW alone) and whole steps, which it predicts from them. It takes one worker a GPU, or CPU processes
 of one thread each, whose communication hides behind nothing.
 """
@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import cost  # beside this script
 import torch
 
 from study.preset import load_preset
 from threefold.config import ModelConfig, TrainConfig
 from threefold.model import Decoder
-from threefold.training import cost, distributed
+from threefold.training import distributed
 from threefold.training import optimizers as optim
 from threefold.training.numerics import choose
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import cost
 from study.preset import load_preset
 from threefold.config import ModelConfig, TrainConfig
 from threefold.model.decoder import Decoder
-from threefold.training import cost, optimizers
-
+from threefold.training import optimizers
+from threefold.model.decoder import Decoder
 SMALL = ModelConfig(n_layer=2, d_model=32, n_head=4, n_kv_head=2, d_ff=48, context=24, vocab_size=61)
 
 
