@@ -20,8 +20,7 @@ from threefold.config import TrainConfig
 from threefold.data.packing import pack_documents, pack_examples, pack_pairs
 from threefold.model import to_transformers
 from threefold.training import train
-from threefold.training.loop import reference_logprobs
-from threefold.training.objectives import NextToken, Objective, Preference, Work
+from threefold.training.objectives import MicroBatch, NextToken, Objective, Preference, reference_logprobs
 
 RATE, CLIP, BETA = 1e-4, 1.0, 0.1
 DISTURBED = 1.1  # the policy's last norm in a check of the DPO loss, which is log 2 where policy and reference agree
@@ -47,7 +46,7 @@ class _Ours:
     def seconds(self, objective: Objective, rows: Any, config: TrainConfig) -> tuple[Any, float]:
         """What `train` says of its steps: (result, seconds)."""
         with tempfile.TemporaryDirectory() as folder:
-            result = train(self.model, objective, rows, config, folder=folder, seed=0, progress=lambda _: None)
+            result = train(self.model, objective, rows, config, folder, seed=0, progress=lambda _: None).result
         self.settings["numerics"] = result.note
         return result, result.seconds
 
@@ -65,8 +64,8 @@ class OurPretraining(_Ours):
         }
 
     def check(self) -> dict[str, list[float]]:
-        work = Work.of(next(self.rows.batches(self.size.rows, seed=0)))
-        loss = NextToken()(self.model, work)
+        batch = MicroBatch.of(next(self.rows.batches(self.size.rows, seed=0)))
+        loss = NextToken()(self.model, batch)
         return {"loss": [loss.sum.item() / loss.weight]}
 
     def round(self) -> Times:

@@ -1,5 +1,6 @@
-"""The trainings of tests/threefold/test_distributed.py; as a script under torchrun, what each worker does of them."""
+"""The trainings of tests/threefold/test_distributed.py. As a script, started by torchrun: what each worker trains."""
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,10 @@ from typing import Any
 import torch
 from shared import counting
 
-from study import training as stages
 from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import pack_documents, pack_examples, pack_pairs
 from threefold.model.decoder import Decoder
-from threefold.training import distributed, loop
+from threefold.training import Distillation, NextToken, Preference, Trained, distributed, half_depth, train
 
 EOS, SINK, VOCABULARY = 0, 1, 37  # a table of 37 rows does not halve, nor do three matrices of a shape
 TINY = ModelConfig(n_layer=3, d_model=16, n_head=2, d_ff=24, context=24, vocab_size=VOCABULARY)
@@ -31,19 +31,20 @@ def documents(seed: int, n: int):
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    return {"folder": folder, "tokenizer": None, "seed": 5, "device": "cpu", "progress": lambda message: None}
+    return {"folder": folder, "seed": 5, "device": "cpu", "progress": lambda message: None}
 
 
-def pretrain(folder: Path, **changes) -> stages.Trained:
+def pretrain(folder: Path, objective=None, **changes) -> Trained:
     config = TrainConfig(steps=50, checkpoint_every=SAVED, **COMMON, **changes)
-    return stages.pretrain(model(), documents(1, 90), config, heldout=documents(2, 27), **settings(folder))
+    objective = objective or NextToken()
+    return train(model(), objective, documents(1, 90), config, heldout=documents(2, 27), **settings(folder))
 
 
-def sft(folder: Path, **changes) -> stages.Trained:
+def sft(folder: Path, **changes) -> Trained:
     prompts, responses = counting(3, 40, 1, 8), counting(4, 40, 1, 9)
     rows = pack_examples(list(zip(prompts, responses, strict=True)), TINY, EOS, [SINK])
     config = TrainConfig(steps=20, replay=0.3, **COMMON, **changes)
-    return stages.sft(model(1), rows, config, heldout=rows, replay=documents(1, 30), **settings(folder))
+    return train(model(1), NextToken(), rows, config, heldout=rows, replay=documents(1, 30), **settings(folder))
 
 
 def preferences():
@@ -51,36 +52,44 @@ def preferences():
     return pack_pairs(list(parts), TINY, EOS, [SINK])
 
 
-def dpo(folder: Path, **changes) -> stages.Trained:
+def dpo(folder: Path, **changes) -> Trained:
     pairs = preferences()
     config = TrainConfig(steps=20, optimizer="adamw", learning_rate=1e-3, **COMMON, **changes)
-    return stages.dpo(model(2), pairs, config, heldout=pairs, **settings(folder))
+    return train(model(2), Preference(config.beta), pairs, config, heldout=pairs, **settings(folder))
 
 
-def distil(folder: Path, **changes) -> stages.Trained:
+def distil(folder: Path, **changes) -> Trained:
     config = TrainConfig(steps=10, optimizer="adamw", **COMMON, **changes)
-    return stages.distil(model(3), documents(1, 90), config, heldout=documents(2, 27), **settings(folder))
+    teacher = model(3)
+    objective, heldout = Distillation(teacher), documents(2, 27)
+    return train(half_depth(teacher), objective, documents(1, 90), config, heldout=heldout, **settings(folder))
 
 
 class Killed(Exception):
     pass
 
 
+class Stops(NextToken):
+    """Raises in the first step after the first state was saved."""
+
+    def __init__(self, micro_batches: int):
+        self.left = SAVED * micro_batches
+
+    def __call__(self, decoder, batch):
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+        return super().__call__(decoder, batch)
+
+    def for_heldout(self):
+        return NextToken()
+
+
 def killed(folder: Path, **changes) -> None:
     """Pretraining that ends right after its first state is saved."""
-    save = loop._Training._save
-
-    def save_and_stop(training) -> None:
-        save(training)
-        raise Killed
-
-    loop._Training._save = save_and_stop
-    try:
-        pretrain(folder, **changes)
-    except Killed:
-        pass
-    finally:
-        loop._Training._save = save
+    size = distributed.current().size
+    with contextlib.suppress(Killed):
+        pretrain(folder, Stops(4 if size == 2 else 3), **changes)
 
 
 def worker(out: Path) -> None:

@@ -23,10 +23,13 @@ from basics import paths
 from basics.errors import ThreefoldError
 from papertrail.provenance import Fingerprint
 from papertrail.run import Run, open_stage
-from study import training as stages
 from study.preset import TRAINED, Preset, to_toml
 from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import pack_documents
+from threefold.model.decoder import Decoder
+from threefold.training import NextToken
+from threefold.training.loop import RESULT
+from threefold.training.loop import train as train_model
 from threefold.training.state import STATE, read_metrics
 
 MODEL = ModelConfig(n_layer=2, d_model=32, n_head=2, d_ff=48, context=32, vocab_size=61)
@@ -46,10 +49,10 @@ def one_stage(train: TrainConfig = TRAIN) -> None:
     """What a notebook does, from its door to run.json."""
     stage = open_stage("pretrain", {"preset": str(paths.RUNS / "tiny.toml")})
     folder = stage.begin(Fingerprint("pretrain", {}, {"c": "1"}, {}, {}, {}, 1))
-    made = stages.pretrain(
-        *(MODEL, rows(1, 200), train),
-        folder=folder,
-        tokenizer=None,
+    model = Decoder(MODEL)
+    model.initialise(torch.Generator().manual_seed(1))
+    made = train_model(
+        *(model, NextToken(), rows(1, 200), train, folder),
         seed=1,
         heldout=rows(2, 10),
         device="cpu",
@@ -173,10 +176,10 @@ def kills(home: Path, seed: int, wanted: int) -> dict:
             from safetensors import safe_open
 
             state = partial / STATE
-            saved = TRAIN.steps if (partial / stages.RESULT).exists() else 0  # trained: the state has gone
+            saved = TRAIN.steps if (partial / RESULT).exists() else 0  # trained: the state has gone
             if state.exists():
                 with safe_open(state, "pt") as file:
-                    saved = json.loads(file.metadata()["state"])["step"]
+                    saved = json.loads(file.metadata()["state"])["state"]["step"]
             found["lost"].append(last_step(partial) - saved)
     return found
 

@@ -12,7 +12,7 @@ from study.preset import load_preset
 from threefold.config import ModelConfig, TrainConfig
 from threefold.model.decoder import Decoder
 from threefold.training import optimizers
-from threefold.model.decoder import Decoder
+
 SMALL = ModelConfig(n_layer=2, d_model=32, n_head=4, n_kv_head=2, d_ff=48, context=24, vocab_size=61)
 
 

@@ -1,4 +1,4 @@
-"""The loop: sums over micro-batches, resuming, what stops it and what it says; the stages on top of it."""
+"""Training: sums over micro-batches, resuming, errors, messages, checkpoints."""
 
 import errno
 import json
@@ -12,15 +12,14 @@ from safetensors.torch import load_file
 from shared import counting, flip
 
 from basics.errors import ConfigError, DataError, TrainingError
-from study import training as stages
 from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import IGNORE, pack_documents, pack_examples, pack_pairs
 from threefold.model.decoder import Decoder
 from threefold.model.hf import load_checkpoint
-from threefold.training import loop, numerics
+from threefold.training import half_depth, loop, numerics
 from threefold.training.feed import Feed
-from threefold.training.loop import held_out_loss, train
-from threefold.training.objectives import Loss, NextToken
+from threefold.training.loop import Trained, held_out_loss, train
+from threefold.training.objectives import Distillation, Loss, NextToken, Preference
 from threefold.training.state import curve, read_metrics
 
 EOS, SINK, VOCABULARY = 0, 1, 37
@@ -60,9 +59,13 @@ def quiet(message: str) -> None:
     pass
 
 
-def run(decoder, rows, config, folder, objective=None, **settings):
+def trained(decoder, rows, config, folder, objective=None, **settings) -> Trained:
     settings = {"seed": 5, "device": "cpu", "progress": quiet, **settings}
-    return train(decoder, objective or NextToken(), rows, config, folder=folder, **settings)
+    return train(decoder, objective or NextToken(), rows, config, folder, **settings)
+
+
+def run(*arguments, **settings):
+    return trained(*arguments, **settings).result
 
 
 def weights(decoder) -> dict:
@@ -209,26 +212,34 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(text, heldout, examp
     assert sum(json.loads(line).get("step") == 4 for line in lines) == 2  # append-only: the step stands there twice
 
 
-def test_resumed_preferences_are_bit_identical(pairs, tmp_path):
+def interrupted(rows, folder, config=SHORT) -> None:
+    """A training that stops in its fifth step; the last state is that of the third."""
+    with pytest.raises(KeyboardInterrupt):
+        run(model(), rows, config, folder, Stops(5))
+
+
+def test_resumed_preferences_are_bit_identical(pairs, tmp_path, monkeypatch):
     config = TrainConfig(steps=7, batch_size=3, optimizer="adamw", checkpoint_every=2)
-    heldout = {"heldout": pairs, "tokenizer": None, "seed": 3, "device": "cpu", "progress": quiet}
-    straight = stages.dpo(model(1), pairs, config, folder=tmp_path / "a", **heldout)
+
+    def preferred(folder):
+        return trained(model(1), pairs, config, folder, Preference(0.1), heldout=pairs, seed=3).model
+
+    straight = preferred(tmp_path / "a")
     saves = []
 
-    def interrupt(self, folder, save=loop.State.save):
-        save(self, folder)
-        saves.append(self.step)
+    def interrupt(folder, state, values, save=loop.save_state):
+        save(folder, state, values)
+        saves.append(state.step)
         if len(saves) == 2:
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.State, "save", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            stages.dpo(model(1), pairs, config, folder=tmp_path / "b", **heldout)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "save_state", interrupt)
+        preferred(tmp_path / "b")
     assert saves == [2, 4]
-    resumed = stages.dpo(model(1), pairs, config, folder=tmp_path / "b", **heldout)
-    for name, value in weights(straight.model).items():
-        assert torch.equal(weights(resumed.model)[name], value), name
+    resumed = preferred(tmp_path / "b")
+    for name, value in weights(straight).items():
+        assert torch.equal(weights(resumed)[name], value), name
 
 
 def test_what_was_noted_before_the_first_state_does_not_count_twice(text, heldout, tmp_path):
@@ -238,8 +249,8 @@ def test_what_was_noted_before_the_first_state_does_not_count_twice(text, heldou
     assert curve(tmp_path)["heldout"]["step"] == [0, 3, 6, 8] and curve(tmp_path)["step"] == list(range(1, 9))
 
 
-def test_a_state_whose_bytes_changed_is_not_gone_on_from(text, tmp_path):
-    run(model(), text, SHORT, tmp_path)
+def test_a_state_whose_bytes_changed_is_not_resumed(text, tmp_path):
+    interrupted(text, tmp_path)
     file = tmp_path / "resume.safetensors"
     content = file.read_bytes()
     for place in (len(content) - 1, len(content) // 2, content.index(b'\\"tokens\\": ') + 12, 40):
@@ -252,21 +263,19 @@ def test_a_state_whose_bytes_changed_is_not_gone_on_from(text, tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "metrics.jsonl", "training.json"])
 def test_a_finished_training_of_which_a_byte_changed_is_not_loaded(text, tmp_path, name):
-    settings = {"folder": tmp_path, "tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet}
-    first = stages.pretrain(TINY, text, SHORT, **settings)
+    first = trained(model(1), text, SHORT, tmp_path)
     content = (tmp_path / name).read_bytes()
     flip(tmp_path / name, content.index(b'"loss_last": ') + 16 if name == "training.json" else -4)
     with pytest.raises(TrainingError, match=rf"{name} is not what the training wrote; remove training.json there"):
-        stages.pretrain(TINY, text, SHORT, **settings)
+        run(model(1), text, SHORT, tmp_path)
     (tmp_path / "training.json").unlink()
-    again = stages.pretrain(TINY, text, SHORT, **settings)
+    again = trained(model(1), text, SHORT, tmp_path)
     assert all(torch.equal(weights(again.model)[key], value) for key, value in weights(first.model).items())
 
 
 def test_a_disk_full_at_the_checkpoint_is_an_os_error_and_costs_no_step(text, tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")
-    settings = {"folder": tmp_path, "tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet}
-    save = stages.save_checkpoint
+    save = loop.save_checkpoint
 
     def without_room(*arguments):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -277,24 +286,23 @@ def test_a_disk_full_at_the_checkpoint_is_an_os_error_and_costs_no_step(text, tm
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="File too large") as caught:
-        patch.setattr(stages, "save_checkpoint", without_room)
-        stages.pretrain(TINY, text, SHORT, **settings)
+        patch.setattr(loop, "save_checkpoint", without_room)
+        run(model(), text, SHORT, tmp_path)
     assert caught.value.errno == errno.EFBIG and caught.value.filename.endswith("/model.safetensors")
-    stages.pretrain(TINY, text, SHORT, **settings)
+    run(model(), text, SHORT, tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines[-1] == '{"resumed_from": 8}'  # no step was taken again
 
 
 def test_reference_log_probabilities_of_which_a_byte_changed_are_computed_again(pairs, tmp_path):
     config = replace(SHORT, optimizer="adamw")
-    settings = {"tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet}
-    first = stages.dpo(model(), pairs, config, folder=tmp_path / "a", **settings)
+    first = trained(model(), pairs, config, tmp_path / "a", Preference(0.1))
     for number, place in enumerate((0, 20, -1)):  # the header's length, the header, a value
         folder = tmp_path / str(number)
         folder.mkdir()
         shutil.copy(tmp_path / "a" / "reference.safetensors", folder)
         flip(folder / "reference.safetensors", place)
-        again = stages.dpo(model(), pairs, config, folder=folder, **settings)
+        again = trained(model(), pairs, config, folder, Preference(0.1))
         assert (folder / "reference.safetensors").read_bytes() == (tmp_path / "a/reference.safetensors").read_bytes()
         assert all(torch.equal(weights(again.model)[key], value) for key, value in weights(first.model).items())
 
@@ -322,18 +330,19 @@ def test_a_loss_that_stands_out_is_noted(text, tmp_path):
 
 
 def test_a_finished_training_is_not_repeated(text, tmp_path):
-    first = model()
-    run(first, text, SHORT, tmp_path)
+    first, again, messages = model(), model(), []
+    expected = run(first, text, SHORT, tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text()
-    again = model()
-    result = run(again, text, SHORT, tmp_path)
-    assert result.steps == 8 and result.loss_first is not None
+    assert run(again, text, SHORT, tmp_path, progress=messages.append, name="sft") == expected
+    assert messages == ["sft: trained already, 8 steps; its checkpoint is loaded"]
     assert all(torch.equal(weights(again)[name], value) for name, value in weights(first).items())
-    assert (tmp_path / "metrics.jsonl").read_text() == lines + '{"resumed_from": 8}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+    with pytest.raises(TrainingError, match=r"another finished training \(steps differ\)"):
+        run(model(), text, replace(SHORT, steps=9), tmp_path)
 
 
 def test_another_trainings_state_is_refused(text, tmp_path):
-    run(model(), text, SHORT, tmp_path)
+    interrupted(text, tmp_path)
     with pytest.raises(TrainingError, match=r"another training .*learning_rate 0.003 there, 0.001 now"):
         run(model(), text, replace(SHORT, learning_rate=1e-3), tmp_path)
     with pytest.raises(TrainingError, match=r"another training .*initial_weights"):
@@ -345,7 +354,7 @@ def test_another_trainings_state_is_refused(text, tmp_path):
 
 
 def test_a_line_torn_by_a_kill_is_cut(text, tmp_path):
-    run(model(), text, SHORT, tmp_path)
+    interrupted(text, tmp_path)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "lo')
     run(model(), text, SHORT, tmp_path)
@@ -477,9 +486,8 @@ def test_bf16_trains_like_fp32(text, pairs, objective, tmp_path):
     results = {}
     for precision in ("fp32", "bf16"):
         config = TrainConfig(steps=10, batch_size=4, optimizer="adamw", precision=precision)
-        settings = {"folder": tmp_path / precision, "tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet}
-        stage = stages.pretrain if objective == "text" else stages.dpo
-        results[precision] = stage(model(), rows, config, **settings).result.loss_last
+        goal = NextToken() if objective == "text" else Preference(0.1)
+        results[precision] = run(model(), rows, config, tmp_path / precision, goal, seed=1).loss_last
     assert results["bf16"] == pytest.approx(results["fp32"], rel=0.03) and results["bf16"] != results["fp32"]
 
 
@@ -509,44 +517,28 @@ def test_held_out_loss_is_weighted_by_targets(examples):
     assert decoder.training  # left as it was
 
 
-# Stages -------------------------------------------------------------------------------------------------------------
+# Checkpoints --------------------------------------------------------------------------------------------------------
 
 
-def test_stages_hand_checkpoints_on(text, heldout, examples, pairs, tmp_path):
+def test_a_checkpoint_is_trained_further(text, heldout, examples, pairs, tmp_path):
     config = TrainConfig(steps=12, batch_size=4)
-    settings = {"tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet}
-    trained = stages.pretrain(TINY, text, config, folder=tmp_path / "pretrain", heldout=heldout, **settings)
+    pretrained = trained(model(1), text, config, tmp_path / "pretrain", heldout=heldout, notes=lambda: {"by": "hand"})
     loaded = load_checkpoint(tmp_path / "pretrain")
-    assert all(torch.equal(weights(loaded)[n], v) for n, v in weights(trained.model).items())
+    assert all(torch.equal(weights(loaded)[n], v) for n, v in weights(pretrained.model).items())
     assert not (tmp_path / "pretrain" / "resume.safetensors").exists()
     assert json.loads((tmp_path / "pretrain" / "training.json").read_text())["result"]["steps"] == 12
 
-    again = stages.pretrain(TINY, text, config, folder=tmp_path / "pretrain", heldout=heldout, **settings)
-    assert again.result == trained.result
-    assert all(torch.equal(weights(again.model)[n], v) for n, v in weights(trained.model).items())
-    with pytest.raises(TrainingError, match="another finished training"):
-        stages.pretrain(TINY, text, replace(config, steps=13), folder=tmp_path / "pretrain", **settings)
+    again = trained(model(1), text, config, tmp_path / "pretrain", heldout=heldout)
+    assert (again.result, again.notes) == (pretrained.result, {"by": "hand"})
 
-    tuned = stages.sft(
-        loaded,
-        examples,
-        replace(config, replay=0.25),
-        folder=tmp_path / "sft",
-        replay=text,
-        heldout=examples,
-        **settings,
-    )
-    assert tuned.result.heldout_loss < tuned.result.heldout[0]["loss"]
+    replayed = {"heldout": examples, "replay": text}
+    tuned = run(loaded, examples, replace(config, replay=0.25), tmp_path / "sft", **replayed)
+    assert tuned.heldout_loss < tuned.heldout[0]["loss"]
 
-    preferred = stages.dpo(
-        load_checkpoint(tmp_path / "sft"),
-        pairs,
-        TrainConfig(steps=30, batch_size=4, optimizer="adamw", learning_rate=1e-3),
-        folder=tmp_path / "dpo",
-        heldout=pairs,
-        **settings,
-    )
-    first, last = preferred.result.heldout[0], preferred.result.heldout[-1]
+    config = TrainConfig(steps=30, batch_size=4, optimizer="adamw", learning_rate=1e-3)
+    policy = load_checkpoint(tmp_path / "sft")
+    preferred = run(policy, pairs, config, tmp_path / "dpo", Preference(config.beta), heldout=pairs)
+    first, last = preferred.heldout[0], preferred.heldout[-1]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["pairs"] == len(pairs)
     assert last["reward_accuracy"] > 0.9 and last["reward_margin"] > 0
     assert (tmp_path / "dpo" / "reference.safetensors").exists()
@@ -557,7 +549,7 @@ def test_distillation_makes_a_student_of_half_the_depth(text, heldout, tmp_path)
     teacher = model(1, replace(TINY, n_layer=5))
     for parameter in teacher.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
-    student = stages.half_depth(teacher)
+    student = half_depth(teacher)
     assert student.config == replace(TINY, n_layer=3)
     for new, old in enumerate((0, 2, 4)):
         for name, value in student.blocks[new].named_parameters():
@@ -565,16 +557,12 @@ def test_distillation_makes_a_student_of_half_the_depth(text, heldout, tmp_path)
             assert value.data_ptr() != teacher.blocks[old].get_parameter(name).data_ptr()
     assert torch.equal(student.embed.weight, teacher.embed.weight)
     with pytest.raises(ConfigError, match="no half-depth student"):
-        stages.half_depth(model(1, replace(TINY, n_layer=1)))
+        half_depth(model(1, replace(TINY, n_layer=1)))
 
-    before = weights(teacher)
-    config = TrainConfig(steps=20, batch_size=4, optimizer="adamw", distill_weight=1.0)
-    settings = {"tokenizer": None, "seed": 1, "device": "cpu", "progress": quiet, "heldout": heldout}
-    made = stages.distil(teacher, text, config, folder=tmp_path, **settings)
-    assert made.model.config.n_layer == 3
+    before, untrained = weights(teacher), held_out_loss(student, heldout, device="cpu")["loss"]
+    config = TrainConfig(steps=20, batch_size=4, optimizer="adamw")
+    result = run(student, text, config, tmp_path, Distillation(teacher, weight=1.0), heldout=heldout)
     assert all(torch.equal(weights(teacher)[name], value) for name, value in before.items())
-    course = curve(tmp_path)
-    assert course["kl"][-1] < 0.5 * course["kl"][0]
-    assert made.result.heldout[0]["loss"] == pytest.approx(
-        held_out_loss(stages.half_depth(teacher), heldout, device="cpu")["loss"], abs=1e-6
-    )
+    columns = curve(tmp_path)
+    assert columns["kl"][-1] < 0.5 * columns["kl"][0]
+    assert result.heldout[0]["loss"] == pytest.approx(untrained, abs=1e-6)

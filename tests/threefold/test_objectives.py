@@ -12,8 +12,7 @@ from threefold.data.packing import IGNORE, pack_documents, pack_examples, pack_p
 from threefold.model.decoder import Decoder
 from threefold.model.hf import from_transformers
 from threefold.training import losses
-from threefold.training.loop import reference_logprobs
-from threefold.training.objectives import Distillation, NextToken, Preference, Work
+from threefold.training.objectives import Distillation, MicroBatch, NextToken, Preference, reference_logprobs
 
 EOS, SINK, VOCABULARY = 0, 1, 61
 TINY = ModelConfig(n_layer=2, d_model=16, n_head=2, d_ff=24, context=32, vocab_size=VOCABULARY)
@@ -167,12 +166,12 @@ def test_what_stands_at_ignored_positions_does_not_matter(examples):
     torch.testing.assert_close(NextToken()(decoder, batch).sum, loss)
 
 
-def test_work_counts_neither_padding_nor_sinks(generator):
+def test_micro_batches_count_neither_padding_nor_sinks(generator):
     documents = [ids(generator, 3, 20) for _ in range(5)]
     rows = pack_documents(documents, TINY, EOS, [SINK])
-    work = Work.of(rows.rows(range(len(rows))))
-    assert work.tokens == sum(map(len, documents)) == rows.n_tokens
-    assert work.padding == rows.n_padding
+    batch = MicroBatch.of(rows.rows(range(len(rows))))
+    assert batch.tokens == sum(map(len, documents)) == rows.n_tokens
+    assert batch.padding == rows.n_padding
 
 
 # Preferences --------------------------------------------------------------------------------------------------------

@@ -141,8 +141,8 @@ def test_variants_are_trained_alike_and_kept(tmp_path, monkeypatch):
     more = run(["norm=layer"], tmp_path, train_config=replace(SHORT, steps=5))
     assert len(trained) == 12 and more[0].runs != found[0].runs  # another training: nothing kept serves
 
-    with pytest.raises(ConfigError, match="sinks=0 packs its rows otherwise"):
-        variants.run_variants(TINY, ["sinks=0"], SHORT, *packed(TINY), folder=tmp_path)
+    with pytest.raises(ConfigError, match="sinks = 0 needs rows of 23 positions, not 24"):
+        variants.run_variants(TINY, ["sinks=0"], SHORT, lambda model: packed(TINY), folder=tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint"):
         variants.load_variant(tmp_path, "sinks=0", 3)
 
@@ -155,19 +155,19 @@ def test_an_added_variant_reuses_what_an_earlier_call_trained(tmp_path):
     assert variants.load_variant(tmp_path / "b", "norm=layer", 1).config.norm == "layer"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "metrics.jsonl", "result.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "metrics.jsonl", "training.json"])
 def test_a_kept_training_of_which_a_byte_changed_is_trained_again(tmp_path, name):
     first = run(["norm=layer"], tmp_path / "a", seeds=[1])
     changed = variants.variant_folder(tmp_path / "a", "norm=layer", 1) / name
     content = changed.read_bytes()
-    flip(changed, content.rindex(b'"heldout_loss": ') + 20 if name == "result.json" else -3)
+    flip(changed, content.rindex(b'"loss": ') + 12 if name == "training.json" else -3)
     for folder in ("a", "b"):  # an interrupted call that goes on; another one that may copy
         said = []
         again = run(["norm=layer"], tmp_path / folder, seeds=[1], reuse=tmp_path / "a", progress=said.append)
         assert again == first and said[0] == "1 of 2 trainings are done already"
         if folder == "a":
             kept = variants.variant_folder(tmp_path / "a", "norm=layer", 1)
-            assert name in ("metrics.jsonl", "result.json") or (kept / name).read_bytes() == content
+            assert name in ("metrics.jsonl", "training.json") or (kept / name).read_bytes() == content
             flip(kept / name)
     variants.load_variant(tmp_path / "b", "norm=layer", 1)
 
@@ -210,13 +210,13 @@ def test_a_killed_worker_is_named_and_costs_no_finished_training(tmp_path):
     with pytest.raises(TrainingError, match=r", seed \d: its worker ended by SIGKILL"):
         run(names, tmp_path / "two", train_config=long, workers=2, progress=kill_one)
     assert not children()  # the other one was ended
-    finished = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("*/result.json")}
+    finished = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("*/training.json")}
     assert 2 <= len(finished) < 6
 
     said.clear()
     assert run(names, tmp_path / "two", train_config=long, workers=2, progress=said.append) == alone
     assert said[0] == f"{len(finished)} of 6 trainings are done already"
-    after = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("*/result.json")}
+    after = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("*/training.json")}
     assert len(after) == 6 and finished.items() <= after.items()
     for name in ("base", *names):
         same = [variants.load_variant(tmp_path / home, name, 2).state_dict() for home in ("alone", "two")]
@@ -294,13 +294,13 @@ def test_a_timed_step_is_the_training_step(tmp_path):
     numerics = timing.choose(replace(SHORT, compile="off"), 0, 0, "cpu")
     one = replace(SHORT, steps=1, warmup=0.0, schedule="constant", batch_size=len(rows))
     torch.manual_seed(0)
-    stepper = timing._Stepper(TINY, one, rows, numerics)
+    stepper = timing.TimedStep(TINY, one, rows, numerics)
     model = Decoder(TINY)
     model.load_state_dict(stepper.model.state_dict())
-    stepper.step()
+    stepper()
     objective, feed = timing.NextToken(), timing.Feed(rows, one, seed=0)
     assert feed.steps == 1
-    train(model, objective, rows, one, folder=tmp_path, seed=0, device="cpu", progress=lambda line: None)
+    train(model, objective, rows, one, tmp_path, seed=0, device="cpu", progress=lambda line: None)
     for (name, a), b in zip(model.state_dict().items(), stepper.model.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name, atol=1e-6, rtol=1e-4)
 

@@ -1,7 +1,15 @@
-"""Training: one loop, three objectives, two optimizers; `stages` holds what the notebooks call."""
+"""Training: one loop, three objectives, two optimizers."""
 
-from threefold.training.loop import TrainResult, held_out_loss, reference_logprobs, train
-from threefold.training.objectives import Distillation, Loss, NextToken, Objective, Preference
+from threefold.training.loop import Trained, TrainResult, held_out_loss, train
+from threefold.training.objectives import (
+    Distillation,
+    Loss,
+    NextToken,
+    Objective,
+    Preference,
+    half_depth,
+    reference_logprobs,
+)
 from threefold.training.state import curve, read_metrics
 from threefold.training.timing import KernelTiming, Timing, time_kernels
 from threefold.training.variants import (
@@ -24,9 +32,11 @@ __all__ = [
     "SourceRows",
     "Timing",
     "TrainResult",
+    "Trained",
     "VariantResult",
     "VariantRun",
     "curve",
+    "half_depth",
     "held_out_loss",
     "load_variant",
     "read_metrics",

@@ -1,7 +1,7 @@
-"""Several processes that train one model: how they meet, share work and put together what each of them found.
+"""Several processes that train one model: how they connect, share the work and combine their results.
 
 `torchrun` starts them and `joined` connects them. Every worker computes its share of a step's rows; gradients are
-summed over the workers, so that a step is that of one process. Weights and optimizer states are the same on every
+summed over the workers, so that a step equals that of one process. Weights and optimizer states are the same on every
 worker (DistributedDataParallel), or split over them (FSDP2, `fully_shard`) where one device could not hold them. In a
 single process everything here does nothing.
 """
@@ -17,12 +17,14 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from basics.errors import ConfigError
+from threefold.model.decoder import Decoder
 
-TIMEOUT = timedelta(hours=1)  # of a worker that waits for another: the first may have a corpus to tokenise
-BYTES = 16  # of a parameter in training: fp32 weight, gradient and AdamW's two moments
+TIMEOUT = timedelta(hours=1)  # for waiting for another worker: the first one may have a corpus to tokenise
+BYTES = 16  # per parameter in training: fp32 weight, gradient and AdamW's two moments
 SHARE = 0.6  # of a device's memory that these may take; the rest is for activations and buffers
 
 Item = TypeVar("Item")
@@ -37,11 +39,11 @@ class Workers:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes files and messages."""
+        """Whether this worker writes files and messages."""
         return self.rank == 0
 
     def totals(self, *counts: int) -> list[int]:
-        """Each count summed over all workers, on the host: no GPU is waited for."""
+        """Each count summed over all workers, on the host, without waiting for a GPU."""
         if self.size == 1:
             return list(counts)
         total = torch.tensor(counts)
@@ -55,16 +57,16 @@ class Workers:
         return values
 
     def agreed(self, answer: bool) -> bool:
-        """The first worker's answer, where clocks or disks may tell the workers different ones."""
+        """The first worker's answer, for questions of time or files that workers may answer differently."""
         if self.size == 1:
             return answer
-        told = torch.tensor([int(answer)])
-        dist.broadcast(told, 0)
-        return bool(told.item())
+        shared = torch.tensor([int(answer)])
+        dist.broadcast(shared, 0)
+        return bool(shared.item())
 
     def deal(self, items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
-        """Every `size`-th item, with True. All workers get equally many, since those of a split model compute in step:
-        where items do not come out even, a worker without one gets another's with False, not to be counted."""
+        """Every `size`-th item, with True. All workers get equally many, since workers of a split model must compute in
+        step: at an uneven end, a worker without an item gets another worker's with False, which must not be counted."""
         group: list[Item] = []
         for item in items:
             group.append(item)
@@ -75,7 +77,7 @@ class Workers:
             yield group[self.rank % len(group)], self.rank < len(group)
 
     def gather(self, part_NAB: Tensor) -> Tensor:
-        """The parts of all workers, equally long, end to end in the order of their ranks."""
+        """The parts of all workers, equally long, concatenated in the order of their ranks."""
         if self.size == 1:
             return part_NAB
         parts = [torch.empty_like(part_NAB) for _ in range(self.size)]
@@ -84,7 +86,7 @@ class Workers:
 
 
 def current() -> Workers:
-    """The workers this process is one of; itself alone unless it has `joined` others."""
+    """The workers that this process belongs to; itself alone unless it has `joined` others."""
     if dist.is_available() and dist.is_initialized():
         return Workers(dist.get_rank(), dist.get_world_size())
     return Workers()
@@ -92,31 +94,31 @@ def current() -> Workers:
 
 @contextmanager
 def joined() -> Iterator[Workers]:
-    """Joins the processes that torchrun started with this one, if it did: one a GPU over NCCL, or on CPUs over gloo.
+    """Connects the processes that torchrun started with this one, if any: one per GPU over NCCL, or on CPUs over gloo.
 
-    The host's own messages go over gloo in both cases. Raises ConfigError for more workers than GPUs.
+    Tensors in host memory go over gloo in both cases. Raises ConfigError for more workers than GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Workers()
         return
     if torch.cuda.is_available():
-        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= there:
-            raise ConfigError(f"worker {local} of this machine has no GPU, there are {there}: start one worker a GPU")
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise ConfigError(f"worker {local} of this machine has no GPU, there are {gpus}: start one worker a GPU")
         device = torch.device("cuda", local)
-        torch.cuda.set_device(device)  # "cuda" means this one from here on
+        torch.cuda.set_device(device)  # "cuda" means this device from here on
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
     yield current()
-    dist.destroy_process_group()  # not after an error: the others may never come to it
+    dist.destroy_process_group()  # not after an error: the others may never reach it
 
 
 # The model ----------------------------------------------------------------------------------------------------------
 
 
 def to_be_split(shard: Literal["auto", "on", "off"], parameters: int, device: str, workers: Workers) -> bool:
-    """Whether weights and optimizer states are split over the workers: as asked for, or where they are too large."""
+    """Whether weights and optimizer states are split over the workers: as configured, or if they are too large."""
     if workers.size == 1 or shard != "auto":
         return workers.size > 1 and shard == "on"
     if device == "cuda":
@@ -129,7 +131,7 @@ def to_be_split(shard: Literal["auto", "on", "off"], parameters: int, device: st
 def split(model: nn.Module, root: nn.Module, device: str, workers: Workers) -> None:
     """Split the parameters of `root`, which holds a decoder, over the workers, in place and onto the device.
 
-    Each block is gathered when it is computed and let go after it. Weights are gathered in fp32 and cast by autocast,
+    Each block is gathered when it is computed and freed afterwards. Weights are gathered in fp32 and cast by autocast,
     as in one process: exact, at twice the traffic of gathering them in bf16.
     """
     from torch.distributed.fsdp import fully_shard
@@ -141,12 +143,12 @@ def split(model: nn.Module, root: nn.Module, device: str, workers: Workers) -> N
 
 
 def replicated(module: nn.Module) -> DistributedDataParallel:
-    """The module with gradients that are averaged over the workers while the backward pass goes on."""
+    """The module with gradients that are averaged over the workers during the backward pass."""
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def synchronised(module: nn.Module, last: bool) -> AbstractContextManager:
-    """For one of a step's micro-batches: gradients go to the other workers with the last one's only."""
+    """The context of one of a step's micro-batches: gradients are exchanged with the last one only."""
     if isinstance(module, DistributedDataParallel):
         return nullcontext() if last else module.no_sync()
     if hasattr(module, "set_requires_gradient_sync"):  # FSDP2's
@@ -160,38 +162,23 @@ def is_split(value: Any) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor put together; itself if it is not split. All workers must call it in step."""
+    """The complete tensor; itself if it is not split. All workers must call this together."""
     return tensor.full_tensor() if is_split(tensor) else tensor
 
 
 def split_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, equal on all workers, split as another one of its shape is; itself if that is not split."""
-    if not is_split(like) or tensor.shape != like.shape:
+    """A complete tensor, equal on all workers, split as another one of its shape; itself if that is not split."""
+    if not is_split(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole_state(state: Any, keep: bool) -> Any:
-    """A state dictionary as one process has it: split tensors are put together, one at a time, in host memory. Workers
-    that do not keep it get None in their place."""
-    if is_split(state):
-        tensor = whole(state)
-        return tensor.cpu() if keep else None
-    if isinstance(state, dict):
-        return type(state)((key, whole_state(value, keep)) for key, value in state.items())
-    return [whole_state(value, keep) for value in state] if isinstance(state, list) else state
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state as one process has it, split as the parameters are."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    split_state = {
-        index: {
-            name: split_like(value, parameters[index]) if isinstance(value, Tensor) else value
-            for name, value in of.items()
-        }
-        for index, of in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": split_state})
+def whole_model(model: Decoder) -> Decoder:
+    """The model with all its weights; where it is split over workers a new one in host memory, on each of them."""
+    if not any(map(is_split, model.parameters())):
+        return model
+    whole = Decoder(model.config, model.attention)
+    whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    return whole

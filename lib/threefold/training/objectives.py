@@ -1,25 +1,38 @@
-"""What a stage minimises: next-token prediction, preferences (DPO), or a teacher's distribution.
+"""What a training minimises: next-token prediction, preferences (DPO), or a teacher's distribution.
 
 An objective is called as `objective(model, batch) -> Loss`. The loss is a *sum* with its weight (targets, or pairs), so
 that a step's loss is the same whatever micro-batches its rows are cut into.
 """
 
+import contextlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from basics.errors import ConfigError
-from threefold.data.packing import IGNORE, Batch, PairBatch
+from basics.errors import ConfigError, TrainingError
+from basics.files import atomic_write
+from threefold.config import TrainConfig
+from threefold.data.packing import IGNORE, Batch, PairBatch, PairedRows
+from threefold.model.decoder import Decoder
+from threefold.training import distributed
 from threefold.training.losses import cross_entropy_sum, distillation_sums, target_logprobs
+from threefold.training.numerics import choose
+from threefold.training.state import tensors_digest
+
+REFERENCE = "reference.safetensors"  # log-probabilities that a preference training keeps in its folder
 
 
 @dataclass(frozen=True)
-class Work:
-    """A micro-batch as the device sees it: only positions with a target reach the output head.
+class MicroBatch:
+    """Rows as a device computes them: only positions with a target reach the output head.
 
     The counts are taken on the host, so that no step waits for the device.
     """
@@ -31,30 +44,23 @@ class Work:
     targets_N: Tensor  # their next tokens
     tokens: int  # document positions: neither padding nor sinks
     padding: int
-    sides_N: Tensor | None = None  # pairs: whose target it is, 2j of pair j's chosen side, 2j + 1 of its rejected
-    pairs_P: Tensor | None = None  # pairs: which ones of the data set
+    sides_N: Tensor | None = (
+        None  # pairs: the side of each target, 2j for the chosen one of pair j, 2j + 1 for the other
+    )
+    pairs_P: Tensor | None = None  # pairs: their numbers in the data set
 
     @classmethod
-    def of(cls, batch: Batch) -> "Work":
-        """From a data batch in host memory."""
+    def of(cls, batch: "MicroBatch | Batch") -> "MicroBatch":
+        """From a batch of rows in host memory; a micro-batch is returned as it is."""
+        if isinstance(batch, MicroBatch):
+            return batch
         flat = batch.targets_BT.reshape(-1)
         index_N = (flat != IGNORE).nonzero().squeeze(1)
-        sides_N, pairs_P = None, None
-        if isinstance(batch, PairBatch):
-            sides_N, pairs_P = batch.sides_BT.reshape(-1)[index_N], batch.pairs_P
-        return cls(
-            batch.tokens_BT,
-            batch.positions_BT,
-            batch.segments_BT,
-            index_N,
-            flat[index_N],
-            batch.n_tokens,
-            batch.n_padding,
-            sides_N,
-            pairs_P,
-        )
+        inputs = batch.tokens_BT, batch.positions_BT, batch.segments_BT
+        pairs = (batch.sides_BT.reshape(-1)[index_N], batch.pairs_P) if isinstance(batch, PairBatch) else ()
+        return cls(*inputs, index_N, flat[index_N], batch.n_tokens, batch.n_padding, *pairs)
 
-    def to(self, device: str) -> "Work":
+    def to(self, device: str) -> "MicroBatch":
         """The same on another device, copied without waiting for it."""
         if device == "cpu":
             return self
@@ -82,25 +88,30 @@ class HiddenStates(Protocol):
 class Objective:
     """Base of the objectives: see `NextToken`, `Preference`, `Distillation`."""
 
-    name = ""  # in the state of a training: one objective does not go on with another's
-    unit = "targets"  # of the weight
+    name = ""  # saved with the state of a training: one objective does not resume another's
+    unit = "targets"  # that the weight counts
 
-    def weight(self, work: Work) -> int:
+    def prepare(
+        self, model: nn.Module, rows: Any, heldout: Any, config: TrainConfig, folder: Path, device: str | None
+    ) -> None:
+        """Compute what the objective needs of the untrained model; may keep files in the folder."""
+
+    def weight(self, batch: MicroBatch) -> int:
         """What a micro-batch's loss is divided by, known before the forward pass."""
-        return work.targets_N.numel()
+        return batch.targets_N.numel()
 
-    def __call__(self, model: HiddenStates, batch: Work | Batch) -> Loss:
+    def __call__(self, model: HiddenStates, batch: MicroBatch | Batch) -> Loss:
         raise NotImplementedError
 
     def for_heldout(self) -> "Objective":
-        """The objective that held-out rows are measured with."""
+        """The objective that held-out rows are evaluated with."""
         return self
 
     def to(self, device: str) -> None:
-        """Move what the objective itself computes with."""
+        """Move the objective's own tensors and models."""
 
     def compile(self, wrap: Callable[[nn.Module], HiddenStates]) -> None:
-        """Compile what the objective itself computes with."""
+        """Compile the objective's own models."""
 
 
 class NextToken(Objective):
@@ -111,10 +122,10 @@ class NextToken(Objective):
 
     name = "next token"
 
-    def __call__(self, model: HiddenStates, batch: Work | Batch) -> Loss:
-        """batch: rows, as a `Work` or as data in host memory."""
-        work = batch if isinstance(batch, Work) else Work.of(batch)
-        return Loss(cross_entropy_sum(_states(model, work), model.head_weight, work.targets_N), self.weight(work))
+    def __call__(self, model: HiddenStates, batch: MicroBatch | Batch) -> Loss:
+        """batch: rows, as a `MicroBatch` or as data in host memory."""
+        batch = MicroBatch.of(batch)
+        return Loss(cross_entropy_sum(_states(model, batch), model.head_weight, batch.targets_N), self.weight(batch))
 
 
 class Preference(Objective):
@@ -124,28 +135,36 @@ class Preference(Objective):
     response's tokens, averaged over pairs; both sides of a pair are computed in one forward pass.
 
     Args:
-        beta: how strongly the reference holds.
+        beta: strength of the reference.
         reference_P2: the frozen reference's log-probabilities (nats) of every pair's chosen and rejected response, in
-            the order of the pairs; `reference_logprobs` computes them once before training.
-        heldout_reference_P2: those of the held-out pairs, where there are any.
+            the order of the pairs. Default: the model as it is before training is the reference, and its
+            log-probabilities are computed once and kept in the training's folder.
+        heldout_reference_P2: those of the held-out pairs, if there are any.
     """
 
     name = "preference"
     unit = "pairs"
 
-    def __init__(self, beta: float, reference_P2: Tensor, heldout_reference_P2: Tensor | None = None):
+    def __init__(self, beta: float, reference_P2: Tensor | None = None, heldout_reference_P2: Tensor | None = None):
         if not beta > 0:
             raise ConfigError(f"beta = {beta}: expected a number above 0")
         self.beta, self.reference_P2, self.heldout_reference_P2 = beta, reference_P2, heldout_reference_P2
 
-    def weight(self, work: Work) -> int:
-        return len(work.pairs_P)
+    def prepare(
+        self, model: nn.Module, rows: Any, heldout: Any, config: TrainConfig, folder: Path, device: str | None
+    ) -> None:
+        if self.reference_P2 is None:
+            reference = _kept_reference(model, {"train": rows, "heldout": heldout}, config, folder, device)
+            self.reference_P2, self.heldout_reference_P2 = reference["train"], reference.get("heldout")
 
-    def __call__(self, model: HiddenStates, batch: Work | Batch) -> Loss:
-        """batch: packed pairs, as a `Work` or as data in host memory."""
-        work = batch if isinstance(batch, Work) else Work.of(batch)
-        logprobs_P2 = sequence_logprobs(model, work)
-        reward_P2 = self.beta * (logprobs_P2 - self.reference_P2.index_select(0, work.pairs_P))
+    def weight(self, batch: MicroBatch) -> int:
+        return len(batch.pairs_P)
+
+    def __call__(self, model: HiddenStates, batch: MicroBatch | Batch) -> Loss:
+        """batch: packed pairs, as a `MicroBatch` or as data in host memory."""
+        batch = MicroBatch.of(batch)
+        logprobs_P2 = sequence_logprobs(model, batch)
+        reward_P2 = self.beta * (logprobs_P2 - self.reference_P2.index_select(0, batch.pairs_P))
         chosen_P, rejected_P = reward_P2.unbind(1)
         margin_P = chosen_P - rejected_P
         metrics = {
@@ -154,7 +173,7 @@ class Preference(Objective):
             "reward_chosen": chosen_P.detach().sum(),
             "reward_rejected": rejected_P.detach().sum(),
         }
-        return Loss(-F.logsigmoid(margin_P).sum(), self.weight(work), metrics)
+        return Loss(-F.logsigmoid(margin_P).sum(), self.weight(batch), metrics)
 
     def for_heldout(self) -> Objective:
         if self.heldout_reference_P2 is None:
@@ -182,26 +201,26 @@ class Distillation(Objective):
         self.temperature, self.share = temperature, weight
         self._forward: HiddenStates = teacher
 
-    def __call__(self, model: HiddenStates, batch: Work | Batch) -> Loss:
-        """batch: rows, as a `Work` or as data in host memory."""
-        work = batch if isinstance(batch, Work) else Work.of(batch)
+    def __call__(self, model: HiddenStates, batch: MicroBatch | Batch) -> Loss:
+        """batch: rows, as a `MicroBatch` or as data in host memory."""
+        batch = MicroBatch.of(batch)
         if model.head_weight.size(0) != self.teacher.head_weight.size(0):
             raise ConfigError(
                 f"a teacher of {self.teacher.head_weight.size(0)} tokens cannot teach a student of "
                 f"{model.head_weight.size(0)}: both need the same tokenizer"
             )
         with torch.no_grad():
-            teacher_h_NE = _states(self._forward, work)
+            teacher_h_NE = _states(self._forward, batch)
         total, soft, hard = distillation_sums(
-            _states(model, work),
+            _states(model, batch),
             model.head_weight,
-            work.targets_N,
+            batch.targets_N,
             teacher_h_NE,
             self.teacher.head_weight,
             self.temperature,
             self.share,
         )
-        return Loss(total, self.weight(work), {"kl": soft, "next_token": hard})
+        return Loss(total, self.weight(batch), {"kl": soft, "next_token": hard})
 
     def for_heldout(self) -> Objective:
         return NextToken()
@@ -213,13 +232,91 @@ class Distillation(Objective):
         self._forward = wrap(self.teacher)
 
 
-def sequence_logprobs(model: HiddenStates, work: Work) -> Tensor:
+def half_depth(teacher: Decoder) -> Decoder:
+    """A student of copies: every other block of the teacher, the first included, its embeddings and final norm
+    (Sanh et al. 2019, section 3).
+
+    Raises ConfigError for a teacher of one block.
+    """
+    config = teacher.config
+    if config.n_layer < 2:
+        raise ConfigError(f"a teacher with n_layer = {config.n_layer} has no half-depth student; it needs at least 2")
+    student = Decoder(replace(config, n_layer=len(range(0, config.n_layer, 2))))
+    weights = teacher.state_dict()
+    for name in student.state_dict():
+        part, _, rest = name.partition(".")
+        if part == "blocks":
+            index, _, rest = rest.partition(".")
+            weights[name] = weights[f"blocks.{2 * int(index)}.{rest}"]
+    student.load_state_dict({name: weights[name] for name in student.state_dict()})
+    return student
+
+
+def sequence_logprobs(model: HiddenStates, batch: MicroBatch) -> Tensor:
     """The log-probabilities (nats, fp32) of the pairs' responses, (P, 2) for chosen and rejected, differentiable."""
-    logprobs_N = target_logprobs(_states(model, work), model.head_weight, work.targets_N)
-    return logprobs_N.new_zeros(2 * len(work.pairs_P)).index_add(0, work.sides_N, logprobs_N).view(-1, 2)
+    logprobs_N = target_logprobs(_states(model, batch), model.head_weight, batch.targets_N)
+    return logprobs_N.new_zeros(2 * len(batch.pairs_P)).index_add(0, batch.sides_N, logprobs_N).view(-1, 2)
 
 
-def _states(model: HiddenStates, work: Work) -> Tensor:
+def _states(model: HiddenStates, batch: MicroBatch) -> Tensor:
     """The last hidden states (N, D) at the positions that have a target."""
-    h_BTD = model.hidden(work.tokens_BT, work.positions_BT, work.segments_BT)
-    return h_BTD.flatten(0, 1).index_select(0, work.index_N)
+    h_BTD = model.hidden(batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+    return h_BTD.flatten(0, 1).index_select(0, batch.index_N)
+
+
+# The reference of preferences ---------------------------------------------------------------------------------------
+
+
+def reference_logprobs(
+    model: nn.Module,
+    pairs: PairedRows,
+    *,
+    batch_size: int = 16,
+    device: str | None = None,
+    precision: str = "auto",
+) -> Tensor:
+    """Log-probabilities (nats) of every pair's chosen and rejected response, (pairs, 2), fp32, on the CPU.
+
+    Raises TrainingError if one is not finite.
+    """
+    numerics, workers = choose(TrainConfig(precision=precision, compile="off"), 0, 0, device), distributed.current()
+    model.to(numerics.device)
+    logprobs_P2 = torch.zeros(len(pairs), 2)
+    with torch.no_grad(), numerics.autocast():
+        for batch, counts in workers.deal(pairs.batches(batch_size, shuffle=False)):
+            if counts:
+                micro_batch = MicroBatch.of(batch).to(numerics.device)
+                logprobs_P2[batch.pairs_P] = sequence_logprobs(model, micro_batch).float().cpu()
+    workers.sum(logprobs_P2)  # each pair was computed by one worker
+    if not logprobs_P2.isfinite().all():
+        bad = logprobs_P2.isfinite().all(dim=1).logical_not().nonzero()[0].item()
+        raise TrainingError(f"the reference gives pair {bad} a log-probability that is not finite")
+    return logprobs_P2
+
+
+def _kept_reference(
+    model: nn.Module, parts: dict[str, PairedRows | None], config: TrainConfig, folder: Path, device: str | None
+) -> dict[str, Tensor]:
+    """The reference's log-probabilities of each part's pairs: read from the folder if this model made them, else
+    computed and written there."""
+    parts = {name: pairs for name, pairs in parts.items() if pairs is not None}
+    made_from = {"weights": tensors_digest(model.state_dict())}
+    made_from |= {name: f"{len(pairs)} pairs, {pairs.n_tokens} tokens" for name, pairs in parts.items()}
+
+    def metadata(logprobs: dict[str, Tensor]) -> dict[str, str]:
+        """One entry: safetensors writes several in varying order, which would change the file's bytes."""
+        return {"made_from": json.dumps({**made_from, "sha256": tensors_digest(logprobs)})}
+
+    path, workers = folder / REFERENCE, distributed.current()
+    kept, valid = {}, False
+    if path.exists():
+        with contextlib.suppress(SafetensorError), safe_open(path, "pt") as file:  # a damaged header
+            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            valid = file.metadata() == metadata(kept)
+    if workers.agreed(valid):
+        return kept
+    settings = {"batch_size": config.batch_size, "device": device, "precision": config.precision}
+    logprobs = {name: reference_logprobs(model, pairs, **settings) for name, pairs in parts.items()}
+    if workers.first:
+        atomic_write(path, save(logprobs, metadata=metadata(logprobs)))
+    return logprobs

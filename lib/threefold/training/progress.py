@@ -66,6 +66,15 @@ class Console:
         sys.stdout.flush()
 
 
+def duration(seconds: float) -> str:
+    """A time span for a person: "2 h 5 min", "3 min 20 s" or "12 s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def _is_notebook(stream: TextIO) -> bool:
     """Whether a stream is a kernel's, whose front end rewrites a line at a carriage return."""
     return type(stream).__module__.startswith("ipykernel.")

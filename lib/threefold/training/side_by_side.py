@@ -1,8 +1,8 @@
 """Independent tasks in worker processes: one CPU thread each, or one GPU.
 
-Workers are spawned, so they share nothing with the process that asks and a CUDA context is no hindrance. Each computes
-with one thread however many there are, so a result does not depend on their number. A worker leaves when the process
-that asked is gone, however it went.
+Workers are spawned, so they share nothing with the calling process and its CUDA context does not matter. Each computes
+with one thread however many there are, so a result does not depend on their number. A worker exits when the calling
+process is gone, for whatever reason.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from threefold.training.numerics import pick_device
 
 
 def default_workers(device: str | None = None) -> int:
-    """As many as there are GPUs, or as this process was given CPU threads."""
+    """The number of GPUs, or of this process's CPU threads."""
     return torch.cuda.device_count() if pick_device(device) == "cuda" else torch.get_num_threads()
 
 
 def side_by_side(
     work: Callable[[Any], Any], tasks: Sequence[Any], workers: int, device: str | None = None
 ) -> Iterator[tuple[Any, Any]]:
-    """(task, its result) of every task as it ends. With one worker this process does the work itself, in order.
+    """(task, its result) of every task as it finishes. With one worker this process does the work itself, in order.
 
     Args:
         work: module-level, with picklable arguments and results, as spawned processes need.
@@ -37,8 +37,8 @@ def side_by_side(
         device: as in `loop.train`.
 
     Raises:
-        What a task raises, its name added, and TrainingError for a worker that died. The other workers are ended then,
-        and also when the caller stops asking or is interrupted.
+        What a task raises, with its name added, and TrainingError for a worker that died. The other workers are killed
+        then, and also when the caller stops iterating or is interrupted.
     """
     gpu = pick_device(device) == "cuda"
     if min(workers, len(tasks)) <= 1:
@@ -54,7 +54,7 @@ def side_by_side(
             ours, theirs = context.Pipe()
             processes[ours] = context.Process(target=_serve, args=(theirs, work, number if gpu else None), daemon=True)
             processes[ours].start()
-            theirs.close()  # or its end would not be noticed here
+            theirs.close()  # or the worker's death would go unnoticed here
             busy[ours] = waiting.pop()
             ours.send(busy[ours])
         while busy:
@@ -79,9 +79,9 @@ def side_by_side(
 
 
 def _serve(connection: Connection, work: Callable[[Any], Any], gpu: int | None) -> None:
-    """A worker's life: tasks in, (result, error) out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the workers too: the parent ends them
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    """The loop of a worker: receives tasks, sends (result, error)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the workers too: the parent kills them
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     if gpu is None:
         torch.set_num_threads(1)
     else:
@@ -90,13 +90,13 @@ def _serve(connection: Connection, work: Callable[[Any], Any], gpu: int | None) 
         task = connection.recv()
         try:
             answer = work(task), None
-        except Exception as error:  # raised again where the task was asked for
+        except Exception as error:  # raised again in the calling process
             error.add_note(f"In the worker:\n{''.join(traceback.format_tb(error.__traceback__))}")
             answer = None, error
         connection.send(answer)
 
 
-def _leave_with_parent() -> None:
+def _exit_with_parent() -> None:
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
@@ -106,7 +106,7 @@ def _died(task: Any, process: multiprocessing.Process) -> TrainingError:
     status = process.exitcode
     how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
     return TrainingError(
-        f"{task}: its worker ended {how}; the others were stopped. What is finished is kept: run it again to go on "
+        f"{task}: its worker ended {how}; the others were stopped. What is finished is kept: run it again to continue "
         "(where memory ran short, with fewer workers)"
     )
 

@@ -1,8 +1,7 @@
-"""Variants of one model, trained alike: what each choice of architecture or optimizer is worth at equal steps, text,
-order and parameters.
+"""Ablations: variants of one model, trained with equal steps, text, order and parameters, so that each choice of
+architecture or optimizer can be compared.
 """
 
-import hashlib
 import shutil
 import statistics
 import time
@@ -16,25 +15,26 @@ import numpy as np
 import torch
 
 from basics.errors import ConfigError
-from basics.files import damaged, read_note, sha256_json, sha256_tree, write_note
+from basics.files import damaged, read_note, sha256_bytes, sha256_json, write_note
 from basics.source_code import code_fingerprint
 from threefold.config import ModelConfig, OverlapConfig, SourceConfig, TrainConfig, apply_variant
 from threefold.data import corpus, exclusion
 from threefold.data.packing import PackedRows
 from threefold.data.tokenizer import load_tokenizer, with_sinks
 from threefold.model.decoder import Decoder, parameter_counts
-from threefold.model.hf import load_checkpoint, save_checkpoint
-from threefold.training.loop import Progress, clear_state, train
+from threefold.model.hf import load_checkpoint
+from threefold.training.loop import RESULT, Progress, TrainResult, train
 from threefold.training.objectives import NextToken
+from threefold.training.progress import duration
 from threefold.training.side_by_side import default_workers, side_by_side
-from threefold.training.state import STATE
 from threefold.training.timing import Timing, time_steps
 
 BASE = "base"
-BEGUN, RESULT = "begun.json", "result.json"  # in a training's folder
-EQUAL = 0.01  # parameters of a feed-forward variant may differ from the base's by less than this share
+INPUTS = "inputs.json"  # in a training's folder: hash of what it depends on, written when it begins
+EQUAL = 0.01  # relative difference of a feed-forward variant's parameters from the base's must be below this
 
 Packed = tuple[PackedRows, PackedRows]  # training rows, held-out rows
+RowsFor = Callable[[ModelConfig], Packed]
 Configs = tuple[ModelConfig, TrainConfig]
 
 
@@ -44,13 +44,11 @@ class VariantRun:
 
     variant: str  # "base", or what was changed: "norm=layer"
     seed: int
-    heldout_loss: float  # nats a token after the last step
+    heldout_loss: float  # nats per token after the last step
     parameters: int
     tokens: int
     d_ff: int  # the gelu variants' is 3/2 of the base's
-    curve: dict[
-        str, list[float]
-    ]  # held-out loss on the way: {"tokens": [...], "loss": [...]}, from before the first step
+    curve: dict[str, list[float]]  # held-out losses {"tokens": [...], "loss": [...]}, from before the first step on
     seconds: float = field(compare=False)  # in training steps
 
 
@@ -73,7 +71,7 @@ class VariantResult:
 
 @dataclass(frozen=True)
 class SourceRows:
-    """Training and held-out text in rows for a model; worker processes receive it pickled."""
+    """Training and held-out text, packed for a model. Can be sent to worker processes."""
 
     train: tuple[SourceConfig, ...]
     heldout: tuple[SourceConfig, ...]
@@ -135,8 +133,7 @@ def run_variants(
     base: ModelConfig,
     variants: Sequence[str],
     config: TrainConfig,
-    rows: PackedRows | Callable[[ModelConfig], Packed],
-    heldout: PackedRows | None = None,
+    rows: RowsFor,
     seeds: Sequence[int] = (0,),
     *,
     folder: str | Path,
@@ -148,46 +145,39 @@ def run_variants(
     """Train the base and every variant from each seed, on the same text in the same order.
 
     Args:
-        base: the model the variants differ from, `vocab_size` set.
-        variants: see `variant_configs`; the base itself always comes first, what does not differ from it is left out.
+        base: the model that the variants differ from, `vocab_size` set.
+        variants: see `variant_configs`; the base itself always comes first. Variants equal to it are left out.
         config: of every training.
-        rows, heldout: packed rows. Variants that change `sinks` or `context` need rows of their own: give a function
-            from a model's config to (rows, heldout rows) instead, such as `SourceRows`. A row's sinks come on top of
-            the base's text positions, so that every variant with a sink trains on the very same rows; the held-out
-            loss leaves out documents' first tokens, so that it is over the same tokens for all.
-        seeds: of weights and order; one training of each variant a seed.
-        folder: keeps each finished training, so that an interrupted call goes on; see `load_variant`.
-        reuse: folder of an earlier call, perhaps with other variants; what it holds of the same trainings is copied,
-            unless a byte of it changed since.
-        device: as in `loop.train`.
-        workers: trainings side by side, see `side_by_side`; default one a GPU, or a CPU thread of this process. The
+        rows: a function from a model's config to (packed rows, packed held-out rows), such as `SourceRows`: variants
+            that change `sinks` or `context` need rows of their own. A row's sinks come on top of the base's text
+            positions, so that every variant with a sink trains on the very same rows; the held-out loss leaves out
+            documents' first tokens, so that it is over the same tokens for all.
+        seeds: of weights and order; one training per variant and seed.
+        folder: keeps each finished training, so that an interrupted call can go on; see `load_variant`.
+        reuse: folder of an earlier call, perhaps with other variants; equal trainings in it are copied, unless a byte
+            of them has changed.
+        device: as in `train`.
+        workers: trainings at a time, see `side_by_side`; default one per GPU, or per CPU thread of this process. The
             results do not depend on it.
-        progress: takes a line for each finished training.
+        progress: called with a line for each finished training.
 
     Raises:
-        ConfigError: a variant that cannot be built or needs rows of its own.
+        ConfigError: a variant that cannot be built.
         TrainingError: a training or a worker that failed; the message says which.
     """
-    folder, configs = Path(folder), all_configs(base, config, variants)
+    folder, configs, packed = Path(folder), all_configs(base, config, variants), _Packed(rows, base.sinks)
     for name in dict.fromkeys(variants):
         if name not in configs:
             progress(f"variant {name} is what the base has already: left out")
-    if not callable(rows):
-        if heldout is None:
-            raise ConfigError("the variants need held-out rows to be compared on")
-        for name, (changed, _) in configs.items():
-            if (changed.sinks, changed.context) != (base.sinks, base.context):
-                raise ConfigError(f"variant {name} packs its rows otherwise; give a function that packs them by config")
-    packed = _Packed(rows if callable(rows) else partial(_given, (rows, heldout)), base.sinks)
-
     tasks = [_Task(name, seed, *configs[name]) for seed in seeds for name in configs]
-    if reuse is not None:
-        for task in tasks:
-            if not _known(task, folder, packed) and _known(task, Path(reuse), packed):
+    runs = {task: task.finished(folder, packed) for task in tasks}
+    for task in tasks:
+        if reuse is not None and runs[task] is None:
+            runs[task] = task.finished(Path(reuse), packed)
+            if runs[task] is not None:
                 here, there = (variant_folder(home, task.variant, task.seed) for home in (folder, reuse))
                 shutil.rmtree(here, ignore_errors=True)
                 shutil.copytree(there, here)
-    runs = {task: _known(task, folder, packed) for task in tasks}
     waiting = [task for task in tasks if runs[task] is None]
     if len(waiting) < len(tasks):
         progress(f"{len(tasks) - len(waiting)} of {len(tasks)} trainings are done already")
@@ -199,7 +189,7 @@ def run_variants(
         left = (time.perf_counter() - begun) / done * (len(waiting) - done)
         progress(
             f"{len(tasks) - len(waiting) + done}/{len(tasks)}: {task}: held-out loss {run.heldout_loss:.4f} after "
-            f"{run.tokens:,} tokens" + (f"; about {_minutes(left)} left" if left else "")
+            f"{run.tokens:,} tokens" + (f"; about {duration(left)} left" if left else "")
         )
     return [VariantResult(name, tuple(runs[task] for task in tasks if task.variant == name)) for name in configs]
 
@@ -208,43 +198,68 @@ def time_variants(
     base: ModelConfig,
     variants: Sequence[str],
     config: TrainConfig,
-    rows: Callable[[ModelConfig], Packed],
+    rows: RowsFor,
     rounds: int,
     *,
     file: str | Path,
     device: str | None = None,
 ) -> Timing:
-    """Step times of the base and every variant, by turns in this process (`timing.time_steps`).
+    """Step times of the base and every variant, interleaved in this process (`timing.time_steps`).
 
     Args:
-        file: keeps them, so that an interrupted notebook does not time again.
+        file: keeps them, so that an interrupted notebook does not measure again.
         The rest as in `run_variants`.
     """
-    configs = all_configs(base, config, variants)
-    asked = {"configs": {name: [asdict(part) for part in parts] for name, parts in configs.items()}, "rounds": rounds}
-    known = _cached(Path(file), asked)
-    if known is None:
-        packed = _Packed(rows, base.sinks)
-        known = asdict(time_steps(configs, lambda model: packed(model)[0], rounds, device))
-        _keep(Path(file), asked, known)
-    return Timing(**known)
+    configs, file = all_configs(base, config, variants), Path(file)
+    inputs = {"configs": {name: [asdict(part) for part in parts] for name, parts in configs.items()}, "rounds": rounds}
+    kept = read_note(file)
+    if kept is not None and kept["inputs"] == sha256_json(inputs):
+        return Timing(**kept["result"])
+    packed = _Packed(rows, base.sinks)
+    timing = time_steps(configs, lambda model: packed(model)[0], rounds, device)
+    write_note(file, {"inputs": sha256_json(inputs), "result": asdict(timing)})
+    return timing
 
 
 def load_variant(folder: str | Path, name: str, seed: int) -> Decoder:
-    """The model a finished training of `run_variants` ended with, from the folder given to it.
+    """The final model of a training by `run_variants`, from the folder given to it.
 
-    Raises CheckpointError where that variant was not trained from that seed.
+    Raises CheckpointError if that variant was not trained from that seed.
     """
     return load_checkpoint(variant_folder(folder, name, seed))
 
 
 def variant_folder(folder: str | Path, name: str, seed: int) -> Path:
-    """Where one training of a variant lies: its checkpoint, metrics.jsonl and result.json."""
+    """The folder of one training of a variant: its checkpoint, metrics.jsonl and training.json."""
     stem = "".join(char if char.isalnum() or char in "._-" else "-" for char in name)
     return Path(folder) / f"{stem}-{seed}"
 
 
 # One training -------------------------------------------------------------------------------------------------------
+
+
+class _Packed:
+    """Rows for each model, packed once per process; a copy for another process is sent without them."""
+
+    def __init__(self, pack: RowsFor, sinks: int):
+        self.pack, self.sinks = pack, sinks  # the base's
+        self.kept: dict[tuple[int, int], Packed] = {}
+
+    def __call__(self, model: ModelConfig) -> Packed:
+        wide = replace(model, context=model.context + model.sinks - self.sinks)
+        key = (wide.sinks, wide.context)
+        if key not in self.kept:
+            rows, heldout = self.pack(wide)
+            if rows.width != wide.context:
+                raise ConfigError(
+                    f"a variant with sinks = {wide.sinks} needs rows of {wide.context} positions, not {rows.width}; "
+                    "`rows` must pack them by the config it is given"
+                )
+            self.kept[key] = rows, heldout.without_openings()
+        return self.kept[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "kept": {}}
 
 
 @dataclass(frozen=True)
@@ -257,109 +272,54 @@ class _Task:
     def __str__(self) -> str:
         return f"{self.variant}, seed {self.seed}"
 
+    def inputs(self, packed: _Packed) -> str:
+        """Hash of what the training depends on; its seed is in its folder's name."""
+        inputs = {
+            "model": asdict(self.model),
+            "train": asdict(self.train),
+            "rows": [_digest(rows) for rows in packed(self.model)],
+            "code": code_fingerprint(__name__),
+            "torch": torch.__version__,
+        }
+        return sha256_json(inputs)
 
-class _Packed:
-    """Rows for each model, each kind packed once in a process; a copy for another process travels without them."""
+    def finished(self, folder: Path, packed: _Packed) -> VariantRun | None:
+        """The training's result, if it has finished from the same inputs and no byte of its files has changed."""
+        home = variant_folder(folder, self.variant, self.seed)
+        begun = read_note(home / INPUTS)
+        if begun is None or begun["inputs"] != self.inputs(packed) or damaged(home / RESULT):
+            return None
+        return self.run(TrainResult(**read_note(home / RESULT)["result"]))
 
-    def __init__(self, pack: Callable[[ModelConfig], Packed], sinks: int):
-        self.pack, self.sinks = pack, sinks  # the base's
-        self.kept: dict[tuple[int, int], Packed] = {}
-
-    def __call__(self, model: ModelConfig) -> Packed:
-        wide = replace(model, context=model.context + model.sinks - self.sinks)
-        key = (wide.sinks, wide.context)
-        if key not in self.kept:
-            rows, heldout = self.pack(wide)
-            self.kept[key] = rows, heldout.without_openings()
-        return self.kept[key]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "kept": {}}
-
-
-def _given(packed: Packed, model: ModelConfig) -> Packed:
-    return packed
-
-
-def _train(task: _Task, *, folder: Path, packed: _Packed, device: str | None) -> VariantRun:
-    """One training, begun or gone on with, and kept."""
-    work, asked = variant_folder(folder, task.variant, task.seed), _asked(task, packed)
-    if _cached(work / BEGUN, asked) is None or (work / RESULT).exists():  # of another training, or damaged
-        shutil.rmtree(work, ignore_errors=True)
-        _keep(work / BEGUN, asked, {})
-    torch.compiler.reset()  # graphs of the trainings before: past eight of them torch would not compile another
-    model = Decoder(task.model)
-    model.initialise(torch.Generator().manual_seed(task.seed))
-    rows, heldout = packed(task.model)
-    result = train(
-        model,
-        NextToken(),
-        rows,
-        task.train,
-        folder=work,
-        seed=task.seed,
-        heldout=heldout,
-        device=device,
-        progress=_quiet,
-        name=str(task),
-    )
-    save_checkpoint(work, model)
-    run = VariantRun(
-        variant=task.variant,
-        seed=task.seed,
-        heldout_loss=result.heldout_loss,
-        parameters=parameter_counts(model)["total"],
-        tokens=result.tokens,
-        d_ff=task.model.d_ff,
-        curve={key: [point[key] for point in result.heldout] for key in ("tokens", "loss")},
-        seconds=result.seconds,
-    )
-    files = {path: digest for path, digest in sha256_tree(work).items() if path not in (STATE, RESULT, BEGUN)}
-    _keep(work / RESULT, asked, asdict(run), files)
-    clear_state(work)
-    return run
-
-
-def _known(task: _Task, folder: Path, packed: _Packed) -> VariantRun | None:
-    """The training's result, if it is finished."""
-    kept = _cached(variant_folder(folder, task.variant, task.seed) / RESULT, _asked(task, packed))
-    return None if kept is None else VariantRun(**kept)
-
-
-def _asked(task: _Task, packed: _Packed) -> dict[str, Any]:
-    """What a training is known by; its seed is in its folder's name."""
-    return {
-        "model": asdict(task.model),
-        "train": asdict(task.train),
-        "rows": [_digest(rows) for rows in packed(task.model)],
-        "code": code_fingerprint(__name__),
-        "torch": torch.__version__,
-    }
+    def run(self, result: TrainResult) -> VariantRun:
+        return VariantRun(
+            variant=self.variant,
+            seed=self.seed,
+            heldout_loss=result.heldout_loss,
+            parameters=result.parameters,
+            tokens=result.tokens,
+            d_ff=self.model.d_ff,
+            curve={key: [point[key] for point in result.heldout] for key in ("tokens", "loss")},
+            seconds=result.seconds,
+        )
 
 
 def _digest(rows: PackedRows) -> list[Any]:
     """Size and a hash of some of the rows, evenly spread."""
     some = rows.rows(np.linspace(0, len(rows) - 1, min(len(rows), 64)).astype(int))
-    return [len(rows), rows.n_tokens, hashlib.sha256(some.tokens_BT.numpy().tobytes()).hexdigest()]
+    return [len(rows), rows.n_tokens, sha256_bytes(some.tokens_BT.numpy().tobytes())]
 
 
-def _cached(path: Path, asked: Mapping[str, Any]) -> dict | None:
-    """What is kept there, if it was made from the same inputs and every byte, of its files too, is as it was
-    written."""
-    kept = read_note(path)
-    if kept is None or kept["inputs"] != sha256_json(asked) or damaged(path):
-        return None
-    return kept["result"]
-
-
-def _keep(path: Path, asked: Mapping[str, Any], result: dict, files: Mapping[str, str] | None = None) -> None:
-    """files: {name beside the note: SHA-256} of what goes with the result."""
-    write_note(path, {"inputs": sha256_json(asked), "result": result, "files": dict(files or {})})
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-def _quiet(message: str) -> None:
-    """Takes the messages of one variant's training, of which there would be too many."""
+def _train(task: _Task, *, folder: Path, packed: _Packed, device: str | None) -> VariantRun:
+    """One training, started or resumed."""
+    home, inputs = variant_folder(folder, task.variant, task.seed), {"inputs": task.inputs(packed)}
+    begun = read_note(home / INPUTS)
+    if begun is None or begun["inputs"] != inputs["inputs"] or (home / RESULT).exists():  # another's, or damaged
+        shutil.rmtree(home, ignore_errors=True)
+        write_note(home / INPUTS, inputs)
+    torch.compiler.reset()  # drop the graphs of earlier trainings: torch compiles no more than eight
+    model = Decoder(task.model)
+    model.initialise(torch.Generator().manual_seed(task.seed))
+    rows, heldout = packed(task.model)
+    settings = {"heldout": heldout, "device": device, "progress": lambda message: None, "name": str(task)}
+    return task.run(train(model, NextToken(), rows, task.train, home, seed=task.seed, **settings).result)
