@@ -57,6 +57,7 @@ def one_stage(train: TrainConfig = TRAIN) -> None:
         heldout=rows(2, 10),
         device="cpu",
         progress=lambda line: None,
+        name="pretrain",
     )
     stage.finish(tokens=made.result.tokens)
 

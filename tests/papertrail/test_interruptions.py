@@ -50,7 +50,7 @@ def test_a_full_disk_leaves_the_last_good_state(found):
     told = found["full_disk"]
     assert re.fullmatch(
         r"TrainingError: pretrain: File too large after step \d+; the last good state is that of step \d+, in "
-        r"\.pretrain\.partial/resume\.safetensors\. Free some space: the same command goes on from there",
+        r"\.pretrain\.partial/resume\.safetensors\. Free some space: the same command resumes from there",
         told["said"],
     )
     assert told["same"] and told["left"] == []

@@ -245,17 +245,18 @@ def test_workers_leave_when_the_parent_is_killed(tmp_path):
     script = textwrap.dedent(
         """
         import sys
-        sys.path.insert(0, sys.argv[1])
+        sys.path[:0] = sys.argv[1:3]
         import test_variants
         from dataclasses import replace
         if __name__ == "__main__":
             long = replace(test_variants.SHORT, steps=100_000)
             print("ready", flush=True)
-            test_variants.run(["norm=layer"], sys.argv[2], seeds=[1], train_config=long, workers=2)
+            test_variants.run(["norm=layer"], sys.argv[3], seeds=[1], train_config=long, workers=2)
         """
     )
     (tmp_path / "parent.py").write_text(script)
-    command = [sys.executable, str(tmp_path / "parent.py"), str(Path(__file__).parents[1]), str(tmp_path / "out")]
+    here = Path(__file__).parent
+    command = [sys.executable, *map(str, (tmp_path / "parent.py", here, here.parent, tmp_path / "out"))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) as parent:
         assert parent.stdout.readline() == b"ready\n"
         deadline = time.monotonic() + 120
