@@ -154,13 +154,13 @@ def test_replay_is_a_share_of_all_rows(examples, text, tmp_path):
 
 
 def test_what_cannot_be_fed(text, pairs):
-    for config, rows, message in [
-        (TrainConfig(batch_size=3), text, "exactly one of steps"),
-        (TrainConfig(steps=3, epochs=1), text, "steps and epochs"),
-        (TrainConfig(steps=3, replay=0.5), text, "needs pretraining rows"),
+    for settings, message in [
+        ({"batch_size": 3}, "exactly one of steps"),
+        ({"steps": 3, "epochs": 1}, "steps and epochs"),
+        ({"steps": 3, "replay": 0.5}, "needs pretraining rows"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            Feed(rows, config, 0)
+            Feed(text, TrainConfig(**settings), 0)
     with pytest.raises(ConfigError, match="cannot be mixed"):
         Feed(pairs, TrainConfig(steps=3, replay=0.5), 0, text)
     empty = pack_documents([[3]], TINY, EOS, [SINK])

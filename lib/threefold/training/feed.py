@@ -1,4 +1,4 @@
-"""What each step trains on: a seeded order that can be entered at any step, so a resumed run sees the same rows."""
+"""The rows of each training step, in a seeded order that can start at any step: a resumed run sees the same rows."""
 
 import math
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from threefold.data.packing import Batch, PackedRows, PairedRows
 class Feed:
     """The micro-batches of every step: `accumulate` of them with `batch_size` rows (or pairs) each.
 
-    Packed rows are shuffled anew each epoch, by (seed, epoch); steps run on over the end of an epoch, so every batch is
-    full. `replay`: other rows that make up `config.replay` of the rows of all steps, in their own seeded order.
+    Packed rows are shuffled for each epoch by (seed, epoch). A step may span two epochs, so every batch is full.
+    `replay`: other rows that make up `config.replay` of the rows of all steps, in a seeded order of their own.
 
-    Of each step's rows worker `rank` takes every `workers`-th one, so that all of them together take those of one
-    process, and long and short ones alike. Its micro-batches hold at most `batch_size` of them.
+    Worker `rank` takes every `workers`-th of each step's rows, so that all workers together take the rows that one
+    process would, each of them long and short ones alike. Its micro-batches hold at most `batch_size` of them.
 
-    Raises ConfigError for a length that is not clear, a replay without rows or a batch that the workers cannot share
+    Raises ConfigError for a training without a length, a replay without rows or a batch that the workers cannot share
     evenly, DataError for no rows at all.
     """
 
@@ -58,17 +58,17 @@ class Feed:
 
     @property
     def positions(self) -> int:
-        """Positions that one worker computes in all steps, roughly for pairs."""
+        """Positions that one worker computes in all steps; for pairs an estimate."""
         paired = isinstance(self.rows, PairedRows)
         rows = self.steps * self.batch_size / self.workers
         return round(rows * (self.rows.n_tokens / len(self.rows) if paired else self.rows.width))
 
     def run(self, start: int) -> Iterator[tuple[list[Batch], list[int]]]:
-        """From step `start` (0-based) on: this worker's micro-batches of each step, and the step's rows (or pairs) by
-        number, for messages."""
+        """For each step from `start` (0-based) on: this worker's micro-batches, and the numbers of the step's rows (or
+        pairs), for messages."""
         size = self.micro_batch
         if isinstance(self.rows, PairedRows):
-            # in an order that hangs on the config alone, not on how many share it
+            # in an order that depends on the config alone, not on the number of workers
             chosen = self.rows.shuffled(self.config.batch_size, self.seed, self.steps * self.config.accumulate)
             pairs_SP = np.array(chosen).reshape(self.steps, self.batch_size)
             own = list(pairs_SP[:, self.rank :: self.workers].reshape(-1, size))
@@ -88,7 +88,7 @@ class Feed:
             yield [self._batch(mine[i : i + size], n_own - i) for i in range(0, len(mine), size)], own.tolist()
 
     def _batch(self, index: np.ndarray, n_own: int) -> Batch:
-        """These rows: the first `n_own` (all for more, none for less than 1) are the stage's, the others replayed."""
+        """These rows: the first `n_own` (clipped to their number) are of `rows`, the others of `replay`."""
         n_own = min(max(n_own, 0), len(index))
         parts = [self.rows.rows(index[:n_own])] if n_own else []
         parts += [self.replay.rows(index[n_own:])] if n_own < len(index) else []
@@ -98,14 +98,14 @@ class Feed:
 
 
 class _Order:
-    """Epochs of one set of rows end to end, each a permutation given by (seed, stream, epoch)."""
+    """The endless series of epochs of a set of rows, each a permutation given by (seed, stream, epoch)."""
 
     def __init__(self, n: int, seed: int, stream: int):
         self.n, self.key = n, (seed, stream)
         self.epoch, self.order = -1, np.empty(0, np.int64)
 
     def take(self, start: int, end: int) -> np.ndarray:
-        """Places start..end of the endless series."""
+        """Elements start..end of the series."""
         parts = [np.empty(0, np.int64)]
         while start < end:
             epoch, offset = divmod(start, self.n)
@@ -117,9 +117,8 @@ class _Order:
 
 
 def _check(rows: PackedRows | PairedRows, config: TrainConfig, replay: PackedRows | None) -> None:
-    asked = [name for name in ("steps", "tokens", "epochs") if getattr(config, name) > 0]
-    if len(asked) != 1:
-        raise ConfigError(f"exactly one of steps, tokens and epochs must be set, not {' and '.join(asked) or 'none'}")
+    if not config.lengths:
+        raise ConfigError("exactly one of steps, tokens and epochs must be set, not none")
     if len(rows) == 0 or (replay is not None and len(replay) == 0):
         raise DataError("there are no rows to train on: the split is empty, or every example was too long")
     if config.replay > 0 and replay is None:
