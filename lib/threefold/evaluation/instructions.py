@@ -7,7 +7,7 @@ from basics.errors import EvaluationError
 from threefold.data.templates import instruction_prompt
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.problems import generate_where
-from threefold.evaluation.results import SCORING, Dataset, Evaluation, Scoring, plain, share
+from threefold.evaluation.results import SCORING, Dataset, Evaluation, Scoring, point, proportion
 
 STOP = ("\n###",)  # the next heading: where a model that never learned to stop begins a new task
 
@@ -34,8 +34,6 @@ def responses(
     - Reproduces: SFT's own loss on the same tokens; no published figure.
     """
     name, items = f"{data.name}/responses", data.items
-    if not items:
-        raise EvaluationError(f"{name}: no items")
     prompts = [instruction_prompt(item["instruction"], item["input"]) for item in items]
     prompt_ids = [model.prefix_ids + ids for ids in model.encode(prompts)]
     response_ids = [[*ids, model.tokenizer.eos_token_id] for ids in model.encode([item["output"] for item in items])]
@@ -74,8 +72,8 @@ def responses(
         rows["correct"] = pd.array(correct + missing, dtype="boolean")
         unfinished = sum(length >= new_tokens for length in lengths)
         metrics |= {
-            "exact_match": share(correct, "exact match"),
-            "unfinished": plain(unfinished / n, "share of items", n),
+            "exact_match": proportion(correct, "exact match"),
+            "unfinished": point(unfinished / n, "share of items", n),
         }
         settings |= {"generations": n, "generations_too_long": n - sum(fits)}
     return Evaluation(name, model.name, model.weights_sha256, metrics, rows, settings)

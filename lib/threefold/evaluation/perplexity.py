@@ -16,7 +16,7 @@ import pandas as pd
 from basics.errors import EvaluationError
 from threefold.data.wikitext import hub_rows
 from threefold.evaluation.adapter import LanguageModel, Request
-from threefold.evaluation.results import SCORING, Dataset, Evaluation, Scoring, plain
+from threefold.evaluation.results import SCORING, Dataset, Evaluation, Scoring, point
 
 LINES = 100
 LINES_CUT = 512
@@ -317,6 +317,6 @@ def _evaluation(
         for key, (per, transform, unit) in METRICS.items()
         if key in names
     }
-    metrics["tokens_per_byte"] = plain(items["tokens"].sum() / items["bytes"].sum(), "tokens per byte", len(items))
+    metrics["tokens_per_byte"] = point(items["tokens"].sum() / items["bytes"].sum(), "tokens per byte", len(items))
     settings |= {"documents": len(items), **{key: int(items[key].sum()) for key in ("tokens", "words", "bytes")}}
     return Evaluation(name, model.name, model.weights_sha256, metrics, items, settings)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from basics.errors import EvaluationError
 from threefold.evaluation.adapter import LanguageModel, Request
-from threefold.evaluation.results import SCORING, Dataset, Evaluation, Metric, Scoring, share
+from threefold.evaluation.results import SCORING, Dataset, Evaluation, Metric, Scoring, proportion
 
 KL_LOGITS = 2**24  # floats of full distributions held at a time, for each of the two models
 
@@ -43,8 +43,6 @@ def pairs(
     - Reproduces: the implicit rewards of Rafailov et al. 2023 (arXiv 2305.18290), as in TRL's DPO; no published figure.
     """
     name = f"{data.name}/preferences"
-    if not data.items:
-        raise EvaluationError(f"{name}: no items")
     requests, kept, n_cut = _requests(model, data.items)
     if not kept:
         raise EvaluationError(
@@ -68,8 +66,8 @@ def pairs(
         }
     )
     metrics = {
-        "accuracy": share(rows["correct"], "accuracy"),
-        "accuracy_per_token": share(rows["correct_per_token"], "accuracy"),
+        "accuracy": proportion(rows["correct"], "accuracy"),
+        "accuracy_per_token": proportion(rows["correct_per_token"], "accuracy"),
     }
     settings = {
         "items": len(data.items),
@@ -107,7 +105,7 @@ def _reference_metrics(
     rows["kl"] = _divergence(model, reference, requests[::2], lambda i: describe(2 * i), scoring.batch_tokens)
     return {
         "reward_margin": scoring.ratio(rows["reward_margin"], 1.0, "nats times beta", "pairs"),
-        "reward_accuracy": share(rows["reward_correct"], "accuracy"),
+        "reward_accuracy": proportion(rows["reward_correct"], "accuracy"),
         "kl": scoring.ratio(rows["kl"], rows["tokens_chosen"], "nats per token", "pairs"),
     }
 

@@ -9,7 +9,7 @@ import pandas as pd
 from basics.errors import EvaluationError
 from threefold.data.templates import problem_prompt
 from threefold.evaluation.adapter import LanguageModel
-from threefold.evaluation.results import SCORING, Dataset, Evaluation, Scoring, plain, share, too_long
+from threefold.evaluation.results import SCORING, Dataset, Evaluation, Scoring, point, proportion, too_long
 
 STOP = ("Question:", "</s>", "<|im_end|>")
 INVALID = "[invalid]"
@@ -63,8 +63,6 @@ def few_shot(
       published with about 0.3% 5-shot.
     """
     name = f"{data.name}/{shots}-shot"
-    if not data.items:
-        raise EvaluationError(f"{name}: no items")
     chosen = draw(data.demonstrations, shots, scoring.seed)
     before = "".join(f"{problem_prompt(d['question'])} {d['answer']}\n\n" for d in chosen)
     prompts = [before + problem_prompt(item["question"]) for item in data.items]
@@ -88,10 +86,10 @@ def few_shot(
         }
     )
     metrics = {
-        "exact_match": share(rows["correct"], "exact match"),
-        "flexible_match": share(rows["correct_flexible"], "exact match"),
-        "invalid": share(rows["strict"] == INVALID, "share of items"),
-        "unfinished": plain((rows["tokens"] >= new_tokens).mean(), "share of items", len(rows)),
+        "exact_match": proportion(rows["correct"], "exact match"),
+        "flexible_match": proportion(rows["correct_flexible"], "exact match"),
+        "invalid": proportion(rows["strict"] == INVALID, "share of items"),
+        "unfinished": point((rows["tokens"] >= new_tokens).mean(), "share of items", len(rows)),
     }
     settings = {
         "items": len(rows),

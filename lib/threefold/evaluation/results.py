@@ -82,12 +82,12 @@ def metric(interval: Interval | tuple, unit: str, method: str | None = None) -> 
     return {"value": value, "low": low, "high": high, "n": int(n), "unit": unit, "interval": method}
 
 
-def plain(value: float, unit: str, n: int) -> Metric:
-    """A metric without an interval: a count, a spread, a rate of what went unanswered."""
+def point(value: float, unit: str, n: int) -> Metric:
+    """A point estimate, a metric without an interval: a spread, a lowest value, a rate."""
     return metric((float(value), None, None, n), unit)
 
 
-def share(correct: ArrayLike, unit: str) -> Metric:
+def proportion(correct: ArrayLike, unit: str) -> Metric:
     """The share of items that are right (1, or 1/2 for a tie), with Wilson's interval."""
     return metric(statistics.wilson(float(np.sum(correct)), len(correct)), unit, "Wilson")
 
@@ -114,13 +114,17 @@ class Dataset:
 
     name: first part of the evaluation's name, such as "sst2". items: texts for perplexity, for tasks one mapping per
     item, as `data.readers` describes them. demonstrations: items of the same form for few-shot prompts. wikitext:
-    whether the texts are articles in WikiText's raw form.
+    whether the texts are articles in WikiText's raw form. Raises EvaluationError if there are no items.
     """
 
     name: str
     items: Sequence
     demonstrations: Sequence = ()
     wikitext: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise EvaluationError(f"{self.name}: no items, its data are empty")
 
 
 @dataclass(frozen=True)

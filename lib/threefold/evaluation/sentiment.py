@@ -15,7 +15,7 @@ from basics.errors import EvaluationError
 from threefold.data.templates import LABELS, review_prompt
 from threefold.evaluation import results
 from threefold.evaluation.adapter import LanguageModel
-from threefold.evaluation.results import SCORING, Dataset, Evaluation, Metric, Scoring, plain, share, too_long
+from threefold.evaluation.results import SCORING, Dataset, Evaluation, Metric, Scoring, point, proportion, too_long
 
 KEYS = "evaluation.sentiment_shots or model.context"
 CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5
@@ -164,8 +164,6 @@ def with_demonstrations(
     scoring: Scoring = SCORING,
 ) -> Evaluation:
     """Every item under every template after each of these draws of demonstrations: what all protocols here run."""
-    if not items:
-        raise EvaluationError(f"{name}: no items")
     labels = np.array([item["label"] for item in items])
     frames = []
     n_long = 0
@@ -268,18 +266,18 @@ def _metrics(rows: pd.DataFrame, scoring: Scoring) -> dict[str, Metric]:
     if len(cells.index) > 1:
         metrics["accuracy_mean"] = _accuracy(rows, scoring)
         by_template = cells.mean(axis=1)
-        metrics["template_spread"] = plain(by_template.std(ddof=1), "sd of accuracy over templates", len(by_template))
-        metrics["template_lowest"] = plain(by_template.min(), "accuracy", n)
-        metrics["template_highest"] = plain(by_template.max(), "accuracy", n)
+        metrics["template_spread"] = point(by_template.std(ddof=1), "sd of accuracy over templates", len(by_template))
+        metrics["template_lowest"] = point(by_template.min(), "accuracy", n)
+        metrics["template_highest"] = point(by_template.max(), "accuracy", n)
     if len(cells.columns) > 1:
         spread = float(np.sqrt(cells.var(axis=1, ddof=1).mean()))
-        metrics["draw_spread"] = plain(spread, "sd of accuracy over draws", len(cells.columns))
+        metrics["draw_spread"] = point(spread, "sd of accuracy over draws", len(cells.columns))
     # How often the positive label is chosen: .5 and chance accuracy is guessing, 0 or 1 and chance accuracy a bias.
-    metrics["positive_rate"] = plain((first["prediction"] == 1).mean(), "share of items", n)
+    metrics["positive_rate"] = point((first["prediction"] == 1).mean(), "share of items", n)
     return metrics
 
 
 def _accuracy(rows: pd.DataFrame, scoring: Scoring, correct: str = "correct") -> Metric:
     if not rows["item"].duplicated().any():
-        return share(rows[correct], "accuracy")
+        return proportion(rows[correct], "accuracy")
     return scoring.ratio(rows[correct], 1.0, "accuracy", "items", clusters=rows["item"])

@@ -58,10 +58,10 @@ def measure(
             progress(f"speed: repeat {repeat + 1} of {repeats}")
     table = pd.DataFrame(rows)
     table["tokens_per_second"] = table["tokens"] / table["seconds"]
-    return [_evaluation(model, table[table["model"] == index], models) for index, model in enumerate(models)]
+    return [_evaluation(model, models, table[table["model"] == index]) for index, model in enumerate(models)]
 
 
-def _evaluation(model: LanguageModel, rows: pd.DataFrame, models: Sequence[LanguageModel]) -> Evaluation:
+def _evaluation(model: LanguageModel, models: Sequence[LanguageModel], rows: pd.DataFrame) -> Evaluation:
     metrics = {}
     for (phase, batch), group in rows.groupby(["phase", "batch"], sort=False):
         low, value, high = np.quantile(group["tokens_per_second"], [0.25, 0.5, 0.75])
@@ -86,18 +86,18 @@ def _time(model: LanguageModel, batch: int, prompt: int, new_tokens: int, seed: 
     if model.prefix_ids:
         tokens_BT[:, : len(model.prefix_ids)] = torch.tensor(model.prefix_ids[:prompt])
     tokens_BT = tokens_BT.to(model.device)
-    _wait(model)
+    _synchronize(model)
     begin = time.perf_counter()
     with model.backend.packed(batch, batch * (prompt + new_tokens)):
         logits_BV, state = model.backend.begin(tokens_BT, new_tokens)
-        _wait(model)
+        _synchronize(model)
         middle = time.perf_counter()
         for _ in range(new_tokens):
             logits_BV, state = model.backend.step(logits_BV.argmax(-1, keepdim=True), state)
-        _wait(model)
+        _synchronize(model)
         return middle - begin, time.perf_counter() - middle
 
 
-def _wait(model: LanguageModel) -> None:
+def _synchronize(model: LanguageModel) -> None:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
