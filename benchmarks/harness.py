@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binom
 
+from basics import paths
 from basics.files import atomic_write
 from benchmarks.parts import OURS, PARTS, Part
 from papertrail.provenance import git_state, hardware, versions
@@ -123,26 +124,14 @@ def run(name: str, options: Options, say: Callable[[str], None] = print) -> dict
         "threads": threads,
         "hardware": hardware(),
         "load": [round(value, 2) for value in os.getloadavg()],
-        "versions": {**{k: v for k, v in versions().items() if k in ("python", *PACKAGES)}, **_versions()},
-        "git": git_state(),
+        "versions": {name: version for name, version in versions(PACKAGES).items() if version != "not installed"},
+        "git": git_state(paths.PROJECT),
         "agreement": agreement,
         "settings": settings,
         "first_round_seconds": warm,
         "rounds": rounds,
         **summary(part, rounds, settings),
     }
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def agree(checks: dict[str, dict[str, list[float]]], tolerance: float) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from basics import paths
-from papertrail.run import Run
 from study.preset import load_preset, to_toml
+from study.run import Run
 
 LINES = [
     {"step": 1, "tokens": 100, "loss": 2.5, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 50.0, "seconds": 2.0},
@@ -22,7 +22,7 @@ STARTED = datetime(2026, 1, 1, tzinfo=UTC)
 def trained_run(folder: Path, monkeypatch) -> Run:
     """Stage pretrain finished, stage sft and the second seed's pretraining at work."""
     monkeypatch.setattr(paths, "RUNS", folder)
-    made = Run("mine", folder / "mine", load_preset("smoke", {"seeds": 2}))
+    made = Run.of("mine", folder / "mine", load_preset("smoke", {"seeds": 2}))
     again = [made.partial_folder("sft"), made.partial_folder("pretrain-seed2")]
     for folder in (made.stage_folder("pretrain"), *again):
         folder.mkdir(parents=True)

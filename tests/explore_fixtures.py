@@ -11,8 +11,7 @@ from shared import ONE_STEP
 
 from basics import files, paths
 from papertrail import notebooks, records
-from papertrail.run import Run, open_stage
-from study import stages
+from study.run import Run, open_stage
 from threefold.config import ModelConfig
 from threefold.evaluation import LanguageModel, evaluate, save_items
 from threefold.model import Decoder, save_checkpoint
@@ -90,8 +89,8 @@ def make_run(folder: Path) -> Run:
     preset = folder / "little.toml"
     preset.write_text(PRESET)
     for seed, name in enumerate(MODELS):
-        stage = open_stage(name, {"preset": str(preset)})
-        made = stage.begin(stages.fingerprint(stage.run, name))
+        stage = open_stage(name, preset=str(preset))
+        made = stage.begin()
         save_checkpoint(made, model(seed), tokenizer())
         lines = [{"step": step, "tokens": 100 * step, "loss": 8 / step, "lr": 0.1} for step in range(1, 101)]
         held = {"step": 100, "tokens": 10_000, "heldout_loss": 0.5}

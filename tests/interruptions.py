@@ -22,8 +22,8 @@ import torch._dynamo  # or every child would, at its optimizer's first step
 from basics import paths
 from basics.errors import ThreefoldError
 from papertrail.provenance import Fingerprint
-from papertrail.run import Run, open_stage
 from study.preset import TRAINED, Preset, to_toml
+from study.run import Run, open_run, open_stage
 from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import pack_documents
 from threefold.model.decoder import Decoder
@@ -47,7 +47,7 @@ def rows(seed: int, n: int):
 
 def one_stage(train: TrainConfig = TRAIN) -> None:
     """What a notebook does, from its door to run.json."""
-    stage = open_stage("pretrain", {"preset": str(paths.RUNS / "tiny.toml")})
+    stage = open_stage("pretrain", preset=str(paths.RUNS / "tiny.toml"))
     folder = stage.begin(Fingerprint("pretrain", {}, {"c": "1"}, {}, {}, {}, 1))
     model = Decoder(MODEL)
     model.initialise(torch.Generator().manual_seed(1))
@@ -102,7 +102,7 @@ def fresh(home: Path, name: str) -> Path:
 
 def opened(runs: Path) -> Run:
     paths.RUNS = runs
-    return Run.open(runs / "tiny.toml", create=False)
+    return open_run(runs / "tiny.toml", create=False)
 
 
 def result(runs: Path) -> dict:

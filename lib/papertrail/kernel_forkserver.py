@@ -33,10 +33,10 @@ from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
 from basics import paths
 from basics.processes import end_with_parent
-from papertrail.provenance import OWN
 
 CALLED = ("threefold/*/*.py", "study/comparison/*.py", "papertrail/records.py")  # what notebooks call
 # What no file names: the kernel itself, and what torch loads at an optimizer's first step.
+OWN = ("basics", "papertrail", "study", "threefold")  # packages that a notebook imports itself
 ALSO = ("ipykernel.kernelapp", "matplotlib_inline.backend_inline", "matplotlib.pyplot", "torch._dynamo")
 
 

@@ -1,75 +1,66 @@
-"""A stage made once more in a temporary folder, and what then differs: `threefold verify --rerun STAGE`.
+"""Repeat a stage in a temporary folder and report what differs: `threefold verify --rerun STAGE`.
 
-What a run's result is: the files its stages wrote and the records its notebooks published. Times are apart: they are
-left out by name.
+Compared are the files that the stage wrote and the records that its notebook published. Times are left out by name.
 """
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from basics.files import SELF, atomic_write
-from papertrail import records
-from papertrail import scheduler as executor
+from papertrail import records, scheduler
 from papertrail.run import Run
 from papertrail.staleness import state
-from study import stages
 
-# What a repetition does not give again, by name: times and what follows from them, ...
+# What a repetition does not reproduce, by name: times and what follows from them, ...
 TIMES = (
     *("seconds", "evaluation_seconds", "device_seconds", "wall_seconds", "step_seconds", "tokens_per_second"),
     *("log_step_seconds", "matmul_flops", "started", "finished", "attempts"),
 )
-# ... in run.json what the stage was made from and on, and hashes of files that hold times (the files are compared
-# themselves), ...
-ELSEWHERE = ("fingerprint", "hardware", "git", "determinism", "outputs")
-NOTED = ("files", "determinism", SELF)  # ... in a note beside a training likewise, ...
-# ... and results that are, or show, times.
-TIMED_FILES = ("steps-preset.json", "steps-ablation.json", "speed.parquet")
-TIMED_RECORDS = ("speed/", "comparison/")  # of the stages that measure; the comparison itself only reads
+# ... and what else differs with them: what the work was made from and on, and hashes of files that hold times (the
+# files are compared themselves), in the record of run.json ...
+IN_RUN_FILE = ("fingerprint", "hardware", "git", "determinism", "outputs")
+IN_NOTES = ("files", "determinism", SELF)  # ... and in a note beside a training
 
 
 def rerun(run: Run, stage: str, say: Callable[[str], None]) -> list[str]:
-    """Make a finished stage again from the same inputs, with the threads and workers it was made with; one line for
-    each file or record that differs, with what differs first in it.
+    """Make a finished stage again from the same inputs, with the threads and workers it was made with.
 
-    Raises MissingInput (the stage or what it needs has not been made), StageFailed.
+    Returns one line for each file or record that differs, with its first difference.
+    Raises MissingInput (the stage, or one that it needs, has not been made), StageFailed.
     """
-    from threefold.data.sources import cache_folder
-
-    facts, step = run.require(stage), stages.steps(run.preset)[stages.select(run.preset, stage)[0]]
+    facts = run.require(stage)
     threads = facts.get("determinism", {}).get("threads", [0])
-    with tempfile.TemporaryDirectory(prefix="threefold-") as home:
-        copy = _mirror(run, stage, Path(home).resolve())
-        executor.execute(
+    with tempfile.TemporaryDirectory(prefix="threefold-") as folder:
+        copy = _mirror(run, stage, Path(folder).resolve())
+        scheduler.execute(
             copy,
             selected=[stage],
             force=True,
             nproc=facts.get("training", {}).get("workers"),
             threads=threads[-1],
-            environment={"THREEFOLD_CACHE": str(cache_folder())},
             say=say,
         )
-        found = list(differences(run, copy, stage))
-    if found:
-        found += [f"{stage}: now made from other inputs: {reason}" for reason in state(run, step).reasons]
+        lines = list(differences(run, copy, stage))
+    if lines:
+        lines += [f"{stage}: now made from other inputs: {reason}" for reason in state(run, stage).reasons]
         if "gone on with" in facts.get("determinism", {}).get("level", ""):
-            found.append(f"{stage}: its level of determinism is {facts['determinism']['level']}")
-    return found
+            lines.append(f"{stage}: its level of determinism is {facts['determinism']['level']}")
+    return lines
 
 
-def _mirror(run: Run, stage: str, home: Path) -> Run:
-    """The run without this stage in another runs folder: all that was made is there by links."""
-    copy = replace(run, path=home / run.name, asked={"run": run.name})
-    for name, step in stages.steps(run.preset).items():
+def _mirror(run: Run, stage: str, runs: Path) -> Run:
+    """The run without this stage, in another runs folder: links to everything else that was made."""
+    copy = replace(run, path=runs / run.name, parameters={"run": run.name})
+    for name, spec in run.plan.items():
         if name == stage or run.finished(name) is None:
             continue
         for kept, link in (
             (run.stage_folder(name), copy.stage_folder(name)),
-            (run.notebook(step.executed), copy.notebook(step.executed)),
+            (run.notebook(spec.executed), copy.notebook(spec.executed)),
         ):
             if kept.exists():
                 link.parent.mkdir(parents=True, exist_ok=True)
@@ -79,71 +70,71 @@ def _mirror(run: Run, stage: str, home: Path) -> Run:
     return copy
 
 
-def differences(one: Run, other: Run, stage: str) -> Iterator[str]:
-    """Where two makings of a stage differ, times apart: a line a file or record."""
-    folders = one.stage_folder(stage), other.stage_folder(stage)
-    listed = [run.require(stage)["outputs"] for run in (one, other)]
-    for path in {**listed[0], **listed[1]}:
-        if path not in listed[0] or path not in listed[1]:
-            yield f"{stage}/{path}: only in the {'second' if path in listed[1] else 'first'}"
-        elif listed[0][path] != listed[1][path] and Path(path).name not in TIMED_FILES:
-            found = _file_difference(*(folder / path for folder in folders))
-            if found:
-                yield f"{stage}/{path}: {found}"
-    executed = stages.steps(one.preset)[stage].executed
-    published = [records.read(run.notebook(executed)) for run in (one, other)]
+def differences(first: Run, second: Run, stage: str) -> Iterator[str]:
+    """One line for each file or record in which two executions of a stage differ, times apart."""
+    project, runs = first.project, (first, second)
+    outputs = [run.require(stage)["outputs"] for run in runs]
+    for path in {**outputs[0], **outputs[1]}:
+        if path not in outputs[0] or path not in outputs[1]:
+            yield f"{stage}/{path}: only in the {'second' if path in outputs[1] else 'first'}"
+        elif outputs[0][path] != outputs[1][path] and Path(path).name not in project.timed_files:
+            difference = file_difference(*(run.stage_folder(stage) / path for run in runs), project.readers)
+            if difference:
+                yield f"{stage}/{path}: {difference}"
+    published = [records.read(run.notebook(run.spec(stage).executed)) for run in runs]
+    measures = stage != project.summary
     for name in {**published[0], **published[1]}:
         if name not in published[0] or name not in published[1]:
             yield f"record {name}: only in the {'second' if name in published[1] else 'first'}"
             continue
-        if stage != "compare" and name.startswith(TIMED_RECORDS):
+        if measures and name.startswith(project.timed_records):
             continue
         pair = [side[name].values for side in published]
         if name == f"stage/{stage}":
-            pair = [{key: value for key, value in values.items() if key not in ELSEWHERE} for values in pair]
-        if stage != "compare" or name == "stage/compare":
+            pair = [_without(values, IN_RUN_FILE) for values in pair]
+        if measures or name == f"stage/{stage}":
             pair = [_timeless(values) for values in pair]
-        found = _difference(*pair)
-        if not found and all(side[name].values == values for side, values in zip(published, pair, strict=True)):
+        difference = _difference(*pair)
+        if not difference and all(side[name].values == values for side, values in zip(published, pair, strict=True)):
             # a table beside values that hold times shows them
-            found = _difference(*(side[name].markdown for side in published))
-        if found:
-            yield f"record {name}: {found}"
+            difference = _difference(*(side[name].markdown for side in published))
+        if difference:
+            yield f"record {name}: {difference}"
 
 
-def _file_difference(one: Path, other: Path) -> str:
-    """What differs first between two files of different bytes; "" where that is times alone."""
-    if one.name == "metrics.jsonl":
-        from threefold.training.state import read_metrics  # without the steps that an interrupted training took again
-
-        return _difference(*(_timeless(read_metrics(file.parent)) for file in (one, other)))
-    if one.suffix == ".json":
-        found = [_timeless(json.loads(file.read_text(encoding="utf-8"))) for file in (one, other)]
-        for values in found:
-            for key in NOTED if isinstance(values, dict) else ():
-                values.pop(key, None)
-        return _difference(*found)
-    if one.suffix == ".safetensors":
-        return _weights_difference(one, other)
-    if one.suffix == ".parquet":
+def file_difference(first: Path, second: Path, readers: Mapping[str, Callable[[Path], Any]]) -> str:
+    """The first difference between two files with different bytes, "" if only times differ."""
+    pair = (first, second)
+    if first.name in readers:
+        return _difference(*(_timeless(readers[first.name](file)) for file in pair))
+    if first.suffix == ".json":
+        values = (_timeless(json.loads(file.read_text(encoding="utf-8"))) for file in pair)
+        return _difference(*(_without(value, IN_NOTES) for value in values))
+    if first.suffix == ".safetensors":
+        return _weights_difference(first, second)
+    if first.suffix == ".parquet":
         import pandas as pd
 
-        tables = [pd.read_parquet(file).drop(columns=list(TIMES), errors="ignore") for file in (one, other)]
+        tables = [pd.read_parquet(file).drop(columns=list(TIMES), errors="ignore") for file in pair]
         return "" if tables[0].equals(tables[1]) else _difference(*(table.to_dict("list") for table in tables))
     return "other bytes"
 
 
-def _weights_difference(one: Path, other: Path) -> str:
+def _without(values: Any, keys: Iterable[str]) -> Any:
+    return {key: value for key, value in values.items() if key not in keys} if isinstance(values, dict) else values
+
+
+def _weights_difference(first: Path, second: Path) -> str:
     """The first parameter, in the file's order, that differs, and by how much."""
     from safetensors import safe_open
 
-    with safe_open(one, "pt") as first, safe_open(other, "pt") as second:
-        names = [list(file.keys()) for file in (first, second)]
+    with safe_open(first, "pt") as one, safe_open(second, "pt") as other:
+        names = [list(file.keys()) for file in (one, other)]
         if names[0] != names[1]:
             return f"other parameters: {', '.join(sorted(set(names[0]) ^ set(names[1]))[:4])}"
         changed = []
         for name in names[0]:
-            a, b = first.get_tensor(name), second.get_tensor(name)
+            a, b = one.get_tensor(name), other.get_tensor(name)
             if a.shape != b.shape or a.dtype != b.dtype:
                 return f"{name} is {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}"
             if not a.equal(b):
@@ -159,7 +150,7 @@ def _weights_difference(one: Path, other: Path) -> str:
 
 def _timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _timeless(item) for key, item in value.items() if key not in TIMES}
+        return {key: _timeless(item) for key, item in _without(value, TIMES).items()}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 

@@ -28,16 +28,15 @@ from typing import IO
 
 import psutil
 
-from basics import errors, names, paths
+from basics import errors, names
 from basics.errors import MissingInput, RecordError, ThreefoldError
 from papertrail import notebook_files
 from papertrail import run as run_folder
+from papertrail.plan import Plan, StageSpec, ancestors, dependents
 from papertrail.run import Run
 from papertrail.scrub import scrub
 from papertrail.staleness import State, state
-from study import stages
-from study.preset import OWN_MODELS, TRAINED, to_dict
-from study.stages import Step
+from study.preset import OWN_MODELS, TRAINED
 
 # How long a stage takes against the others; only their order matters.
 WEIGHTS = {
@@ -126,7 +125,7 @@ def execute(
     Raises StageFailed after stopping the others, MissingInput when a stage outside the selection is needed and not
     there, ThreefoldError when another process works on the same run.
     """
-    plan = stages.steps(run.preset)
+    plan = run.plan
     wanted = {name: step for name, step in plan.items() if selected is None or name in set(selected)}
     jobs = jobs or (1 if nproc and nproc > 1 else default_jobs())
     began = time.monotonic()
@@ -141,7 +140,7 @@ def execute(
                 if fits(step, [job.step for job in workers.busy.values()], jobs):
                     del waiting[step.name]
                     if not force:
-                        run.take_up(step.name, stages.fingerprint(run, step.name).digest)
+                        run.take_up(step.name, run.fingerprint(step.name).digest)
                     workers.start(step, threads or share(plan, step, jobs), more=len(waiting) >= NURSERY_FROM)
             if workers.busy:
                 name, seconds = workers.wait()
@@ -150,20 +149,18 @@ def execute(
     return outcome
 
 
-def fits(step: Step, busy: list[Step], jobs: int) -> bool:
+def fits(step: StageSpec, busy: list[StageSpec], jobs: int) -> bool:
     """Whether a stage may start beside those at work: there is room, and none of them must be alone."""
     return len(busy) < jobs and not (busy and any(one.alone for one in (step, *busy)))
 
 
-def share(plan: Mapping[str, Step], step: Step, jobs: int) -> int:
+def share(plan: Plan, step: StageSpec, jobs: int) -> int:
     """Threads for a stage: all cores when nothing in the plan could ever run beside it, else cores // jobs."""
-    alone = step.alone or len(stages.ancestors(plan, step.name)) + len(stages.dependents(plan, step.name)) + 1 == len(
-        plan
-    )
+    alone = step.alone or len(ancestors(plan, step.name)) + len(dependents(plan, step.name)) + 1 == len(plan)
     return cores() if alone else max(1, cores() // jobs)
 
 
-def _roads(plan: Mapping[str, Step]) -> dict[str, int]:
+def _roads(plan: Plan) -> dict[str, int]:
     """The length of the longest road from the start of each stage to the end of the run."""
     roads: dict[str, int] = {}
     for step in reversed(plan.values()):
@@ -175,14 +172,14 @@ def _roads(plan: Mapping[str, Step]) -> dict[str, int]:
 
 
 def _startable(
-    run: Run, waiting: dict[str, Step], busy: Mapping[str, object], outcome: Outcome, force: bool, say
-) -> list[Step]:
+    run: Run, waiting: dict[str, StageSpec], busy: Mapping[str, object], outcome: Outcome, force: bool, say
+) -> list[StageSpec]:
     """The waiting stages whose inputs are made and that are not fresh; fresh ones are taken off the list, and said."""
-    found: list[Step] = []
+    found: list[StageSpec] = []
     for step in list(waiting.values()):  # in order, so that skipping one lets the next be looked at in the same pass
         if any(need in waiting or need in busy for need in step.needs):
             continue
-        now = state(run, step)
+        now = state(run, step.name)
         if now.kind == "fresh" and not force:
             del waiting[step.name]
             outcome.skipped.append(step.name)
@@ -197,10 +194,10 @@ def _startable(
 def check(run: Run, selected: Iterable[str] | None = None, say: Callable[[str], None] | None = None) -> None:
     """What can be known before anything starts: the sources are to be found, and what the selection needs from outside
     it is there. Raises SourceError or MissingInput; says where such a stage is not fresh."""
-    plan = stages.steps(run.preset)
+    plan = run.plan
     wanted = list(plan) if selected is None else [name for name in plan if name in set(selected)]
     for name in wanted:
-        stages.fingerprint(run, name)
+        run.fingerprint(name)
         for need in plan[name].needs:
             if need in wanted:
                 continue
@@ -208,13 +205,13 @@ def check(run: Run, selected: Iterable[str] | None = None, say: Callable[[str], 
                 raise MissingInput(
                     f"{name} needs stage {need}, which run {run.name} does not have: `{_again(run, need)}` makes it"
                 )
-            now = state(run, plan[need])
+            now = state(run, need)
             if now.kind != "fresh" and say is not None:
                 say(f"{name}: built on a stage {need} that is {now.kind} ({'; '.join(now.reasons)})")
 
 
 def _again(run: Run, stage: str) -> str:
-    preset = run.asked.get("preset")
+    preset = run.parameters.get("preset")
     return " ".join(["threefold run", *(["--preset", preset] if preset else []), "--run", run.name, "--only", stage])
 
 
@@ -286,7 +283,7 @@ class _Worker:
 
 @dataclass
 class _Job:
-    step: Step
+    step: StageSpec
     worker: _Worker
     began: float
 
@@ -320,7 +317,7 @@ class _Workers:
         self.busy.clear()
         self._sweep()
 
-    def start(self, step: Step, threads: int, *, more: bool) -> None:
+    def start(self, step: StageSpec, threads: int, *, more: bool) -> None:
         """Begins a stage. more: enough stages follow that their kernels had better come from a nursery."""
         self._idle = [worker for worker in self._idle if worker.process.poll() is None]
         if not self._idle:
@@ -344,13 +341,13 @@ class _Workers:
                 )
         else:
             address = self._address if self._nursery is not None else ""
-        notebook = paths.NOTEBOOKS / f"{step.notebook}.ipynb"
+        notebook = self.run.project.notebooks / f"{step.notebook}.ipynb"
         partial = self._partial(step)
         partial.parent.mkdir(parents=True, exist_ok=True)
         parameters = {
             "preset": self._preset,
             "run": self.run.name,
-            **({"overrides": self.run.asked["overrides"]} if "overrides" in self.run.asked else {}),
+            **({"overrides": self.run.parameters["overrides"]} if "overrides" in self.run.parameters else {}),
             **step.parameters,
             **({"nproc": self.nproc} if self.nproc and names.replicate_of(step.name)[0] in TRAINED else {}),
         }
@@ -361,7 +358,7 @@ class _Workers:
                 "input": str(notebook),
                 "output": str(partial),
                 "parameters": parameters,
-                "cwd": str(paths.PROJECT),
+                "cwd": str(self.run.project.root),
                 "environment": environment,
                 "nursery": address,
             }
@@ -403,12 +400,11 @@ class _Workers:
         raised = notebook_files.errors(notebook) if notebook else []
         if notebook is not None:
             own = {
-                **_own_paths(to_dict(self.run.preset)),
+                **self.run.private(),
                 self._preset: Path(self._preset).name,
-                self.run.data_dir: "$THREEFOLD_DATA",
                 str(self.run.path.parent): "runs",
-                f"{paths.PROJECT}/": "",
-                str(paths.PROJECT): ".",
+                f"{self.run.project.root}/": "",
+                str(self.run.project.root): ".",
             }
             notebook = scrub(notebook, own)
         if kind == "done" and notebook is not None and not raised:
@@ -425,11 +421,11 @@ class _Workers:
             kept = f" (kept: runs/{self.run.name}/notebooks/{failed.name})"
         raise StageFailed(_explanation(step, event, raised) + kept)
 
-    def _check_made(self, step: Step) -> None:
+    def _check_made(self, step: StageSpec) -> None:
         """A notebook that came through must have finished its stage; otherwise each run would execute it again."""
         if self.run.finished(step.name) is None:
             raise StageFailed(f"{step.name}: the notebook ran to its end without finishing its stage: a bug in it")
-        now: State = state(self.run, step)
+        now: State = state(self.run, step.name)
         if now.kind != "fresh":
             self.say(f"{step.name}: not fresh although it was just made: {'; '.join(now.reasons)}")
 
@@ -440,9 +436,7 @@ class _Workers:
             **dict.fromkeys(limits, str(threads)),
             # torch.compile would start as many processes as the machine has cores, each with torch in memory
             "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", str(threads)),
-            # not a papermill parameter: a published notebook must not hold a path of this machine
-            "THREEFOLD_DATA": self.run.data_dir,
-            "THREEFOLD_RUNS": str(self.run.path.parent),
+            **self.run.environment(),
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # debugpy's hint on frozen modules, in every notebook
             **self.environment,
         }
@@ -450,28 +444,20 @@ class _Workers:
     @property
     def _preset(self) -> str:
         """A preset's file is named from where the person stands; a notebook is executed in the project's folder."""
-        preset = self.run.asked.get("preset", "")
+        preset = self.run.parameters.get("preset", "")
         return str(Path(preset).resolve()) if preset.endswith(".toml") or "/" in preset else preset
 
     @property
     def _address(self) -> str:
         return f"{self._sockets.name}/nursery"
 
-    def _partial(self, step: Step) -> Path:
+    def _partial(self, step: StageSpec) -> Path:
         # not beside the executed ones: whoever lists those must not find half of one
         return self.run.path / ".executing" / f"{step.executed}.ipynb"
 
     def _sweep(self) -> None:
         """Removes notebooks that an execution, now over, left half-written."""
         shutil.rmtree(self.run.path / ".executing", ignore_errors=True)
-
-
-def _own_paths(value: object) -> dict[str, str]:
-    """{absolute path: its last part} of every such path in a preset: own data, own models."""
-    if isinstance(value, str):
-        return {value: Path(value).name} if Path(value).is_absolute() else {}
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return {path: name for part in parts for path, name in _own_paths(part).items()}
 
 
 @contextlib.contextmanager
@@ -529,7 +515,7 @@ def _stop(processes: list[subprocess.Popen]) -> None:
 # Explanations -------------------------------------------------------------------------------------------------------
 
 
-def _explanation(step: Step, event: Mapping, raised: list[dict]) -> str:
+def _explanation(step: StageSpec, event: Mapping, raised: list[dict]) -> str:
     kind = event["event"]
     if kind == "died":
         return f"{step.name}: {_dead_kernel(step, event.get('status'))}"
@@ -553,14 +539,14 @@ def _explanation(step: Step, event: Mapping, raised: list[dict]) -> str:
     return f"{step.name}: {error['ename']}: {error['evalue']}\n{error['traceback']}"
 
 
-def _dead_kernel(step: Step, status: int | None) -> str:
+def _dead_kernel(step: StageSpec, status: int | None) -> str:
     if status is not None and status < 0 and -status not in (signal.SIGKILL, signal.SIGTERM):
         return f"the notebook's kernel crashed with {signal.Signals(-status).name}, a fault in a native library"
     how = " (killed)" if status in (-signal.SIGKILL, -signal.SIGTERM) else ""
     return f"the notebook's kernel died{how}, most likely for want of memory; {_lower(step)}"
 
 
-def _lower(step: Step) -> str:
+def _lower(step: StageSpec) -> str:
     """Which keys of the preset take less memory at this stage."""
     kind = step.name.partition("-")[0]
     keys = {

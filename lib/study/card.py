@@ -12,8 +12,9 @@ import yaml
 
 from basics.files import atomic_write, sha256_file
 from papertrail import records
-from papertrail.run import RUN_FILE, Stage, read_run_file
-from study import stages
+from papertrail.plan import ancestors
+from papertrail.run import RUN_FILE, read_run_file
+from study.run import Stage
 from threefold.data.sources import registry
 from threefold.model import hf
 from threefold.training.loop import TrainResult
@@ -44,9 +45,8 @@ def write_card(stage: Stage, result: TrainResult) -> str:
 
 def _parents(stage: Stage) -> list[dict[str, Any]]:
     """run.json of every training this one builds on, the first one first."""
-    plan = stages.steps(stage.preset)
-    before = stages.ancestors(plan, stage.name) - {"data"}
-    return [stage.run.require(name) for name in plan if name in before]
+    before = ancestors(stage.run.plan, stage.name) - {"data"}
+    return [stage.run.require(name) for name in stage.run.plan if name in before]
 
 
 def _card(stage: Stage, result: TrainResult, lineage: list[Mapping[str, Any]]) -> str:

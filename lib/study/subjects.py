@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from basics import names
 from basics.errors import SourceError
-from papertrail.run import Stage
 from study.preset import REPEATED
+from study.run import Stage
 from threefold.data import sources
 from threefold.data.tokenizer import load_tokenizer
 from threefold.evaluation.adapter import LanguageModel

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from basics.names import replicate_of
-from papertrail.run import Stage, attempts_determinism, read_run_file
+from papertrail.run import attempts_determinism, read_run_file
 from study import launch
 from study.preset import measured_on
+from study.run import Stage
 from threefold.config import ModelConfig
 from threefold.data import corpus, exclusion
 from threefold.data.packing import PackedRows, PairedRows

@@ -29,14 +29,13 @@ from dataclasses import asdict, fields
 import pandas as pd
 
 from papertrail import records
-from papertrail.run import open_stage
 from study.preset import evaluation_sources, measured_on
-from study.stages import fingerprint
+from study.run import open_stage
 from threefold.data import corpus, exclusion
 from threefold.data.tokenizer import build_tokenizer, tokenizer_hash
 
-stage = open_stage("data", globals())
-folder = stage.begin(fingerprint(stage.run, stage.name))
+stage = open_stage("data", preset=preset, run=run, data_dir=data_dir, overrides=overrides)
+folder = stage.begin()
 model_config, sources = stage.preset.model, stage.config
 
 # %% [markdown]

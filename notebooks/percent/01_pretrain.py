@@ -42,16 +42,29 @@ from dataclasses import asdict
 import matplotlib.pyplot as plt
 
 from papertrail import records
-from papertrail.run import open_stage
 from study.card import write_card
-from study.stages import fingerprint
+from study.run import open_stage
 from study.training import prepare, train_stage
 from threefold.model import parameter_counts
 from threefold.training import curve
 
-stage = open_stage("pretrain", globals())
+stage = open_stage(
+    "pretrain",
+    preset=preset,
+    run=run,
+    data_dir=data_dir,
+    overrides=overrides,
+    model=model,
+    replicate=replicate,
+    nproc=nproc,
+    learning_rate=learning_rate,
+    muon_learning_rate=muon_learning_rate,
+    steps=steps,
+    tokens=tokens,
+    batch_size=batch_size,
+)
 inputs = prepare(stage)
-folder = stage.begin(fingerprint(stage.run, stage.name))
+folder = stage.begin()
 
 # %% [markdown]
 # ## The model

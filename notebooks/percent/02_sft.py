@@ -38,15 +38,27 @@ from dataclasses import asdict
 import matplotlib.pyplot as plt
 
 from papertrail import records
-from papertrail.run import open_stage
 from study.card import write_card
-from study.stages import fingerprint
+from study.run import open_stage
 from study.training import prepare, train_stage
 from threefold.training import curve
 
-stage = open_stage("sft", globals())
+stage = open_stage(
+    "sft",
+    preset=preset,
+    run=run,
+    data_dir=data_dir,
+    overrides=overrides,
+    replicate=replicate,
+    nproc=nproc,
+    learning_rate=learning_rate,
+    muon_learning_rate=muon_learning_rate,
+    steps=steps,
+    batch_size=batch_size,
+    replay=replay,
+)
 inputs = prepare(stage)
-folder = stage.begin(fingerprint(stage.run, stage.name))
+folder = stage.begin()
 
 # %% [markdown]
 # ## Examples

@@ -30,14 +30,21 @@ replicate = 1  # which of the preset's `seeds` trainings of pretrain, sft or dpo
 
 # %%
 from papertrail import records
-from papertrail.run import open_stage
-from study.stages import fingerprint
+from study.run import open_stage
 from study.subjects import subject as open_subject
 from threefold.evaluation import LanguageModel, evaluate, headline, save_items
 
-stage = open_stage("evaluate", globals())
+stage = open_stage(
+    "evaluate",
+    preset=preset,
+    run=run,
+    data_dir=data_dir,
+    overrides=overrides,
+    model=model,
+    replicate=replicate,
+)
 reference = LanguageModel.from_checkpoint(stage.require("sft"), "sft") if stage.model in ("sft", "dpo") else None
-folder = stage.begin(fingerprint(stage.run, stage.name))
+folder = stage.begin()
 
 # %% [markdown]
 # ## The model

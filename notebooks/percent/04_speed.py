@@ -30,15 +30,24 @@ speed_repeats = None
 
 # %%
 from papertrail import records
-from papertrail.run import open_stage
 from study.preset import model_names
-from study.stages import fingerprint
+from study.run import open_stage
 from study.subjects import subject
 from threefold.evaluation import save_items, speed
 
-stage = open_stage("speed", globals())
+stage = open_stage(
+    "speed",
+    preset=preset,
+    run=run,
+    data_dir=data_dir,
+    overrides=overrides,
+    speed_batch_sizes=speed_batch_sizes,
+    speed_prompt=speed_prompt,
+    speed_new_tokens=speed_new_tokens,
+    speed_repeats=speed_repeats,
+)
 models = [subject(stage, model) for model in model_names(stage.preset)]
-folder = stage.begin(fingerprint(stage.run, stage.name))
+folder = stage.begin()
 
 # %% [markdown]
 # ## Interleaved timing

@@ -33,17 +33,24 @@ seeds = None
 from dataclasses import asdict, replace
 
 from papertrail import records
-from papertrail.run import open_stage
 from study.comparison import figures, tables
 from study.preset import ablation_base, measured_on
-from study.stages import fingerprint
+from study.run import open_stage
 from threefold.data.tokenizer import load_tokenizer, sink_ids, with_sinks
 from threefold.evaluation import attention, length
 from threefold.training import SourceRows, load_variant, run_variants, time_kernels, time_variants
 
-stage = open_stage("ablations", globals())
+stage = open_stage(
+    "ablations",
+    preset=preset,
+    run=run,
+    data_dir=data_dir,
+    overrides=overrides,
+    steps=steps,
+    seeds=seeds,
+)
 tokenizer_folder = stage.require("data") / "tokenizer"
-folder = stage.begin(fingerprint(stage.run, stage.name))
+folder = stage.begin()
 
 # %% [markdown]
 # ## Trainings

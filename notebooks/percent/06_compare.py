@@ -30,8 +30,6 @@ overrides = ""
 
 # %%
 from papertrail import records
-from papertrail.run import open_stage
-from study import stages
 from study.comparison import (
     Comparison,
     ablations,
@@ -44,9 +42,10 @@ from study.comparison import (
     tables,
     variance,
 )
+from study.run import open_stage
 
-stage = open_stage("compare", globals())
-stage.begin(stages.fingerprint(stage.run, stage.name))
+stage = open_stage("compare", preset=preset, run=run, data_dir=data_dir, overrides=overrides)
+stage.begin()
 comparison = Comparison.load(stage.run)
 print(f"{len(comparison.records)} records; models: {', '.join(comparison.name(model) for model in comparison.models)}")
 

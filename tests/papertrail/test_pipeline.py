@@ -20,12 +20,13 @@ from shared import ONE_STEP, flip
 
 from basics import files, paths
 from basics.errors import ConfigError, MissingInput, RecordError, ThreefoldError
-from papertrail import notebook_files, notebooks, records, rerun, staleness, verify
+from papertrail import notebook_files, notebooks, provenance, records, rerun, staleness, verify
 from papertrail import scheduler as executor
-from papertrail.run import Run
+from papertrail.plan import ancestors, dependents
 from study import stages
 from study.cli import status
 from study.preset import load_preset, override
+from study.run import Run, open_run
 
 PRESET = (
     """
@@ -38,13 +39,14 @@ name = "tiny"
 CELLS = [
     "preset = 'tiny'\nrun = ''\ndata_dir = None\noverrides = ''\nmodel = None",
     """from pathlib import Path
-from threefold import paths, records, stages
-from papertrail.run import open_stage
+from basics import paths
+from papertrail import records
+from study.run import open_stage
 paths.NOTEBOOKS = Path({notebooks!r})
-stage = open_stage({kind!r}, globals())
-folder = stage.begin(stages.fingerprint(stage.run, stage.name))
-needs = stages.steps(stage.preset)[stage.name].needs
-made = ";".join(f"{{name}}={{stages.identity(stage.run, stage.name, name)}}" for name in needs)
+stage = open_stage({kind!r}, preset=preset, run=run, data_dir=data_dir, overrides=overrides{model})
+folder = stage.begin()
+needs = stage.run.plan[stage.name].needs
+made = ";".join(f"{{name}}={{stage.run.taken_from(name, stage.name)}}" for name in needs)
 print(f"working on {{stage.name}} in {{folder}}")
 {extra}
 if stage.name in ("pretrain", "gpt2", "sft"):
@@ -70,8 +72,9 @@ def write(folder: Path, name: str, *sources: str) -> None:
 
 
 def write_stage(folder: Path, name: str, extra: str = "") -> None:
-    cells = [cell.format(notebooks=str(folder), kind=KINDS[name], extra=extra) for cell in CELLS]
-    if KINDS[name] not in ("pretrain", "evaluate"):
+    model = ", model=model" if KINDS[name] in ("pretrain", "evaluate") else ""
+    cells = [cell.format(notebooks=str(folder), kind=KINDS[name], extra=extra, model=model) for cell in CELLS]
+    if not model:
         cells[0] = cells[0].replace("\nmodel = None", "")
     write(folder, name, *cells)
 
@@ -94,7 +97,7 @@ def project(tmp_path, monkeypatch):
 
 
 def opened(project: Path, *overrides: str) -> Run:
-    return Run.open(project / "tiny.toml", overrides=overrides)
+    return open_run(project / "tiny.toml", overrides=overrides)
 
 
 def execute(run: Run, *selected: str, **options) -> tuple[executor.Outcome, list[str]]:
@@ -106,7 +109,7 @@ def execute(run: Run, *selected: str, **options) -> tuple[executor.Outcome, list
 
 
 def test_plan_of_trained_and_of_loaded_baselines(project):
-    plan = stages.steps(opened(project).preset)
+    plan = opened(project).plan
     assert list(plan) == [
         *("data", "pretrain", "sft", "dpo", "gpt2", "distilgpt2"),
         *(f"evaluate-{model}" for model in ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")),
@@ -122,7 +125,7 @@ def test_plan_of_trained_and_of_loaded_baselines(project):
     assert plan["gpt2"].executed == "01_pretrain-gpt2"
 
     loaded = opened(project, "baselines.gpt2=some/hub-id", "baselines.distilgpt2=a/folder", "ablations.steps=2")
-    plan = stages.steps(loaded.preset)
+    plan = loaded.plan
     assert "gpt2" not in plan and "distilgpt2" not in plan
     assert plan["evaluate-distilgpt2"].needs == plan["evaluate-gpt2"].needs == plan["ablations"].needs == ("data",)
 
@@ -134,7 +137,7 @@ def test_a_student_needs_a_teacher_that_is_trained_here(project):
 
 def test_plan_comes_in_an_order_in_which_it_can_run(project):
     done: set[str] = set()
-    for step in stages.steps(opened(project, "ablations.steps=2").preset).values():
+    for step in opened(project, "ablations.steps=2").plan.values():
         assert done.issuperset(step.needs)
         done.add(step.name)
 
@@ -145,14 +148,14 @@ def test_selecting_stages(project):
     assert stages.select(preset, "sft") == ["sft"]
     with pytest.raises(ConfigError, match="did you mean sft"):
         stages.select(preset, "stf")
-    plan = stages.steps(preset)
-    assert stages.dependents(plan, "sft") == {"dpo", "evaluate-sft", "evaluate-dpo", "speed", "compare"}
-    assert stages.ancestors(plan, "evaluate-dpo") == {"dpo", "sft", "pretrain", "data"}
+    plan = stages.plan(preset)
+    assert dependents(plan, "sft") == {"dpo", "evaluate-sft", "evaluate-dpo", "speed", "compare"}
+    assert ancestors(plan, "evaluate-dpo") == {"dpo", "sft", "pretrain", "data"}
 
 
 def test_threads_follow_from_the_plan(project, monkeypatch):
     monkeypatch.setattr(executor, "cores", lambda: 8)
-    plan = stages.steps(opened(project).preset)
+    plan = opened(project).plan
     threads = {name: executor.share(plan, step, 2) for name, step in plan.items()}
     assert threads.pop("data") == threads.pop("speed") == threads.pop("compare") == 8
     assert set(threads.values()) == {4}
@@ -161,14 +164,14 @@ def test_threads_follow_from_the_plan(project, monkeypatch):
 
 
 def test_what_is_timed_runs_alone(project):
-    plan = stages.steps(opened(project).preset)
+    plan = opened(project).plan
     speed, sft, gpt2 = plan["speed"], plan["sft"], plan["gpt2"]
     assert executor.fits(sft, [gpt2], 2) and not executor.fits(sft, [gpt2], 1)
     assert executor.fits(speed, [], 2) and not executor.fits(speed, [gpt2], 2) and not executor.fits(sft, [speed], 2)
 
 
 def test_the_longest_road_starts_first(project):
-    roads = executor._roads(stages.steps(opened(project).preset))
+    roads = executor._roads(opened(project).plan)
     assert roads["data"] > roads["pretrain"] > roads["gpt2"] > roads["evaluate-random"] > roads["compare"]
     assert roads["sft"] > roads["evaluate-pretrain"]
 
@@ -178,10 +181,10 @@ def test_the_longest_road_starts_first(project):
 
 def test_a_learning_rate_touches_only_its_stage(project):
     one, other = opened(project), opened(project, "sft.learning_rate=0.5")
-    plan = stages.steps(one.preset)
-    changed = {name for name in plan if stages.fingerprint(one, name) != stages.fingerprint(other, name)}
+    plan = one.plan
+    changed = {name for name in plan if one.fingerprint(name) != other.fingerprint(name)}
     assert changed == {"sft"}
-    lines = stages.fingerprint(one, "sft").differences(stages.fingerprint(other, "sft"))
+    lines = one.fingerprint("sft").differences(other.fingerprint("sft"))
     assert lines == ["config: sft.learning_rate 0.003 -> 0.5"]
 
 
@@ -190,8 +193,8 @@ def test_a_learning_rate_touches_only_its_stage(project):
 def test_no_other_stage_reads_a_learning_rate(stage, key):
     one = load_preset("smoke")
     other = override(one, {f"{stage}.{key}": 0.5})
-    plan = stages.steps(one)
-    assert {name for name in plan if stages._sections(one, name) != stages._sections(other, name)} == {stage}
+    plan = stages.plan(one)
+    assert {name for name in plan if stages.sections(one, name) != stages.sections(other, name)} == {stage}
 
 
 def test_a_package_file_is_told_from_its_bytes(tmp_path, monkeypatch):
@@ -208,7 +211,7 @@ def test_a_package_file_is_told_from_its_bytes(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
     def identity(digest) -> str:
-        return stages._location("package:packed_model/x.gguf", "", "", digest)
+        return stages.location_fingerprint("package:packed_model/x.gguf", "", "", digest)
 
     made = identity(files.sha256_cached)
     assert made == "packed_model 1.2" == identity(files.sha256_file)
@@ -221,17 +224,17 @@ def test_a_package_file_is_told_from_its_bytes(tmp_path, monkeypatch):
 
 def test_notebook_code_counts_and_its_prose_does_not(project):
     run = opened(project)
-    before = stages.fingerprint(run, "sft")
+    before = run.fingerprint("sft")
     path = paths.NOTEBOOKS / "02_sft.ipynb"
     book = nbformat.read(path, 4)
     book.cells.append(nbformat.v4.new_markdown_cell("More prose."))
     book.cells[0].source += "\nlearning_rate = None"
     book.cells[1].source += "\n\n# a comment"
     nbformat.write(book, path)
-    assert stages.fingerprint(run, "sft") == before
+    assert run.fingerprint("sft") == before
     book.cells[1].source += "\nanswer = 42"
     nbformat.write(book, path)
-    assert before.differences(stages.fingerprint(run, "sft")) == ["code: notebooks/02_sft.ipynb"]
+    assert before.differences(run.fingerprint("sft")) == ["code: notebooks/02_sft.ipynb"]
 
 
 def test_notebook_code_finds_the_modules_behind_imports(tmp_path):
@@ -239,25 +242,25 @@ def test_notebook_code_finds_the_modules_behind_imports(tmp_path):
         tmp_path,
         "book",
         "x = 1",
-        "%matplotlib inline\nfrom threefold import records\nimport papertrail.run as door\nimport json",
+        "%matplotlib inline\nfrom papertrail import records\nimport papertrail.run as run\nimport json",
     )
-    modules, _ = stages.notebook_code(tmp_path / "book.ipynb")
-    assert modules == ("threefold", "papertrail.records", "papertrail.run")
+    modules, _ = provenance.notebook_code(tmp_path / "book.ipynb", ("papertrail", "threefold"))
+    assert modules == ("papertrail", "papertrail.records", "papertrail.run")
 
 
 def test_missing_notebook_is_named(project):
     (paths.NOTEBOOKS / "02_sft.ipynb").unlink()
     with pytest.raises(MissingInput, match=r"02_sft\.ipynb"):
-        stages.fingerprint(opened(project), "sft")
+        opened(project).fingerprint("sft")
 
 
 def test_hash_of_a_large_file_is_kept_until_it_changes(project, monkeypatch):
-    monkeypatch.setattr(stages, "SMALL", 0)
+    monkeypatch.setattr(files, "SMALL", 0)
     file = project / "big"
     file.write_bytes(b"one")
     first = files.sha256_cached(file)
     reads = []
-    monkeypatch.setattr(stages.provenance, "sha256_file", lambda path: reads.append(path) or "other")
+    monkeypatch.setattr(files, "sha256_file", lambda path: reads.append(path) or "other")
     assert files.sha256_cached(file) == first and not reads
     os.utime(file, (1, 1))
     assert files.sha256_cached(file) == "other" and reads == [file]
@@ -300,9 +303,7 @@ def test_executes_skips_and_goes_stale(project):
     run = opened(project)
     assert staleness.survey(run)["sft"].kind == "fresh" and verify.verify(run)[1] == []
     weights.write_text("other weights")
-    assert staleness.state(run, stages.steps(run.preset)["sft"]).reasons == (
-        "output model.safetensors is not what the stage wrote",
-    )
+    assert staleness.state(run, "sft").reasons == ("output model.safetensors is not what the stage wrote",)
     assert verify.verify(run)[1] == ["sft/model.safetensors: changed since the stage wrote it"]
     (run.stage_folder("sft") / "stray.txt").write_text("")
     assert "sft/stray.txt: not written by the stage" in verify.verify(run)[1]
@@ -396,7 +397,7 @@ def test_what_the_machine_lacks_is_explained(project, cell, said):
 
 def test_the_settings_to_lower_are_keys_of_the_preset():
     preset = load_preset("smoke")
-    for step in stages.steps(preset).values():
+    for step in stages.plan(preset).values():
         named = re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)+", executor._lower(step))
         assert named or step.name == "data", step.name
         for key in named:
@@ -424,7 +425,7 @@ def running(project: Path) -> subprocess.Popen:
     """`threefold run` of a data stage that has said it is here."""
     opened(project)
     script = (
-        "import sys; from pathlib import Path; from threefold import cli, paths;"
+        "import sys; from pathlib import Path; from basics import paths; from study import cli;"
         f"paths.NOTEBOOKS = Path({str(paths.NOTEBOOKS)!r});"
         f"sys.exit(cli.main(['run', '--preset', {str(project / 'tiny.toml')!r}, '--only', 'data']))"
     )
@@ -602,11 +603,11 @@ def test_a_stage_made_again_is_compared_file_by_file_and_record_by_record(projec
 def test_a_training_made_again_may_take_another_time(tmp_path):
     for name, seconds, loss in (("one", 1.0, 2.5), ("two", 3.0, 2.5), ("three", 3.0, 2.75)):
         result = {"seconds": seconds, "loss_last": loss}
-        files = {"metrics.jsonl": f"a hash over {seconds}"}
-        files.write_note(tmp_path / name / "training.json", {"result": result, "files": files})
+        note = {"result": result, "files": {"metrics.jsonl": f"a hash over {seconds}"}}
+        files.write_note(tmp_path / name / "training.json", note)
     one, two, three = (tmp_path / name / "training.json" for name in ("one", "two", "three"))
-    assert rerun._file_difference(one, two) == ""
-    assert rerun._file_difference(one, three) == "result.loss_last was 2.5 and is now 2.75"
+    assert rerun.file_difference(one, two, {}) == ""
+    assert rerun.file_difference(one, three, {}) == "result.loss_last was 2.5 and is now 2.75"
 
 
 def test_weights_that_differ_are_named_with_the_largest_difference(tmp_path):
@@ -617,11 +618,11 @@ def test_weights_that_differ_are_named_with_the_largest_difference(tmp_path):
     other = {**one, "b": one["b"] + torch.tensor([0.0, 0.25]), "c": torch.tensor([3.0])}
     save_file(one, tmp_path / "1.safetensors")
     save_file(other, tmp_path / "2.safetensors")
-    assert rerun._file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors") == (
+    assert rerun.file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors", {}) == (
         "2 of 3 parameters differ, b first (largest absolute difference 0.25), c most (2)"
     )
     save_file({"a": one["a"]}, tmp_path / "2.safetensors")
-    assert rerun._file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors") == "other parameters: b, c"
+    assert rerun.file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors", {}) == "other parameters: b, c"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are forked on Linux only")

@@ -14,6 +14,7 @@ from papertrail import records, run
 from papertrail.notebook_files import errors, labelled_cells, read_notebook
 from papertrail.scrub import scrub
 from study.preset import validate
+from study.run import open_stage
 from threefold.training import state
 from threefold.training.state import curve
 
@@ -91,7 +92,7 @@ def test_parameters_of_any_kind(tmp_path_factory, stage, parameters):
     """Papermill hands over numbers, texts and YAML of any kind: a stage of such a run, or a line and no run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "RUNS", tmp_path_factory.mktemp("runs"))
-        opened = documented(lambda: run.open_stage(stage, dict(parameters)))
+        opened = documented(lambda: open_stage(stage, **parameters))
         if opened is None:
             assert list(paths.RUNS.iterdir()) == []
         else:

@@ -3,14 +3,16 @@ import hashlib
 import json
 import os
 import platform
+import subprocess
 
+import nbformat
 import pytest
 
-from basics import files, paths, source_code
+from basics import files, source_code
 from basics.errors import RecordError
 from papertrail import provenance
+from papertrail.project import Project
 from papertrail.provenance import Fingerprint
-from threefold.config import ModelConfig
 
 
 @pytest.fixture
@@ -152,36 +154,47 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path):
 
 
 def test_surroundings_name_versions_and_machine_but_not_its_name():
-    versions = provenance.versions()
+    versions = provenance.versions(["torch", "nothing"])
     assert versions["python"] == ".".join(platform.python_version_tuple()[:2])
-    assert set(provenance.PACKAGES) < set(versions) and versions["torch"] != "not installed"
+    assert versions["torch"] != "not installed" == versions["nothing"]
     hardware = provenance.hardware()
     assert hardware["cores"] >= 1 and hardware["memory_gib"] > 0 and hardware["cpu"]
     assert not platform.node() or platform.node() not in json.dumps(hardware)
 
 
-def test_git_state(tmp_path, monkeypatch):
-    git = provenance._git
-    monkeypatch.setattr(paths, "PROJECT", tmp_path)
-    assert provenance.git_state() == {"commit": None, "dirty": None}
+def test_git_state(tmp_path):
+    def git(*arguments):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True)
+
+    assert provenance.git_state(tmp_path) == {"commit": None, "dirty": None}
     git("init", "-q")
     (tmp_path / "x").write_text("1")
     git("add", "x")
     git("-c", "user.name=n", "-c", "user.email=e", "commit", "-qm", "m")
-    state = provenance.git_state()
+    state = provenance.git_state(tmp_path)
     assert len(state["commit"]) == 40 and state["dirty"] is False
     (tmp_path / "x").write_text("2")
-    assert provenance.git_state() == {**state, "dirty": True}
+    assert provenance.git_state(tmp_path) == {**state, "dirty": True}
     (tmp_path / "inner").mkdir()
-    monkeypatch.setattr(paths, "PROJECT", tmp_path / "inner")  # someone else's repository around an unpacked archive
-    assert provenance.git_state()["commit"] is None
+    inner = provenance.git_state(tmp_path / "inner")  # an unpacked archive inside another repository
+    assert inner == {"commit": None, "dirty": None}
 
 
-def fingerprint(**changes) -> Fingerprint:
+@pytest.fixture
+def notebooks(tmp_path):
+    """A folder with two notebooks that import two modules."""
+    for name, module in (("02_sft", "basics.names"), ("other", "basics.errors")):
+        book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"import {module}")])
+        nbformat.write(book, tmp_path / f"{name}.ipynb")
+    return tmp_path
+
+
+def fingerprint(notebooks, **changes) -> Fingerprint:
     arguments = {
         "stage": "sft",
-        "preset_sections": {"model": ModelConfig(), "sft": {"learning_rate": 0.003, "shots": (0, 3)}},
-        "modules": ("basics.names",),
+        "project": Project(notebooks, notebooks, packages=("basics",), distributions=("torch",)),
+        "notebook": "02_sft",
+        "config": {"model": {"norm": "rms"}, "sft": {"learning_rate": 0.003, "shots": (0, 3)}},
         "data": {"stories": "aa"},
         "parents": {"pretrain": "bb"},
         "seed": 1,
@@ -189,10 +202,10 @@ def fingerprint(**changes) -> Fingerprint:
     return Fingerprint.of(**{**arguments, **changes})
 
 
-def test_fingerprint_survives_json_and_says_when_it_was_changed():
-    one = fingerprint()
+def test_fingerprint_survives_json_and_says_when_it_was_changed(notebooks):
+    one = fingerprint(notebooks)
     kept = json.loads(json.dumps(one.to_dict()))
-    assert Fingerprint.from_dict(kept) == one and kept["digest"] == one.digest == fingerprint().digest
+    assert Fingerprint.from_dict(kept) == one and kept["digest"] == one.digest == fingerprint(notebooks).digest
     assert one.differences(Fingerprint.from_dict(kept)) == []
     with pytest.raises(RecordError, match="changed by hand"):
         Fingerprint.from_dict({**kept, "seed": 2})
@@ -208,9 +221,9 @@ def test_fingerprint_survives_json_and_says_when_it_was_changed():
         ({"parents": {"pretrain": "cc"}}, ["parent pretrain"]),
         ({"parents": {}}, ["parent pretrain"]),
         ({"data": {"stories": "aa", "poems": "dd"}}, ["data poems"]),
-        ({"modules": ("basics.errors",)}, ["code: basics.names"]),
+        ({"notebook": "other"}, ["code: notebooks/02_sft.ipynb, basics.names, notebooks/other.ipynb"]),
         (
-            {"preset_sections": {"model": ModelConfig(norm="layer"), "sft": {"learning_rate": 0.001, "shots": (0, 5)}}},
+            {"config": {"model": {"norm": "layer"}, "sft": {"learning_rate": 0.001, "shots": (0, 5)}}},
             [
                 "config: model.norm rms -> layer",
                 "config: sft.learning_rate 0.003 -> 0.001",
@@ -218,18 +231,18 @@ def test_fingerprint_survives_json_and_says_when_it_was_changed():
             ],
         ),
         (
-            {"preset_sections": {"model": ModelConfig(), "sft": {"learning_rate": 0.003, "shots": ()}}},
+            {"config": {"model": {"norm": "rms"}, "sft": {"learning_rate": 0.003, "shots": ()}}},
             ["config: sft.shots.0 0 -> (none)", "config: sft.shots.1 3 -> (none)", "config: sft.shots (none) -> []"],
         ),
     ],
 )
-def test_differences_name_what_changed(changes, lines):
-    one, other = fingerprint(), fingerprint(**changes)
+def test_differences_name_what_changed(notebooks, changes, lines):
+    one, other = fingerprint(notebooks), fingerprint(notebooks, **changes)
     assert one.digest != other.digest
     assert one.differences(other) == lines
 
 
-def test_a_new_version_is_a_difference():
-    one = fingerprint()
+def test_a_new_version_is_a_difference(notebooks):
+    one = fingerprint(notebooks)
     other = dataclasses.replace(one, versions={**one.versions, "torch": "99"})
     assert one.differences(other) == [f"version torch {one.versions['torch']} -> 99"]

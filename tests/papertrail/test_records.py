@@ -51,7 +51,7 @@ figure, axes = plt.subplots()
 axes.plot([1, 2])
 publish("curve/sft", {"step": np.arange(3), "none": None}, figure=figure, text="Loss falls from 3 to 1")
 """
-    opening = new_code_cell('from papertrail.run import open_stage\nlearning_rte = 1\nopen_stage("sft", globals())')
+    opening = new_code_cell('from study.run import open_stage\nopen_stage("sft", learning_rte=1)')
     book = new_notebook(cells=[new_code_cell("%matplotlib inline"), new_code_cell(code), opening])
     NotebookClient(book, kernel_name="python3", allow_errors=True).execute()
     kinds = [kind.output_type for kind in book.cells[1].outputs]

@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import subprocess
@@ -11,8 +10,9 @@ from basics import files, paths
 from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
 from papertrail import provenance, run
 from papertrail.provenance import Fingerprint
-from papertrail.run import Run, open_stage, read_run_file, stage_notebook
+from papertrail.run import read_run_file
 from study.preset import TRAINED, Preset, load_preset, to_toml
+from study.run import open_run, open_stage
 from threefold.config import TrainConfig
 
 
@@ -48,28 +48,28 @@ def make(stage, text="1", **changes):
 
 
 def test_opening_writes_the_resolved_preset_once(project):
-    run = Run.open("smoke", overrides="sft.learning_rate=1e-4; seed=3")
+    run = open_run("smoke", overrides="sft.learning_rate=1e-4; seed=3")
     assert (run.name, run.path) == ("smoke", project / "runs" / "smoke")
     file = run.path / "config.toml"
     assert load_preset(file) == run.preset and run.preset.sft.learning_rate == 1e-4 and run.preset.seed == 3
     before = file.stat().st_mtime_ns
-    assert Run.open("smoke", overrides={"sft.learning_rate": 1e-4, "seed": 3}).preset == run.preset
+    assert open_run("smoke", overrides={"sft.learning_rate": 1e-4, "seed": 3}).preset == run.preset
     assert file.stat().st_mtime_ns == before
-    assert Run.open("smoke").preset.seed == Preset().seed and load_preset(file).seed == Preset().seed
+    assert open_run("smoke").preset.seed == Preset().seed and load_preset(file).seed == Preset().seed
     assert sorted(path.name for path in run.path.iterdir()) == ["config.toml", "notebooks"]
 
 
 def test_looking_at_a_run_writes_nothing(project):
-    assert Run.open("smoke", create=False).finished("sft") is None
+    assert open_run("smoke", create=False).finished("sft") is None
     assert not (project / "runs").exists()
 
 
 def test_without_a_preset_the_runs_own_config_counts(project):
-    Run.open("laptop", "mine", ["seed=5"])
-    run = Run.open("", "mine")
+    open_run("laptop", "mine", ["seed=5"])
+    run = open_run("", "mine")
     assert (run.preset.name, run.preset.seed, run.name) == ("laptop", 5, "mine")
     with pytest.raises(ConfigError, match=r"no config.toml yet: name a preset"):
-        Run.open("", "other")
+        open_run("", "other")
     assert not (project / "runs" / "other").exists()
 
 
@@ -77,42 +77,42 @@ def test_without_a_preset_the_runs_own_config_counts(project):
 def test_a_run_cannot_leave_the_runs_folder(name, project):
     if name:
         with pytest.raises(ConfigError, match=r"run .*A-Z"):
-            Run.open("smoke", name)
+            open_run("smoke", name)
     (project / "evil.toml").write_text((project / "presets" / "smoke.toml").read_text().replace('"smoke"', f"'{name}'"))
     if name:
         with pytest.raises(ConfigError, match=r"name .*A-Z"):
-            Run.open(project / "evil.toml")
+            open_run(project / "evil.toml")
         assert not (project / "runs").exists()
     else:  # an unnamed preset is called like its file
-        assert Run.open(project / "evil.toml").name == "evil"
+        assert open_run(project / "evil.toml").name == "evil"
 
 
 def test_the_local_data_folder_is_found_from_here_or_from_the_project(project, monkeypatch, tmp_path_factory):
     (project / "mine").mkdir()
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.chdir(elsewhere)
-    assert Run.open().data_dir == ""
-    assert Run.open(data_dir="mine").data_dir == str(project / "mine")
+    assert open_run().data_dir == ""
+    assert open_run(data_dir="mine").data_dir == str(project / "mine")
     (elsewhere / "mine").mkdir()
-    assert Run.open(data_dir="mine").data_dir == str(elsewhere / "mine")
+    assert open_run(data_dir="mine").data_dir == str(elsewhere / "mine")
     monkeypatch.setenv("THREEFOLD_DATA", str(project))
-    assert Run.open().data_dir == str(project)
+    assert open_run().data_dir == str(project)
     with pytest.raises(ConfigError, match="data_dir = 'nowhere': no such folder"):
-        Run.open(data_dir="nowhere")
+        open_run(data_dir="nowhere")
     monkeypatch.setenv("THREEFOLD_DATA", "nowhere")
     with pytest.raises(ConfigError, match="THREEFOLD_DATA = 'nowhere'"):
-        Run.open()
+        open_run()
 
 
 def test_folders_and_notebooks_of_stages(project):
-    run = Run.open("smoke", overrides=["baselines.external=[{name='small-lm', location='x'}]"])
+    run = open_run("smoke", overrides=["baselines.external=[{name='small-lm', location='x'}]"])
     assert run.stage_folder("sft") == run.path / "sft"
     assert run.stage_folder("evaluate-small-lm") == run.path / "evaluation" / "small-lm"
     assert run.partial_folder("evaluate-sft") == run.path / ".evaluate-sft.partial"
     assert run.notebook("02_sft") == run.path / "notebooks" / "02_sft.ipynb"
-    executed = [stage_notebook(stage).executed for stage in ("pretrain", "gpt2", "evaluate-small-lm", "compare")]
+    executed = [run.plan[stage].executed for stage in ("pretrain", "gpt2", "evaluate-small-lm", "compare")]
     assert executed == ["01_pretrain", "01_pretrain-gpt2", "04_evaluate-small-lm", "06_compare"]
-    assert stage_notebook("evaluate-dpo").parameters == {"model": "dpo"}
+    assert run.plan["evaluate-dpo"].parameters == {"model": "dpo"}
     for name in ("sftt", "evaluate", "evaluate-", "sft-x-", "../x", "evaluate-../x"):
         with pytest.raises(ConfigError):
             run.stage_folder(name)
@@ -124,7 +124,7 @@ def test_folders_and_notebooks_of_stages(project):
 
 
 def test_a_missing_input_names_the_command_that_makes_it(project):
-    stage = open_stage("sft", {"preset": "smoke"})
+    stage = open_stage("sft", preset="smoke")
     with pytest.raises(MissingInput) as caught:
         stage.require("pretrain")
     assert str(caught.value) == (
@@ -133,7 +133,7 @@ def test_a_missing_input_names_the_command_that_makes_it(project):
     )
     (project / "mine").mkdir()
     given = {"preset": "laptop", "run": "a", "data_dir": "mine", "overrides": "seed=2", "steps": 5}
-    stage = open_stage("dpo", given)
+    stage = open_stage("dpo", **given)
     stage.partial.parent.joinpath(".gpt2.partial").mkdir()
     with pytest.raises(MissingInput) as caught:
         stage.require("gpt2")
@@ -145,7 +145,7 @@ def test_a_missing_input_names_the_command_that_makes_it(project):
 
 
 def test_a_stage_from_begin_to_finish(project):
-    stage = open_stage("pretrain", {})
+    stage = open_stage("pretrain")
     assert stage.folder == project / "runs" / "smoke" / "pretrain" and stage.config == stage.preset.pretrain
     folder = stage.begin(of("pretrain"))
     assert folder == project / "runs" / "smoke" / ".pretrain.partial"
@@ -165,11 +165,11 @@ def test_a_stage_from_begin_to_finish(project):
     assert (facts["stage"], facts["tokens"], facts["device_seconds"], facts["loss"]) == ("pretrain", 100, 1.5, 2.25)
     assert facts["wall_seconds"] >= 0 and facts["started"] <= facts["finished"] and facts["attempts"] == 1
     assert set(facts) >= {"git", "hardware"}
-    assert open_stage("sft", {}).require("pretrain") == stage.folder
+    assert open_stage("sft").require("pretrain") == stage.folder
 
 
 def test_a_finished_stage_is_replaced_at_once_and_whole():
-    stage = open_stage("sft", {})
+    stage = open_stage("sft")
     make(stage, "1")
     folder = stage.begin(of("sft", seed=2))
     (folder / "other").write_text("2")
@@ -181,12 +181,12 @@ def test_a_finished_stage_is_replaced_at_once_and_whole():
 
 
 def test_an_interrupted_stage_is_resumed_only_with_the_same_inputs():
-    stage = open_stage("sft", {})
+    stage = open_stage("sft")
     folder = stage.begin(of("sft"))
     started = read_run_file(folder)["started"]
     (folder / "state").write_text("step 5")
     (folder / ".metrics.0f.tmp").write_text("half")
-    again = open_stage("sft", {})
+    again = open_stage("sft")
     assert again.begin(of("sft")) == folder
     assert (folder / "state").read_text() == "step 5" and not (folder / ".metrics.0f.tmp").exists()
     again.begin(of("sft", code="changed"))
@@ -201,7 +201,7 @@ def test_an_interrupted_stage_is_resumed_only_with_the_same_inputs():
 
 
 def test_a_crash_after_run_json_and_before_the_move_is_finished_by_the_next_attempt(monkeypatch):
-    stage = open_stage("sft", {})
+    stage = open_stage("sft")
     folder = stage.begin(of("sft"))
     (folder / "model.safetensors").write_text("1")
 
@@ -209,28 +209,28 @@ def test_a_crash_after_run_json_and_before_the_move_is_finished_by_the_next_atte
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(provenance, "replace_folder", crash)
+        patch.setattr(files, "replace_folder", crash)
         stage.finish()
     assert folder.exists() and not stage.folder.exists()
-    again = open_stage("sft", {})
+    again = open_stage("sft")
     assert (again.begin(of("sft")) / "model.safetensors").read_text() == "1"
     assert again.finish()["weights_sha256"] == files.sha256_bytes(b"1")
     assert again.folder.exists() and not folder.exists()
 
 
 def test_a_stage_set_aside_by_a_crash_is_back_when_it_is_opened_again():
-    stage = open_stage("sft", {})
+    stage = open_stage("sft")
     make(stage)
     os.rename(stage.folder, stage.folder.with_name(".sft.previous"))
-    assert open_stage("sft", {}).run.finished("sft")["tokens"] == 5
+    assert open_stage("sft").run.finished("sft")["tokens"] == 5
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no advisory locks")
 def test_two_processes_do_not_work_on_one_stage(monkeypatch):
-    stage = open_stage("sft", {})
+    stage = open_stage("sft")
     script = (
-        "import sys; from pathlib import Path; from threefold import run\n"
-        "run._hold(Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from papertrail import run\n"
+        "run.hold(Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(stage.partial)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -243,7 +243,7 @@ def test_two_processes_do_not_work_on_one_stage(monkeypatch):
         other.wait()
         monkeypatch.setattr(run, "PATIENCE", 10.0)  # a process that is killed is gone a moment later
         folder = stage.begin(of("sft"))
-        open_stage("sft", {}).begin(of("sft"))  # a notebook's first cell again, in the same kernel
+        open_stage("sft").begin(of("sft"))  # a notebook's first cell again, in the same kernel
         (folder / "x").write_text("1")
         assert run.at_work(stage.run.path) == ".sft.partial"
         stage.finish()
@@ -251,7 +251,7 @@ def test_two_processes_do_not_work_on_one_stage(monkeypatch):
 
 
 def test_what_a_stage_refuses():
-    stage = open_stage("sft", {})
+    stage = open_stage("sft")
     with pytest.raises(RuntimeError, match="finish without begin"):
         stage.finish()
     with pytest.raises(ValueError, match="stage dpo given to stage sft"):
@@ -265,56 +265,56 @@ def test_what_a_stage_refuses():
 
 
 def test_a_damaged_run_json_says_so():
-    stage = open_stage("pretrain", {})
+    stage = open_stage("pretrain")
     make(stage)
     for content in ('{"stage": "pre', '{"stage": "pretrain"}', "[]"):
         (stage.folder / "run.json").write_text(content)
         with pytest.raises(RecordError, match=r"smoke/pretrain/run.json .*remove the folder"):
-            open_stage("sft", {}).require("pretrain")
+            open_stage("sft").require("pretrain")
     shutil.rmtree(stage.folder)
     assert stage.run.finished("pretrain") is None
 
 
 def test_one_changed_byte_of_a_run_json_says_so():
-    stage = open_stage("pretrain", {})
+    stage = open_stage("pretrain")
     make(stage)
     file = stage.folder / "run.json"
     content = file.read_bytes()
     for text in (b'"tokens": ', b'"wall_seconds": ', b'"seed": ', files.SELF.encode() + b'": "'):
         flip(file, content.index(text) + len(text))
         with pytest.raises(RecordError, match=r"smoke/pretrain/run.json is not as it was written; remove the folder"):
-            open_stage("sft", {}).require("pretrain")
+            open_stage("sft").require("pretrain")
         file.write_bytes(content)
     assert stage.run.require("pretrain")["tokens"] == 5
 
 
 def test_an_input_that_is_not_what_its_stage_wrote_is_refused():
     """Every byte is read: a file's size and time may be what they were."""
-    stage = open_stage("pretrain", {})
+    stage = open_stage("pretrain")
     make(stage)
     weights = stage.folder / "model.safetensors"
-    assert open_stage("sft", {}).require("pretrain") == stage.folder
+    assert open_stage("sft").require("pretrain") == stage.folder
     before = weights.stat()
     weights.write_text("2")
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(
         CheckpointError, match=r"pretrain/model.safetensors of run smoke is not what .*threefold verify"
     ):
-        open_stage("sft", {}).require("pretrain")
+        open_stage("sft").require("pretrain")
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"pretrain/model.safetensors .*missing"):
-        open_stage("sft", {}).require("pretrain")
+        open_stage("sft").require("pretrain")
 
 
 def test_a_run_says_how_far_it_can_be_repeated(monkeypatch):
-    stage = open_stage("sft", {})
+    stage = open_stage("sft")
     monkeypatch.setattr(provenance, "threads", lambda: 2)
     make(stage)
     told = stage.run.finished("sft")["determinism"]
     assert told == {"device": "cpu", "threads": [2], "level": "bit-identical"}
     stage.begin(of("sft"))
     monkeypatch.setattr(provenance, "threads", lambda: 1)
-    again = open_stage("sft", {})
+    again = open_stage("sft")
     again.begin(of("sft"))
     told = again.finish()["determinism"]
     assert told["threads"] == [1, 2] and told["level"].startswith("up to rounding: interrupted")
@@ -330,11 +330,7 @@ def test_a_run_says_how_far_it_can_be_repeated(monkeypatch):
 
 
 def test_parameters_of_a_notebook():
-    globals_ = {
-        "__name__": "__main__",
-        "_i1": "x = 1",
-        "In": ["", "x"],
-        "json": json,
+    parameters = {
         "preset": "laptop",
         "run": 2024,
         "overrides": "seed=5; dpo.beta=0.2",
@@ -344,13 +340,13 @@ def test_parameters_of_a_notebook():
         "compile": "off",
         "data_dir": "",
     }
-    stage = open_stage("sft", globals_)
+    stage = open_stage("sft", **parameters)
     assert (stage.name, stage.run.name, stage.preset.name, stage.preset.seed) == ("sft", "2024", "laptop", 5)
     assert (stage.config.learning_rate, stage.config.epochs, stage.config.steps) == (3e-4, 2.0, -1)
     assert stage.config.compile == "off" and stage.preset.dpo.beta == 0.2
     assert stage.preset.pretrain.learning_rate == TrainConfig().learning_rate
-    assert open_stage("dpo", {"overrides": ["dpo.beta=0.3"], "beta": 0.4}).config.beta == 0.4
-    assert open_stage("ablations", {"seeds": 2, "variants": "ffn=gelu"}).config.variants == ("ffn=gelu",)
+    assert open_stage("dpo", overrides=["dpo.beta=0.3"], beta=0.4).config.beta == 0.4
+    assert open_stage("ablations", steps=1, seeds=2, variants="ffn=gelu").config.variants == ("ffn=gelu",)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +372,7 @@ def test_parameters_of_a_notebook():
 )
 def test_a_parameter_that_cannot_be_meant_stops(stage, parameters, parts, project):
     with pytest.raises(ConfigError) as caught:
-        open_stage(stage, parameters)
+        open_stage(stage, **parameters)
     for part in parts:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -384,19 +380,41 @@ def test_a_parameter_that_cannot_be_meant_stops(stage, parameters, parts, projec
 
 
 def test_one_notebook_serves_several_models():
-    assert open_stage("pretrain", {"model": None}).name == "pretrain"
-    gpt2 = open_stage("pretrain", {"model": "gpt2", "steps": 7})
+    assert open_stage("pretrain", model=None).name == "pretrain"
+    gpt2 = open_stage("pretrain", model="gpt2", steps=7)
     assert (gpt2.name, gpt2.model, gpt2.config.steps, gpt2.preset.pretrain.steps) == ("gpt2", "gpt2", 7, 10)
-    evaluation = open_stage("evaluate", {"model": "sft", "bootstrap": 50})
+    evaluation = open_stage("evaluate", model="sft", bootstrap=50)
     assert (evaluation.name, evaluation.model, evaluation.config.bootstrap) == ("evaluate-sft", "sft", 50)
-    assert open_stage("evaluate-dpo", {"model": "dpo"}).folder.name == "dpo"
+    assert open_stage("evaluate-dpo", model="dpo").folder.name == "dpo"
 
 
-def test_opening_again_leaves_the_readers_own_variables_alone():
-    globals_ = {"preset": "smoke", "steps": None}
-    open_stage("sft", globals_)
-    globals_ |= {"loss": 2.5, "stage": "mine", "steps": 3, "learning_rate": 1e-5}
-    stage = open_stage("sft", globals_)
-    assert (stage.config.steps, stage.config.learning_rate) == (3, 1e-5)
-    with pytest.raises(ConfigError, match="loss"):
-        open_stage("sft", {name: value for name, value in globals_.items() if not name.startswith("_")})
+def cells_run(monkeypatch, *cells):
+    """As in a kernel that has run these cells."""
+    from IPython.testing.globalipapp import start_ipython
+
+    shell = start_ipython() or sys.modules["IPython"].get_ipython()
+    monkeypatch.setattr(shell.history_manager, "input_hist_raw", ["", *cells])
+
+
+def test_a_name_in_the_parameters_cells_that_no_notebook_takes_stops(monkeypatch):
+    """papermill injects it and only warns."""
+    own = 'preset = "smoke"  # a comment\nsteps = None\nbatch = [1, -2]'
+    cells_run(monkeypatch, own.replace("\nbatch = [1, -2]", ""), "# Parameters\nsteps = 5\nlearning_rte = 1\n")
+    with pytest.raises(
+        ConfigError, match=r"learning_rte, did you mean learning_rate\?; notebook 02_sft takes: preset,"
+    ):
+        open_stage("sft", preset="smoke", steps=5, learning_rate=None)
+    cells_run(monkeypatch, own)
+    with pytest.raises(ConfigError, match="unknown parameter batch"):
+        open_stage("sft", preset="smoke", steps=None)
+    # one of the section's keys that the notebook does not hand on
+    cells_run(monkeypatch, 'preset = "smoke"', "warmup = 0.5")
+    with pytest.raises(ConfigError, match=r"unknown parameter warmup; .*overrides='section.key=value'"):
+        open_stage("sft", preset="smoke")
+
+
+def test_the_readers_own_variables_are_left_alone(monkeypatch):
+    cells_run(monkeypatch, 'preset = "smoke"\nsteps = None', "import json\nloss = 2.5", "mine = 3")
+    assert open_stage("sft", preset="smoke", steps=3).config.steps == 3
+    cells_run(monkeypatch, "%matplotlib inline", "x = 1")
+    assert open_stage("sft", preset="smoke").config.steps == 10

@@ -9,9 +9,9 @@ from shared import ONE_STEP
 
 from basics import paths
 from basics.files import sha256_file
-from papertrail.run import open_stage
 from study import stages
 from study.card import write_card
+from study.run import open_stage
 from threefold.config import ModelConfig
 from threefold.model import Decoder, export, save_checkpoint
 from threefold.training import TrainResult
@@ -47,8 +47,8 @@ def make(tmp_path, monkeypatch):
 
     def make(name: str, more: str = "", tokens: int = 1234, **model):
         (tmp_path / "tiny.toml").write_text(PRESET.format(more=more))
-        stage = open_stage(name, {"preset": "tiny.toml"})
-        folder = stage.begin(stages.fingerprint(stage.run, name))
+        stage = open_stage(name, preset="tiny.toml")
+        folder = stage.begin()
         sizes = {"n_layer": 1, "d_model": 16, "n_head": 2, "d_ff": 32, "context": 32, "vocab_size": 384}
         save_checkpoint(folder, Decoder(ModelConfig(**sizes, **model)), tokenizer())
         result = TrainResult(name, 1, tokens, 0, 1.0, 0.0, 1.0, 2.0, 2.0, 5678, "CPU")

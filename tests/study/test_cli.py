@@ -13,8 +13,9 @@ from shared import ONE_STEP, call
 from basics import files, paths
 from basics.errors import ReportError
 from papertrail import notebooks, records
-from papertrail.run import Run, open_stage
-from study import cli, stages
+from papertrail.plan import dependents
+from study import cli
+from study.run import Run, open_run, open_stage
 
 PRESET = (
     """
@@ -49,14 +50,14 @@ def project(tmp_path, monkeypatch):
 
 def make(stage: str, fill=lambda folder: (folder / "x.txt").write_text("x")) -> Run:
     """Finishes a stage of run tiny as its notebook would."""
-    opened = open_stage(stage, {"preset": "tiny.toml"})
-    fill(opened.begin(stages.fingerprint(opened.run, stage)))
+    opened = open_stage(stage, preset="tiny.toml")
+    fill(opened.begin())
     facts = opened.finish(tokens=1)
     data, metadata = records.bundle(f"stage/{stage}", facts)
     cell = nbformat.v4.new_code_cell(
         "1", outputs=[nbformat.v4.new_output("display_data", data=data, metadata=metadata)]
     )
-    file = opened.run.notebook(stages.steps(opened.preset)[stage].executed)
+    file = opened.run.notebook(opened.run.plan[stage].executed)
     file.parent.mkdir(exist_ok=True)
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=notebooks.METADATA), file)
     return opened.run
@@ -147,16 +148,16 @@ def test_status_tells_each_stage_and_why(project, capsys):
     make("pretrain")
     status, out, _ = call(capsys, "status", "--run", "tiny")
     lines = {line.split()[0]: line for line in out.splitlines()}
-    assert status == 0 and list(lines) == list(stages.steps(Run.open("tiny.toml").preset))
+    assert status == 0 and list(lines) == list(open_run("tiny.toml").plan)
     assert " fresh " in lines["data"] and " s" in lines["pretrain"]
     assert "missing" in lines["sft"] and "not made yet" in lines["sft"]
-    Run.open("tiny.toml", overrides=["pretrain.learning_rate=0.5"])
+    open_run("tiny.toml", overrides=["pretrain.learning_rate=0.5"])
     out = call(capsys, "status", "--run", "tiny")[1]
     assert "config: pretrain.learning_rate 0.003 -> 0.5" in out
 
 
 def test_a_learning_rate_makes_its_stage_and_what_depends_on_it_stale_and_nothing_else(project, capsys):
-    plan = stages.steps(Run.open("tiny.toml").preset)
+    plan = open_run("tiny.toml").plan
     for stage in plan:
         make(stage)
 
@@ -167,10 +168,10 @@ def test_a_learning_rate_makes_its_stage_and_what_depends_on_it_stale_and_nothin
     assert set(states().values()) == {"fresh"}
     asked = call(capsys, "status", "--run", "tiny", "--json", "--set", "sft.learning_rate=0.5")[1]
     assert set(states().values()) == {"fresh"}, "asking what a change would do changed the run"
-    Run.open("tiny.toml", overrides=["sft.learning_rate=0.5"])
+    open_run("tiny.toml", overrides=["sft.learning_rate=0.5"])
     assert json.loads(asked) == json.loads(call(capsys, "status", "--run", "tiny", "--json")[1])
     stale = {stage for stage, state in states().items() if state == "stale"}
-    assert stale == {"sft", *stages.dependents(plan, "sft")} and set(states().values()) == {"fresh", "stale"}
+    assert stale == {"sft", *dependents(plan, "sft")} and set(states().values()) == {"fresh", "stale"}
     told = json.loads(call(capsys, "status", "--run", "tiny", "--json")[1])["stages"]
     reasons = {entry["stage"]: entry["reasons"] for entry in told}
     assert reasons["sft"] == ["config: sft.learning_rate 0.003 -> 0.5"]
@@ -244,7 +245,7 @@ def test_json_for_scripts(project, capsys):
     told = json.loads(out)
     assert (status, err, told["run"]) == (0, "", "tiny")
     data, *others = told["stages"]
-    assert [data["stage"], *(other["stage"] for other in others)] == list(stages.steps(run.preset))
+    assert [data["stage"], *(other["stage"] for other in others)] == list(run.plan)
     facts = json.loads((run.stage_folder("data") / "run.json").read_text())
     assert data == {
         "stage": "data",
@@ -281,7 +282,7 @@ def test_a_full_disk_is_one_line(project, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", "runs/tiny/config.toml")
 
-    monkeypatch.setattr(Run, "open", full)
+    monkeypatch.setattr(Run, "create", full)
     assert call(capsys, "run", "--preset", "tiny.toml")[::2] == (
         2,
         "threefold: No space left on device: runs/tiny/config.toml\n",
@@ -295,7 +296,7 @@ def checkpoint(project):
     from threefold.data.tokenizer import build_tokenizer
     from threefold.model import Decoder, save_checkpoint
 
-    preset = Run.open("tiny.toml").preset
+    preset = open_run("tiny.toml").preset
     tokenizer = build_tokenizer(preset.tokenizer, ["the cat sat on the mat. " * 20], preset.model.sinks)
 
     def fill(folder):

@@ -11,20 +11,20 @@ from report_fixtures import make_run
 
 from basics import paths
 from papertrail import records
-from papertrail.run import Run
 from study import cli
 from study.cli.compare import preset_rows, side_by_side
 from study.comparison import Comparison, tables
 from study.comparison.measures import HEADLINE
 from study.comparison.results import NBSP
 from study.preset import load_preset, parse_overrides, to_toml
+from study.run import Run
 
 
 def settle(folder, *overrides: str) -> Run:
     """A run that `Comparison.load` takes: the fake notebooks, and a preset that asks for just those."""
     preset = load_preset("smoke", parse_overrides(overrides))
     (folder / "config.toml").write_text(to_toml(preset))
-    return Run(folder.name, folder, preset)
+    return Run.of(folder.name, folder, preset)
 
 
 def edited(run: Run, folder, change, pattern: str = "*") -> Run:

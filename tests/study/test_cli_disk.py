@@ -10,9 +10,9 @@ from shared import call
 from basics import paths
 from papertrail import run as run_folder
 from papertrail import scheduler as executor
-from papertrail.run import Run
 from study.cli import disk
 from study.preset import load_preset, to_toml
+from study.run import open_run
 
 RESULTS = {
     "config.toml": 0,
@@ -182,13 +182,13 @@ def test_nothing_is_removed_under_a_run_at_work(runs, capsys):
         assert {run["run"]: run["at_work"] for run in told} == {"mine": True, "other": False}
         assert "(at work)" in call(capsys, "status")[1]
     work = runs / "mine" / ".sft.partial"
-    run_folder._hold(work)  # as a notebook that papermill executes by itself
+    run_folder.hold(work)  # as a notebook that papermill executes by itself
     try:
         for arguments in (["--run", "mine"], ["--run", "mine", "--keep-results"], ["--cache"]):
             status, _, err = call(capsys, "clean", *arguments, "--yes")
             assert status == 2 and "run mine is at work" in err and err.count("\n") == 1
     finally:
-        run_folder._let_go(work)
+        run_folder.release(work)
     assert files(runs) - {"mine/.lock"} == before
     assert not executor.at_work(runs / "mine")
     assert call(capsys, "clean", "--run", "mine", "--yes")[0] == 0
@@ -217,7 +217,7 @@ def test_status_of_all_runs(runs, capsys):
     assert found["cache_bytes"] >= 5050
     mine, other = found["runs"]
     assert mine["run"] == "mine" and mine["bytes"] == disk.size(runs / "mine") and mine["error"] is None
-    stages = Run.open("", "mine", create=False)
+    stages = open_run("", "mine", create=False)
     assert sum(mine["stages"].values()) > 10 and set(mine["stages"]) == {"fresh", "stale", "missing", "failed"}
     assert stages.name == "mine" and mine["stages"]["failed"] == 1  # 03_dpo.failed.ipynb
     assert "no_such_key" in other["error"] and sum(other["stages"].values()) == 0

@@ -9,10 +9,10 @@ import pytest
 from cli_fixtures import STARTED, trained_run
 
 from basics.errors import MissingInput, TrainingError
-from papertrail.run import Run
 from study import cli
 from study.cli import curves
 from study.preset import load_preset
+from study.run import Run
 
 
 class FakeWriter:
@@ -71,7 +71,7 @@ def test_a_damaged_line_names_the_file_and_leaves_the_export_that_was_there(run)
 
 
 def test_nothing_trained_yet(tmp_path):
-    empty = Run("empty", tmp_path / "empty", load_preset("smoke"))
+    empty = Run.of("empty", tmp_path / "empty", load_preset("smoke"))
     with pytest.raises(MissingInput, match="run empty has trained no stage yet"):
         curves.to_tensorboard(empty, FakeWriter)
 

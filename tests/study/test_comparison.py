@@ -15,7 +15,6 @@ from scipy import stats
 from basics import paths
 from basics.errors import MissingInput, RecordError
 from papertrail import records
-from papertrail.run import Run
 from study.comparison import Comparison, ablations, figures, models, tables, training
 from study.comparison.differences import EQUIVALENT, UNRESOLVED, Difference, adjust, difference
 from study.comparison.measures import (
@@ -29,6 +28,7 @@ from study.comparison.measures import (
     STAGED,
 )
 from study.preset import Preset
+from study.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_items_that_are_not_those_of_the_record_are_refused(copy):
 
 def test_a_notebook_that_was_not_run_is_named_with_the_command(copy, monkeypatch):
     monkeypatch.setattr(paths, "RUNS", copy.parent)
-    opened = Run("fake", copy, Preset(name="fake"))
+    opened = Run.of("fake", copy, Preset(name="fake"))
     Comparison.load(opened)
     (copy / "notebooks" / "04_evaluate-dpo.ipynb").unlink()
     with pytest.raises(MissingInput, match=r"04_evaluate-dpo\.ipynb.*papermill notebooks/04_evaluate\.ipynb"):

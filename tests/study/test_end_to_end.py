@@ -12,10 +12,10 @@ import pytest
 
 from basics import paths
 from papertrail import rerun
-from papertrail.run import Run
 from study import cli
 from study.comparison import Comparison, seeds
 from study.preset import load_preset
+from study.run import Run
 
 PROJECT = Path(__file__).parents[2]
 PRESET = PROJECT / "tests" / "presets" / "tiny.toml"
@@ -200,7 +200,7 @@ def test_another_number_of_jobs_with_as_many_threads_gives_the_same_bits(runs, r
 
 def _run_in(runs: Path) -> Run:
     preset = load_preset(runs / "tiny" / "config.toml")
-    return Run(preset.name, runs / "tiny", preset)
+    return Run.of(preset.name, runs / "tiny", preset)
 
 
 FLIPPED = {

@@ -10,8 +10,8 @@ import pytest
 
 from basics import paths
 from basics.errors import ConfigError, TrainingError
-from papertrail.run import open_stage
 from study import cli
+from study.run import open_stage
 from study.stages import fingerprint
 from study.training import prepare, train_stage
 from threefold.data import corpus
@@ -35,12 +35,12 @@ def runs(tmp_path_factory):
 def opened(run: str, overrides: str, **parameters):
     """A run's pretraining, with a finished stage before it that made the tokenizer."""
     door = {"preset": PRESET, "run": run, "overrides": overrides}
-    data = open_stage("data", dict(door))
+    data = open_stage("data", **dict(door))
     folder, preset = data.begin(fingerprint(data.run, "data")), data.preset
     texts = corpus.mixture_texts(preset.data.pretrain)
     build_tokenizer(preset.tokenizer, texts, context=preset.model.context).save_pretrained(folder / "tokenizer")
     data.finish()
-    stage = open_stage("pretrain", {**door, **parameters})
+    stage = open_stage("pretrain", **door, **parameters)
     return stage, prepare(stage), stage.begin(fingerprint(stage.run, "pretrain"))
 
 
@@ -103,9 +103,9 @@ def test_a_stage_is_trained_without_its_notebook_which_then_finds_it_done(runs, 
 def test_nproc_is_a_whole_number(runs):
     for wrong in (0, -1, 1.5, "2", True):
         with pytest.raises(ConfigError, match="parameter nproc"):
-            open_stage("sft", {"preset": PRESET, "nproc": wrong})
+            open_stage("sft", preset=PRESET, nproc=wrong)
     with pytest.raises(ConfigError, match="unknown parameter nproc"):
-        open_stage("compare", {"preset": PRESET, "nproc": 2})
+        open_stage("compare", preset=PRESET, nproc=2)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from properties import damaged, documented, examples, mutated
 
 from basics import names, paths
-from papertrail import run
+from study import run
 from study.preset import Preset, from_dict, load_preset, override, parse_overrides, to_dict, to_toml, validate
 from threefold.config import all_keys
 
@@ -72,12 +72,12 @@ def test_a_name_stays_in_its_folder(name):
     if documented(lambda: names.check_name(name, "run"), "run") is not None:
         assert (paths.RUNS / name).parent == paths.RUNS and len(name.encode()) <= 100
         assert name.partition(".")[0].upper() not in ("CON", "NUL", "AUX", "PRN", "COM1", "LPT9")
-    opened = run.Run("smoke", paths.RUNS / "smoke", SMOKE)
+    opened = run.Run.of("smoke", paths.RUNS / "smoke", SMOKE)
     for stage in (name, f"evaluate-{name}", f"sft-seed{name}"):
         for place in (
             opened.partial_folder,
             opened.stage_folder,
-            lambda one: opened.notebook(run.stage_notebook(one).executed),
+            lambda one: opened.notebook(opened.spec(one).executed),
         ):
             path = documented(lambda stage=stage, place=place: place(stage))
             if path is not None:
@@ -97,11 +97,11 @@ def test_names_that_were_tried(tmp_path, monkeypatch):
         f"sft-seed{many}",
         "sft-seed1٢",
     ):
-        assert documented(lambda stage=stage: run.stage_notebook(stage)) is None
+        assert documented(lambda stage=stage: run.Run.of("smoke", tmp_path, SMOKE).spec(stage)) is None
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "away").symlink_to(tmp_path, target_is_directory=True)
-    assert documented(lambda: run.Run.open("smoke", "away"), "away is a link out of the runs folder") is None
+    assert documented(lambda: run.open_run("smoke", "away"), "away is a link out of the runs folder") is None
     for preset in ("../smoke", "a\0.toml", "a/" * 3000 + ".toml", "\u202esmoke", "x" * 3000):
         assert documented(lambda preset=preset: load_preset(preset)) is None
     (tmp_path / "big.toml").write_text("# " + "x" * (1 << 20))

@@ -13,11 +13,12 @@ from scipy import stats as scipy_stats
 from basics import files, names, paths
 from basics.errors import ConfigError, MissingInput, RecordError
 from papertrail import records
-from papertrail.run import Run, open_stage, stage_notebook
+from papertrail.plan import dependents
 from study import stages
 from study.comparison import Comparison, claims, insights, seeds, tables
 from study.comparison.measures import HEADLINE, PERPLEXITY, SENTIMENT
 from study.preset import Preset, load_preset, parse_overrides
+from study.run import Run, open_run, open_stage
 from threefold.config import EvaluationConfig, SourceConfig
 from threefold.evaluation import evaluate, headline, statistics
 
@@ -45,12 +46,12 @@ def test_a_replicates_name_and_back():
 
 
 def test_folders_notebooks_and_commands_of_replicates(project):
-    run = Run.open("smoke", overrides=["seeds=3"])
+    run = open_run("smoke", overrides=["seeds=3"])
     assert run.stage_folder("sft-seed2") == run.path / "seeds" / "2" / "sft"
     assert run.stage_folder("evaluate-dpo-seed3") == run.path / "seeds" / "3" / "evaluation" / "dpo"
-    executed = [stage_notebook(name).executed for name in ("pretrain-seed2", "dpo-seed3", "evaluate-sft-seed2")]
+    executed = [run.plan[name].executed for name in ("pretrain-seed2", "dpo-seed3", "evaluate-sft-seed2")]
     assert executed == ["01_pretrain-seed2", "03_dpo-seed3", "04_evaluate-sft-seed2"]
-    assert stage_notebook("evaluate-sft-seed2").parameters == {"model": "sft", "replicate": 2}
+    assert run.plan["evaluate-sft-seed2"].parameters == {"model": "sft", "replicate": 2}
     assert run.command("dpo-seed3") == (
         "papermill notebooks/03_dpo.ipynb runs/smoke/notebooks/03_dpo-seed3.ipynb "
         "-p preset smoke -p overrides seeds=3 -p replicate 3"
@@ -62,10 +63,10 @@ def test_folders_notebooks_and_commands_of_replicates(project):
 
 def test_a_notebook_opens_the_replicate_it_is_asked_for(project):
     door = {"preset": "smoke", "overrides": "seeds=2; seed=7"}
-    first, second = (open_stage("sft", {**door, "replicate": replicate}) for replicate in (1, 2))
+    first, second = (open_stage("sft", **door, replicate=replicate) for replicate in (1, 2))
     assert (first.name, first.replicate, first.seed) == ("sft", 1, 7)
     assert (second.name, second.replicate, second.seed, second.model) == ("sft-seed2", 2, 8, "sft")
-    evaluation = open_stage("evaluate", {**door, "model": "dpo", "replicate": 2})
+    evaluation = open_stage("evaluate", **door, model="dpo", replicate=2)
     assert (evaluation.name, evaluation.model, evaluation.subject) == ("evaluate-dpo-seed2", "dpo", "dpo-seed2")
     assert evaluation.seed == 7  # the same demonstrations and resamples for every replicate
     with pytest.raises(MissingInput) as caught:
@@ -91,7 +92,7 @@ def test_a_notebook_opens_the_replicate_it_is_asked_for(project):
 )
 def test_a_replicate_that_cannot_be_meant_stops(stage, parameters, message, project):
     with pytest.raises(ConfigError) as caught:
-        open_stage(stage, parameters)
+        open_stage(stage, **parameters)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (project / "runs" / "smoke").exists()  # nothing half-written
 
@@ -110,8 +111,8 @@ def test_seeds_of_a_preset_are_checked():
 
 
 def test_a_replicate_is_planned_from_its_own_parents(project):
-    one, three = (Run.open("smoke", overrides=[f"seeds={count}"], create=False) for count in (1, 3))
-    before, plan = stages.steps(one.preset), stages.steps(three.preset)
+    one, three = (open_run("smoke", overrides=[f"seeds={count}"], create=False) for count in (1, 3))
+    before, plan = one.plan, three.plan
     new = set(plan) - set(before)
     assert new == {f"{part}{stage}-seed{n}" for part in ("", "evaluate-") for stage in LINEAGE for n in (2, 3)}
     assert plan["pretrain-seed2"].needs == ("data",)
@@ -124,19 +125,17 @@ def test_a_replicate_is_planned_from_its_own_parents(project):
         done.add(step.name)
     assert {**plan, "compare": before["compare"]} | before == {**plan, "compare": before["compare"]}
     assert set(stages.select(three.preset, "evaluate")) >= {"evaluate-sft", "evaluate-sft-seed3"}
-    assert stages.dependents(plan, "sft-seed2") == {
-        *("dpo-seed2", "evaluate-sft-seed2", "evaluate-dpo-seed2", "compare")
-    }
+    assert dependents(plan, "sft-seed2") == {*("dpo-seed2", "evaluate-sft-seed2", "evaluate-dpo-seed2", "compare")}
 
 
 def test_more_seeds_leave_the_first_training_as_it_was(project):
     """Only the comparison is stale; a replicate differs from the first in its seed and its parents alone."""
-    one, two = (Run.open("smoke", overrides=[f"seeds={count}"], create=False) for count in (1, 2))
-    for name in stages.steps(one.preset):
-        same = stages.fingerprint(one, name) == stages.fingerprint(two, name)
+    one, two = (open_run("smoke", overrides=[f"seeds={count}"], create=False) for count in (1, 2))
+    for name in one.plan:
+        same = one.fingerprint(name) == two.fingerprint(name)
         assert same == (name != "compare"), name
     for name in ("pretrain", "sft", "dpo", "evaluate-dpo"):
-        first, again = (stages.fingerprint(two, stage).to_dict() for stage in (name, f"{name}-seed2"))
+        first, again = (two.fingerprint(stage).to_dict() for stage in (name, f"{name}-seed2"))
         different = {key for key in first if first[key] != again[key]}
         trained = {"seed"} if name in LINEAGE else set()
         parents = {"parents"} if name != "pretrain" else set()
@@ -283,10 +282,10 @@ def test_a_copy_is_no_second_training(run, tmp_path):
 def test_every_replicate_the_preset_asks_for_must_be_there(run, tmp_path, monkeypatch):
     copied = shutil.copytree(run, tmp_path / "fake")
     monkeypatch.setattr(paths, "RUNS", tmp_path)
-    assert len(Comparison.load(Run("fake", copied, Preset(name="fake", seeds=2))).replicates) == 1
-    assert Comparison.load(Run("fake", copied, Preset(name="fake"))).replicates == {}
+    assert len(Comparison.load(Run.of("fake", copied, Preset(name="fake", seeds=2))).replicates) == 1
+    assert Comparison.load(Run.of("fake", copied, Preset(name="fake"))).replicates == {}
     with pytest.raises(MissingInput, match=r"01_pretrain-seed4\.ipynb has not been run.*-p replicate 4"):
-        Comparison.load(Run("fake", copied, Preset(name="fake", seeds=4)))
+        Comparison.load(Run.of("fake", copied, Preset(name="fake", seeds=4)))
 
 
 def test_spreads_are_those_of_the_records(comparison):

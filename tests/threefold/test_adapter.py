@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from basics.errors import CheckpointError, EvaluationError, SourceError
-from papertrail.run import Run, Stage
 from study.preset import BaselinesConfig, Preset
+from study.run import Run, Stage
 from study.subjects import subject
 from threefold.config import ExternalConfig
 from threefold.evaluation import LanguageModel, sha256_state
@@ -331,8 +331,8 @@ def test_a_hub_model_without_a_revision_stays_at_the_commit_of_its_first_load(tm
 
     def load(revision: str = "") -> str:
         baselines = BaselinesConfig(gpt2="someone/tiny", gpt2_revision=revision)
-        run = Run("x", tmp_path / "x", Preset(name="x", baselines=baselines))
-        return subject(Stage("evaluate-gpt2", run, None, tmp_path / "y"), "gpt2").facts["revision"]
+        run = Run.of("x", tmp_path / "x", Preset(name="x", baselines=baselines))
+        return subject(Stage(name="evaluate-gpt2", run=run, config=None), "gpt2").facts["revision"]
 
     main = repository / "refs" / "main"
     main.write_text(commits[0])

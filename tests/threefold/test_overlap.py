@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from basics.errors import ConfigError, DataError
-from papertrail.run import Run
-from study import stages
 from study.preset import load_preset, measured_on, override
+from study.run import open_run
 from threefold.config import OverlapConfig, SourceConfig, TokenizerConfig
 from threefold.data import corpus, exclusion, overlap
 from threefold.data.exclusion import Exclusion
@@ -367,8 +366,8 @@ def test_trained_stages_depend_on_what_they_are_cleaned_against(tmp_path):
     trained = {"pretrain", "gpt2", "distilgpt2", "sft", "dpo", "ablations"}
 
     def made(*more):
-        run = Run.open("smoke", "overlap", [*overrides, *more], create=False)
-        return {name: stages.fingerprint(run, name) for name in stages.steps(run.preset)}
+        run = open_run("smoke", "overlap", [*overrides, *more], create=False)
+        return {name: run.fingerprint(name) for name in run.plan}
 
     def changed(one, other):
         return {name for name in one if one[name] != other[name] and not name.startswith("evaluate")}

@@ -19,7 +19,7 @@ from basics import files, names
 from basics.errors import DISK_FULL, ConfigError, MissingInput, ThreefoldError
 
 if TYPE_CHECKING:
-    from papertrail.run import Run
+    from study.run import Run
 
 Action = Callable[[argparse.Namespace], int]
 Option = tuple[tuple[str, ...], dict[str, Any]]  # arguments of argparse's `add_argument`
@@ -138,20 +138,18 @@ def set_option(text: str) -> Option:
 
 def _open(name: str, data_dir: str = "", overrides: Mapping[str, Any] | None = None) -> "Run":
     """A run that exists, as it was last configured, or as it would be with these overrides."""
-    from papertrail.run import Run, data_dir_of
     from study.cli import disk
+    from study.run import data_dir_of, open_run
 
     disk.folder(name)
-    return Run.open("", name, overrides or {}, data_dir_of(name, data_dir), create=False)
+    return open_run("", name, overrides or {}, data_dir_of(name, data_dir), create=False)
 
 
 def _intact(name: str, data_dir: str = "") -> "Run":
     """The same, after reading every byte of its finished stages. CheckpointError or RecordError names the first file
     that changed since its stage wrote it; a missing file is reported by the command that needs it."""
-    from study import stages
-
     run = _open(name, data_dir)
-    for stage in stages.steps(run.preset):
+    for stage in run.plan:
         if run.finished(stage) is not None:
             run.intact(stage, gone=True)
             run.check_notebook(stage)
@@ -175,9 +173,10 @@ def _intact(name: str, data_dir: str = "") -> "Run":
 def _run(options: argparse.Namespace) -> int:
     from basics import paths
     from papertrail import scheduler
-    from papertrail.run import Run, data_dir_of
+    from papertrail.plan import dependents
     from study import stages
     from study.preset import load_preset, parse_overrides
+    from study.run import data_dir_of, open_run
 
     overrides = parse_overrides(options.set)
     if options.run:
@@ -187,14 +186,13 @@ def _run(options: argparse.Namespace) -> int:
         preset = "smoke"
     name = options.run or load_preset(preset, overrides).name
     data_dir = data_dir_of(name, options.data_dir)
-    run = Run.open(preset, options.run, overrides, data_dir, create=False)
+    run = open_run(preset, options.run, overrides, data_dir, create=False)
     selected = None
     if options.only:
         selected = {stage for chosen in options.only for stage in stages.select(run.preset, chosen)}
     elif options.start:
         first = stages.select(run.preset, options.start)
-        plan = stages.steps(run.preset)
-        selected = set(first).union(*(stages.dependents(plan, stage) for stage in first))
+        selected = set(first).union(*(dependents(run.plan, stage) for stage in first))
     scheduler.check(run, selected)  # before anything is written
     run.create()
     if run.data_dir:
@@ -268,6 +266,7 @@ def _verify(options: argparse.Namespace) -> int:
     from basics import paths
     from papertrail import report, rerun, scheduler
     from papertrail.verify import verify
+    from study.cli.disk import cache_notes
 
     run = _open(options.run)
     say = (lambda line: None) if options.json else _say
@@ -276,7 +275,7 @@ def _verify(options: argparse.Namespace) -> int:
             count, problems = len(run.require(options.rerun)["outputs"]), rerun.rerun(run, options.rerun, say)
             kept = f"stage {options.rerun} came out the same, times apart"
         else:
-            count, problems = verify(run, say)
+            count, problems = verify(run, say, cache_notes())
             problems = problems or report.rendered(run.path, paths.REPORT)  # reads the notebooks just verified
             kept = f"{count} files are what their run.json says"
     except scheduler.StageFailed as failure:

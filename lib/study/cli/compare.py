@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from papertrail.run import Run
 from study.comparison import Comparison, tables
 from study.comparison.load import Value
 from study.comparison.measures import HEADLINE, PERPLEXITY, Measure
 from study.comparison.models import ordered
 from study.preset import to_dict
+from study.run import Run
 
 FOOT = (
     "Each interval is its own run's 95%, over items. Whether two runs differ is not tested here: item by item only the "

@@ -11,7 +11,6 @@ from typing import Any
 from basics import files
 from basics.errors import MissingInput
 from papertrail.run import Run, read_run_file
-from study import stages
 from study.preset import to_dict
 
 Point = tuple[str, float, int, float]  # tag, value, step, seconds since 1970
@@ -25,7 +24,7 @@ def series(run: Run) -> dict[str, list[Point]]:
     from threefold.training import read_metrics  # imports torch
 
     points: dict[str, list[Point]] = {}
-    for stage in stages.steps(run.preset):
+    for stage in run.plan:
         for folder in (run.partial_folder(stage), run.stage_folder(stage)):
             if stage not in points and (folder / "metrics.jsonl").is_file():
                 begun = (read_run_file(folder) or {}).get("started")

@@ -9,14 +9,10 @@ from basics import names, paths
 from basics.errors import ConfigError, ThreefoldError
 from papertrail import scheduler as executor
 from papertrail.run import at_work
+from study.run import run_names
 
 REMADE = ("report", "tensorboard", "wandb", ".executing")  # by the commands of those names, and by `threefold run`
 CONFIG = "config.toml"  # what makes a folder a run; the last to go, so that a removal cut short can be taken up again
-
-
-def runs() -> list[str]:
-    """Names of the runs in the runs folder."""
-    return sorted(path.parent.name for path in paths.RUNS.glob(f"*/{CONFIG}"))
 
 
 def folder(name: str) -> Path:
@@ -24,10 +20,10 @@ def folder(name: str) -> Path:
     names.check_name(name, "run")
     path = paths.RUNS / name
     if not (path / CONFIG).is_file():
-        miss = names.near_miss(name, runs())
+        miss = names.near_miss(name, run_names())
         raise ConfigError(
             f"no run {name!r}{f', did you mean {miss}?' if miss else ''}; "
-            f"runs: {', '.join(runs()) or 'none yet'}; `threefold run --run {name}` makes it"
+            f"runs: {', '.join(run_names()) or 'none yet'}; `threefold run --run {name}` makes it"
         )
     return path
 
@@ -92,10 +88,18 @@ def cache() -> list[Path]:
         raise ConfigError(
             f"the cache is {used}, not in the runs folder ($THREEFOLD_CACHE, or a link): empty it yourself"
         )
-    busy = [name for name in runs() if executor.at_work(paths.RUNS / name)]
+    busy = [name for name in run_names() if executor.at_work(paths.RUNS / name)]
     if busy:
         raise ThreefoldError(f"run {busy[0]} is at work and reads the cache; wait for it")
     return sorted(path for path in own.iterdir() if path.name != REVISIONS) if own.is_dir() else []
+
+
+def cache_notes() -> list[Path]:
+    """The checked notes of what the cache keeps: tokens, overlap searches and hashes."""
+    from threefold.data.sources import cache_folder
+
+    patterns = ("tokens/[!.]*/meta.json", "overlap/[!.]*.json", "hashes/[!.]*.json")
+    return [note for pattern in patterns for note in sorted(cache_folder().glob(pattern))]
 
 
 def remove(found: Iterable[Path]) -> None:

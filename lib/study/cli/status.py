@@ -9,9 +9,10 @@ from basics import paths
 from basics.errors import RecordError, ThreefoldError
 from papertrail import records
 from papertrail import scheduler as executor
-from papertrail.run import Run, stage_notebook
+from papertrail.run import Run
 from papertrail.staleness import Kind, State, survey
 from study.cli import disk
+from study.run import run_names
 
 
 def of_run(run: Run) -> list[State]:
@@ -62,7 +63,7 @@ def headline(run: Run, state: State) -> str | None:
         return None
     try:
         run.check_notebook(state.stage)
-        found = records.read(run.notebook(stage_notebook(state.stage).executed))
+        found = records.read(run.notebook(run.plan[state.stage].executed))
     except RecordError:
         return None
     for name, record in found.items():
@@ -85,7 +86,7 @@ def of_all(open_run: Callable[[str], Run]) -> dict[str, Any]:
     error: why a run's states cannot be told (a config.toml that this version does not read), else None.
     """
     found = []
-    for name in disk.runs():
+    for name in run_names():
         folder = paths.RUNS / name
         error = None
         counts: Counter[str] = Counter()

@@ -12,9 +12,8 @@ from collections.abc import Callable
 
 from basics import names
 from basics.errors import ConfigError, ThreefoldError
-from papertrail.run import Run, open_stage
-from study import stages
 from study.preset import TRAINED
+from study.run import Run, open_stage
 
 
 def work(run: Run, stage: str, *, begun: bool, say: Callable[[str], None]) -> int:
@@ -42,14 +41,14 @@ def _train(run: Run, stage: str, begun: bool, say: Callable[[str], None]) -> Non
     from study.training import prepare, train_stage
     from threefold.training import distributed
 
-    fingerprint = stages.fingerprint(run, stage)
-    for need in stages.steps(run.preset)[stage].needs:
+    fingerprint = run.fingerprint(stage)
+    for need in run.plan[stage].needs:
         run.require(need)
     with distributed.joined() as workers, contextlib.ExitStack() as held:
-        opened = open_stage(stage, {"preset": "", "run": run.name, "data_dir": run.data_dir, "nproc": 1})
+        opened = open_stage(stage, preset="", run=run.name, data_dir=run.data_dir, nproc=1)
         if workers.first and not begun:
             held.enter_context(executor.lock(run.path))
-        if workers.agreed(not begun and staleness.state(run, stages.steps(run.preset)[stage]).kind == "fresh"):
+        if workers.agreed(not begun and staleness.state(run, stage).kind == "fresh"):
             if workers.first:
                 say(f"{stage}: fresh, nothing to train")
             return

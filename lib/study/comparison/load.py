@@ -12,10 +12,11 @@ from basics import files, names
 from basics.errors import MissingInput, RecordError
 from papertrail import records
 from papertrail.records import Record
-from papertrail.run import Run, read_run_file, replicate_folder, stage_notebook
-from study import stages
+from papertrail.run import read_run_file
 from study.comparison import models
 from study.preset import REPEATED
+from study.run import Run
+from study.stages import replicate_folder
 
 OWN_NOTEBOOK = "06_compare"
 FACTS = ("parameters", "precision", "backend", "context", "vocabulary", "tokenizer_sha256", "revision", "location")
@@ -61,10 +62,10 @@ class Comparison:
                 replicates of a stage with the same weights.
         """
         if isinstance(location, Run):
-            plan = [stage for stage in stages.steps(location.preset) if stage != "compare"]
+            plan = [stage for stage in location.plan if stage != "compare"]
             paths = []
             for stage in plan:
-                path = location.notebook(stage_notebook(stage).executed)
+                path = location.notebook(location.plan[stage].executed)
                 if not path.is_file():
                     raise MissingInput(f"{path.name} has not been run: `{location.command(stage)}`")
                 location.check_notebook(stage)

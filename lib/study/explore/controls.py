@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from basics.errors import ThreefoldError
-from papertrail.run import Run
 from study.explore import read, view
 from study.explore.display import Shown, note
+from study.run import Run
 
 try:
     import ipywidgets

@@ -7,12 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from basics import files, paths
+from basics import files
 from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
 from basics.names import check_name, near_miss, replicate_of
-from papertrail.run import Run, data_dir_of
-from study import stages
+from study import run as study_run
 from study.comparison.load import Comparison
+from study.preset import TRAINED
+from study.run import Run, data_dir_of, run_names
 from threefold.config import SourceConfig
 from threefold.data import sources
 from threefold.data.templates import instruction_prompt
@@ -31,14 +32,14 @@ def open_run(name: str = "smoke", data_dir: str = "") -> Run:
     Raises MissingInput, which lists the runs and names the command that makes one.
     """
     check_name(name, "run")
-    names = sorted(path.parent.name for path in paths.RUNS.glob("*/config.toml"))
+    names = run_names()
     if name not in names:
         miss = near_miss(name, names)
         raise MissingInput(
             f"no run {name!r}{f', did you mean {miss}?' if miss else ''}; runs: {', '.join(names) or 'none yet'}; "
             "`threefold run --preset smoke` makes one"
         )
-    return Run.open("", name, data_dir=data_dir_of(name, data_dir), create=False)
+    return study_run.open_run("", name, data_dir=data_dir_of(name, data_dir), create=False)
 
 
 # Stages -------------------------------------------------------------------------------------------------------------
@@ -46,8 +47,7 @@ def open_run(name: str = "smoke", data_dir: str = "") -> Run:
 
 def trainings(run: Run) -> list[str]:
     """The stages that train a model in this run's preset, replicates included."""
-    models = set(stages.TRAINS) - {"ablations"}
-    return [name for name in stages.steps(run.preset) if replicate_of(name)[0] in models]
+    return [name for name in run.plan if replicate_of(name)[0] in TRAINED]
 
 
 def chosen(run: Run, names: str | Iterable[str]) -> list[str]:
@@ -109,7 +109,7 @@ def loss_curve(run: Run, stage: str, points: int) -> dict | None:
 
 def comparison(run: Run) -> Comparison:
     """The records of the notebooks executed so far. Raises MissingInput; RecordError where a notebook was changed."""
-    for stage in stages.steps(run.preset):
+    for stage in run.plan:
         run.check_notebook(stage)
     executed = sorted((run.path / "notebooks").glob("*.ipynb"))
     return _comparison(run.path, tuple((path.name, path.stat().st_mtime_ns) for path in executed))
@@ -141,7 +141,7 @@ def items(run: Run, model: str, protocol: str) -> pd.DataFrame:
     frame = comparison(run).items(model, protocol)
     if frame is None:
         stage = f"evaluate-{model}"
-        evaluated_stage = stage in stages.steps(run.preset)
+        evaluated_stage = stage in run.plan
         way = f"run `{run.command(stage)}`" if evaluated_stage else f"evaluated are {', '.join(evaluated(run))}"
         raise MissingInput(f"run {run.name} has no results of {model} under {protocol}: {way}")
     return frame

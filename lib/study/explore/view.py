@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 
 from basics.errors import ConfigError, DataError, MissingInput, ThreefoldError
 from basics.names import near_miss, replicate_of
-from papertrail.run import Run
 from study.comparison import models as naming
 from study.comparison.measures import KEYS
 from study.comparison.training import smooth
 from study.explore import read
 from study.explore.display import INK, QUIET, RULE, Html, Shown, block, heading, image, legend, note, table, token
+from study.run import Run
 from threefold.data.templates import instruction_prompt
 from threefold.data.tokenizer import encode, sink_ids
 from threefold.evaluation import attention as attention_maps

@@ -1,0 +1,41 @@
+"""The stages of a run: which notebook makes each, with which parameters, after which others."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of a run."""
+
+    name: str  # "evaluate-sft"
+    notebook: str  # stem in the notebooks folder: "04_evaluate"
+    executed: str  # stem in the run's notebooks/: "04_evaluate-sft"
+    parameters: Mapping[str, str | int]  # of the notebook: {"model": "sft"}
+    needs: tuple[str, ...]  # stages that must be finished before it starts
+    folder: str  # of what it makes, relative to the run's: "evaluation/sft"
+    alone: bool = False  # nothing may run beside it, because it measures times
+
+
+Plan = Mapping[str, StageSpec]  # by name; each stage comes after those that it needs
+
+
+def make_plan(specs: Iterable[StageSpec]) -> Plan:
+    """The plan of these stages, which keep their order. Raises ValueError where that is no order to run them in."""
+    plan: dict[str, StageSpec] = {}
+    for spec in specs:
+        if not set(spec.needs) <= set(plan):
+            raise ValueError(f"stage {spec.name} comes before a stage that it needs")
+        plan[spec.name] = spec
+    return plan
+
+
+def ancestors(plan: Plan, name: str) -> set[str]:
+    """The stages that this one needs, directly or not."""
+    needs = set(plan[name].needs)
+    return needs.union(*(ancestors(plan, need) for need in needs))
+
+
+def dependents(plan: Plan, name: str) -> set[str]:
+    """The stages that need this one, directly or not."""
+    return {other for other in plan if name in ancestors(plan, other)}

@@ -1,0 +1,336 @@
+"""Runs and stages of this study: the run folder of a preset, and a notebook's parameters turned into its stage."""
+
+import ast
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from basics import files, names, paths
+from basics.errors import ConfigError
+from basics.names import did_you_mean, shown
+from papertrail import run as papertrail_run
+from papertrail.project import Project
+from study import stages
+from study.preset import (
+    REPEATED,
+    TRAINED,
+    Preset,
+    format_overrides,
+    load_preset,
+    model_names,
+    parse_overrides,
+    preset_names,
+    to_dict,
+    to_toml,
+)
+
+COMMON_PARAMETERS = ("preset", "run", "data_dir", "overrides")  # of every notebook
+PRETRAINED = ("pretrain", "gpt2", "distilgpt2")  # the stages of notebook 01, by its parameter `model`
+# Stages whose parameters are the keys of another section than the one of their name.
+SECTIONS = {"evaluate": "evaluation", "speed": "evaluation", "compare": "evaluation"}
+
+
+def project() -> Project:
+    """What papertrail has to know of this study."""
+    return Project(
+        root=paths.PROJECT,
+        notebooks=paths.NOTEBOOKS,
+        packages=("basics", "papertrail", "study", "threefold"),
+        distributions=(
+            *("torch", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "numpy", "pandas", "scipy"),
+        ),
+        summary="compare",
+        timed_files=("steps-preset.json", "steps-ablation.json", "speed.parquet"),
+        timed_records=("speed/", "comparison/"),
+        readers={"metrics.jsonl": _metrics},
+    )
+
+
+def _metrics(file: Path) -> list[dict[str, Any]]:
+    from threefold.training.state import read_metrics  # without the steps that an interrupted training repeated
+
+    return read_metrics(file.parent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(papertrail_run.Run):
+    """A run folder and the resolved preset that it belongs to."""
+
+    preset: Preset
+    data_dir: str = ""  # absolute, or "" when there is no local data folder
+
+    @classmethod
+    def of(cls, name: str, path: Path, preset: Preset, **options: Any) -> "Run":
+        """The run of a preset in a folder. options: further fields."""
+        return cls(name=name, path=path, preset=preset, plan=stages.plan(preset), project=project(), **options)
+
+    def create(self) -> None:
+        """Make the run's folders and write its config.toml if absent or changed."""
+        text, file = to_toml(self.preset), self.path / "config.toml"
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            files.atomic_write(file, text)
+        self.notebook("").parent.mkdir(exist_ok=True)  # papermill does not make its output's folder
+
+    def config_of(self, stage: str) -> dict[str, Any]:
+        return stages.sections(self.preset, stage)
+
+    def data_of(self, stage: str, reread: dict[str, str] | None = None) -> dict[str, str]:
+        return stages.data_fingerprints(self.preset, stage, self.data_dir, reread)
+
+    def seed(self, stage: str) -> int:
+        """The preset's seed, plus the place of a training's replicate. An evaluation's does not change with the
+        replicate, so that every replicate gets the same prompts."""
+        base, replicate = names.replicate_of(stage)
+        return self.preset.seed + (replicate - 1 if base in REPEATED else 0)
+
+    def taken_from(self, parent: str, stage: str) -> str:
+        """Of a model its weights; of the data stage what it made (not its fingerprint: other data for DPO leaves the
+        tokenizer, and so pretraining, as it was). The comparison reads measured times, so it takes whole results."""
+        facts = self.finished(parent)
+        if facts is None:
+            return "missing"
+        if stage == self.project.summary:
+            return files.sha256_json(facts)
+        return facts["outputs"].get("model.safetensors") or files.sha256_json(facts["outputs"])
+
+    def environment(self) -> dict[str, str]:
+        from threefold.data.sources import cache_folder
+
+        return {
+            "THREEFOLD_DATA": self.data_dir,
+            "THREEFOLD_RUNS": str(self.path.parent),
+            "THREEFOLD_CACHE": str(cache_folder()),  # also where this run lies outside the runs folder
+        }
+
+    def private(self) -> dict[str, str]:
+        """Absolute paths in the preset (own data, own models) become their last part."""
+
+        def absolute(value: object) -> Iterator[str]:
+            if isinstance(value, str) and Path(value).is_absolute():
+                yield value
+            for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+                yield from absolute(item)
+
+        known = {path: Path(path).name for path in absolute(to_dict(self.preset))}
+        return {**known, **({self.data_dir: "$THREEFOLD_DATA"} if self.data_dir else {})}
+
+
+# Opening a run ------------------------------------------------------------------------------------------------------
+
+
+def run_names() -> list[str]:
+    """Names of the runs in the runs folder."""
+    return sorted(path.parent.name for path in paths.RUNS.glob("*/config.toml"))
+
+
+def open_run(
+    preset: str | Path = "smoke",
+    run: str = "",
+    overrides: Mapping[str, object] | Iterable[str] = (),
+    data_dir: str | Path = "",
+    *,
+    create: bool = True,
+) -> Run:
+    """The run of that name (default: the preset's).
+
+    preset: a name, a path to a .toml file, or "" for the config.toml that the run has.
+    overrides: {dotted key: value}, or texts that `parse_overrides` reads.
+    data_dir: local data folder, relative to the current folder or else to the project; default $THREEFOLD_DATA.
+    create: make the run's folders, and write its config.toml if absent or changed. False writes nothing.
+    Raises ConfigError.
+    """
+    if run:
+        names.check_name(run, "run")
+    if not isinstance(overrides, Mapping):
+        overrides = parse_overrides(overrides)
+    own_config = paths.RUNS / run / "config.toml"
+    if not preset and not (run and own_config.is_file()):
+        raise ConfigError(f"run {run!r} has no config.toml yet: name a preset ({', '.join(preset_names())})")
+    resolved = load_preset(preset or own_config, overrides)
+    name = run or resolved.name
+    path = paths.RUNS / name
+    if path.resolve() != paths.RUNS.resolve() / name:
+        raise ConfigError(
+            f"run {name} is a link out of the runs folder: choose another name, or set THREEFOLD_RUNS to the "
+            "folder in which all runs are to lie"
+        )
+    parameters = {
+        "preset": str(preset),
+        "run": name if name != resolved.name or not preset else "",
+        "data_dir": str(data_dir),
+        "overrides": format_overrides(overrides),
+    }
+    opened = Run.of(
+        name,
+        path,
+        resolved,
+        parameters={key: value for key, value in parameters.items() if value},
+        data_dir=_data_folder(str(data_dir)),
+    )
+    if create:
+        opened.create()
+    return opened
+
+
+def data_dir_of(run: str, given: str = "") -> str:
+    """The data folder to open a run with: as given, else $THREEFOLD_DATA (`open_run` reads it), else the one the run
+    was made with."""
+    if given or os.environ.get("THREEFOLD_DATA"):
+        return given
+    note = paths.RUNS / run / ".data_dir"
+    kept = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
+    return kept if kept and Path(kept).is_dir() else ""
+
+
+def _data_folder(given: str) -> str:
+    """The local data folder as an absolute path, "" when none is named. ConfigError when it is not there."""
+    text = given or os.environ.get("THREEFOLD_DATA", "")
+    if not text:
+        return ""
+    path = paths.expanded(text)
+    for folder in (path, paths.PROJECT / path):
+        if os.path.isdir(folder):  # False for what cannot be a name
+            return str(folder.resolve())
+    origin = "data_dir" if given else "$THREEFOLD_DATA"
+    raise ConfigError(f"{origin} = {text!r:.300}: no such folder, neither from here nor from the project's folder")
+
+
+# Opening a stage ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Stage(papertrail_run.Stage):
+    """One stage of a run, as its notebook works on it."""
+
+    run: Run
+    config: Any  # its section of the preset: TrainConfig, EvaluationConfig, ...
+    nproc: int | None = None  # processes that train it together; None: one per GPU
+
+    @property
+    def preset(self) -> Preset:
+        return self.run.preset
+
+    @property
+    def subject(self) -> str:
+        """The model's name in records, with its replicate: "sft-seed2" of "evaluate-sft-seed2"."""
+        return self.name.removeprefix("evaluate-")
+
+    @property
+    def model(self) -> str:
+        """The model's name: "gpt2" of "gpt2", "sft" of "evaluate-sft-seed2"."""
+        return names.replicate_of(self.subject)[0]
+
+    @property
+    def replicate(self) -> int:
+        """Which training of the lineage this is about, from 1."""
+        return names.replicate_of(self.name)[1]
+
+    def require(self, stage: str) -> Path:
+        """As in papertrail; of a stage with replicates this one's."""
+        return super().require(names.replicate_name(stage, self.replicate) if stage in REPEATED else stage)
+
+
+def open_stage(stage: str, /, **parameters: Any) -> Stage:
+    """The stage of a notebook, from the notebook's parameters.
+
+    stage: "sft", ...; "pretrain" with model="gpt2" is stage "gpt2", "evaluate" with model="sft" is "evaluate-sft",
+        "sft" with replicate=2 is "sft-seed2".
+    parameters: preset, run, data_dir, overrides ("a.b=c; d.e=f", or a list), `model` (notebooks 01 and 04),
+        `replicate` (01 to 04: which of the preset's `seeds` trainings, from 1), `nproc` (01 to 03: processes that train
+        together), and keys of the stage's section of the preset. None means the preset's value.
+
+    Raises ConfigError, also where the notebook's parameters cells assign a name that is not passed on here: papermill
+    only warns about an unknown parameter, and a typo would run for hours.
+    """
+    base, replicate = names.replicate_of(stage)
+    kind = base.partition("-")[0]
+    if kind not in stages.NOTEBOOKS:
+        raise ConfigError(f"unknown stage {base!r}{did_you_mean(base, stages.NOTEBOOKS)}")
+    section = SECTIONS.get(kind, kind)
+    takes_model = kind in PRETRAINED or kind == "evaluate"
+    keys = [
+        *COMMON_PARAMETERS,
+        *(["model"] if takes_model else []),
+        *(["replicate"] if takes_model or kind in REPEATED else []),
+        *(["nproc"] if kind in TRAINED else []),
+        *sorted(to_dict(getattr(Preset(), section))),
+    ]
+    _check_known(parameters, keys, stages.NOTEBOOKS[kind])
+    if parameters:
+        _check_known(assigned_parameters(), list(parameters), stages.NOTEBOOKS[kind])
+    given = {name: value for name, value in parameters.items() if value is not None}
+
+    model, replicate = given.pop("model", None), given.pop("replicate", replicate)
+    if base == "pretrain" and model:
+        if model not in PRETRAINED:
+            hint = did_you_mean(str(model), PRETRAINED)
+            raise ConfigError(f"model {shown(model)}{hint}; allowed: {', '.join(PRETRAINED)}")
+        base = section = model
+    if base == "evaluate":
+        base = f"evaluate-{model or 'pretrain'}"
+    nproc = given.pop("nproc", None)
+    if nproc is not None and (type(nproc) is not int or nproc < 1):
+        raise ConfigError(f"parameter nproc = {shown(nproc)}: expected None or a whole number of at least 1")
+    common = {name: given.pop(name) for name in COMMON_PARAMETERS if name in given}
+    overrides = common.pop("overrides", ())
+    if not isinstance(overrides, str | list | tuple):
+        raise ConfigError(f"parameter overrides = {shown(overrides)}: expected 'key=value; key=value', or a list")
+    values = parse_overrides(overrides) | {f"{section}.{name}": value for name, value in given.items()}
+    for name, value in common.items():
+        if isinstance(value, bool | float):
+            raise ConfigError(f"parameter {name} = {shown(value)}: expected a string")
+        common[name] = str(value)  # papermill's -p makes a number of a run named 2024
+    run = open_run(**common, overrides=values, create=False)
+    if kind == "evaluate" and (name := base.removeprefix("evaluate-")) not in model_names(run.preset):
+        models = model_names(run.preset)
+        raise ConfigError(f"model {name!r}{did_you_mean(name, models)}; allowed in this preset: {', '.join(models)}")
+    name = _with_replicate(base, replicate, run.preset)
+    run.spec(name)
+    run.create()  # only now, so that a wrong parameter leaves nothing behind
+    return Stage(name=name, run=run, config=getattr(run.preset, section), nproc=nproc)
+
+
+def _with_replicate(stage: str, replicate: Any, preset: Preset) -> str:
+    """The stage's name in that replicate. Raises ConfigError for one that the preset does not ask for."""
+    parameter, model = f"parameter replicate = {shown(replicate)}", stage.removeprefix("evaluate-")
+    if type(replicate) is not int or replicate < 1:
+        raise ConfigError(f"{parameter}: expected a whole number of at least 1")
+    if replicate > 1 and model not in REPEATED:
+        raise ConfigError(f"{parameter}: {model} is trained once; seeds repeats {', '.join(REPEATED)}")
+    if replicate > preset.seeds:
+        raise ConfigError(
+            f"{parameter}: preset {preset.name} has seeds = {preset.seeds}; overrides='seeds={replicate}' asks for more"
+        )
+    return names.replicate_name(stage, replicate)
+
+
+def _check_known(parameters: Iterable[str], allowed: list[str], notebook: str) -> None:
+    for name in parameters:
+        if name not in allowed:
+            raise ConfigError(
+                f"unknown parameter {name}{did_you_mean(name, allowed)}; notebook {notebook} takes: "
+                f"{', '.join(allowed)} (other keys: overrides='section.key=value')"
+            )
+
+
+def assigned_parameters() -> list[str]:
+    """The names that the parameters cells of the running notebook assign; none outside of a notebook.
+
+    Those are the first cells that were run, as long as they hold nothing but assignments of literals: the notebook's
+    own and the one that papermill injects after it. IPython keeps the source of each cell, so that nothing has to be
+    guessed from the notebook's variables.
+    """
+    ipython, assigned = sys.modules.get("IPython"), []
+    shell = ipython.get_ipython() if ipython is not None else None
+    for cell in shell.history_manager.input_hist_raw[1:] if shell is not None else ():
+        try:
+            statements = ast.parse(cell).body
+            for statement in statements:
+                ast.literal_eval(statement.value)
+            assigned += [target.id for statement in statements for target in statement.targets]
+        except (SyntaxError, ValueError, AttributeError):  # not only assignments of literals
+            break
+    return assigned
