@@ -139,7 +139,7 @@ def paired_proportions(a: ArrayLike, b: ArrayLike) -> PairedProportions:
 def paired_bootstrap(
     a: ArrayLike,
     b: ArrayLike,
-    a_weights: ArrayLike = 1.0,
+    a_weights: ArrayLike | None = None,
     b_weights: ArrayLike | None = None,
     *,
     clusters: ArrayLike | None = None,
@@ -149,11 +149,12 @@ def paired_bootstrap(
     """`sum b / sum b_weights - sum a / sum a_weights` over units drawn together for both.
 
     `a` and `b` are per-unit sums (a document's nats, an item's score) and the weights are what they are divided by (its
-    tokens or bytes); `b_weights` defaults to `a_weights`. Rows sharing a value of `clusters` are drawn together. The
+    tokens or bytes; None: 1); `b_weights` defaults to `a_weights`. Rows sharing a value of `clusters` are drawn together. The
     p-value is twice the smaller share of resamples on one side of zero, at least 1/(resamples + 1); identical inputs
     give a difference of exactly 0 and p = 1.
     """
     a_N, b_N = _paired(a, b)
+    a_weights = 1.0 if a_weights is None else a_weights
     columns_DC = _columns(clusters, a_N, a_weights, b_N, a_weights if b_weights is None else b_weights)
 
     def estimate(sums_BC: np.ndarray) -> np.ndarray:
