@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from threefold.config import ModelConfig, TokenizerConfig
-from threefold.data.tokenizer import build_tokenizer, without_bos
+from threefold.data.tokenizer import build_tokenizer, with_sinks
 from threefold.evaluation import LanguageModel
 from threefold.evaluation.results import Dataset
 
@@ -48,7 +48,7 @@ def tokenizer(sinks: int = 1):
 @lru_cache
 def gpt2_style_tokenizer():
     """The same ids without a prefix, as GPT-2's."""
-    return without_bos(tokenizer())
+    return with_sinks(tokenizer(), 0)
 
 
 def _spread(model: torch.nn.Module, seed: int) -> None:

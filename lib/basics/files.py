@@ -158,7 +158,7 @@ def sha256_cached(path: Path) -> str:
     stat = path.stat()
     if stat.st_size < SMALL:
         return sha256_file(path)
-    kept = paths.RUNS / ".cache" / "hashes" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
+    kept = paths.cache_folder() / "hashes" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
     state = [stat.st_size, stat.st_mtime_ns]
     known = read_note(kept)
     if known is None or known.get("state") != state:

@@ -12,6 +12,11 @@ PRESETS = PACKAGES / "study" / "presets"
 RUNS = Path(os.environ.get("THREEFOLD_RUNS") or PROJECT / "runs").resolve()
 
 
+def cache_folder() -> Path:
+    """Where derived data is kept between runs: $THREEFOLD_CACHE, or .cache in the runs folder."""
+    return Path(os.environ.get("THREEFOLD_CACHE") or RUNS / ".cache").resolve()
+
+
 def expanded(path: str | Path) -> Path:
     """The path with ~ and ~NAME put in; where nobody has that name it stays as it is, as in a shell."""
     try:

@@ -97,12 +97,10 @@ class Run(papertrail_run.Run):
         return facts["outputs"].get("model.safetensors") or files.sha256_json(facts["outputs"])
 
     def environment(self) -> dict[str, str]:
-        from threefold.data.sources import cache_folder
-
         return {
             "THREEFOLD_DATA": self.data_dir,
             "THREEFOLD_RUNS": str(self.path.parent),
-            "THREEFOLD_CACHE": str(cache_folder()),  # also where this run lies outside the runs folder
+            "THREEFOLD_CACHE": str(paths.cache_folder()),  # also where this run lies outside the runs folder
         }
 
     def private(self) -> dict[str, str]:

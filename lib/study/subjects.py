@@ -6,7 +6,7 @@ from basics import names
 from basics.errors import SourceError
 from study.preset import REPEATED
 from study.run import Stage
-from threefold.data import sources
+from threefold.data import hub
 from threefold.data.tokenizer import load_tokenizer
 from threefold.evaluation.adapter import LanguageModel
 
@@ -34,16 +34,16 @@ def subject(stage: Stage, model: str) -> LanguageModel:
 
 def _from_outside(stage: Stage, name: str, location: str, revision: str) -> LanguageModel:
     """A model from outside. One on the hub without a revision is that of the commit which its first load recorded."""
-    asked = revision or sources.recorded_commit(location)
+    asked = revision or hub.recorded_commit(location)
     try:
         model = LanguageModel.from_location(location, asked, stage.run.data_dir, name=name)
     except SourceError as error:
         if asked == revision:
             raise
         raise SourceError(
-            f"{error}; asked for was commit {asked}, which the first load recorded in {sources.REVISIONS} of the cache "
+            f"{error}; asked for was commit {asked}, which the first load recorded in {hub.REVISIONS} of the cache "
             "folder: take it out there to load another one"
         ) from error
     if not revision and (commit := model.facts.get("revision")):
-        sources.record_commit(location, commit)
+        hub.record_commit(location, commit)
     return model

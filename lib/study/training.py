@@ -17,7 +17,7 @@ from study.run import Stage
 from threefold.config import ModelConfig
 from threefold.data import corpus, exclusion
 from threefold.data.packing import PackedRows, PairedRows
-from threefold.data.tokenizer import load_tokenizer, without_bos
+from threefold.data.tokenizer import load_tokenizer, with_sinks
 from threefold.model.decoder import Decoder
 from threefold.model.gpt2 import gpt2_counterpart
 from threefold.model.hf import load_checkpoint
@@ -57,7 +57,7 @@ def prepare(stage: Stage) -> Inputs:
         tokenizer = load_tokenizer(stage.require("data") / "tokenizer")
         config = replace(stage.preset.model, vocab_size=len(tokenizer))
         if kind != "pretrain":  # GPT-2's parts have no sink: its tokenizer puts nothing before a sequence
-            config, tokenizer = gpt2_counterpart(config), without_bos(tokenizer)
+            config, tokenizer = gpt2_counterpart(config), with_sinks(tokenizer, 0)
         if kind == "distilgpt2":
             teacher = load_checkpoint(stage.require("gpt2"))
             model = half_depth(teacher)

@@ -233,7 +233,7 @@ def test_every_example_holds(name, place, text, tmp_path):
         exec(compile(text, f"{name}, example {place}", "exec"), {"__name__": "example"})
     elif text.startswith("# data/sources.toml"):
         (tmp_path / "sources.toml").write_text((ROOT / "data" / "sources.toml").read_text() + text)
-        assert set(tomllib.loads(text)) < set(sources._registry(tmp_path / "sources.toml", 0))
+        assert set(tomllib.loads(text)) < set(sources.read_registry(tmp_path / "sources.toml"))
     else:
         table, part = to_dict(load_preset("smoke")), tomllib.loads(text)
         for section, values in part.items():

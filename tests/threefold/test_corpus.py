@@ -15,8 +15,9 @@ from basics.files import damaged
 from threefold.config import ModelConfig, SourceConfig, TokenizerConfig
 from threefold.data import corpus
 from threefold.data.packing import IGNORE
+from threefold.data.sources import iterate, resolve
 from threefold.data.templates import as_prompt_response
-from threefold.data.tokenizer import build_tokenizer, encode, sink_ids, without_bos
+from threefold.data.tokenizer import build_tokenizer, encode, sink_ids, with_sinks
 from threefold.segments import TRUNK_SHIFT
 
 DATA = Path(os.environ.get("THREEFOLD_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -51,17 +52,17 @@ def decoded(tokenizer, documents) -> list[str]:
 
 def test_documents_are_the_texts_and_are_mapped(tokenizer, cache):
     for source in (TEXT, STORIES, REVIEWS, INSTRUCTIONS, PROBLEMS, PREFERENCES):
-        documents = corpus.tokenise_documents(source, tokenizer)
+        documents = corpus.tokenise(source, tokenizer).documents
         assert decoded(tokenizer, documents) == list(corpus.texts(source))
         assert isinstance(documents.tokens, np.memmap) and documents.tokens.dtype == np.uint16
     assert len(list(cache.iterdir())) == 6
-    assert len(corpus.tokenise_documents(STORIES, tokenizer)) == 40
+    assert len(corpus.tokenise(STORIES, tokenizer).documents) == 40
 
 
 def test_a_cache_is_read_again_and_not_made_again(tokenizer, cache, monkeypatch):
-    first = corpus.tokenise_documents(TEXT, tokenizer)
+    first = corpus.tokenise(TEXT, tokenizer).documents
     monkeypatch.setattr(corpus, "encode", None)
-    again = corpus.tokenise_documents(TEXT, tokenizer)
+    again = corpus.tokenise(TEXT, tokenizer).documents
     assert np.array_equal(first.tokens, again.tokens) and np.array_equal(first.offsets, again.offsets)
     assert len(list(cache.iterdir())) == 1
 
@@ -72,7 +73,7 @@ def test_the_key_depends_on_content_part_reader_and_tokenizer(tokenizer, cache, 
 
     def made() -> int:
         before = len(list(cache.iterdir())) if cache.exists() else 0
-        corpus.tokenise_documents(source, tokenizer)
+        corpus.tokenise(source, tokenizer)
         return len(list(cache.iterdir())) - before
 
     own.write_text("one.<|endoftext|>two.<|endoftext|>three.")
@@ -86,31 +87,31 @@ def test_the_key_depends_on_content_part_reader_and_tokenizer(tokenizer, cache, 
     for changed in ({"max_examples": 2}, {"skip_examples": 1}, {"reader": "stories"}):
         source = SourceConfig(**{"path": str(moved), "reader": "text", **changed})
         assert made() == 1
-    tokenizer = without_bos(tokenizer)
+    tokenizer = with_sinks(tokenizer, 0)
     assert made() == 0  # sinks are not in the stream
     tokenizer = build_tokenizer(TokenizerConfig(vocab_size=300), corpus.texts(TEXT))
     assert made() == 1
 
 
 def test_a_cut_cache_is_made_again(tokenizer, cache):
-    documents = decoded(tokenizer, corpus.tokenise_documents(TEXT, tokenizer))
+    documents = decoded(tokenizer, corpus.tokenise(TEXT, tokenizer).documents)
     (folder,) = cache.iterdir()
     with open(folder / "tokens.bin", "r+b") as file:
         file.truncate(100)
-    assert decoded(tokenizer, corpus.tokenise_documents(TEXT, tokenizer)) == documents
+    assert decoded(tokenizer, corpus.tokenise(TEXT, tokenizer).documents) == documents
     (folder / "meta.json").unlink()
-    assert decoded(tokenizer, corpus.tokenise_documents(TEXT, tokenizer)) == documents
+    assert decoded(tokenizer, corpus.tokenise(TEXT, tokenizer).documents) == documents
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "meta.json"])
 def test_a_cache_with_one_changed_byte_is_made_again_and_said(tokenizer, cache, name, capsys):
-    documents = decoded(tokenizer, corpus.tokenise_documents(TEXT, tokenizer))
+    documents = decoded(tokenizer, corpus.tokenise(TEXT, tokenizer).documents)
     (folder,) = cache.iterdir()
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     assert damaged(folder / "meta.json") == [folder / name]
-    assert decoded(tokenizer, corpus.tokenise_documents(TEXT, tokenizer)) == documents
-    assert "not as they were written; they are made again" in capsys.readouterr().out
+    assert decoded(tokenizer, corpus.tokenise(TEXT, tokenizer).documents) == documents
+    assert "in the cache are damaged and are recomputed" in capsys.readouterr().out
     assert damaged(folder / "meta.json") == [] and (folder / name).read_bytes() == content
 
 
@@ -118,7 +119,7 @@ def test_a_failed_read_leaves_nothing(tokenizer, cache, tmp_path):
     own = tmp_path / "own.jsonl"
     own.write_text('{"text": "fine"}\n' * 10 + "{broken\n")
     with pytest.raises(DataError, match=r"own\.jsonl:11: not JSON"):
-        corpus.tokenise_documents(SourceConfig(path=str(own), reader="text"), tokenizer)
+        corpus.tokenise(SourceConfig(path=str(own), reader="text"), tokenizer)
     assert not list(cache.glob("*"))
 
 
@@ -128,7 +129,7 @@ def test_two_processes_make_one_cache(tokenizer, cache, tmp_path):
         "import sys\nfrom threefold.config import SourceConfig\nfrom threefold.data import corpus\n"
         "from threefold.data.tokenizer import load_tokenizer\n"
         "source = SourceConfig(source='sample-stories')\n"
-        "print(corpus.tokenise_documents(source, load_tokenizer(sys.argv[1])).n_tokens)\n"
+        "print(corpus.tokenise(source, load_tokenizer(sys.argv[1])).documents.n_tokens)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "tokenizer")]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -149,7 +150,7 @@ def test_pretraining_rows_hold_every_token_once(tokenizer):
     assert rows.n_tokens == len(expected) == batch.n_tokens
     assert rows.utilisation > 0.93
     assert batch.tokens_BT[:, 0].unique().tolist() == sink_ids(tokenizer)
-    bare = corpus.pretraining_rows(sources, without_bos(tokenizer), config(sinks=0))
+    bare = corpus.pretraining_rows(sources, with_sinks(tokenizer, 0), config(sinks=0))
     assert bare.rows([0]).segments_BT[0, 0] == 1
 
 
@@ -174,7 +175,7 @@ def test_example_rows_learn_each_response(tokenizer):
 def test_preference_rows_hold_both_sides(tokenizer):
     rows = corpus.preference_rows([PREFERENCES], tokenizer, config(192))
     assert rows.n_pairs + rows.n_dropped == 150
-    items = list(corpus.registry.iterate(PREFERENCES))
+    items = list(iterate(PREFERENCES))
     batch = next(rows.batches(150, shuffle=False))
     for place, pair in enumerate(batch.pairs_P.tolist()):
         item = items[rows.kept[pair]]
@@ -212,8 +213,8 @@ def test_describe_names_no_path(tokenizer, tmp_path):
 
 def test_prompt_and_response_meet_as_in_generation(tokenizer):
     for source in (INSTRUCTIONS, PROBLEMS, PREFERENCES):
-        for item in list(corpus.registry.iterate(source))[:40]:
-            prompt, response = as_prompt_response(corpus.registry.resolve(source).reader, item)
+        for item in list(iterate(source))[:40]:
+            prompt, response = as_prompt_response(resolve(source).reader, item)
             apart = [token for ids in encode(tokenizer, [prompt, response]) for token in ids.tolist()]
             together = next(encode(tokenizer, [prompt + response])).tolist()
             assert apart == together

@@ -14,7 +14,7 @@ from basics.errors import ConfigError, DataError
 from study.preset import load_preset, measured_on, override
 from study.run import open_run
 from threefold.config import OverlapConfig, SourceConfig, TokenizerConfig
-from threefold.data import corpus, exclusion, overlap
+from threefold.data import corpus, overlap, sources
 from threefold.data.exclusion import Exclusion
 from threefold.data.overlap import Index, words
 from threefold.data.templates import as_document
@@ -265,22 +265,21 @@ def tokenizer():
     return build_tokenizer(TokenizerConfig(vocab_size=400), corpus.texts(SourceConfig(source="sample-text")))
 
 
-TOKENISE = {
-    "documents": (corpus.tokenise_documents, ["sample-stories", "sample-problems"]),
-    "examples": (corpus.tokenise_examples, ["sample-problems", "sample-instructions"]),
-    "pairs": (corpus.tokenise_pairs, ["sample-preferences"]),
+SOURCES = {
+    "documents": ["sample-stories", "sample-problems"],
+    "examples": ["sample-problems", "sample-instructions"],
+    "pairs": ["sample-preferences"],
 }
 
 
-@pytest.mark.parametrize("form", TOKENISE)
+@pytest.mark.parametrize("form", SOURCES)
 def test_without_hits_the_tokens_are_the_same_bytes(tmp_path, cache, tokenizer, form):
     exclude = Exclusion(OverlapConfig(), {"set": source(tmp_path, "test", "text", [LONG])})
-    tokenise, names = TOKENISE[form]
-    for name in names:
+    for name in SOURCES[form]:
         part = SourceConfig(source=name, max_examples=50)
-        tokenise(part, tokenizer)
+        corpus.tokenise(part, tokenizer, form=form)
         (plain,) = (cache / "tokens").iterdir()
-        tokenise(part, tokenizer, "", exclude)
+        corpus.tokenise(part, tokenizer, "", exclude, form)
         (other,) = set((cache / "tokens").iterdir()) - {plain}
         for file in plain.iterdir():
             assert file.read_bytes() == (other / file.name).read_bytes()
@@ -288,7 +287,7 @@ def test_without_hits_the_tokens_are_the_same_bytes(tmp_path, cache, tokenizer, 
         os.rename(cache / "tokens", cache / f"done-{form}-{name}")
 
 
-@pytest.mark.parametrize("form", TOKENISE)
+@pytest.mark.parametrize("form", SOURCES)
 def test_a_planted_item_never_becomes_tokens(tmp_path, tokenizer, form):
     reader = {"documents": "stories", "examples": "problems", "pairs": "preferences"}[form]
     clean = FILLER[reader]
@@ -297,8 +296,7 @@ def test_a_planted_item_never_becomes_tokens(tmp_path, tokenizer, form):
     sets = {"set": source(tmp_path, "test", reader, [planted(reader, LONG)])}
 
     def tokens(part, exclude=None):
-        made = TOKENISE[form][0](part, tokenizer, "", exclude)
-        return getattr(made, "documents", made).tokens.tolist()
+        return corpus.tokenise(part, tokenizer, "", exclude, form).documents.tokens.tolist()
 
     assert tokens(train, Exclusion(OverlapConfig(), sets)) == tokens(bare) != tokens(train)
     assert tokens(train, Exclusion(OverlapConfig(remove=False), sets)) == tokens(train)
@@ -315,7 +313,7 @@ def test_the_tokenizer_is_trained_without_it(tmp_path):
 def test_a_source_of_which_nothing_is_left_is_an_error(tmp_path, tokenizer):
     train = source(tmp_path, "train", "stories", [LONG])
     with pytest.raises(DataError, match=r"train\.jsonl.*nothing is left of it.*with lines"):
-        corpus.tokenise_documents(train, tokenizer, "", Exclusion(OverlapConfig(), {"lines": train}))
+        corpus.tokenise(train, tokenizer, "", Exclusion(OverlapConfig(), {"lines": train}))
 
 
 def test_a_damaged_note_of_a_search_is_made_again(tmp_path, cache):
@@ -351,7 +349,7 @@ def test_settings_are_checked():
 
 def test_the_sample_keeps_its_text_and_every_held_out_item_is_found_in_itself():
     preset = load_preset("smoke")
-    exclude = exclusion.Exclusion(preset.overlap, measured_on(preset))
+    exclude = Exclusion(preset.overlap, measured_on(preset))
     for part in (*preset.data.pretrain, *preset.data.sft, *preset.data.dpo):
         found = exclude.search(part)
         assert found.words_dropped < 0.05 * found.words
@@ -387,7 +385,7 @@ def test_trained_stages_depend_on_what_they_are_cleaned_against(tmp_path):
 @real
 def test_tokenised_and_natural_wikitext_are_the_same_words():
     test = SourceConfig(source="wikitext-2", split="test", max_examples=20)
-    articles = list(corpus.registry.iterate(test, DATA))
+    articles = list(sources.iterate(test, DATA))
     index = Index({"s": ("wikitext-raw", articles)}, common=-1)
     natural = [natural_text(article) for article in articles]
     found = index.search("text", natural)
@@ -400,7 +398,7 @@ def test_tokenised_and_natural_wikitext_are_the_same_words():
 @real
 def test_sst2_phrases_hold_no_sentence_of_its_dev_set():
     """Full sets against the plain search: five one-word phrases are dev sentences, no longer one is."""
-    dev, train = (corpus.registry.load(SourceConfig(source="sst2", split=s), DATA) for s in ("validation", "train"))
+    dev, train = (sources.load(SourceConfig(source="sst2", split=s), DATA) for s in ("validation", "train"))
     whole = {tuple(words(item["sentence"])) for item in dev}
     runs = {run[i : i + 13] for run in whole for i in range(len(run) - 12)} | {
         run for run in whole if 8 <= len(run) < 13

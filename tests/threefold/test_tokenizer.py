@@ -24,7 +24,6 @@ from threefold.data.tokenizer import (
     sink_tokens,
     tokenizer_hash,
     with_sinks,
-    without_bos,
 )
 
 DATA = Path(os.environ.get("THREEFOLD_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -86,8 +85,8 @@ def test_a_saved_folder_loads_anywhere(trained, tmp_path):
         load_tokenizer(tmp_path / "nowhere")
 
 
-def test_without_bos_keeps_ids(trained, tmp_path):
-    bare = without_bos(trained)
+def test_without_sinks_keeps_ids(trained, tmp_path):
+    bare = with_sinks(trained, 0)
     assert bare("The cat").input_ids == plain(trained, "The cat")
     assert bare.bos_token_id == bare.eos_token_id == trained.eos_token_id
     assert len(bare) == len(trained) and sink_ids(bare) == []

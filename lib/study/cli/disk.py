@@ -81,9 +81,9 @@ def leftovers(name: str) -> list[Path]:
 def cache() -> list[Path]:
     """What was derived from the data and is kept between runs; the hub's commits of first loads stay, for nothing makes
     them again. Raises ConfigError where the cache is outside the runs folder, ThreefoldError while a run is at work."""
-    from threefold.data.sources import REVISIONS, cache_folder
+    from threefold.data.hub import REVISIONS
 
-    own, used = paths.RUNS / ".cache", cache_folder()
+    own, used = paths.RUNS / ".cache", paths.cache_folder()
     if used != own:
         raise ConfigError(
             f"the cache is {used}, not in the runs folder ($THREEFOLD_CACHE, or a link): empty it yourself"
@@ -96,10 +96,8 @@ def cache() -> list[Path]:
 
 def cache_notes() -> list[Path]:
     """The checked notes of what the cache keeps: tokens, overlap searches and hashes."""
-    from threefold.data.sources import cache_folder
-
     patterns = ("tokens/[!.]*/meta.json", "overlap/[!.]*.json", "hashes/[!.]*.json")
-    return [note for pattern in patterns for note in sorted(cache_folder().glob(pattern))]
+    return [note for pattern in patterns for note in sorted(paths.cache_folder().glob(pattern))]
 
 
 def remove(found: Iterable[Path]) -> None:

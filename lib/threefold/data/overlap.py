@@ -27,6 +27,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from threefold.data.arrays import ranges
 from threefold.data.templates import as_document
 
 PARAGRAPH = 8  # words; a shorter line does not make an article
@@ -80,28 +81,15 @@ class _Hashed:
         first, lengths = edges[::2], edges[1::2] - edges[::2]
         newlines = np.flatnonzero(data == 10)
         line = np.searchsorted(newlines, first)
-        hashes = np.empty(0, np.uint64)
-        if len(first):
-            before = np.cumsum(lengths) - lengths
-            place = np.arange(lengths.sum()) - np.repeat(before, lengths)
-            hashes = np.add.reduceat(BYTES[data[inside]] * _powers(WORD_BASE, lengths.max())[place], before)
-            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-                hashes = (hashes ^ (hashes >> np.uint64(shift))) * np.uint64(factor)
-            hashes ^= hashes >> np.uint64(31)
+        hashes = _polynomials(BYTES[data[inside]], lengths, WORD_BASE)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            hashes = (hashes ^ (hashes >> np.uint64(shift))) * np.uint64(factor)
+        hashes ^= hashes >> np.uint64(31)
         return cls(hashes, line, np.searchsorted(line, np.arange(len(newlines) + 2)))
 
     def runs(self, first: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """uint64: the hash of words first[i] .. end[i], as `grams` hashes a run of that length; 0 for an empty one."""
-        lengths = end - first
-        some = lengths > 0
-        hashes = np.zeros(len(lengths), np.uint64)
-        if some.any():
-            first, lengths = first[some], lengths[some]
-            before = np.cumsum(lengths) - lengths
-            place = np.arange(lengths.sum()) - np.repeat(before, lengths)
-            values = self.words[np.repeat(first, lengths) + place] * _powers(GRAM_BASE, lengths.max())[place]
-            hashes[some] = np.add.reduceat(values, before)
-        return hashes
+        """uint64: the hash of words first[i] .. end[i], as `grams` hashes a run of that length; none may be empty."""
+        return _polynomials(self.words[ranges(first, end - first)], end - first, GRAM_BASE)
 
     def grams(self, piece: np.ndarray, lengths: Iterable[int]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(length, first words, hashes) of every run of these lengths that lies in one piece; piece: int64 [n], the
@@ -117,6 +105,17 @@ class _Hashed:
             if length in wanted:
                 first = np.flatnonzero(piece[:n] == piece[length - 1 :])
                 yield length, first, running[first]
+
+
+def _polynomials(values: np.ndarray, lengths: np.ndarray, base: np.uint64) -> np.ndarray:
+    """uint64 [n]: of each run of values, `lengths` long, the sum over i of value i times base^i, modulo 2^64.
+
+    values: uint64, the runs concatenated. lengths: int64 [n], each at least 1.
+    """
+    if not len(lengths):
+        return np.empty(0, np.uint64)
+    powers = _powers(base, lengths.max())[ranges(np.zeros_like(lengths), lengths)]
+    return np.add.reduceat(values * powers, np.cumsum(lengths) - lengths)
 
 
 @lru_cache(maxsize=2)
@@ -263,7 +262,7 @@ class Index:
 
         -> (units int64 [h], hashes found in them int64 [h] (places in `hashes`), words of every unit int64).
         """
-        units, found = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        units, places = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         hashed = chunk.hashed()
         unit = np.array(chunk.unit)[hashed.line]
         for way, values, lengths, first in self._candidates(chunk, hashed, self.lengths):
@@ -273,14 +272,13 @@ class Index:
             place[place == len(self.hashes)] = 0
             hit = self.hashes[place] == values[maybe]
             maybe, place = maybe[hit], place[hit]
-            covered = np.repeat(first[maybe], lengths[maybe])  # every word of a hit, for the units it runs through
-            covered += np.arange(len(covered)) - np.repeat(np.cumsum(lengths[maybe]) - lengths[maybe], lengths[maybe])
+            covered = ranges(first[maybe], lengths[maybe])  # all words of a hit, for the units that it runs through
             units.append(unit[covered])
-            found.append(np.repeat(place, lengths[maybe]))
-        pairs = np.unique(np.stack([np.concatenate(units), np.concatenate(found)], axis=1), axis=0)
+            places.append(np.repeat(place, lengths[maybe]))
+        pairs = np.unique(np.stack([np.concatenate(units), np.concatenate(places)], axis=1), axis=0)
         return pairs[:, 0], pairs[:, 1], np.bincount(unit, minlength=len(chunk.owner))
 
-    def search(self, reader: str, items: Iterable[str | Mapping]) -> "Found":
+    def search(self, reader: str, items: Iterable[str | Mapping]) -> "Overlap":
         """What a training source shares with the sets, in one pass."""
         hits: list[tuple[np.ndarray, np.ndarray]] = []  # (unit, hash), units counted over those hit
         owners: list[tuple[int, int]] = []
@@ -303,9 +301,9 @@ class Index:
             hits.append((unit + len(owners), place))
             owners += [chunk.owner[index] for index in kept]
             sizes.append(counts[kept])
-        found = Found(documents, total, templates=int(((holders > common) & ~copies).sum()))
+        overlap = Overlap(documents, total, templates=int(((holders > common) & ~copies).sum()))
         if not hits:
-            return found
+            return overlap
         unit, place = (np.concatenate(part) for part in zip(*hits, strict=True))
         evidence = copies[place] | (holders[place] <= common)
         unit, place = unit[evidence], place[evidence]
@@ -314,17 +312,17 @@ class Index:
             inside = (self.sets[place] >> np.uint64(number)) & np.uint64(1) == 1
             ways = {"ngram": inside & (self.ways[place] == GRAM), "exact": inside & (self.ways[place] != GRAM)}
             if inside.any():
-                found.sets[name] = {way: len(np.unique(document[here])) for way, here in ways.items()}
+                overlap.sets[name] = {way: len(np.unique(document[here])) for way, here in ways.items()}
         size = np.concatenate(sizes)
         for index in np.unique(unit).tolist():
             number, part = owners[index]
-            found.drop.setdefault(number, []).append(part)
-            found.words_dropped += int(size[index])
-        return found
+            overlap.drop.setdefault(number, []).append(part)
+            overlap.words_dropped += int(size[index])
+        return overlap
 
 
 @dataclass
-class Found:
+class Overlap:
     """What a training source shares with the evaluation sets.
 
     documents, words: searched. sets: {set: {"ngram": documents that share an n-gram, "exact": a line or a question}}.
@@ -338,10 +336,6 @@ class Found:
     words_dropped: int = 0
     sets: dict[str, dict[str, int]] = field(default_factory=dict)
     drop: dict[int, list[int]] = field(default_factory=dict)
-
-    @property
-    def parts_dropped(self) -> int:
-        return sum(map(len, self.drop.values()))
 
 
 def without(reader: str, text: str, parts: Iterable[int]) -> str:

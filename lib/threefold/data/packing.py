@@ -32,6 +32,8 @@ from torch import Tensor
 
 from basics.errors import DataError
 from threefold.config import ModelConfig
+from threefold.data.arrays import best_fit, ranges, shuffled
+from threefold.data.documents import Documents
 from threefold.segments import PADDING, SINK, TRUNK_SHIFT
 
 IGNORE = -100  # the target of a position that is not learned (torch's cross-entropy default)
@@ -83,45 +85,6 @@ class PairBatch(Batch):
 
     sides_BT: Tensor
     pairs_P: Tensor
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Tokenised documents end to end in one stream, `EOS document EOS document EOS`.
-
-    tokens: 1-D unsigned integers, memory-mapped or not. offsets: int64 [n + 1]; document i is `tokens[offsets[i] :
-    offsets[i + 1]]` and its last token is EOS; `offsets[0]` is 1, for the EOS the stream starts with.
-    """
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-
-    @classmethod
-    def of(cls, ids: Sequence[Sequence[int] | np.ndarray], eos: int) -> "Documents":
-        """The stream of documents given as token ids without EOS."""
-        lengths = np.fromiter((len(document) + 1 for document in ids), np.int64, len(ids))
-        offsets = np.concatenate(([1], 1 + np.cumsum(lengths)))
-        tokens = np.full(offsets[-1], eos, np.uint32)
-        for start, document in zip(offsets[:-1], ids, strict=True):
-            tokens[start : start + len(document)] = document
-        return cls(tokens, offsets)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 [n]: tokens of each document without its EOS."""
-        return np.diff(self.offsets) - 1
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of all documents, without EOS."""
-        return int(self.offsets[-1] - self.offsets[0]) - len(self)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Document `index` without its EOS."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1] - 1]
 
 
 @dataclass(frozen=True)
@@ -244,7 +207,7 @@ class PackedRows:
         index = np.asarray(index, np.int64)
         counts = np.where(index < 0, 0, self._offsets[index + 1] - self._offsets[index])
         rows = np.repeat(np.arange(len(index)), counts)
-        pieces = self._pieces.take(_ranges(self._offsets[index], counts))
+        pieces = self._pieces.take(ranges(self._offsets[index], counts))
         tensors, _, _ = self._layout.assemble(pieces, rows, len(index))
         batch = Batch(**tensors)
         if not self._openings:
@@ -371,14 +334,14 @@ class PairedRows:
 
     def _packed(self, pairs: np.ndarray) -> tuple[_Pieces, np.ndarray, np.ndarray]:
         """The pairs' pieces in the order of their rows, the side that each piece is of (-1: both), and its row."""
-        index = _ranges(self._firsts[pairs], self._counts[pairs])
+        index = ranges(self._firsts[pairs], self._counts[pairs])
         pieces, side = self._pieces.take(index), self._side[index]
         side = np.where(side < 0, -1, 2 * np.repeat(np.arange(len(pairs)), self._counts[pairs]) + side)
         firsts = np.flatnonzero(self._begins[index])
         counts = np.diff(firsts, append=len(index))
         order, offsets = best_fit(np.add.reduceat(pieces.length, firsts), self._layout.capacity)
         rows = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        taken = _ranges(firsts[order], counts[order])
+        taken = ranges(firsts[order], counts[order])
         return pieces.take(taken), side[taken], np.repeat(rows, counts[order])
 
 
@@ -400,11 +363,6 @@ def _branched(sides: _Pieces, shared: np.ndarray) -> tuple[_Pieces, np.ndarray, 
     there = np.flatnonzero(pieces.length)
     flat = _Pieces(*(array.ravel() for array in vars(pieces).values()))
     return flat.take(there), side.ravel()[there], begins.ravel()[there]
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... of each, `counts` long, end to end."""
-    return np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
 
 
 def _sequences(pairs: np.ndarray) -> np.ndarray:
@@ -436,7 +394,7 @@ def pack_documents(
     if not len(start):
         raise DataError("no document with a token in it: nothing to pack")
     counts = -(-length // layout.capacity)
-    part = _ranges(np.zeros_like(counts), counts)
+    part = ranges(np.zeros_like(counts), counts)
     pieces = _Pieces(
         start=np.repeat(start, counts) + part * layout.capacity,
         length=np.minimum(layout.capacity, np.repeat(length, counts) - part * layout.capacity),
@@ -505,71 +463,6 @@ def _shared(documents: Documents, prompts: np.ndarray, pair: int) -> int:
     if most < 1 or prompts[chosen] != prompts[rejected]:
         return 0
     return most if np.array_equal(documents[chosen][:most], documents[rejected][:most]) else 0
-
-
-def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Best-fit decreasing bin packing (Johnson 1973): the longest piece first, each into the fullest row it fits.
-
-    lengths: int [n], each 1..capacity. -> (order int64 [n]: pieces row after row; offsets int64 [rows + 1] into it).
-    One Python step a piece: the rows with room for r more are kept by r, and a bit set tells which r there are.
-    """
-    by_length = np.argsort(-lengths, kind="stable")
-    row_of = np.empty(len(lengths), np.int64)
-    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms, n_rows = 0, 0  # bit r: some row has room for exactly r
-    for index, length in zip(by_length.tolist(), lengths[by_length].tolist(), strict=True):
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = open_rows[room].pop()
-            if not open_rows[room]:
-                rooms ^= 1 << room
-        else:
-            room, row = capacity, n_rows
-            n_rows += 1
-        row_of[index] = row
-        if room > length:
-            open_rows[room - length].append(row)
-            rooms |= 1 << (room - length)
-    order = by_length[np.argsort(row_of[by_length], kind="stable")]
-    offsets = np.concatenate(([0], np.cumsum(np.bincount(row_of, minlength=n_rows)))).astype(np.int64)
-    return order, offsets
-
-
-def shuffled(
-    n: int, batch_size: int, seed: int, steps: int, start: int, lengths: np.ndarray | None = None
-) -> Iterator[np.ndarray]:
-    """int64 [batch_size] indices below n: epochs of (seed, epoch)'s permutations end to end, cut into batches.
-
-    steps: how many batches in all, -1 for no end; start: the first one to give. lengths [n]: each epoch's order is also
-    stratified by them, so that every batch has short and long ones alike and batches are of about the same size.
-    """
-    epoch, order = -1, np.empty(0, np.int64)
-    batch = start
-    while steps < 0 or batch < steps:
-        wanted = np.arange(batch * batch_size, (batch + 1) * batch_size)
-        index = np.empty(batch_size, np.int64)
-        for number in np.unique(wanted // n):
-            if number != epoch:
-                epoch, order = int(number), np.random.default_rng((seed, int(number))).permutation(n)
-                if lengths is not None:
-                    order = _stratified(order, lengths, batch_size)
-            here = wanted // n == number
-            index[here] = order[wanted[here] % n]
-        yield index
-        batch += 1
-
-
-def _stratified(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> np.ndarray:
-    """A random order rearranged so that each run of `batch_size` takes one of every stratum of lengths."""
-    n_batches = -(-len(order) // batch_size)
-    rank = np.empty(len(order), np.int64)  # by length, equal lengths in random order
-    rank[order[np.argsort(lengths[order], kind="stable")]] = np.arange(len(order))
-    stratum = rank // n_batches
-    place = np.empty(len(order), np.int64)  # in the stratum, random
-    grouped = order[np.argsort(stratum[order], kind="stable")]
-    place[grouped] = np.arange(len(order)) % n_batches
-    return np.lexsort((stratum, place))
 
 
 def _streams(documents, eos: int) -> list[Documents]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from basics.errors import DataError, SourceError
 from basics.files import sha256_json
 from threefold.config import TokenizerConfig
-from threefold.data.packing import Documents
+from threefold.data.documents import Documents
 from threefold.data.sources import gpt2_tokenizer_file
 
 BOS = "<|bos|>"
@@ -49,7 +49,10 @@ def build_tokenizer(
     hold enough for that many tokens, SourceError if GPT-2's files are nowhere.
     """
     if config.kind == "gpt2":
-        backend = _gpt2(data_dir)
+        file = gpt2_tokenizer_file(data_dir)
+        backend = Tokenizer.from_file(str(file))
+        if backend.get_vocab_size() != 50257 or backend.token_to_id(EOS) != 50256:
+            raise DataError(f"{file}: not GPT-2's tokenizer (50,257 tokens, the last one {EOS})")
     else:
         backend = train_bpe(texts, config.vocab_size, [EOS, *sink_tokens(sinks)], config.split_digits)
     return wrap(backend, sinks, context)
@@ -107,16 +110,14 @@ def wrap(backend: Tokenizer, sinks: int, context: int | None = None) -> PreTrain
     )
 
 
-def without_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same ids for a model without sinks: nothing is put before a sequence, BOS and EOS are `<|endoftext|>`
-    (GPT-2's way).
-    """
-    return wrap(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), 0, _context(tokenizer))
-
-
 def with_sinks(tokenizer: PreTrainedTokenizerFast, sinks: int) -> PreTrainedTokenizerFast:
-    """The same ids for a model with `sinks` sink tokens; those the tokenizer lacks get new ids at the end."""
-    return wrap(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), sinks, _context(tokenizer))
+    """The same ids for a model with `sinks` sink tokens; those the tokenizer lacks get new ids at the end.
+
+    sinks = 0 gives GPT-2's form: nothing is put before a sequence, BOS and EOS are `<|endoftext|>`.
+    """
+    length = tokenizer.model_max_length
+    context = length if length < 10**9 else None  # transformers writes 1e30 for "unknown"
+    return wrap(Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), sinks, context)
 
 
 def sink_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -146,8 +147,9 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     for part in ("truncation", "padding", "post_processor", "added_tokens"):
         state.pop(part, None)
     # A sink has another id in a tokenizer trained with it and in GPT-2's; the ids of text are what is left.
+    special = re.compile(r"<\|(bos|endoftext|sink\d+)\|>")
     vocabulary = state["model"]["vocab"]
-    state["model"]["vocab"] = {token: id for token, id in vocabulary.items() if not _special(token)}
+    state["model"]["vocab"] = {token: id for token, id in vocabulary.items() if not special.fullmatch(token)}
     state["eos"] = tokenizer.eos_token_id
     return sha256_json(state)
 
@@ -205,20 +207,3 @@ def _prefixing(prefix: list[str], ids: list[int]) -> processors.PostProcessor:
         special_tokens=list(zip(prefix, ids, strict=True)),
     )
     return processors.Sequence([offsets, template])
-
-
-def _special(token: str) -> bool:
-    return token in (BOS, EOS) or re.fullmatch(r"<\|sink\d+\|>", token) is not None
-
-
-def _context(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    known = tokenizer.model_max_length
-    return known if known < 10**9 else None  # transformers writes 1e30 for "unknown"
-
-
-def _gpt2(data_dir: str | Path) -> Tokenizer:
-    file = gpt2_tokenizer_file(data_dir)
-    tokenizer = Tokenizer.from_file(str(file))
-    if tokenizer.get_vocab_size() != 50257 or tokenizer.token_to_id(EOS) != 50256:
-        raise DataError(f"{file}: not GPT-2's tokenizer (50,257 tokens, the last one {EOS})")
-    return tokenizer

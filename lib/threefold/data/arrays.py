@@ -1,0 +1,76 @@
+"""Index arithmetic of rows: ranges, bin packing and the order of an epoch."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """start, start + 1, ..., `counts` long for each start, concatenated."""
+    return np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best-fit decreasing bin packing (Johnson 1973): the longest piece first, each into the fullest row it fits into.
+
+    lengths: int [n], each 1..capacity. -> (order int64 [n]: pieces row after row; offsets int64 [rows + 1] into it).
+    One Python step per piece: rows are grouped by the room they have left, and bit r of an integer tells whether any
+    row has room for exactly r more.
+    """
+    by_length = np.argsort(-lengths, kind="stable")
+    row_of = np.empty(len(lengths), np.int64)
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms, n_rows = 0, 0  # bit r: some row has room for exactly r
+    for index, length in zip(by_length.tolist(), lengths[by_length].tolist(), strict=True):
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = capacity, n_rows
+            n_rows += 1
+        row_of[index] = row
+        if room > length:
+            open_rows[room - length].append(row)
+            rooms |= 1 << (room - length)
+    order = by_length[np.argsort(row_of[by_length], kind="stable")]
+    offsets = np.concatenate(([0], np.cumsum(np.bincount(row_of, minlength=n_rows)))).astype(np.int64)
+    return order, offsets
+
+
+def shuffled(
+    n: int, batch_size: int, seed: int, steps: int, start: int, lengths: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
+    """int64 [batch_size] indices below n: epochs of (seed, epoch)'s permutations end to end, cut into batches.
+
+    steps: how many batches in all, -1 for no end; start: the first one to give. lengths [n]: each epoch's order is also
+    stratified by them, so that every batch has short and long ones alike and batches are of about the same size.
+    """
+    epoch, order = -1, np.empty(0, np.int64)
+    batch = start
+    while steps < 0 or batch < steps:
+        wanted = np.arange(batch * batch_size, (batch + 1) * batch_size)
+        index = np.empty(batch_size, np.int64)
+        for number in np.unique(wanted // n):
+            if number != epoch:
+                epoch, order = int(number), np.random.default_rng((seed, int(number))).permutation(n)
+                if lengths is not None:
+                    order = _stratified(order, lengths, batch_size)
+            here = wanted // n == number
+            index[here] = order[wanted[here] % n]
+        yield index
+        batch += 1
+
+
+def _stratified(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> np.ndarray:
+    """A random order rearranged so that each run of `batch_size` takes one of every stratum of lengths."""
+    n_batches = -(-len(order) // batch_size)
+    rank = np.empty(len(order), np.int64)  # by length, equal lengths in random order
+    rank[order[np.argsort(lengths[order], kind="stable")]] = np.arange(len(order))
+    stratum = rank // n_batches
+    place = np.empty(len(order), np.int64)  # in the stratum, random
+    grouped = order[np.argsort(stratum[order], kind="stable")]
+    place[grouped] = np.arange(len(order)) % n_batches
+    return np.lexsort((stratum, place))

@@ -1,0 +1,131 @@
+"""Data sets of the Hugging Face Hub: commits, the local cache of the `datasets` library, and rows.
+
+A commit is pinned by `revision` in the registry, or by the first load, which records the commit it got in
+`revisions.json` of the cache folder; later loads take that commit or fail.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from basics.errors import SourceError
+from basics.files import atomic_write
+from basics.paths import cache_folder
+
+REVISIONS = "revisions.json"  # in the cache folder; unlike the other files there it cannot be recomputed
+TIMEOUT = 20  # seconds for the hub to name a commit
+FORMS = ("parquet", "json", "csv", "text", "arrow")  # file formats that are read: rows of values, never code
+
+
+@lru_cache(maxsize=64)
+def resolve_commit(repository: str, revision: str, kind: str = "dataset") -> str:
+    """The commit of a revision on the hub, of its main branch for "". Raises SourceError if the hub does not answer."""
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    info = api.dataset_info if kind == "dataset" else api.model_info
+    try:
+        return info(repository, revision=revision or None, timeout=TIMEOUT).sha
+    except network_errors() as error:
+        at = f" at {revision[:12]}" if revision else ""
+        raise SourceError(f"the hub did not give {repository}{at} ({first_line(error)})") from error
+
+
+def cached(repository: str, config: str, commit: str = "") -> Any | None:
+    """The builder of a prepared data set in the Hugging Face cache: of a commit, or of the newest copy for "".
+
+    `builder.hash` is the commit. None if there is no such copy.
+    """
+    from datasets.packaged_modules.cache.cache import Cache
+
+    name = {"repo_id": repository, "dataset_name": repository.rpartition("/")[2], "config_name": config or "default"}
+    with _quiet():
+        try:
+            builder = Cache(**name, version="auto", hash="auto")
+        except ValueError:  # nothing is cached
+            return None
+        if commit not in ("", builder.hash):
+            builder = Cache(**name, hash=commit)
+    return builder if builder.info.splits else None
+
+
+def load(location: str, config: str, split: str, revision: str, label: str, builder: Any | None = None) -> Any:
+    """The rows of a split: of a hub repository at a revision, of a local clone of one, or of a cached builder.
+
+    Raises SourceError, which starts with `label`, if they cannot be loaded or the files are not of an allowed format.
+    """
+    import datasets
+
+    with _quiet():
+        try:
+            if builder is None:
+                builder = datasets.load_dataset_builder(location, config or None, revision=revision or None)
+                form = type(builder).__module__.rpartition(".")[2]
+                if form not in FORMS:
+                    raise SourceError(f"{label}: files of the form {form!r} are not read; allowed: {', '.join(FORMS)}")
+                builder.download_and_prepare()
+            return builder.as_dataset(split=split)
+        except (*network_errors(), ValueError, datasets.exceptions.DatasetsError) as error:
+            raise SourceError(f"{label}: datasets could not load it ({first_line(error)})") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Turn off the progress bars and log lines of `datasets`, which would end up in executed notebooks."""
+    import datasets
+
+    bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def network_errors() -> tuple[type[Exception], ...]:
+    """Exceptions of a failed request: the hub client's, the base of its HTTP library's and the system's."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, *HfHubHTTPError.__bases__)
+
+
+def first_line(error: BaseException) -> str:
+    """The type of an error and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+# Recorded commits -----------------------------------------------------------------------------------------------------
+
+
+def recorded_commit(repository: str) -> str:
+    """The commit that the first load of a repository recorded, or "". Raises SourceError for an unreadable record."""
+    return _recorded().get(repository, "")
+
+
+def record_commit(repository: str, commit: str) -> None:
+    """Record the commit of a first load; later calls change nothing."""
+    recorded = _recorded()
+    if repository not in recorded:
+        content = json.dumps({**recorded, repository: commit}, indent=2, sort_keys=True)
+        atomic_write(cache_folder() / REVISIONS, content + "\n")
+
+
+def _recorded() -> dict[str, str]:
+    file = cache_folder() / REVISIONS
+    try:
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{file}: not JSON ({error}): repair it, or remove it to record new commits") from error
+    if not isinstance(recorded, dict) or not all(isinstance(commit, str) for commit in recorded.values()):
+        raise SourceError(
+            f"{file}: expected an object of hub id to commit: repair it, or remove it to record new commits"
+        )
+    return recorded
