@@ -152,6 +152,16 @@ def test_paired_bootstrap_sees_what_unpaired_intervals_hide():
     assert swapped.difference == pytest.approx(-result.difference)
 
 
+def test_paired_bootstrap_without_weights_is_that_of_means_over_clusters():
+    rng = np.random.default_rng(2)
+    a, b = rng.random((2, 40))
+    ones = np.ones(40)
+    assert statistics.paired_bootstrap(a, b, None, None) == statistics.paired_bootstrap(a, b, ones, ones)
+    doubled = [np.repeat(column, 2) for column in (a, b)]
+    result = statistics.paired_bootstrap(*doubled, None, clusters=np.repeat(np.arange(40), 2))
+    assert tuple(result) == pytest.approx(tuple(statistics.paired_bootstrap(a, b)))
+
+
 def test_paired_bootstrap_p_is_uniform_enough_under_no_difference():
     rng = np.random.default_rng(1)
     p = [

@@ -149,9 +149,9 @@ def paired_bootstrap(
     """`sum b / sum b_weights - sum a / sum a_weights` over units drawn together for both.
 
     `a` and `b` are per-unit sums (a document's nats, an item's score) and the weights are what they are divided by (its
-    tokens or bytes; None: 1); `b_weights` defaults to `a_weights`. Rows sharing a value of `clusters` are drawn together. The
-    p-value is twice the smaller share of resamples on one side of zero, at least 1/(resamples + 1); identical inputs
-    give a difference of exactly 0 and p = 1.
+    tokens or bytes; 1 where None); `b_weights` defaults to `a_weights`. Rows sharing a value of `clusters` are drawn
+    together. The p-value is twice the smaller share of resamples on one side of zero, at least 1/(resamples + 1);
+    identical inputs give a difference of exactly 0 and p = 1.
     """
     a_N, b_N = _paired(a, b)
     a_weights = 1.0 if a_weights is None else a_weights
