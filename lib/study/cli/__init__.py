@@ -248,11 +248,10 @@ def _status(options: argparse.Namespace) -> int:
         raise ConfigError("status: --set goes with --run")
     if options.run:
         run = _open(options.run, options.data_dir, parse_overrides(options.set))
-        states = status.of_run(run)
-        _say(_json(status.stages_json(run, states)) if options.json else status.stages_text(run, states))
+        values, as_text = status.of_run(run), status.run_text
     else:
-        runs = status.of_all(lambda name: _open(name, options.data_dir))
-        _say(_json(runs) if options.json else status.all_text(runs))
+        values, as_text = status.of_all(lambda name: _open(name, options.data_dir)), status.all_text
+    _say(_json(values) if options.json else as_text(values))
     return 0
 
 

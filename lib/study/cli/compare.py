@@ -1,5 +1,6 @@
 """Two or more runs side by side: their headline figures and where their presets differ."""
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ FOOT = (
 
 @dataclass(frozen=True)
 class Figure:
-    """One headline figure of one run, with what must be the same in another run to stand in its row."""
+    """One headline figure of one run. Figures of two runs share a row if protocol and conditions are equal."""
 
     run: str
     measure: Measure
@@ -30,67 +31,46 @@ class Figure:
     conditions: tuple[tuple[str, str], ...]  # what was measured on what: ("n", "872"), ("data", "fc8ff935"), ...
     value: Value
 
-    @property
-    def text(self) -> str:
-        return self.measure.text(self.value) or "–"
-
 
 def side_by_side(runs: Sequence[Run]) -> str:
-    """Markdown: the headline figures with their intervals, a row a measure and model and a column a run; then the keys
-    of the presets that differ.
+    """Markdown: the headline figures with their intervals, a row per measure and model and a column per run; then the
+    keys of the presets that differ.
 
     Figures share a row only if they come from one protocol and version, the same data and number of items and, for
     perplexity per token, the same tokenizer; otherwise the row says by what it differs.
     Raises MissingInput (a notebook that was not run), RecordError (weights that are not the stage's).
     """
-    figures = _figures(runs)
-    rows = [] if not figures else list(_figure_rows(figures, [run.name for run in runs]))
+    rows = list(_figure_rows(_figures(runs), [run.name for run in runs]))
     keys = preset_rows({run.name: to_dict(run.preset) for run in runs})
-    parts = [
-        tables.markdown_table(rows) if rows else "*No headline figure was measured.*",
-        FOOT,
-        tables.markdown_table(keys) if keys else "*The presets are the same.*",
-    ]
-    return "\n\n".join(parts)
+    figures = tables.markdown_table(rows) if rows else "*No headline figure was measured.*"
+    return "\n\n".join([figures, FOOT, tables.markdown_table(keys) if keys else "*The presets are the same.*"])
 
 
 def as_json(runs: Sequence[Run]) -> dict[str, Any]:
     """{"runs", "figures": [{"run", "measure", "model", "protocol", "conditions", "value", "low", "high"}], "differing":
-    {key: {run: value}}}: what `side_by_side` shows, under the same rules. Figures compare if their protocol and
-    conditions are equal. Raises what `side_by_side` raises."""
+    {key: {run: value}}}: what `side_by_side` shows, under the same rules. Raises what `side_by_side` raises."""
     figures = [
-        {
-            "run": one.run,
-            "measure": one.measure.key,
-            "model": one.model,
-            "protocol": one.protocol,
-            "conditions": dict(one.conditions),
-            "value": one.value.value,
-            "low": one.value.low,
-            "high": one.value.high,
-        }
-        for one in _figures(runs)
+        {name: getattr(figure, name) for name in ("run", "model", "protocol")}
+        | {name: getattr(figure.value, name) for name in ("value", "low", "high")}
+        | {"measure": figure.measure.key, "conditions": dict(figure.conditions)}
+        for figure in _figures(runs)
     ]
-    keys = preset_rows({run.name: to_dict(run.preset) for run in runs})
     differing = {
-        row["Key"]: {run.name: None if (text := row[f"run {run.name}"]) is None else json.loads(text) for run in runs}
-        for row in keys
+        row.pop("Key"): {name.removeprefix("run "): text and json.loads(text) for name, text in row.items()}
+        for row in preset_rows({run.name: to_dict(run.preset) for run in runs})
     }
     return {"runs": [run.name for run in runs], "figures": figures, "differing": differing}
 
 
 def _figures(runs: Sequence[Run]) -> list[Figure]:
-    return [figure for run in runs for figure in headline_figures(run.name, Comparison.load(run))]
-
-
-def headline_figures(run: str, comparison: Comparison) -> list[Figure]:
-    """The figures of the report's headline table."""
-    found = tables.headline(comparison).values
+    """The figures of each run's headline table."""
     figures = []
-    for measure in HEADLINE:
-        protocol = found["protocols"].get(measure.key)
-        for model in comparison.models:
-            entry = found["models"].get(model, {}).get(measure.key)
+    for run in runs:
+        comparison = Comparison.load(run)
+        headline = tables.headline(comparison).values
+        for measure, model in itertools.product(HEADLINE, comparison.models):
+            protocol = headline["protocols"].get(measure.key)
+            entry = headline["models"].get(model, {}).get(measure.key)
             if protocol is None or entry is None:
                 continue
             settings = comparison.evaluations(model)[protocol].get("settings", {})
@@ -101,34 +81,32 @@ def headline_figures(run: str, comparison: Comparison) -> list[Figure]:
                 "n": entry["n"],
             }
             if measure is PERPLEXITY:  # without a tokenizer's hash nothing is known to be the same
-                conditions["tokenizer"] = (settings.get("tokenizer_sha256") or f"of run {run}")[:8]
+                conditions["tokenizer"] = (settings.get("tokenizer_sha256") or f"of run {run.name}")[:8]
             value = Value(**entry, protocol=protocol, metric=measure.metric)
-            known = tuple((name, str(condition)) for name, condition in conditions.items())
-            figures.append(Figure(run, measure, model, comparison.name(model), protocol, known, value))
+            texts = tuple((name, str(condition)) for name, condition in conditions.items())
+            figures.append(Figure(run.name, measure, model, comparison.name(model), protocol, texts, value))
     return figures
 
 
 def _figure_rows(figures: Sequence[Figure], runs: Sequence[str]) -> Iterator[dict[str, Any]]:
     models = ordered(figure.model for figure in figures)
-    places = sorted(figures, key=lambda figure: (HEADLINE.index(figure.measure), models.index(figure.model)))
     rows: dict[tuple, dict[str, str]] = {}
-    for one in places:
-        rows.setdefault((one.measure, one.name, one.protocol, one.conditions), {})[one.run] = one.text
+    for figure in sorted(figures, key=lambda figure: (HEADLINE.index(figure.measure), models.index(figure.model))):
+        row = rows.setdefault((figure.measure, figure.name, figure.protocol, figure.conditions), {})
+        row[figure.run] = figure.measure.text(figure.value) or "–"
     for (measure, name, protocol, conditions), cells in rows.items():
-        beside = [
-            dict(other) for what, model, where, other in rows if (what, model, where) == (measure, name, protocol)
-        ]
-        telling = [f"{key} {value}" for key, value in conditions if any(other.get(key) != value for other in beside)]
+        alike = [dict(other) for *row, other in rows if row == [measure, name, protocol]]
+        differing = [f"{key} {value}" for key, value in conditions if any(other.get(key) != value for other in alike)]
         yield {
             "Measure": f"{measure.title} {'↓' if measure.better == 'lower' else '↑'}",
             "Model": name,
-            "Protocol": ", ".join([protocol, *telling]),
+            "Protocol": ", ".join([protocol, *differing]),
             **{f"run {run}": cells.get(run) for run in runs},
         }
 
 
 def preset_rows(presets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a key whose value is not the same in all presets; a key that a preset does not have is None."""
+    """One row per key whose value is not the same in all presets; a key that a preset does not have is None."""
     flat = {run: dict(_flat(preset)) for run, preset in presets.items()}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     return [
@@ -140,9 +118,10 @@ def preset_rows(presets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, value as TOML would show it); a list of tables by its places, another list as one value."""
-    tables_ = isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
-    if isinstance(value, Mapping) or tables_:
-        for name, item in enumerate(value) if tables_ else value.items():
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        value = dict(enumerate(value))
+    if isinstance(value, Mapping):
+        for name, item in value.items():
             yield from _flat(item, f"{key}.{name}" if key else str(name))
     else:
         yield key, json.dumps(value, ensure_ascii=False)
