@@ -12,8 +12,11 @@ supported, contradicted or not measured, never unresolved.
 """
 
 import math
+import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
@@ -21,13 +24,12 @@ from scipy import stats
 from study.comparison import ablations, length, models, seeds, training, variance
 from study.comparison.differences import difference
 from study.comparison.load import Comparison
-from study.comparison.measures import PERPLEXITY, PROBLEMS, SENTIMENT, Measure, fuller
+from study.comparison.measures import PERPLEXITY, PROBLEMS, SENTIMENT, fuller
 from study.comparison.results import NBSP, Result, compact, duration, interval, plain, signed
 from study.comparison.tables import markdown_table, measured_by_turns
 
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
 NOT_RESOLVED, NOT_MEASURED = "not resolved", "not measured here"
-INFINITY = math.inf
 PARAMETERS, TOKENS = 253e6, 600e6  # of the model that the precedent's page is about, as it gives them
 
 
@@ -81,46 +83,41 @@ class Verdict:
 # Tests ---------------------------------------------------------------------------------------------------------------
 
 
-def _ablation(variant: str, quantity: str) -> Callable[[Comparison], Finding | None]:
-    def test(comparison: Comparison) -> Finding | None:
-        one = ablations.effect(comparison, variant, quantity)
-        if one is None:
-            return None
-        bounds = [None if x is None else 100 * x for x in (one.low, one.high)]
-        text = interval(signed(100 * one.change, 1, "%"), *(None if x is None else signed(x, 1) for x in bounds))
-        return Finding(f"{text}, {one.basis}", *bounds)
-
-    return test
+def _ablation(comparison: Comparison, variant: str, quantity: str) -> Finding | None:
+    """What a component brings against the variant without it, in percent."""
+    effect = ablations.effect(comparison, variant, quantity)
+    if effect is None:
+        return None
+    bounds = _times_100(effect.low, effect.high)
+    text = interval(signed(100 * effect.change, 1, "%"), *(None if x is None else signed(x, 1) for x in bounds))
+    return Finding(f"{text}, {effect.basis}", *bounds)
 
 
-def _length(effect: Callable[[length.Curves], length.Effect | None]) -> Callable[[Comparison], Finding | None]:
+def _length(comparison: Comparison, effect: str) -> Finding | None:
     """An effect past the training length, in nats per token."""
-
-    def test(comparison: Comparison) -> Finding | None:
-        one = effect(length.found(comparison))
-        return one and Finding(one.text, one.interval.low, one.interval.high)
-
-    return test
+    measured = {"rope": length.rope, "sinks": length.sinks}[effect](length.found(comparison))
+    return measured and Finding(measured.text, measured.interval.low, measured.interval.high)
 
 
-def _stage(measure: Measure, a: str, b: str, source: str) -> Callable[[Comparison], Finding | None]:
+def _change(comparison: Comparison, measure: str, a: str, b: str, data: str) -> Finding | None:
     """Change of a measure from one model to another, in percent or points; it counts on the claim's data set only."""
+    by = {"perplexity": PERPLEXITY, "sentiment": SENTIMENT}[measure]
+    change = difference(comparison, by, a, b)
+    if change is None:
+        measured = all(by.value(comparison, model) for model in (a, b))
+        if measured and not by.comparable(comparison, a, b):
+            return Finding("no common unit", instead="perplexities of different tokenizers")
+        return None
+    instead = _other_set(by.protocol(comparison), data)
+    if not instead and a == "gpt2" and comparison.is_trained_here("gpt2"):
+        instead = "against a GPT-2 trained here on this run's text, not the published one"
+    trained = f", {seeds.basis(comparison)}" if {a, b} <= {*models.LINEAGE} else ""
+    text = f"{change.text}, n{NBSP}={NBSP}{change.n:,}{trained}"
+    return Finding(text, *_times_100(change.low, change.high), instead=instead)
 
-    def test(comparison: Comparison) -> Finding | None:
-        one = difference(comparison, measure, a, b)
-        if one is None:
-            measured = all(measure.value(comparison, model) for model in (a, b))
-            if measured and not measure.comparable(comparison, a, b):
-                return Finding("no common unit", instead="perplexities of different tokenizers")
-            return None
-        instead = _other_set(measure.protocol(comparison), source)
-        if not instead and a == "gpt2" and comparison.is_trained_here("gpt2"):
-            instead = "against a GPT-2 trained here on this run's text, not the published one"
-        bounds = [None if x is None else 100 * x for x in (one.low, one.high)]
-        trained = f", {seeds.basis(comparison)}" if {a, b} <= {*models.LINEAGE} else ""
-        return Finding(f"{one.text}, n{NBSP}={NBSP}{one.n:,}{trained}", *bounds, instead=instead)
 
-    return test
+def _times_100(*bounds: float | None) -> list[float | None]:
+    return [None if x is None else 100 * x for x in bounds]
 
 
 def _other_set(protocol: str | None, source: str) -> str:
@@ -128,50 +125,47 @@ def _other_set(protocol: str | None, source: str) -> str:
     return "" if here.startswith(source) else f"on {here}, not {source}"
 
 
-def _problems(comparison: Comparison) -> Finding | None:
-    model = next((name for name in ("dpo", "sft", "pretrain") if PROBLEMS.value(comparison, name)), None)
+def _problems(comparison: Comparison, data: str) -> Finding | None:
+    """Word problems solved by the last stage evaluated on them, in percent."""
+    model = next((name for name in reversed(models.LINEAGE) if PROBLEMS.value(comparison, name)), None)
     if model is None:
         return None
     value = PROBLEMS.value(comparison, model)
     size = training.total_parameters(comparison, model)
     scale = f", {compact(size)} parameters" if size else ""
     text = f"{PROBLEMS.text(value)} ({comparison.name(model)}{scale}, n{NBSP}={NBSP}{value.n:,})"
-    bounds = [None if x is None else 100 * x for x in (value.low, value.high)]
-    return Finding(text, *bounds, instead=_other_set(value.protocol, "gsm8k"))
+    return Finding(text, *_times_100(value.low, value.high), instead=_other_set(value.protocol, data))
 
 
-def _speed(a: str, b: str) -> Callable[[Comparison], Finding | None]:
+def _speed(comparison: Comparison, a: str, b: str) -> Finding | None:
     """Decoding speed of b over a at batch 1, Student's interval of the log-ratio over the repeats."""
-
-    def test(comparison: Comparison) -> Finding | None:
-        series = []
-        for model in (a, b):
-            value = comparison.metric(model, "speed", "decode_b1")
-            if value is None:
-                return None
-            items = comparison.items(model, "speed")
-            if items is not None:
-                rows = items[(items["phase"] == "decode") & (items["batch"] == 1)].sort_values("repeat")
-                series.append(np.log(rows["tokens_per_second"].to_numpy(float)))
-            else:
-                series.append(np.log([value.value]))
-        n = min(len(one) for one in series)
-        logs = series[1][:n] - series[0][:n]
-        ratio = math.exp(float(logs.mean()))
-        instead = "GPT-2's architecture at this run's size" if comparison.is_trained_here("gpt2") else ""
-        if not measured_by_turns(comparison):
-            return Finding(f"{ratio:.2f}×", unresolved="timed in separate processes")
-        if n < 3:
-            return Finding(f"{ratio:.2f}×", unresolved=f"{n} repeats")
-        half = float(stats.t.ppf(0.975, n - 1) * logs.std(ddof=1) / math.sqrt(n))
-        low, high = ratio * math.exp(-half), ratio * math.exp(half)
-        text = interval(f"{ratio:.2f}×", f"{low:.2f}", f"{high:.2f}")
-        return Finding(f"{text}, {n} repeats", low, high, instead=instead)
-
-    return test
+    series = []
+    for model in (a, b):
+        value = comparison.metric(model, "speed", "decode_b1")
+        if value is None:
+            return None
+        items = comparison.items(model, "speed")
+        if items is None:
+            series.append(np.log([value.value]))
+        else:
+            rows = items[(items["phase"] == "decode") & (items["batch"] == 1)].sort_values("repeat")
+            series.append(np.log(rows["tokens_per_second"].to_numpy(float)))
+    n = min(len(logs) for logs in series)
+    logs = series[1][:n] - series[0][:n]
+    ratio = math.exp(float(logs.mean()))
+    if not measured_by_turns(comparison):
+        return Finding(f"{ratio:.2f}×", unresolved="timed in separate processes")
+    if n < 3:
+        return Finding(f"{ratio:.2f}×", unresolved=f"{n} repeats")
+    half = float(stats.t.ppf(0.975, n - 1) * logs.std(ddof=1) / math.sqrt(n))
+    low, high = ratio * math.exp(-half), ratio * math.exp(half)
+    text = interval(f"{ratio:.2f}×", f"{low:.2f}", f"{high:.2f}")
+    instead = "GPT-2's architecture at this run's size" if comparison.is_trained_here("gpt2") else ""
+    return Finding(f"{text}, {n} repeats", low, high, instead=instead)
 
 
-def _rate(comparison: Comparison) -> Finding | None:
+def _tokens_per_hour(comparison: Comparison) -> Finding | None:
+    """Millions of tokens an hour of pretraining."""
     stage = next((one for one in training.trainings(comparison) if one.stage == "pretrain"), None)
     if stage is None:
         return None
@@ -181,7 +175,8 @@ def _rate(comparison: Comparison) -> Finding | None:
 
 
 def _hours(comparison: Comparison) -> Finding | None:
-    stages = [one for one in training.trainings(comparison) if one.stage in ("pretrain", "sft", "dpo")]
+    """Hours of all three stages together."""
+    stages = [one for one in training.trainings(comparison) if one.stage in models.LINEAGE]
     if len(stages) < 3:
         return None
     seconds = sum(one.seconds for one in stages)
@@ -204,7 +199,8 @@ def _elsewhere(devices: list[str], parameters: int | None, tokens: float = TOKEN
     return ""
 
 
-def _stable(comparison: Comparison) -> Finding | None:
+def _unsteady_curves(comparison: Comparison) -> Finding | None:
+    """How many of the two pretraining curves are unsteady."""
     curves = [one for one in training.curves(comparison) if one.stage in ("gpt2", "pretrain")]
     if len(curves) < 2:
         return None
@@ -260,128 +256,27 @@ def variances(scores_NMT: np.ndarray) -> tuple[float, float, float, float]:
     return method, model, method - model - half, method - model + half
 
 
-CLAIMS = (
-    Claim(
-        "rmsnorm-speed",
-        "RMSNorm 10-15% faster training",
-        "RMSNorm trains 10–15% faster than LayerNorm",
-        "at least +10% tokens/s",
-        (10, INFINITY),
-        _ablation("norm=layer", "tokens_per_second"),
-    ),
-    Claim(
-        "swiglu-perplexity",
-        "SwiGLU 2-4% better perplexity",
-        "SwiGLU lowers perplexity by 2–4%",
-        "at least −2%",
-        (-INFINITY, -2),
-        _ablation("ffn=gelu", "heldout_loss"),
-    ),
-    Claim(
-        "rope-length",
-        "RoPE extrapolates better",
-        "RoPE extrapolates better than learned positions",
-        "past the training length its loss rises less than theirs in windows read anew",
-        (-INFINITY, 0),
-        _length(length.rope),
-    ),
-    Claim(
-        "sinks-length",
-        "sinks stable beyond training length",
-        "Attention sinks keep the model stable beyond its training length",
-        "past it, lower loss with sinks + window than with the window alone",
-        (-INFINITY, 0),
-        _length(length.sinks),
-    ),
-    Claim(
-        "gpt2-perplexity",
-        "-33% perplexity against GPT-2 with 13x fewer tokens",
-        "33% lower WikiText-2 perplexity than GPT-2 with 13 times fewer tokens",
-        "at least −33%",
-        (-INFINITY, -33),
-        _stage(PERPLEXITY, "gpt2", "pretrain", "wikitext2"),
-    ),
-    Claim(
-        "sft-perplexity",
-        "SFT +26% perplexity",
-        "SFT raises perplexity by 26%",
-        "+13% to +39%",
-        (13, 39),
-        _stage(PERPLEXITY, "pretrain", "sft", "wikitext2"),
-    ),
-    Claim(
-        "dpo-perplexity",
-        "DPO +0.5% perplexity",
-        "DPO raises perplexity by 0.5%",
-        "+0.25% to +0.75%",
-        (0.25, 0.75),
-        _stage(PERPLEXITY, "sft", "dpo", "wikitext2"),
-    ),
-    Claim(
-        "sft-sentiment",
-        "SFT +4pp SST-2",
-        "SFT gains 4 points on SST-2",
-        "+2 to +6 pp",
-        (2, 6),
-        _stage(SENTIMENT, "pretrain", "sft", "sst2"),
-    ),
-    Claim(
-        "dpo-sentiment",
-        "DPO -4pp SST-2",
-        "DPO loses 4 points on SST-2",
-        "−6 to −2 pp",
-        (-6, -2),
-        _stage(SENTIMENT, "sft", "dpo", "sst2"),
-    ),
-    Claim(
-        "gsm8k-zero", "0% GSM8K at this scale", "GSM8K is at 0% at this scale", "below 1%", (-INFINITY, 1), _problems
-    ),
-    Claim(
-        "speed-gpt2",
-        "generation speed like GPT-2's",
-        "Generation is as fast as GPT-2's",
-        "within 10%",
-        (0.9, 1.1),
-        _speed("gpt2", "pretrain"),
-    ),
-    Claim(
-        "speed-distilgpt2",
-        "DistilGPT-2 twice as fast",
-        "DistilGPT-2 generates twice as fast as GPT-2",
-        "1.5 to 2.5 times",
-        (1.5, 2.5),
-        _speed("gpt2", "distilgpt2"),
-    ),
-    Claim(
-        "tokens-per-hour",
-        "30M tokens/hour on an H100",
-        "Training runs at 30M tokens/hour on an H100",
-        "15M to 45M",
-        (15, 45),
-        _rate,
-    ),
-    Claim(
-        "hours", "27 hours in all", "All three stages take 27 hours on an H100", "13.5 to 40.5 h", (13.5, 40.5), _hours
-    ),
-    Claim(
-        "stability",
-        "both train stably",
-        "Both architectures train stably",
-        "no curve with a setback of a tenth of its start",
-        (-INFINITY, 1),  # unsteady curves
-        _stable,
-    ),
-    Claim(
-        "method-outweighs-model",
-        "evaluation method outweighs model quality (variance of prompts against variance of models)",
-        "Evaluation method outweighs model quality",
-        "more variance over templates than over models",
-        (0, INFINITY),
-        method_against_model,
-    ),
-)
+TESTS: dict[str, Callable[..., Finding | None]] = {
+    "ablation": _ablation,
+    "change": _change,
+    "hours": _hours,
+    "length": _length,
+    "problems": _problems,
+    "speed": _speed,
+    "tokens_per_hour": _tokens_per_hour,
+    "unsteady_curves": _unsteady_curves,
+    "variances": method_against_model,
+}
 
 
+def _claim(key: str, source: str, claimed: str, reading: str, band: list[float], test: str, **arguments: str) -> Claim:
+    """A row of claims.toml: `arguments` are the test's own."""
+    return Claim(key, source, claimed, reading, tuple(band), partial(TESTS[test], **arguments))
+
+
+CLAIMS = [
+    _claim(**row) for row in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["claim"]
+]
 BY_KEY = {claim.key: claim for claim in CLAIMS}
 
 
