@@ -169,7 +169,24 @@ class _Layout:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}, place, piece
 
 
-class PackedRows:
+class _Packed:
+    """What packed rows and packed pairs have in common; their number is `len`."""
+
+    _layout: _Layout
+    n_tokens: int
+
+    @property
+    def width(self) -> int:
+        """T: positions of a row, sinks included."""
+        return self._layout.width
+
+    def steps(self, batch_size: int, *, epochs: float = -1, tokens: int = -1) -> int:
+        """Batches of `batch_size` rows or pairs, at least one, for this many epochs or, on average, document tokens."""
+        n = epochs * len(self) if tokens < 0 else tokens / (self.n_tokens / len(self))
+        return max(1, round(n / batch_size))
+
+
+class PackedRows(_Packed):
     """Rows of `width` positions, packed once and gathered batch by batch.
 
     n_documents: documents or examples in the rows. n_dropped: examples that do not fit into a row, left out.
@@ -191,11 +208,6 @@ class PackedRows:
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
-
-    @property
-    def width(self) -> int:
-        """T: positions of a row, sinks included."""
-        return self._layout.width
 
     @property
     def utilisation(self) -> float:
@@ -221,11 +233,6 @@ class PackedRows:
         other = copy.copy(self)
         other._openings = False
         return other
-
-    def steps(self, batch_size: int, *, epochs: float = -1, tokens: int = -1) -> int:
-        """Batches of `batch_size` rows, at least one, that cover so many epochs or, on average, document tokens."""
-        rows = epochs * len(self) if tokens < 0 else tokens / (self.n_tokens / len(self))
-        return max(1, round(rows / batch_size))
 
     def batches(
         self,
@@ -257,7 +264,7 @@ class PackedRows:
             yield self.rows(index)
 
 
-class PairedRows:
+class PairedRows(_Packed):
     """Preference pairs whose sides share a prompt; packed batch by batch, so that every batch holds whole pairs.
 
     n_pairs: pairs kept. n_dropped: pairs with a side that does not fit into a row, left out. n_tokens: document
@@ -279,16 +286,6 @@ class PairedRows:
 
     def __len__(self) -> int:
         return self.n_pairs
-
-    @property
-    def width(self) -> int:
-        """T: positions of a row, sinks included."""
-        return self._layout.width
-
-    def steps(self, batch_size: int, *, epochs: float = -1, tokens: int = -1) -> int:
-        """Batches of `batch_size` pairs that cover so many epochs, or so many tokens on average; at least one."""
-        pairs = epochs * len(self) if tokens < 0 else tokens / (self.n_tokens / len(self))
-        return max(1, round(pairs / batch_size))
 
     def batches(
         self,
@@ -365,11 +362,6 @@ def _branched(sides: _Pieces, shared: np.ndarray) -> tuple[_Pieces, np.ndarray, 
     return flat.take(there), side.ravel()[there], begins.ravel()[there]
 
 
-def _sequences(pairs: np.ndarray) -> np.ndarray:
-    """The sides of these pairs by number."""
-    return np.stack([2 * pairs, 2 * pairs + 1], axis=1).ravel()
-
-
 def pack_documents(
     documents: Sequence[Sequence[int] | np.ndarray] | Documents | Sequence[Documents],
     config: ModelConfig,
@@ -380,7 +372,7 @@ def pack_documents(
 
     documents: token ids without EOS and sinks, one array a document; or `Documents` streams, several of them as one
     mixture. config: gives the width (`context`) and the number of sinks. Empty documents are left out.
-    Raises DataError if there is no token in them, ValueError if sink_ids are not as many as the config's sinks.
+    Raises DataError if they hold no token, ValueError if the number of sink_ids is not the config's.
     """
     streams = _streams(documents, eos)
     layout = _Layout(streams, config, eos, sink_ids)
@@ -436,9 +428,9 @@ def pack_pairs(
 ) -> PairedRows:
     """Preference pairs (prompt ids, chosen ids, rejected ids): of each side the response and its EOS are scored.
 
-    pairs: ids without EOS and sinks; or (Documents of prompt + response, chosen and rejected by turns, int64 [2n]
-    prompt lengths). A pair with a side longer than a row is left out and counted in `n_dropped`. Raises DataError if
-    none fits.
+    pairs: ids without EOS and sinks; or (Documents of prompt + response, chosen and rejected sides alternating, int64
+    [2n] prompt lengths). A pair with a side longer than a row is left out and counted in `n_dropped`. Raises DataError
+    if none fits.
     """
     if not isinstance(pairs, tuple):
         pairs = [side for prompt, chosen, rejected in pairs for side in ((prompt, chosen), (prompt, rejected))]
@@ -450,14 +442,14 @@ def pack_pairs(
     kept = np.flatnonzero(fits)
     if not len(kept):
         raise DataError(f"no preference pair of {len(fits)} fits into model.context = {config.context} positions")
-    sides = pieces.take(_sequences(kept))
+    sides = pieces.take(np.stack([2 * kept, 2 * kept + 1], axis=1).ravel())
     shared = np.fromiter((_shared(documents, prompts, pair) for pair in kept), np.int64, len(kept))
     together = sides.length.reshape(-1, 2).sum(axis=1) - shared <= layout.capacity
     return PairedRows(layout, sides, np.where(together, shared, 0), kept, len(fits) - len(kept))
 
 
 def _shared(documents: Documents, prompts: np.ndarray, pair: int) -> int:
-    """Inputs that a pair's sides begin with alike, up to the last token of the prompt, which is an input of both."""
+    """How many leading inputs both sides of a pair share. The last token of the prompt is an input of each side."""
     chosen, rejected = 2 * pair, 2 * pair + 1
     most = int(min(prompts[chosen], prompts[rejected])) - 1
     if most < 1 or prompts[chosen] != prompts[rejected]:
@@ -481,7 +473,7 @@ def _joined(examples, eos: int) -> tuple[Documents, np.ndarray]:
 
 
 def _whole(documents: Documents, prompts: np.ndarray, lead: int, opens: np.ndarray) -> _Pieces:
-    """One piece a document. A prompt of P tokens masks the P - 1 targets inside it; its last token is learned on."""
+    """One piece per document. A prompt of P tokens masks the P - 1 targets inside it; its last token has a target."""
     return _Pieces(
         start=documents.offsets[:-1] - lead,
         length=documents.lengths + lead,

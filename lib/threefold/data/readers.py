@@ -62,17 +62,11 @@ def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a JSONL, JSON (an array of objects), TSV (with a heading) or Parquet file, .gz allowed but for
     Parquet.
 
-    Empty lines in JSONL are passed over. TSV is GLUE's: no quoting, so a quote is a character. Raises DataError.
+    Empty lines in JSONL are skipped. TSV is GLUE's: no quoting, so a quote is a character. Raises DataError.
     """
-    kind = suffix(path)
-    if kind == ".jsonl":
-        return _jsonl(path)
-    if kind == ".json":
-        return _json(path)
-    if kind == ".tsv":
-        return _tsv(path)
-    if kind == ".parquet":
-        return _parquet(path)
+    parsers = {".jsonl": _jsonl, ".json": _json, ".tsv": _tsv, ".parquet": _parquet}
+    if suffix(path) in parsers:
+        return parsers[suffix(path)](path)
     raise DataError(f"{path}: no rows can be read from {path.suffix or 'a file without suffix'}: {', '.join(TABULAR)}")
 
 
@@ -198,10 +192,7 @@ def _string(row: Row, *columns: str, default: str | None = None) -> str:
 
 
 def _text(rows: Iterable[Row]) -> Iterator[str]:
-    for row in rows:
-        text = _string(row, "text", "story").strip()
-        if text:
-            yield text
+    return (text for row in rows if (text := _string(row, "text", "story").strip()))
 
 
 def _wikitext(rows: Iterable[Row]) -> Iterator[str]:
