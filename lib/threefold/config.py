@@ -37,7 +37,7 @@ def between(low: float, high: float) -> AfterValidator:
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict()]
 Integer = Annotated[int, Strict(), Field(ge=-LARGEST_INTEGER, le=LARGEST_INTEGER)]
-Number = Annotated[float, Strict(), Field(ge=-LARGEST_INTEGER, le=LARGEST_INTEGER, allow_inf_nan=False)]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Natural = Annotated[Integer, _expect("at least 0", lambda value: value >= 0)]
 Positive = Annotated[Integer, _expect("at least 1", lambda value: value >= 1)]
 AtLeastTwo = Annotated[Integer, _expect("at least 2", lambda value: value >= 2)]
