@@ -179,7 +179,7 @@ tables.preferences(comparison).publish()
 
 # %%
 #| label: tbl-stages
-#| tbl-cap: "Each stage's value, its change from the stage before and since pretraining, on the same items. Perplexity changes are relative, proportions in percentage points, losses absolute. p: exact McNemar or clustered t, Holm-adjusted over the report. Could show: the smallest difference that these units would show in a single test at 5% with 80% power."
+#| tbl-cap: "Each stage's value, its change from the stage before and since pretraining, on the same items. Perplexity changes are relative, proportions in percentage points, losses absolute. p: exact McNemar or clustered t, Holm-adjusted over the report. Minimum detectable effect: the smallest difference that a single test at 5% over these units detects with 80% power."
 tables.stage_evolution(comparison).publish()
 
 # %%
@@ -224,7 +224,7 @@ insights.bullets("seed-insights", insights.seed_spread(comparison), insights.ONC
 
 # %%
 #| label: tbl-gpt2
-#| tbl-cap: "Each Threefold stage against the GPT-2 row on the same items. p is Holm-adjusted over the report; equivalent means that the whole interval lies within the measure's margin (0.01 bits per byte, 2 percentage points). Could show: the smallest difference that these units would show in a single test at 5% with 80% power."
+#| tbl-cap: "Each Threefold stage against the GPT-2 row on the same items. p is Holm-adjusted over the report; equivalent means that the whole interval lies within the measure's margin (0.01 bits per byte, 2 percentage points). Minimum detectable effect: the smallest difference that a single test at 5% over these units detects with 80% power."
 tables.standing(comparison, "gpt2").publish()
 
 # %%
@@ -236,7 +236,7 @@ insights.bullets(
 # %%
 #| label: tbl-distilgpt2
 #| tbl-cap: "DistilGPT-2's row as the yardstick: its teacher and the Threefold stages against it, on the same items."
-tables.distilgpt2(comparison).publish()
+tables.standing(comparison, "distilgpt2").publish()
 
 # %%
 #| label: txt-distilgpt2

@@ -230,7 +230,7 @@ def test_every_table_is_one_markdown_table_with_finite_values(comparison):
         tables.preferences(comparison),
         tables.stage_evolution(comparison),
         tables.standing(comparison),
-        tables.distilgpt2(comparison),
+        tables.standing(comparison, "distilgpt2"),
         tables.stability(comparison),
         tables.efficiency(comparison),
         tables.speed(comparison),
@@ -410,7 +410,7 @@ def test_a_model_keeps_its_colour_in_every_figure(comparison):
 
 
 def test_sentences_and_table_adjust_over_the_same_family(comparison):
-    told = {one["p_adjusted"] for one in tables.distilgpt2(comparison).values["differences"]}
+    told = {one["p_adjusted"] for one in tables.standing(comparison, "distilgpt2").values["differences"]}
     assert {one.adjusted for one in tables.against(comparison, "distilgpt2")} == told
     assert {one.a for one in tables.against(comparison, "distilgpt2")} == {"distilgpt2"}
     assert {one.b for one in tables.against(comparison, "distilgpt2")} == {"gpt2", "pretrain", "sft", "dpo"}

@@ -57,7 +57,7 @@ def test_runs_whose_differences_are_noise_claim_none(tmp_path):
         loaded = Comparison.load(make_run(tmp_path / str(trial), skills=level, seeds=seeds, ablations=False))
         claimed = [one.sentence for one in all_insights(loaded) if one.differs]
         assert claimed == []
-        for result in (tables.stage_evolution(loaded), tables.standing(loaded), tables.distilgpt2(loaded)):
+        for result in (tables.stage_evolution(loaded), tables.standing(loaded), tables.standing(loaded, "distilgpt2")):
             assert {one["verdict"] for one in result.values["differences"]} <= {
                 "equivalent",
                 "no detectable difference",
@@ -69,7 +69,7 @@ def test_identical_models_are_never_said_to_differ(tmp_path):
     loaded = Comparison.load(make_run(tmp_path / "fake", skills=level, seeds=dict.fromkeys(SKILL, 5)))
     found = [*insights.stage_changes(loaded), *insights.standing(loaded), *insights.standing(loaded, "distilgpt2")]
     assert found and not any(one.differs for one in found)
-    for result in (tables.stage_evolution(loaded), tables.standing(loaded), tables.distilgpt2(loaded)):
+    for result in (tables.stage_evolution(loaded), tables.standing(loaded), tables.standing(loaded, "distilgpt2")):
         assert result.values["differences"]
         for one in result.values["differences"]:
             assert one["change"] == 0 and one["p"] == 1 and one["identical"]

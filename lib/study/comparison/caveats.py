@@ -10,8 +10,6 @@ from study.comparison import models, seeds
 from study.comparison.differences import Difference
 from study.comparison.load import Comparison
 
-# The stages whose training text is in a model's weights.
-_HISTORY = {"pretrain": ("pretrain",), "sft": ("pretrain", "sft"), "dpo": ("pretrain", "sft", "dpo")}
 FEW = 30  # units below which an interval rests on its t distribution more than on its units
 
 
@@ -40,7 +38,8 @@ def history(comparison: Comparison, model: str) -> set[str] | None:
         return set()
     if not comparison.is_trained_here(model):
         return None
-    return sources(comparison, *_HISTORY.get(model, (model,)))
+    earlier = models.LINEAGE[: models.LINEAGE.index(model)] if model in models.LINEAGE else ()
+    return sources(comparison, *earlier, model)
 
 
 def family(source: str) -> str:

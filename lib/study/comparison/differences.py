@@ -91,7 +91,7 @@ class Difference:
             "n": self.n,
             "method": self.method,
             "margin": self.measure.margin,
-            "smallest_detectable": smallest_detectable(self),
+            "smallest_detectable": minimum_detectable_effect(self),
             "identical": self.identical,
             "verdict": self.verdict,
         }
@@ -186,8 +186,8 @@ def adjust(differences: Iterable[Difference | None]) -> list[Difference | None]:
     return [one and replace(one, adjusted=next(adjusted), family=len(present)) for one in every]
 
 
-def smallest_detectable(one: Difference) -> float | None:
-    """Smallest difference that this many units would show in a single test with 80% power, in the unit of change.
+def minimum_detectable_effect(one: Difference) -> float | None:
+    """Smallest true difference that a single test over this many units detects with 80% power, in the unit of change.
 
     Proportions of single items: Connor (1987) from the discordance seen, at least one item taken as discordant. The
     rest: (z for 5% two-sided + z for 80%) standard errors (Miller 2024, section 5). None where one unit, or no spread

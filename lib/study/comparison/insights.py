@@ -75,8 +75,8 @@ def _equivalent(comparison: Comparison, one: Difference) -> str:
 
 
 def _unresolved(comparison: Comparison, one: Difference) -> str:
-    least = tables.could_show(one)
-    able = f"; could show {least}" if least else ""
+    least = tables.detectable_text(one)
+    able = f"; minimum detectable effect {least}" if least else ""
     return f"{one.measure.title.lower()} ({_change(comparison, one)}{able})"
 
 
@@ -431,7 +431,7 @@ def confounds(comparison: Comparison) -> list[Insight]:
 
 
 def _in_domain(comparison: Comparison) -> list[Insight]:
-    trained = caveats.sources(comparison, "pretrain", "sft", "dpo")
+    trained = caveats.sources(comparison, *models.LINEAGE)
     zero_shot = [m for m in comparison.models if m != "random" and not comparison.is_trained_here(m)]
     hits: dict[str, str] = {}
     for model in comparison.models:

@@ -13,7 +13,7 @@ import numpy as np
 
 from papertrail import records
 from study.comparison import ablations, length, models, seeds, training
-from study.comparison.differences import ALPHA, Difference, adjust, difference, smallest_detectable
+from study.comparison.differences import ALPHA, Difference, adjust, difference, minimum_detectable_effect
 from study.comparison.load import Comparison
 from study.comparison.measures import (
     BITS_PER_BYTE,
@@ -452,7 +452,7 @@ def stage_evolution(comparison: Comparison) -> Result:
                     "Change from the stage before": change.text if change else None,
                     "p (Holm)": change.p_text if change else None,
                     "Verdict": change.verdict if change else None,
-                    "Could show": could_show(change) if change else None,
+                    "Minimum detectable effect": detectable_text(change) if change else None,
                     "Change since pretraining": total.text if total else None,
                 }
             )
@@ -476,9 +476,9 @@ def compared(comparison: Comparison) -> list[Difference]:
     return [one for one in adjust(difference(comparison, *step) for step in steps) if one is not None]
 
 
-def could_show(one: Difference) -> str | None:
-    """The smallest difference these units would show in a single test at 5% with 80% power, with their number."""
-    least = smallest_detectable(one)
+def detectable_text(one: Difference) -> str | None:
+    """The minimum detectable effect of a single test at 5% with 80% power, and the number of units."""
+    least = minimum_detectable_effect(one)
     return f"{one.measure.size_text(least)} (n = {one.n:,})".replace(" ", NBSP) if least is not None else None
 
 
@@ -556,33 +556,23 @@ def against(comparison: Comparison, baseline: str) -> list[Difference]:
 
 
 def standing(comparison: Comparison, baseline: str = "gpt2") -> Result:
-    """Where our stages match, exceed or lag a baseline."""
-    found = against(comparison, baseline)
-    return _result(
-        f"against-{baseline}", _standing_rows(comparison, found), differences=[one.values() for one in found]
-    )
-
-
-def _standing_rows(comparison: Comparison, found: list[Difference]) -> list[dict[str, Any]]:
-    return [
+    """Where our stages, and DistilGPT-2's teacher, match, exceed or lag a baseline."""
+    differences = against(comparison, baseline)
+    rows = [
         {
             "Measure": _heading(one.measure),
             "Model": comparison.name(one.b),
             "Value": one.measure.text(one.measure.value(comparison, one.b)),
-            f"{comparison.name(one.a)}": one.measure.text(one.measure.value(comparison, one.a)),
+            comparison.name(one.a): one.measure.text(one.measure.value(comparison, one.a)),
             "Difference": one.text,
             "p (Holm)": one.p_text,
             "Verdict": one.verdict,
-            "Could show": could_show(one),
+            "Minimum detectable effect": detectable_text(one),
         }
-        for one in found
+        for one in differences
     ]
-
-
-def distilgpt2(comparison: Comparison) -> Result:
-    """DistilGPT-2 against its teacher, and our stages against DistilGPT-2."""
-    found = against(comparison, "distilgpt2")
-    return _result("distilgpt2", _standing_rows(comparison, found), differences=[one.values() for one in found])
+    name = "distilgpt2" if baseline == "distilgpt2" else f"against-{baseline}"
+    return _result(name, rows, differences=[one.values() for one in differences])
 
 
 # Training and speed --------------------------------------------------------------------------------------------------
