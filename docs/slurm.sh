@@ -21,7 +21,7 @@ for stage in pretrain sft dpo; do
     srun --kill-on-bad-exit=1 torchrun \
         --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
         --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID-$stage" --rdzv-endpoint "$first:29500" \
-        -m -- threefold train "$stage" --run "$run"
+        -m -- study train "$stage" --run "$run"
     threefold run --run "$run" --only "$stage" # its notebook: finds the training done, and publishes it
 done
 threefold run --run "$run" # evaluations and the comparison

@@ -32,7 +32,7 @@ def launch(stage: Stage, nproc: int, say: Callable[[str], None]) -> None:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
     # after --, or torchrun would take --run for one of its own options
-    command += ["-m", "--", "threefold", "train", stage.name, "--run", stage.run.name, "--begun"]
+    command += ["-m", "--", "study", "train", stage.name, "--run", stage.run.name, "--begun"]
     environment = {
         **os.environ,
         **dict.fromkeys(THREADS, str(max(1, torch.get_num_threads() // nproc))),
