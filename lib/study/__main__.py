@@ -1,4 +1,4 @@
-"""`python -m threefold`: the command line where the package is not installed, and a worker's under torchrun."""
+"""`python -m study`: the command line where the package is not installed, and a worker's under torchrun."""
 
 import sys
 

@@ -1,14 +1,15 @@
 """The model card: README.md in a checkpoint's folder, in the form that the Hugging Face hub reads.
 
-Made of what the run recorded of this stage and of those it came from, and of the registry of data sources. It holds no
-time and no place, so that the same training writes the same bytes.
+It is made from what the run recorded of this stage and its ancestors and from the registry of data sources. It holds
+no time and no path, so that the same training writes the same bytes.
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import tomli_w
-import yaml
+from huggingface_hub import ModelCardData
 
 from basics.files import atomic_write, sha256_file
 from papertrail import records
@@ -19,7 +20,7 @@ from threefold.data.sources import registry
 from threefold.model import hf
 from threefold.training.loop import TrainResult
 
-# The hub's names of the licences in data/sources.toml; whatever else is "other" there.
+# The hub's names of the licences in data/sources.toml; any other licence is "other" there.
 LICENCES = {"CC0 1.0": "cc0-1.0", "CC BY-SA 3.0": "cc-by-sa-3.0", "CC BY-NC 4.0": "cc-by-nc-4.0", "MIT": "mit"}
 UNKNOWN = "not known: own files"
 OBJECTIVES = {
@@ -32,8 +33,8 @@ OBJECTIVES = {
 
 
 def write_card(stage: Stage, result: TrainResult) -> str:
-    """Write the card of the checkpoint in the stage's work folder, and return it. Before `stage.finish`, which hashes
-    it with the rest."""
+    """Write the card of the checkpoint in the stage's work folder and return it. Call it before `stage.finish`, which
+    hashes the folder's files."""
     folder = stage.partial
     weights = sha256_file(folder / hf.WEIGHTS)
     own = {**read_run_file(folder), "tokens": result.tokens, "weights_sha256": weights}
@@ -53,7 +54,7 @@ def _card(stage: Stage, result: TrainResult, lineage: list[Mapping[str, Any]]) -
     config = hf.read_config(stage.partial)
     kind = hf.architecture(config)
     used = _data(lineage)
-    sections = {"model": _fields(config), stage.model: lineage[-1]["fingerprint"]["config"][stage.model]}
+    sections = {"model": asdict(config), stage.model: lineage[-1]["fingerprint"]["config"][stage.model]}
     trained = [
         {
             "stage": facts["stage"],
@@ -66,7 +67,8 @@ def _card(stage: Stage, result: TrainResult, lineage: list[Mapping[str, Any]]) -
     ]
     restricted = [row["source"] for row in used if "NC" in row["licence"] or "research" in row["licence"]]
     return f"""---
-{_front(stage, kind, used)}---
+{_front(stage, kind, used)}
+---
 
 # {records.escape(f"{stage.run.name}/{stage.name}")}
 
@@ -107,23 +109,20 @@ def _front(stage: Stage, kind: str, used: list[dict[str, str]]) -> str:
     """The YAML that the hub reads. No base_model: it must name a repository of the hub, and the parent is in none."""
     licences = {LICENCES.get(row["licence"]) for row in used}
     known = len(licences) == 1 and None not in licences
-    licence = {"license": licences.pop()} if known else {"license": "other", "license_name": "see-data-and-licences"}
-    hubs = sorted({entry.hub for row in used if (entry := registry().get(row["source"])) and entry.hub})
-    own = any(row["licence"] == UNKNOWN for row in used)
-    values = {
-        **({} if own else {"language": "en"}),
-        **licence,
-        **({"library_name": "threefold"} if kind == hf.OWN else {"library_name": "transformers"}),
-        "pipeline_tag": "text-generation",
-        "tags": ["threefold", stage.model],
-        **({"datasets": hubs} if hubs else {}),
-    }
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return ModelCardData(
+        language=None if any(row["licence"] == UNKNOWN for row in used) else "en",
+        license=licences.pop() if known else "other",
+        license_name=None if known else "see-data-and-licences",
+        library_name="threefold" if kind == hf.OWN else "transformers",
+        pipeline_tag="text-generation",
+        tags=["threefold", stage.model],
+        datasets=sorted({entry.hub for row in used if (entry := registry().get(row["source"])) and entry.hub}) or None,
+    ).to_yaml()
 
 
 def _data(lineage: list[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """One row a source and split that any training of the lineage took text from, as its fingerprint has them, and one
-    for a tokenizer from elsewhere."""
+    """One row for each source and split that a training of the lineage read, according to its fingerprint, and one for
+    a tokenizer from elsewhere."""
     rows: dict[tuple[str, str, str], list[str]] = {}
     for facts in lineage:
         for part, sources in facts["fingerprint"]["config"]["data"].items():
@@ -149,10 +148,6 @@ def _warning(restricted: list[str]) -> str:
 def _overlap(lineage: list[Mapping[str, Any]]) -> str:
     removed = all(facts["fingerprint"]["config"].get("overlap", {}).get("remove") for facts in lineage)
     return "searched for and left out" if removed else "not left out everywhere"
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
 def _class(kind: str) -> str:
