@@ -84,7 +84,7 @@ def test_a_restricted_source_is_named_as_such(make):
     make("pretrain")
     more = '[[data.sft]]\nsource = "alpaca"'
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "data_fingerprints", lambda run, stage: {})  # Alpaca itself is not at hand
+        patch.setattr(stages, "data_fingerprints", lambda *inputs: {})  # Alpaca itself is not at hand
         folder = make("sft", more)
     card = ModelCard.load(folder / "README.md")
     assert card.data.license == "other" and card.data.license_name

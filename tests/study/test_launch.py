@@ -12,7 +12,6 @@ from basics import paths
 from basics.errors import ConfigError, TrainingError
 from study import cli
 from study.run import open_stage
-from study.stages import fingerprint
 from study.training import prepare, train_stage
 from threefold.data import corpus
 from threefold.data.tokenizer import build_tokenizer
@@ -34,14 +33,14 @@ def runs(tmp_path_factory):
 
 def opened(run: str, overrides: str, **parameters):
     """A run's pretraining, with a finished stage before it that made the tokenizer."""
-    door = {"preset": PRESET, "run": run, "overrides": overrides}
-    data = open_stage("data", **dict(door))
-    folder, preset = data.begin(fingerprint(data.run, "data")), data.preset
+    common = {"preset": PRESET, "run": run, "overrides": overrides}
+    data = open_stage("data", **common)
+    folder, preset = data.begin(), data.preset
     texts = corpus.mixture_texts(preset.data.pretrain)
     build_tokenizer(preset.tokenizer, texts, context=preset.model.context).save_pretrained(folder / "tokenizer")
     data.finish()
-    stage = open_stage("pretrain", **door, **parameters)
-    return stage, prepare(stage), stage.begin(fingerprint(stage.run, "pretrain"))
+    stage = open_stage("pretrain", **common, **parameters)
+    return stage, prepare(stage), stage.begin()
 
 
 def workers_of(run: str) -> list[psutil.Process]:
