@@ -24,7 +24,7 @@ from study.run import Run, Stage
 from study.subjects import subject
 from threefold.config import ExternalConfig
 from threefold.evaluation import LanguageModel, sha256_state
-from threefold.evaluation.adapter import _batches, _rows
+from threefold.evaluation.batching import batches_of, rows_of
 from threefold.model.decoder import Decoder
 from threefold.model.hf import save_checkpoint
 
@@ -93,23 +93,23 @@ def test_choices_of_several_tokens_share_a_row(make, shared):
 def test_rows_are_shared_where_they_fit_and_are_mostly_context():
     context = tuple(range(10))
     asked = [(context, [1, 2, 3]), (context, [4, 5, 6]), (context, [9])]
-    (row,) = _rows(asked, 14)
+    (row,) = rows_of(asked, 14)
     assert row.ids == (*context, 1, 2, 4, 5) and row.branches == [0] * 10 + [1, 1, 2, 2]
     assert row.requests == {0: 10, 1: 12, 2: 14} and row.context == 10
-    assert [r.ids for r in _rows(asked, 13)] == [(*context, 1, 2), (*context, 4, 5), context], "no room"
+    assert [r.ids for r in rows_of(asked, 13)] == [(*context, 1, 2), (*context, 4, 5), context], "no room"
     long = [((1, 2), [3, 4, 5, 6]), ((1, 2), [7, 8])]
-    assert len(_rows(long, 100)) == 2, "whole texts after one token are no choices"
+    assert len(rows_of(long, 100)) == 2, "whole texts after one token are no choices"
     nested = [((1, 2), [3, 4]), ((1, 2, 3), [5])]
-    (row,) = _rows(nested, 100)
+    (row,) = rows_of(nested, 100)
     assert row.ids == (1, 2, 3) and row.context == 2, "the same input, scored from different places"
 
 
 def test_batches_leave_much_shorter_rows_to_the_next_once_they_are_full():
     lengths = [10, 100, 60, 99, 98, 9, 97]
-    assert _batches(lengths, 0, 1000) == [[1, 3, 4, 6, 2, 0, 5]]
-    assert _batches(lengths, 0, 1000, fill=200) == [[1, 3, 4, 6], [2, 0, 5]]
-    assert _batches(lengths, 0, 250, fill=200) == [[1, 3], [4, 6], [2, 0, 5]]
-    assert _batches(lengths, 100, 250) == [[1], [3], [4], [6], [2], [0, 5]]
+    assert batches_of(lengths, 0, 1000) == [[1, 3, 4, 6, 2, 0, 5]]
+    assert batches_of(lengths, 0, 1000, fill=200) == [[1, 3, 4, 6], [2, 0, 5]]
+    assert batches_of(lengths, 0, 250, fill=200) == [[1, 3], [4, 6], [2, 0, 5]]
+    assert batches_of(lengths, 100, 250) == [[1], [3], [4], [6], [2], [0, 5]]
 
 
 def test_shots_are_computed_once():
@@ -330,7 +330,7 @@ def test_a_hub_model_without_a_revision_stays_at_the_commit_of_its_first_load(tm
     (repository / "refs").mkdir()
 
     def load(revision: str = "") -> str:
-        baselines = BaselinesConfig(gpt2="someone/tiny", gpt2_revision=revision)
+        baselines = BaselinesConfig(gpt2="someone/tiny", gpt2_revision=revision, distilgpt2="someone/tiny")
         run = Run.of("x", tmp_path / "x", Preset(name="x", baselines=baselines))
         return subject(Stage(name="evaluate-gpt2", run=run, config=None), "gpt2").facts["revision"]
 

@@ -12,8 +12,10 @@ from basics.errors import ConfigError, DataError
 from study.preset import load_preset
 from threefold.config import ModelConfig
 from threefold.model import Decoder, KVCache, kernels, parameter_counts
+from threefold.model import attention as attention_module
 from threefold.model import decoder as decoder_module
-from threefold.model.decoder import rotary_tables, segment_positions
+from threefold.model.attention import rotary_tables
+from threefold.model.decoder import segment_positions
 from threefold.model.kernels import rms_norm, rotate
 from threefold.segments import TRUNK_SHIFT
 
@@ -58,7 +60,7 @@ def close(a: torch.Tensor, b: torch.Tensor, scale: float = 1e-5) -> None:
 @pytest.mark.parametrize("block", [2, 3, 5, 1000], ids=["four blocks", "three", "halves", "at once"])
 @pytest.mark.parametrize("side_by_side", [1, 1000], ids=["one product", "three products"])
 def test_both_kernels_give_the_same_logits_and_gradients(parts, block, side_by_side, monkeypatch):
-    monkeypatch.setattr(decoder_module, "BLOCK", block)
+    monkeypatch.setattr(attention_module, "BLOCK", block)
     monkeypatch.setattr(kernels, "SIDE_BY_SIDE", 1000)
     segments = torch.tensor([[0, 1, 1, 1, 2, 2, 2, 2, 3, -1], [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
     results = []

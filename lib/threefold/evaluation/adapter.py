@@ -12,7 +12,7 @@ import importlib.util
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,20 +28,17 @@ from basics.errors import CheckpointError, EvaluationError, SourceError
 from basics.files import sha256_bytes, sha256_file
 from threefold.config import ExternalConfig, ModelConfig
 from threefold.data.tokenizer import load_tokenizer, tokenizer_hash
+from threefold.evaluation.backends import DecoderBackend, TransformersBackend, as_decoder
+from threefold.evaluation.batching import FULL, Request, Row, batches_of, rows_of
 from threefold.memory import keep_freed_memory
 from threefold.model import hf
-from threefold.model.decoder import Decoder, KVCache
-from threefold.model.generation import generate as generate_ids
+from threefold.model.decoder import Decoder
+from threefold.model.generation import common_prefix_length
 
 BATCH_TOKENS = 16384
-FULL, SHORTER = 1024, 0.8  # positions that keep a device busy; a row of less than this share of the longest waits
 SHARED_PREFIX = 16  # shorter common prefixes are not worth a cache
-CONVERTIBLE = ("LlamaForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel")
 WRONG_WEIGHTS = {"missing": "missing", "unexpected": "extra", "mismatched": "misshapen"}
 MOST_LAYERS = 10_000  # of a foreign model: more is a fault of its config.json
-PROBE_TOLERANCE = 1e-3  # a converted model's logits may differ by this share of the largest logit
-
-Request = tuple[Sequence[int], Sequence[int]]  # (context ids, target ids): the targets are scored after the context
 
 
 class ScoredSpan(NamedTuple):
@@ -50,151 +47,6 @@ class ScoredSpan(NamedTuple):
     sum: float  # nats
     n: int  # target tokens
     greedy: bool  # whether greedy decoding would have produced the target
-
-
-class _DecoderBackend:
-    """Our Decoder: hidden states and head apart, keys and values of a shared prefix computed once."""
-
-    name = "decoder"
-    branches = True  # a row may hold several continuations of its context
-
-    def __init__(self, decoder: Decoder):
-        self.model = decoder.eval()
-        self.context = decoder.config.context
-        self.vocab_size = decoder.config.vocab_size
-        self.head = decoder.head
-
-    def prefix(self, ids: Sequence[int]) -> KVCache:
-        """Keys and values of a prefix, batch 1."""
-        cache = KVCache.of(self.model, 1, len(ids))
-        self.model.hidden(torch.tensor([list(ids)], device=self.device), cache=cache)
-        return cache
-
-    def states(self, tokens_BT: Tensor, prefix: KVCache | None = None, branches_BT: np.ndarray | None = None) -> Tensor:
-        """Hidden states h_BTD of right-padded rows: with causal attention padding on the right touches nothing.
-
-        branches_BT: 0 where a token is of its row's context, n of the n-th continuation, which sees the context and
-            itself only, -1 of padding; None: rows have one continuation at most.
-        """
-        segments_BT = None if branches_BT is None else torch.from_numpy(branches_BT).to(self.device)
-        cache = None if prefix is None else prefix.expand(*tokens_BT.shape)
-        return self.model.hidden(tokens_BT, segments_BT=segments_BT, cache=cache)
-
-    def packed(self, rows: int, positions: int) -> AbstractContextManager:
-        """As `Decoder.packed`."""
-        return self.model.packed(rows, positions)
-
-    def begin(self, tokens_BT: Tensor, new_tokens: int) -> tuple[Tensor, KVCache]:
-        """Logits [B, V] after equally long prompts, and the state that `step` continues for `new_tokens`."""
-        cache = KVCache.of(self.model, len(tokens_BT), tokens_BT.shape[1] + new_tokens)
-        return self.head(self.model.hidden(tokens_BT, cache=cache)[:, -1]), cache
-
-    def step(self, tokens_B1: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
-        """Logits [B, V] after one more token in every row."""
-        return self.head(self.model.hidden(tokens_B1, cache=cache)[:, -1]), cache
-
-    def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, tokenizer: Any, stop: list[str]
-    ) -> list[list[int]]:
-        return generate_ids(
-            self.model,
-            prompts,
-            max_new_tokens,
-            temperature=0,
-            stop=stop or None,
-            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-            eos_id=tokenizer.eos_token_id,
-        )
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
-
-
-class _TransformersBackend:
-    """A transformers model as it is. Where its logits are its head applied to its last hidden state, the two are used
-    apart; where they are not (soft-capped or scaled logits), whole logits stand in for the states."""
-
-    name = "transformers"
-    branches = False
-
-    def __init__(self, model: Any, tokenizer: Any):
-        self.model = model.eval()
-        config = model.config.get_text_config()
-        found = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "n_ctx"))
-        self.context = int(next((value for value in found if value), tokenizer.model_max_length))
-        self.vocab_size = config.vocab_size
-        self._linear = self._head_is_linear()
-        self.head = model.get_output_embeddings() if self._linear else torch.nn.Identity()
-
-    @torch.inference_mode()
-    def _head_is_linear(self) -> bool:
-        head = self.model.get_output_embeddings()
-        if head is None or not hasattr(self.model, "base_model") or self.model.base_model is self.model:
-            return False
-        probe = _probe(self.vocab_size, self.context).to(self.model.device)
-        apart = head(self.model.base_model(probe, use_cache=False)[0])
-        return torch.allclose(apart, self.model(probe, use_cache=False).logits, rtol=1e-4, atol=1e-4)
-
-    def prefix(self, ids: Sequence[int]) -> None:
-        """Caches of foreign models differ too much to share safely; their rows carry the whole prompt."""
-        return None
-
-    def states(self, tokens_BT: Tensor, prefix: None = None, branches_BT: None = None) -> Tensor:
-        if self._linear:
-            return self.model.base_model(tokens_BT, use_cache=False)[0]
-        return self.model(tokens_BT, use_cache=False).logits
-
-    def packed(self, rows: int, positions: int) -> AbstractContextManager:
-        return nullcontext()
-
-    def begin(self, tokens_BT: Tensor, new_tokens: int) -> tuple[Tensor, Any]:
-        out = self.model(tokens_BT, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1], out.past_key_values
-
-    def step(self, tokens_B1: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        out = self.model(tokens_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1], out.past_key_values
-
-    def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, tokenizer: Any, stop: list[str]
-    ) -> list[list[int]]:
-        width = max(map(len, prompts))
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        tokens_BT = torch.full((len(prompts), width), pad, device=self.device)
-        mask_BT = torch.zeros_like(tokens_BT)
-        for row, ids in enumerate(prompts):
-            tokens_BT[row, width - len(ids) :] = torch.tensor(ids, device=self.device)
-            mask_BT[row, width - len(ids) :] = 1
-        out_BT = self.model.generate(
-            tokens_BT,
-            attention_mask=mask_BT,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=1.0,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad,
-            **({"stop_strings": stop, "tokenizer": tokenizer} if stop else {}),
-        )
-        rows = out_BT[:, width:].tolist()
-        eos = tokenizer.eos_token_id
-        return [row[: row.index(eos)] if eos in row else row for row in rows]
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
 
 
 @dataclass
@@ -255,7 +107,7 @@ class LanguageModel:
     @property
     def decoder(self) -> Decoder:
         """The Decoder that runs. Raises EvaluationError where transformers' own model does."""
-        if not isinstance(self.backend, _DecoderBackend):
+        if not isinstance(self.backend, DecoderBackend):
             raise EvaluationError(
                 f"{self.name} runs through transformers: {type(self.backend.model).__name__} is no Decoder"
             )
@@ -299,8 +151,10 @@ class LanguageModel:
             raise CheckpointError(f"{folder} holds an adapter to another model: merge it into a checkpoint of its own")
         if "threefold" in config:
             decoder = hf.load_checkpoint(folder, dtype=dtype, device=_device(device))
-            return cls(name, _DecoderBackend(decoder), load_tokenizer(folder), _weights_hash(folder))
-        return cls._from_transformers(str(folder), name, _weights_hash(folder), dtype, device, local_files_only=True)
+            return cls(name, DecoderBackend(decoder), load_tokenizer(folder), hf.weights_sha256(folder))
+        return cls._from_transformers(
+            str(folder), name, hf.weights_sha256(folder), dtype, device, local_files_only=True
+        )
 
     @classmethod
     def from_location(
@@ -429,13 +283,10 @@ class LanguageModel:
         """
         weights_sha256 = weights_sha256 or sha256_state(model)
         if isinstance(model, Decoder):
-            return cls(name, _DecoderBackend(model), tokenizer, weights_sha256, facts or {})
-        original = _TransformersBackend(model, tokenizer)
-        if convert and type(model).__name__ in CONVERTIBLE:
-            decoder = _converted(model)
-            if decoder is not None:
-                return cls(name, _DecoderBackend(decoder), tokenizer, weights_sha256, facts or {})
-        return cls(name, original, tokenizer, weights_sha256, facts or {})
+            return cls(name, DecoderBackend(model), tokenizer, weights_sha256, facts or {})
+        decoder = as_decoder(model) if convert else None
+        backend = TransformersBackend(model, tokenizer) if decoder is None else DecoderBackend(decoder)
+        return cls(name, backend, tokenizer, weights_sha256, facts or {})
 
     @classmethod
     def random(
@@ -514,12 +365,12 @@ class LanguageModel:
                 )
             if min(*context, *target) < 0 or max(*context, *target) >= self.backend.vocab_size:
                 raise EvaluationError(f"{describe(index)}: a token id that {self.name} does not know")
-        rows = _rows(requests, self.context if self.backend.branches else 0)
+        rows = rows_of(requests, self.context if self.backend.branches else 0)
         results: list[tuple[np.ndarray, bool] | None] = [None] * len(requests)
         positions = sum(len(row.ids) for row in rows)
         with self.backend.packed(min(positions, batch_tokens), positions):
             shared, prefix = self._shared_prefix(rows)
-            for batch in _batches([len(row.ids) - shared for row in rows], shared, batch_tokens, fill=FULL):
+            for batch in batches_of([len(row.ids) - shared for row in rows], shared, batch_tokens, fill=FULL):
                 width = max(len(rows[i].ids) for i in batch) - shared
                 tokens_BT = np.zeros((len(batch), width), np.int64)
                 branches_BT = np.full((len(batch), width), -1)
@@ -552,20 +403,17 @@ class LanguageModel:
                     results[index] = (logp, bool(greedy_N[first : first + n].all()))
         return results  # type: ignore[return-value]
 
-    def _shared_prefix(self, rows: list["_Row"]) -> tuple[int, Any]:
+    def _shared_prefix(self, rows: list["Row"]) -> tuple[int, Any]:
         """(length, cache) of what all rows begin with, e.g. the shots of a prompt; every scored position stays
         outside.
         """
         if len(rows) < 4:
             return 0, None
-        first, last = (extreme(row.ids for row in rows) for extreme in (min, max))  # what they share, all share
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
-        )
+        shared = common_prefix_length([row.ids for row in rows])
         shared = min(shared, min(row.context for row in rows) - 1)
         if shared < SHARED_PREFIX:
             return 0, None
-        prefix = self.backend.prefix(first[:shared])
+        prefix = self.backend.prefix(rows[0].ids[:shared])
         return (0, None) if prefix is None else (shared, prefix)
 
     def _target_logprobs(self, h_ND: Tensor, targets_N: Tensor, greedy: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -636,7 +484,7 @@ class LanguageModel:
                 f"{self.name}"
             )
         results: list[tuple[str, int] | None] = [None] * len(ids)
-        for batch in _batches([len(row) for row in ids], max_new_tokens, batch_tokens):
+        for batch in batches_of([len(row) for row in ids], max_new_tokens, batch_tokens):
             produced = self._continue([ids[i] for i in batch], batch, max_new_tokens, list(stop))
             for i, new in zip(batch, produced, strict=True):
                 text = self.tokenizer.decode(new, skip_special_tokens=True)
@@ -687,59 +535,6 @@ def _load_report_as_values() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@dataclass
-class _Row:
-    """What one row of a batch computes: a context and what follows it, in one or several continuations."""
-
-    ids: tuple[int, ...]
-    branches: list[int]  # of each id: 0 in the context, n in the n-th continuation
-    context: int  # the fewest tokens before anything that is scored
-    requests: dict[int, int] = field(default_factory=dict)  # request -> where in the row its continuation begins
-
-
-def _rows(requests: Sequence[Request], room: int) -> list[_Row]:
-    """A row for each distinct input; continuations of one context, such as the labels of a prompt, share a row of up to
-    `room` tokens where the context is the longer part of each. A continuation is a target without its last token.
-    """
-    by_context: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
-    for index, (context, target) in enumerate(requests):
-        by_context.setdefault(tuple(context), {}).setdefault(tuple(target[:-1]), []).append(index)
-    rows: dict[tuple[int, ...], _Row] = {}
-    for context, found in by_context.items():
-        length = len(context)
-        together = length + sum(map(len, found)) <= room and max(map(len, found)) <= length
-        for group in [found] if together else [{continuation: found[continuation]} for continuation in found]:
-            ids, branches, begins, number = [*context], [0] * length, {}, 0
-            for continuation, indices in group.items():
-                number += bool(continuation)
-                begins |= dict.fromkeys(indices, len(ids))
-                ids += continuation
-                branches += [number] * len(continuation)
-            key = (*ids, -1, *branches) if number > 1 else tuple(ids)
-            row = rows.setdefault(key, _Row(tuple(ids), branches, length))
-            row.context = min(row.context, length)
-            row.requests |= begins
-    return list(rows.values())
-
-
-def _batches(lengths: list[int], extra: int, batch_tokens: int, fill: int = 0) -> list[list[int]]:
-    """Indices by falling length, in batches of at most `batch_tokens` padded positions (`extra` more for every row).
-
-    fill: positions that make a batch large enough to leave a row much shorter than its first to the next batch; 0:
-        batches are as large as they can be.
-    """
-    batches: list[list[int]] = []
-    first = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        rows = len(batches[-1]) if batches else 0
-        full = (rows + 1) * (first + extra) > batch_tokens
-        if not batches or full or (fill and rows * first >= fill and lengths[index] < SHORTER * first):
-            batches.append([])
-            first = lengths[index]
-        batches[-1].append(index)
-    return batches
-
-
 def _tokenizer_hash(tokenizer: Any) -> str:
     """What decides a text's ids: of a BPE without sinks and padding, so that models with and without a BOS compare."""
     if isinstance(tokenizer.backend_tokenizer.model, BPE):
@@ -749,37 +544,6 @@ def _tokenizer_hash(tokenizer: Any) -> str:
 
 def _device(device: str | torch.device | None) -> torch.device:
     return torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _probe(vocab_size: int, context: int) -> Tensor:
-    return torch.randint(vocab_size, (2, min(24, context)), generator=torch.Generator().manual_seed(0))
-
-
-@torch.inference_mode()
-def _converted(model: Any) -> Decoder | None:
-    """The same model as a Decoder, or None if the Decoder cannot hold it or computes something else."""
-    try:
-        decoder = hf.from_transformers(model)
-    except CheckpointError:
-        return None
-    decoder = decoder.to(device=model.device, dtype=model.dtype).eval()
-    probe = _probe(model.config.vocab_size, decoder.config.context).to(model.device)
-    expected, got = model(probe, use_cache=False).logits, decoder(probe)
-    return decoder if (expected - got).abs().max() <= PROBE_TOLERANCE * expected.abs().max() else None
-
-
-def _weights_hash(folder: Path) -> str:
-    """SHA-256 of model.safetensors; of sharded weights, the hash over the shards' names and hashes."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return sha256_file(single)
-    if index.is_file():
-        shards = hf.shard_names(index)
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing:
-            raise CheckpointError(f"{folder}: missing weight files {', '.join(missing)}")
-        return sha256_bytes("".join(f"{shard} {sha256_file(folder / shard)}\n" for shard in shards).encode())
-    raise CheckpointError(f"{folder} holds no model.safetensors (other weight formats are not read)")
 
 
 def _hub_weights(location: str, commit: str, offline: bool) -> str:
@@ -794,7 +558,7 @@ def _hub_weights(location: str, commit: str, offline: bool) -> str:
         raise CheckpointError(f"{location} holds no model.safetensors (other weight formats are not read)")
     for shard in hf.shard_names(Path(index)):
         cached_file(location, shard, **options)
-    return _weights_hash(Path(index).parent)
+    return hf.weights_sha256(Path(index).parent)
 
 
 def _package_file(location: str) -> Path:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from basics.errors import EvaluationError
 from threefold.evaluation.length import cut
-from threefold.model.decoder import Attention, Decoder, attend
+from threefold.model.attention import Attention, attend
+from threefold.model.decoder import Decoder
 
 VARIANTS = ("base", "sinks=0", "sinks=4")  # measured where they were trained
 ROWS = 8  # of text, a context each

@@ -21,7 +21,8 @@ from threefold.config import ModelConfig, SourceConfig
 from threefold.data import sources
 from threefold.data.tokenizer import encode
 from threefold.evaluation.perplexity import running_text
-from threefold.model.decoder import Attention, AttentionContext, Decoder, additive_mask, repeat_heads, rotary_tables
+from threefold.model.attention import Attention, AttentionContext, additive_mask, repeat_heads, rotary_tables
+from threefold.model.decoder import Decoder
 from threefold.model.kernels import rotate
 
 VERSION = 1  # raised when a number would come out differently

@@ -1,6 +1,7 @@
 """The model: the decoder and its KV cache, generation, and Hugging Face checkpoints in and out."""
 
-from threefold.model.decoder import Decoder, KVCache, StreamingCache, parameter_counts
+from threefold.model.cache import KVCache, StreamingCache
+from threefold.model.decoder import Decoder, parameter_counts
 from threefold.model.generation import generate, stream
 from threefold.model.hf import export, from_transformers, load_checkpoint, save_checkpoint, to_transformers
 

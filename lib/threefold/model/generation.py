@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from basics.errors import ConfigError, DataError, EvaluationError
-from threefold.model.decoder import Decoder, KVCache, StreamingCache
+from threefold.model.cache import KVCache, StreamingCache
+from threefold.model.decoder import Decoder
 from threefold.segments import PADDING, SINK
 
 SHARED = 16  # tokens that prompts have in common before it pays to compute them once
@@ -178,7 +179,7 @@ def _prefill(
     """Logits after each prompt [B, V] and their cache: the common start once, the rest padded left, on a CPU in groups
     of similar length. prompts: longest first."""
     device = model.embed.weight.device
-    shared = _common_start(prompts) if len(prompts) > 1 else 0
+    shared = min(common_prefix_length(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
     if shared >= SHARED:
         start = KVCache.of(model, 1, shared) if prefix is None else prefix.expand(1, shared)
         model.hidden(torch.tensor([list(prompts[0][:shared])], device=device), cache=start)
@@ -226,11 +227,10 @@ def _read(model: Decoder, rows: Sequence[Sequence[int]], cache: KVCache) -> Tens
     return model.head(h_BTD[:, -1])
 
 
-def _common_start(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with, one token of each left over to compute logits from."""
-    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # the extremes share what all share
-    most = min(map(len, prompts)) - 1
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b or i == most), most)
+def common_prefix_length(rows: Sequence[Sequence[int]]) -> int:
+    """Tokens that all rows begin with."""
+    first, last = min(map(tuple, rows)), max(map(tuple, rows))  # what these two share, all share
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
 def _pick(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, draws_B: Tensor | None) -> Tensor:

@@ -33,6 +33,8 @@ class Packed:
 
     Plain products put a matrix into such blocks in every call. Queries, keys and values at d 256 in fp32, on two cores
     with AVX512, take 0.7 of the time of three plain products at 32 positions, 0.8 at 4096 (benchmarks/products.py).
+    These operators of torch's compiler are not public, and no public one keeps packed weights without compiling. They
+    stay because scoring without them took 1.05 to 1.26 times as long, decoding 1.01 to 1.2 times (one core, fp32).
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], positions: int):
