@@ -1,235 +1,226 @@
-"""Kernels in a fraction of a second: a process that has imported the heavy packages once and forks a kernel on demand.
+"""A process that starts the kernels of a run and kills everything they started when the run ends, however it ends.
 
-Importing torch and transformers takes 5 to 15 s of a core; a dozen notebooks would pay for it a dozen times, which is
-much of a smoke run. The nursery only imports: no tensor is made and no thread pool started before the fork, as in
-torch's own DataLoader workers. It imports other people's packages, never threefold itself: a kernel must run the code
-that its fingerprint was taken of. Used on Linux without a GPU (a CUDA context does not survive a fork); elsewhere, and
-where the nursery is gone, kernels start the usual way.
+Importing torch and transformers takes 6 s of a core. Fifteen notebooks would spend half of a smoke run on it, so on
+Linux without a GPU (a CUDA context does not survive a fork) the server imports such packages once and forks kernels.
+It imports only: no tensor is made and no thread started before a fork, as in torch's own DataLoader workers. It never
+imports the project's own packages: a kernel must run the code that its stage's fingerprint was computed from.
 
-    python -m papertrail.kernel_forkserver FD        FD: of a listening Unix socket
+    python -m papertrail.kernel_forkserver FD [SOURCE...]
 
-Protocol, one connection a kernel: the client sends {"argv", "env", "cwd"} and gets {"pid"}, later {"status"} as of
-subprocess. A client that hangs up has its kernel killed; when stdin ends, all are killed and the nursery leaves.
+FD: a Unix socket on which each byte comes with another socket, one per kernel, from which the server reads
+{"command", "env", "cwd"} and to which it writes the kernel's process id and later its exit status (as in subprocess),
+a line each. A client that closes its socket has its kernel killed. When FD is closed the server ends.
+SOURCE: files whose imports are made before kernels are forked; without any, a kernel is started as its own program.
 """
 
 import ast
-import asyncio
 import contextlib
 import gc
 import importlib
 import json
 import os
-import random
 import select
-import selectors
 import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NoReturn
 
-from jupyter_client.provisioning.local_provisioner import LocalProvisioner
+from basics.processes import adopt_orphans, end_with_parent, kill_descendants
+from basics.source_code import ROOT
 
-from basics import paths
-from basics.processes import end_with_parent
-
-CALLED = ("threefold/*/*.py", "study/comparison/*.py", "papertrail/records.py")  # what notebooks call
-# What no file names: the kernel itself, and what torch loads at an optimizer's first step.
-OWN = ("basics", "papertrail", "study", "threefold")  # packages that a notebook imports itself
+# What no source names: the kernel itself, and what torch imports at an optimizer's first step.
 ALSO = ("ipykernel.kernelapp", "matplotlib_inline.backend_inline", "matplotlib.pyplot", "torch._dynamo")
+POLL_SECONDS = 0.05
+STOP_SECONDS = 10.0
 
 
-# The nursery --------------------------------------------------------------------------------------------------------
+# Server -------------------------------------------------------------------------------------------------------------
 
 
-def imports() -> list[tuple[str, tuple[str, ...]]]:
-    """(module, names taken from it) of every import of another package in threefold's floors."""
-    found: dict[str, set[str]] = {}
-    for file in [path for pattern in CALLED for path in paths.PACKAGES.glob(pattern)]:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def preload(sources: Iterable[str]) -> Iterator[None]:
+    """Import what the sources import from other packages, one module a step."""
+    for module in ALSO:
+        _import(module, ())
+        yield
+    for source in sources:
+        with open(source, encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 for alias in node.names:
-                    found.setdefault(alias.name, set())
-            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-                found.setdefault(node.module, set()).update(alias.name for alias in node.names)
-    return [(name, tuple(sorted(names))) for name, names in sorted(found.items()) if name.split(".")[0] not in OWN]
-
-
-def serve(listener: socket.socket) -> None:
-    """Imports, then forks kernels until stdin ends."""
-    for module, names in [*((module, ()) for module in ALSO), *imports()]:
-        # What is optional, or wrong, is for the notebook that needs it to report.
-        with contextlib.suppress(Exception):
-            taken = importlib.import_module(module)
-            for name in names:
-                getattr(taken, name)  # transformers loads its classes when they are asked for
+                    _import(alias.name, ())
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                _import(node.module, [alias.name for alias in node.names])
+            else:
+                continue
+            yield
     gc.collect()
-    gc.freeze()  # the collector must not touch, and so copy, what all kernels share
-    wake, on_signal = socket.socketpair()
-    on_signal.setblocking(False)
-    signal.set_wakeup_fd(on_signal.fileno())
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    selector = selectors.DefaultSelector()
-    for source in (listener, wake, sys.stdin):
-        selector.register(source, selectors.EVENT_READ)
+    gc.freeze()  # the collector must not touch, and so copy, the memory that all kernels share
+
+
+def _import(module: str, names: Iterable[str]) -> None:
+    if (ROOT / module.partition(".")[0]).is_dir():  # the project's own
+        return
+    with contextlib.suppress(Exception):  # an optional or a wrong import is for the notebook that needs it to report
+        imported = importlib.import_module(module)
+        for name in names:
+            getattr(imported, name)  # transformers loads its classes when they are asked for
+
+
+def serve(requests: socket.socket, sources: list[str]) -> NoReturn:
+    """Start kernels until the other end of the socket is closed."""
+    adopt_orphans()
+    signal.signal(signal.SIGTERM, leave)
+    end_with_parent(signal.SIGTERM)
+    os.environ["JPY_PARENT_PID"] = str(os.getpid())  # ipykernel, too, ends with its parent
+    imports = preload(sources) if sources else None
     kernels: dict[int, socket.socket] = {}
+    started = False  # the first kernel does not wait for the imports
     while True:
-        for key, _ in selector.select():
-            if key.fileobj is sys.stdin:
-                for pid in kernels:
-                    _kill(pid)
-                return
-            if key.fileobj is listener:
-                client, _ = listener.accept()
-                pid = _spawn(client, [listener, wake, on_signal, *kernels.values()])
-                if pid is not None:
-                    kernels[pid] = client
-                    selector.register(client, selectors.EVENT_READ)
-            elif key.fileobj is wake:
-                wake.recv(4096)
-            else:  # a client never speaks twice: it has hung up
-                selector.unregister(key.fileobj)
-                for pid in [pid for pid, client in kernels.items() if client is key.fileobj]:
-                    _kill(pid)
-        for pid in list(kernels):
+        listening = [*([] if imports and started else [requests]), *kernels.values()]
+        ready, _, _ = select.select(listening, [], [], 0 if imports else POLL_SECONDS)
+        if requests in ready:
+            byte, descriptors, _, _ = socket.recv_fds(requests, 1, 1)
+            if not byte:
+                leave()
+            client = socket.socket(fileno=descriptors[0])
+            if request := client.makefile("r", encoding="utf-8").readline():
+                in_process = bool(sources) and imports is None
+                pid = fork_kernel(json.loads(request), in_process, [requests, client, *kernels.values()])
+                kernels[pid], started = client, True
+                _tell(client, pid)
+        for pid, client in list(kernels.items()):
+            if client in ready:  # it never writes twice, so it was closed
+                _kill(pid)
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
-                client = kernels.pop(pid)
-                with contextlib.suppress(OSError):
-                    client.sendall(json.dumps({"status": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
-                with contextlib.suppress(KeyError):
-                    selector.unregister(client)
+                _tell(kernels.pop(pid), os.waitstatus_to_exitcode(status))
                 client.close()
+        if imports and next(imports, "done"):
+            imports = None
+
+
+def _tell(client: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):  # the client has closed its end
+        client.sendall(f"{number}\n".encode())
 
 
 def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)  # in the moment before it leads a group of its own
+    for kill in (os.killpg, os.kill):  # the latter in the moment before the kernel leads a group of its own
+        with contextlib.suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
 
 
-def _spawn(client: socket.socket, others: list[socket.socket]) -> int | None:
-    """Forks a kernel for this client; None when the client has left."""
-    request = client.makefile("r", encoding="utf-8").readline()
-    if not request:
-        client.close()
-        return None
+def leave(*_) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent's end comes as a signal and as a closed socket
+    kill_descendants()
+    os._exit(0)
+
+
+def fork_kernel(request: Mapping, in_process: bool, sockets: list[socket.socket]) -> int:
+    """Fork a kernel, which closes these sockets; return its process id."""
     pid = os.fork()
     if pid:
-        with contextlib.suppress(OSError):
-            client.sendall(json.dumps({"pid": pid}).encode() + b"\n")
         return pid
     status = 1
     try:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for entry in (client, *others):
-            entry.close()
-        _become_kernel(**json.loads(request))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.setsid()
+        end_with_parent()
+        for inherited in sockets:
+            inherited.close()
+        os.chdir(request["cwd"])
+        command, env = request["command"], {**request["env"], "JPY_PARENT_PID": str(os.getppid())}
+        if not in_process or command[1:3] != ["-m", "ipykernel_launcher"]:
+            os.execvpe(command[0], command, env)
+        os.environ.clear()
+        os.environ.update(env)
+        if "torch" in sys.modules and env.get("OMP_NUM_THREADS", "").isdecimal():
+            sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))  # OpenMP read the server's variable
+        for name in [name for name in sys.modules if (ROOT / name.partition(".")[0]).is_dir()]:
+            del sys.modules[name]  # a kernel imports the project's code as it is on the disk now
+        from ipykernel.kernelapp import launch_new_instance
+
+        sys.argv = ["ipykernel_launcher", *command[3:]]
+        launch_new_instance(argv=command[3:])
         status = 0
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # never back into the nursery's loop
+        os._exit(status)  # never back into the server's loop
 
 
-def _become_kernel(argv: list[str], env: dict[str, str], cwd: str) -> None:
-    os.setsid()
-    end_with_parent()
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(env)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    random.seed()  # or all kernels would draw the same
-    torch = sys.modules.get("torch")
-    if torch is not None and env.get("OMP_NUM_THREADS", "").isdecimal():
-        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # the OpenMP runtime read the nursery's variable
-    for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
-        del sys.modules[name]  # a kernel reads threefold as it is on the disk now
-    from ipykernel.kernelapp import launch_new_instance
-
-    sys.argv = ["ipykernel_launcher", *argv]
-    launch_new_instance(argv=[*argv, f"--IPKernelApp.parent_handle={os.getppid()}"])  # it ends when the nursery does
+# Client -------------------------------------------------------------------------------------------------------------
 
 
-# The client's side ---------------------------------------------------------------------------------------------------
-
-
-class Forked:
-    """A forked kernel, with as much of subprocess.Popen as jupyter_client asks for."""
+class KernelProcess:
+    """A kernel of the server, with as much of subprocess.Popen as jupyter_client's LocalProvisioner uses."""
 
     stdin = stdout = stderr = None
 
-    def __init__(self, address: str, argv: list[str], env: dict[str, str], cwd: str):
-        """Waits until the nursery has imported. Raises OSError when it is gone."""
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(address)
-        self._socket.sendall(json.dumps({"argv": argv, "env": env, "cwd": cwd}).encode() + b"\n")
-        self._lines = self._socket.makefile("r", encoding="utf-8")
-        said = self._lines.readline()
-        if not said:
-            raise ConnectionResetError("the nursery left")
-        self.pid: int = json.loads(said)["pid"]
+    def __init__(self, replies: socket.socket):
+        """Waits until the kernel is started. Raises ConnectionError if the server ends before."""
+        self._replies = replies
+        self._lines = replies.makefile("r", encoding="utf-8")
+        pid = self._lines.readline()
+        if not pid:
+            raise ConnectionResetError("the process that starts kernels is gone")
+        self.pid = int(pid)
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        if self.returncode is None:
-            ready, _, _ = _select([self._socket])
-            if ready:
-                said = self._lines.readline()
-                self.returncode = json.loads(said)["status"] if said else -signal.SIGKILL
-                self._socket.close()
+        if self.returncode is None and select.select([self._replies], [], [], 0)[0]:
+            status = self._lines.readline()
+            self.returncode = int(status) if status else -signal.SIGKILL  # the server's end is its kernels' end
+            self._replies.close()
         return self.returncode
 
-    def wait(self, timeout: float | None = None) -> int:
-        while self.poll() is None:
-            ready, _, _ = _select([self._socket], timeout)
-            if not ready:
-                raise subprocess.TimeoutExpired("kernel", timeout or 0)
+    def wait(self) -> int | None:
+        """The exit status; LocalProvisioner polls until there is one."""
         return self.returncode
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
 
-def _select(sockets: list[socket.socket], timeout: float | None = 0):
-    return select.select(sockets, [], [], timeout)
+class ForkServer:
+    """The server process, for the one that starts it."""
 
+    def __init__(self, env: Mapping[str, str], sources: Iterable[str] = ()):
+        self._requests, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "papertrail.kernel_forkserver", str(theirs.fileno()), *sources],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what a kernel writes to its file descriptors does not belong between the run's lines
+                pass_fds=[theirs.fileno()],
+                env=env,
+                start_new_session=True,  # Ctrl-C in a terminal is for the scheduler
+            )
 
-class Provisioner(LocalProvisioner):
-    """jupyter_client's local provisioner; asks a nursery for the kernel and starts it the usual way without one."""
+    def start(self, command: list[str], env: Mapping[str, str], cwd: str) -> KernelProcess:
+        """Start a kernel. Raises OSError if the server is gone."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._requests, [b"k"], [theirs.fileno()])
+        ours.sendall(json.dumps({"command": command, "env": dict(env), "cwd": cwd}).encode() + b"\n")
+        return KernelProcess(ours)
 
-    nursery = ""  # address
-
-    async def launch_kernel(self, cmd: list[str], **keywords: Any):
-        env = dict(keywords.get("env") or os.environ)
-        cwd = str(keywords.get("cwd") or Path.cwd())
-        if self.nursery and cmd[1:3] == ["-m", "ipykernel_launcher"]:
-            try:
-                self.process = await asyncio.to_thread(Forked, self.nursery, cmd[3:], env, cwd)
-            except OSError:
-                return await self._usual(cmd, **keywords)
-            self.pid = self.pgid = self.process.pid
-            self.cwd = cwd
-            return self.connection_info
-        return await self._usual(cmd, **keywords)
-
-    async def _usual(self, cmd: list[str], **keywords: Any):
-        tied = {"preexec_fn": end_with_parent} if sys.platform == "linux" else {}
-        return await super().launch_kernel(cmd, **keywords, **tied)
+    def stop(self) -> None:
+        """End the server, all kernels, and every process that they started."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._requests.close()
 
 
 if __name__ == "__main__":
-    end_with_parent()
     del sys.path[0]  # the folder it was started in is no place to import from
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])

@@ -15,6 +15,9 @@ class StageSpec:
     needs: tuple[str, ...]  # stages that must be finished before it starts
     folder: str  # of what it makes, relative to the run's: "evaluation/sft"
     alone: bool = False  # nothing may run beside it, because it measures times
+    weight: int = 1  # how long it takes, compared with other stages; only their order matters
+    parallel: bool = False  # its notebook takes `nproc`, the number of processes that do its work together
+    memory_keys: str = ""  # settings that take less memory when lowered, for the advice where memory runs out
 
 
 Plan = Mapping[str, StageSpec]  # by name; each stage comes after those that it needs

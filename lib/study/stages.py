@@ -15,7 +15,7 @@ from basics import files, paths
 from basics.errors import ConfigError, SourceError
 from basics.names import did_you_mean, replicate_name, replicate_of
 from papertrail.plan import Plan, StageSpec, make_plan
-from study.preset import REPEATED, TRAINED, Preset, evaluation_sources, measured_on, model_names, to_dict
+from study.preset import OWN_MODELS, REPEATED, TRAINED, Preset, evaluation_sources, measured_on, model_names, to_dict
 from threefold.config import SourceConfig
 
 NOTEBOOKS = {
@@ -33,6 +33,26 @@ NOTEBOOKS = {
 READS_TRAINING_TEXT = (*TRAINED, "ablations")
 # Keys of [pretrain] that do not change the time of its steps, which is all that the ablations take from that section.
 UNTIMED = ("learning_rate", "muon_learning_rate", "schedule", "warmup", "decay", "final_lr_ratio")
+
+# How long a stage takes compared with the others; only their order matters.
+WEIGHTS = {
+    "data": 2,
+    "pretrain": 8,
+    "gpt2": 7,
+    "distilgpt2": 6,
+    "sft": 4,
+    "dpo": 3,
+    "evaluate": 4,
+    "ablations": 6,
+}
+# Settings that take less memory when lowered; in trainings, batch size and context.
+MEMORY_KEYS = {
+    "data": "max_examples of the largest data.* source",
+    "evaluate": "evaluation.batch_tokens",
+    "speed": "evaluation.speed_batch_sizes or evaluation.speed_prompt",
+    "ablations": "ablations.train.batch_size (and raise ablations.train.accumulate by the same factor)",
+    "compare": "evaluation.bootstrap",
+}
 
 
 def plan(preset: Preset) -> Plan:
@@ -79,6 +99,12 @@ def _spec(name: str, needs: tuple[str, ...]) -> StageSpec:
         needs,
         folder if replicate == 1 else f"seeds/{replicate}/{folder}",
         alone=kind == "speed",
+        # a published model is many times the size of what is trained here
+        weight=16 if kind == "evaluate" and model not in OWN_MODELS else WEIGHTS.get(kind, 1),
+        parallel=kind in TRAINED,
+        memory_keys=MEMORY_KEYS.get(
+            kind, f"{kind}.batch_size (and raise {kind}.accumulate by the same factor) or model.context"
+        ),
     )
 
 

@@ -20,8 +20,7 @@ from shared import ONE_STEP, flip
 
 from basics import files, paths
 from basics.errors import ConfigError, MissingInput, RecordError, ThreefoldError
-from papertrail import notebook_files, notebooks, provenance, records, rerun, staleness, verify
-from papertrail import scheduler as executor
+from papertrail import notebook_files, notebooks, provenance, records, rerun, scheduler, staleness, verify
 from papertrail.plan import ancestors, dependents
 from study import stages
 from study.cli import status
@@ -92,7 +91,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv("THREEFOLD_RUNS", str(runs))
     monkeypatch.setenv("THREEFOLD_DATA", "")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setattr(executor, "forking_is_safe", lambda: False)  # importing everything would not pay here
+    monkeypatch.setattr(scheduler, "forking_is_safe", lambda: False)  # importing everything would not pay here
     return tmp_path
 
 
@@ -100,9 +99,9 @@ def opened(project: Path, *overrides: str) -> Run:
     return open_run(project / "tiny.toml", overrides=overrides)
 
 
-def execute(run: Run, *selected: str, **options) -> tuple[executor.Outcome, list[str]]:
+def execute(run: Run, *selected: str, **options) -> tuple[scheduler.Outcome, list[str]]:
     lines: list[str] = []
-    return executor.execute(run, selected=selected, say=lines.append, **options), lines
+    return scheduler.execute(run, selected=selected, say=lines.append, **options), lines
 
 
 # Plan ---------------------------------------------------------------------------------------------------------------
@@ -154,26 +153,30 @@ def test_selecting_stages(project):
 
 
 def test_threads_follow_from_the_plan(project, monkeypatch):
-    monkeypatch.setattr(executor, "cores", lambda: 8)
+    monkeypatch.setattr(scheduler, "cores", lambda: 8)
     plan = opened(project).plan
-    threads = {name: executor.share(plan, step, 2) for name, step in plan.items()}
+    threads = {name: scheduler.threads_for(plan, step, 2) for name, step in plan.items()}
     assert threads.pop("data") == threads.pop("speed") == threads.pop("compare") == 8
     assert set(threads.values()) == {4}
-    assert executor.share(plan, plan["sft"], 1) == 8
-    assert executor.share(plan, plan["sft"], 16) == 1
+    assert scheduler.threads_for(plan, plan["sft"], 1) == 8
+    assert scheduler.threads_for(plan, plan["sft"], 16) == 1
 
 
 def test_what_is_timed_runs_alone(project):
     plan = opened(project).plan
     speed, sft, gpt2 = plan["speed"], plan["sft"], plan["gpt2"]
-    assert executor.fits(sft, [gpt2], 2) and not executor.fits(sft, [gpt2], 1)
-    assert executor.fits(speed, [], 2) and not executor.fits(speed, [gpt2], 2) and not executor.fits(sft, [speed], 2)
+    assert scheduler.can_start(sft, [gpt2], 2) and not scheduler.can_start(sft, [gpt2], 1)
+    assert (
+        scheduler.can_start(speed, [], 2)
+        and not scheduler.can_start(speed, [gpt2], 2)
+        and not scheduler.can_start(sft, [speed], 2)
+    )
 
 
-def test_the_longest_road_starts_first(project):
-    roads = executor._roads(opened(project).plan)
-    assert roads["data"] > roads["pretrain"] > roads["gpt2"] > roads["evaluate-random"] > roads["compare"]
-    assert roads["sft"] > roads["evaluate-pretrain"]
+def test_the_longest_critical_path_starts_first(project):
+    lengths = scheduler.critical_path(opened(project).plan)
+    assert lengths["data"] > lengths["pretrain"] > lengths["gpt2"] > lengths["evaluate-random"] > lengths["compare"]
+    assert lengths["sft"] > lengths["evaluate-pretrain"]
 
 
 # Fingerprints -------------------------------------------------------------------------------------------------------
@@ -338,7 +341,7 @@ def test_failed_notebook_is_kept_aside_and_neighbours_stop(project):
     run = opened(project)
     execute(run, "data")
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    with pytest.raises(executor.StageFailed) as failure:
+    with pytest.raises(scheduler.StageFailed) as failure:
         execute(run, "pretrain", "gpt2", jobs=2)
     assert "gpt2: ZeroDivisionError: division by zero" in str(failure.value)
     assert "1 / 0" in str(failure.value) and "01_pretrain-gpt2.failed.ipynb" in str(failure.value)
@@ -361,7 +364,7 @@ def test_an_error_with_a_known_cause_is_one_line(project):
         "00_data",
         "from basics.errors import DataError\nraise DataError('rows.jsonl, line 3: no JSON')",
     )
-    with pytest.raises(executor.StageFailed) as failure:
+    with pytest.raises(scheduler.StageFailed) as failure:
         execute(opened(project), "data")
     assert str(failure.value) == "data: rows.jsonl, line 3: no JSON (kept: runs/tiny/notebooks/00_data.failed.ipynb)"
 
@@ -369,7 +372,7 @@ def test_an_error_with_a_known_cause_is_one_line(project):
 def test_a_dead_kernel_is_explained(project):
     write_stage(paths.NOTEBOOKS, "00_data", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(
-        executor.StageFailed, match=r"kernel died \(killed\), most likely for want of memory; lower .*max_examples"
+        scheduler.StageFailed, match=r"kernel died \(killed\), most likely because memory ran out; lower .*max_examples"
     ):
         execute(opened(project), "data")
 
@@ -390,7 +393,7 @@ def test_a_dead_kernel_is_explained(project):
 )
 def test_what_the_machine_lacks_is_explained(project, cell, said):
     write_stage(paths.NOTEBOOKS, "00_data", cell)
-    with pytest.raises(executor.StageFailed, match=said) as failure:
+    with pytest.raises(scheduler.StageFailed, match=said) as failure:
         execute(opened(project), "data")
     assert str(failure.value).count("\n") == 0
 
@@ -398,7 +401,7 @@ def test_what_the_machine_lacks_is_explained(project, cell, said):
 def test_the_settings_to_lower_are_keys_of_the_preset():
     preset = load_preset("smoke")
     for step in stages.plan(preset).values():
-        named = re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)+", executor._lower(step))
+        named = re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)+", step.memory_keys)
         assert named or step.name == "data", step.name
         for key in named:
             assert reduce(getattr, key.split("."), preset) is not None
@@ -406,7 +409,7 @@ def test_the_settings_to_lower_are_keys_of_the_preset():
 
 def test_a_notebook_that_never_finishes_its_stage_is_a_failure(project):
     write(paths.NOTEBOOKS, "00_data", "preset = run = overrides = None", "1 + 1")
-    with pytest.raises(executor.StageFailed, match="without finishing its stage"):
+    with pytest.raises(scheduler.StageFailed, match="without finishing its stage"):
         execute(opened(project), "data")
 
 
@@ -417,7 +420,7 @@ def test_what_lies_outside_the_selection_must_be_there(project):
 
 def test_one_pipeline_a_run(project):
     run = opened(project)
-    with executor.lock(run.path), pytest.raises(ThreefoldError, match=f"process {os.getpid()}"):
+    with scheduler.lock(run.path), pytest.raises(ThreefoldError, match=f"process {os.getpid()}"):
         execute(run, "data")
 
 
@@ -441,7 +444,7 @@ def test_a_signal_leaves_no_process_and_nothing_half_written(project, number):
     write_stage(paths.NOTEBOOKS, "00_data", "print('here', flush=True)\nimport time\ntime.sleep(600)")
     child = running(project)
     family = psutil.Process(child.pid).children(recursive=True)
-    assert len(family) >= 2  # the worker and its kernel
+    assert len(family) >= 2  # the fork server and its kernel
     child.send_signal(number)
     _, said = child.communicate(timeout=120)
     _, alive = psutil.wait_procs(family, timeout=60)
@@ -452,7 +455,7 @@ def test_a_signal_leaves_no_process_and_nothing_half_written(project, number):
         assert child.returncode == -signal.SIGKILL
     else:
         assert child.returncode == 128 + number
-        assert said == "threefold: stopped; the same command goes on from here\n"
+        assert said == "threefold: stopped; the same command resumes the run\n"
         assert not (paths.RUNS / "tiny" / ".executing").exists()
 
 
@@ -470,7 +473,7 @@ def test_a_kernel_deep_in_native_code_and_its_children_go_too(project, numbers):
     child = running(project)
     time.sleep(1.5)
     family = psutil.Process(child.pid).children(recursive=True)
-    assert len(family) >= 3  # the worker, its kernel and what that started
+    assert len(family) >= 3  # the fork server, its kernel and what that started
     for number in numbers:
         child.send_signal(number)
         time.sleep(0.05)
@@ -627,16 +630,16 @@ def test_weights_that_differ_are_named_with_the_largest_difference(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are forked on Linux only")
 @pytest.mark.slow
-def test_kernels_from_the_nursery(project, monkeypatch):
-    monkeypatch.setattr(executor, "forking_is_safe", lambda: True)
-    monkeypatch.setattr(executor, "NURSERY_FROM", 1)
-    monkeypatch.setattr(executor, "share", lambda *_: 3)
+def test_kernels_from_the_fork_server(project, monkeypatch):
+    monkeypatch.setattr(scheduler, "forking_is_safe", lambda: True)
+    monkeypatch.setattr(scheduler, "PRELOAD_FROM", 1)
+    monkeypatch.setattr(scheduler, "threads_for", lambda *_: 3)
     extra = """
 import os, random, sys, time
 began = 'torch' in sys.modules
 import psutil, torch
 (torch.ones(300, 300) @ torch.ones(300, 300)).sum().item()
-print('nursed', began, torch.get_num_threads(), psutil.Process().parent().cmdline()[2:3], os.getcwd(), random.random())
+print('forked', began, torch.get_num_threads(), psutil.Process().parent().cmdline()[2:3], os.getcwd(), random.random())
 if stage.name == 'gpt2':
     sys.stdout.flush()
     time.sleep(2)  # what was printed is on its way
@@ -644,28 +647,18 @@ if stage.name == 'gpt2':
 """
     write_stage(paths.NOTEBOOKS, "01_pretrain", extra)
     lines: list[str] = []
-    with pytest.raises(executor.StageFailed, match=r"gpt2: the notebook's kernel died \(killed\)"):
-        executor.execute(opened(project), selected=["data", "pretrain", "gpt2"], jobs=1, say=lines.append)
-    said = [line.split()[2:] for line in lines if " nursed " in line]
+    with pytest.raises(scheduler.StageFailed, match=r"gpt2: the notebook's kernel died \(killed\)"):
+        scheduler.execute(opened(project), selected=["data", "pretrain", "gpt2"], jobs=1, say=lines.append)
+    said = [line.split()[2:] for line in lines if " forked " in line]
     where = str(paths.PROJECT)
     assert [line[:-1] for line in said] == [["True", "3", "['papertrail.kernel_forkserver']", where]] * 2
     assert said[0][-1] != said[1][-1]  # no two kernels draw the same
-    assert not [child for child in psutil.Process().children(recursive=True) if "nursery" in " ".join(child.cmdline())]
+    assert not [
+        child for child in psutil.Process().children(recursive=True) if "forkserver" in " ".join(child.cmdline())
+    ]
 
 
-def test_a_kernel_starts_the_usual_way_where_the_nursery_is_gone(project, monkeypatch):
-    monkeypatch.setattr(executor._Workers, "_address", str(project / "nobody"))
-    monkeypatch.setattr(executor, "forking_is_safe", lambda: True)
-    monkeypatch.setattr(executor, "NURSERY_FROM", 1)
-    monkeypatch.setattr(executor.subprocess, "Popen", without_nursery(subprocess.Popen))
-    done, _ = execute(opened(project), "data", "pretrain", jobs=1)
-    assert set(done.executed) == {"data", "pretrain"}
-
-
-def without_nursery(popen):
-    def start(command, **options):
-        if command[-2:-1] == ["papertrail.kernel_forkserver"]:
-            command = [sys.executable, "-c", ""]
-        return popen(command, **options)
-
-    return start
+def test_the_end_of_the_fork_server_is_reported(project):
+    write_stage(paths.NOTEBOOKS, "00_data", "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)")
+    with pytest.raises(scheduler.StageFailed, match=r"kernel died \(killed\)"):
+        execute(opened(project), "data")

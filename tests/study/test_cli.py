@@ -183,11 +183,11 @@ def test_run_without_preset_goes_on_with_the_runs_own(project, capsys, monkeypat
 
     def execute(run, **options):
         seen.update(options, run=run)
-        return cli_executor.Outcome()
+        return cli_scheduler.Outcome()
 
-    from papertrail import scheduler as cli_executor
+    from papertrail import scheduler as cli_scheduler
 
-    monkeypatch.setattr(cli_executor, "execute", execute)
+    monkeypatch.setattr(cli_scheduler, "execute", execute)
     made = [f"evaluate-{model}" for model in ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")]
     for stage in ("pretrain", "gpt2", "distilgpt2", "sft", "dpo"):
         make(stage)
@@ -202,9 +202,9 @@ def test_run_without_preset_goes_on_with_the_runs_own(project, capsys, monkeypat
 
 
 def test_the_data_folder_is_remembered(project, capsys, monkeypatch):
-    from papertrail import scheduler as executor
+    from papertrail import scheduler
 
-    monkeypatch.setattr(executor, "execute", lambda run, **_: executor.Outcome())
+    monkeypatch.setattr(scheduler, "execute", lambda run, **_: scheduler.Outcome())
     (project / "mine").mkdir()
     call(capsys, "run", "--preset", "tiny.toml", "--data-dir", "mine")
     assert cli._open("tiny").data_dir == str(project / "mine")
@@ -213,12 +213,12 @@ def test_the_data_folder_is_remembered(project, capsys, monkeypatch):
 
 
 def test_a_failed_stage_is_exit_1(project, capsys, monkeypatch):
-    from papertrail import scheduler as executor
+    from papertrail import scheduler
 
     def fail(run, **_):
-        raise executor.StageFailed("sft: rows.jsonl, line 3: no JSON")
+        raise scheduler.StageFailed("sft: rows.jsonl, line 3: no JSON")
 
-    monkeypatch.setattr(executor, "execute", fail)
+    monkeypatch.setattr(scheduler, "execute", fail)
     assert call(capsys, "run", "--preset", "tiny.toml") == (1, "", "threefold: sft: rows.jsonl, line 3: no JSON\n")
 
 

@@ -9,7 +9,7 @@ from shared import call
 
 from basics import paths
 from papertrail import run as run_folder
-from papertrail import scheduler as executor
+from papertrail import scheduler
 from study.cli import disk
 from study.preset import load_preset, to_toml
 from study.run import open_run
@@ -173,11 +173,11 @@ def test_links_are_removed_not_followed(runs, capsys):
 @pytest.mark.skipif(sys.platform == "win32", reason="no advisory locks")
 def test_nothing_is_removed_under_a_run_at_work(runs, capsys):
     before = files(runs)
-    with executor.lock(runs / "mine"):
+    with scheduler.lock(runs / "mine"):
         for arguments in (["--run", "mine"], ["--run", "mine", "--keep-results"], ["--cache"]):
             status, _, err = call(capsys, "clean", *arguments, "--yes")
             assert status == 2 and "mine is" in err and err.count("\n") == 1
-        assert executor.at_work(runs / "mine") and not executor.at_work(runs / "other")
+        assert scheduler.at_work(runs / "mine") and not scheduler.at_work(runs / "other")
         told = json.loads(call(capsys, "status", "--json")[1])["runs"]
         assert {run["run"]: run["at_work"] for run in told} == {"mine": True, "other": False}
         assert "(at work)" in call(capsys, "status")[1]
@@ -190,7 +190,7 @@ def test_nothing_is_removed_under_a_run_at_work(runs, capsys):
     finally:
         run_folder.release(work)
     assert files(runs) - {"mine/.lock"} == before
-    assert not executor.at_work(runs / "mine")
+    assert not scheduler.at_work(runs / "mine")
     assert call(capsys, "clean", "--run", "mine", "--yes")[0] == 0
 
 

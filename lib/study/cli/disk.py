@@ -7,7 +7,7 @@ from pathlib import Path
 
 from basics import names, paths
 from basics.errors import ConfigError, ThreefoldError
-from papertrail import scheduler as executor
+from papertrail import scheduler
 from papertrail.run import at_work
 from study.run import run_names
 
@@ -62,7 +62,7 @@ def removable(name: str) -> Path:
 
 def whole(name: str) -> list[Path]:
     """Everything in a run's folder; what makes it a run comes last."""
-    last = (CONFIG, executor.LOCK)
+    last = (CONFIG, scheduler.LOCK)
     return sorted(removable(name).iterdir(), key=lambda entry: (entry.name in last, entry.name))
 
 
@@ -88,7 +88,7 @@ def cache() -> list[Path]:
         raise ConfigError(
             f"the cache is {used}, not in the runs folder ($THREEFOLD_CACHE, or a link): empty it yourself"
         )
-    busy = [name for name in run_names() if executor.at_work(paths.RUNS / name)]
+    busy = [name for name in run_names() if scheduler.at_work(paths.RUNS / name)]
     if busy:
         raise ThreefoldError(f"run {busy[0]} is at work and reads the cache; wait for it")
     return sorted(path for path in own.iterdir() if path.name != REVISIONS) if own.is_dir() else []

@@ -36,8 +36,7 @@ def work(run: Run, stage: str, *, begun: bool, say: Callable[[str], None]) -> in
 
 
 def _train(run: Run, stage: str, begun: bool, say: Callable[[str], None]) -> None:
-    from papertrail import scheduler as executor
-    from papertrail import staleness
+    from papertrail import scheduler, staleness
     from study.training import prepare, train_stage
     from threefold.training import distributed
 
@@ -47,7 +46,7 @@ def _train(run: Run, stage: str, begun: bool, say: Callable[[str], None]) -> Non
     with distributed.joined() as workers, contextlib.ExitStack() as held:
         opened = open_stage(stage, preset="", run=run.name, data_dir=run.data_dir, nproc=1)
         if workers.first and not begun:
-            held.enter_context(executor.lock(run.path))
+            held.enter_context(scheduler.lock(run.path))
         if workers.agreed(not begun and staleness.state(run, stage).kind == "fresh"):
             if workers.first:
                 say(f"{stage}: fresh, nothing to train")
