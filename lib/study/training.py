@@ -60,6 +60,7 @@ def prepare(stage: Stage) -> Inputs:
             config, tokenizer = gpt2_counterpart(config), with_sinks(tokenizer, 0)
         if kind == "distilgpt2":
             teacher = load_checkpoint(stage.require("gpt2"))
+            teacher.config = config  # with the settings that a GPT-2 checkpoint has no place for
             model = half_depth(teacher)
             objective = Distillation(teacher, stage.config.distill_temperature, stage.config.distill_weight)
         else:
