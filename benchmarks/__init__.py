@@ -1,1 +1,1 @@
-"""Speed against what a user would pick instead, measured by turns; see `python -m benchmarks --help`."""
+"""Speed compared with the libraries a user would otherwise choose; see `python -m benchmarks --help`."""

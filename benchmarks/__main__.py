@@ -1,4 +1,4 @@
-"""`python -m benchmarks [PART ...]`: ours and each peer on the same data, model and machine, by turns.
+"""`python -m benchmarks [PART ...]`: ours and each peer on the same data, model and machine, interleaved.
 
 Each part writes benchmarks/results/<part>.json and .md as soon as it is measured; a part that fails stops no other.
 """

@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py                # minutes on a CPU
 
-Eager, packed documents of 150 tokens, about 4096 positions a step; by turns, medians over the rounds. What
+Eager, packed documents of 150 tokens, about 4096 positions a step; interleaved, medians over the rounds. What
 `Decoder`'s "auto" chooses by.
 """
 

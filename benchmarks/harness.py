@@ -1,4 +1,4 @@
-"""Contestants by turns, each in its own process; medians, spreads, ratios; one JSON and one Markdown file a part."""
+"""Interleaved contestants, each in its own process; medians, spreads, ratios; one JSON and one Markdown file a part."""
 
 import json
 import os
@@ -273,7 +273,7 @@ def markdown(result: dict[str, Any]) -> str:
         + (f", {', '.join(machine['gpu'])}" if machine["gpu"] else ", no GPU")
         + f"; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}; commit {str(git.get('commit'))[:10]}"
         + (" with changes" if git.get("dirty") else "")
-        + f"; load average {result['load'][0]} at the end. {n} rounds by turns after one that is not counted; model "
+        + f"; load average {result['load'][0]} at the end. {n} interleaved rounds after one warm-up round; model "
         f"`{result['size']}`, data `{result['data']}`.",
         "",
     ]

@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py                  # seconds on a CPU core or a GPU
 
-RMSNorm against LayerNorm and SwiGLU against GELU at equal parameters, by turns, eager: the same measurement as in
+RMSNorm against LayerNorm and SwiGLU against GELU at equal parameters, interleaved, eager: the same measurement as in
 notebook 05, with more rounds. Ratios are medians over the rounds with the 95% interval of order statistics.
 """
 

@@ -3,7 +3,7 @@
     python benchmarks/scale.py                                       # the plan: tables by calculation, a few seconds
     torchrun --nproc-per-node 2 benchmarks/scale.py --rounds 30      # predicted against measured, about a minute
 
-The plan takes `full` on H100s; the rate and links it assumes stand in its output. The check measures, by turns in one
+The plan takes `full` on H100s; the rate and links it assumes stand in its output. The check interleaves, in one
 run, what the model of time in `benchmarks.cost` is made of (the forward and backward pass alone, the gradients'
 exchange alone, AdamW alone) and whole steps, which it predicts from them. It takes one worker a GPU, or CPU processes
 of one thread each, whose communication hides behind nothing.

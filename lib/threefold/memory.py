@@ -11,7 +11,7 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 def keep_freed_memory() -> bool:
     """Have large blocks reused instead of given back to the system; returns whether the C library can (glibc).
 
-    By default glibc maps every block of some MiB anew, and the system clears its pages one fault at a time: a step of
+    By default glibc maps every block of some MiB again, and the system clears its pages one fault at a time: a step of
     training pays for its activations with 10-20% of its time (two cores, 7M parameters, 4096 positions, bf16). The
     process keeps what its largest step needed; results do not change.
     """

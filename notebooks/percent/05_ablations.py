@@ -87,7 +87,7 @@ results = run_variants(
 # %% [markdown]
 # ## Step times
 #
-# Whole steps (forward, backward, clipping, update) of every variant by turns, at the size trained above and at the preset's
+# Whole steps (forward, backward, clipping, update) of every variant, interleaved, at the size trained above and at the preset's
 # own, compiled where that stage's training would be.
 
 # %%
@@ -163,7 +163,7 @@ replace(kernels, name="kernels").publish()
 #
 # What becomes of the loss past the training length? Streams of held-out text, many contexts long, are read by the base, by
 # the other kinds of position and by other numbers of sinks: with attention over everything before, with the last tokens
-# alone, with the sinks beside them, and in windows read anew. Learned positions end with their table.
+# alone, with the sinks beside them, and in recomputed windows. Learned positions end with their table.
 
 # %%
 source, data_folder = stage.preset.evaluation.perplexity, stage.run.data_dir

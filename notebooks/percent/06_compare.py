@@ -94,7 +94,7 @@ figures.ablation_curves(variants).publish()
 
 # %%
 #| label: tbl-kernels
-#| tbl-cap: "Components alone at the shapes of the 253M model (width 1024, SwiGLU 4096 wide, GELU at equal parameters), forward and backward, by turns, not compiled. Ratios: median over rounds with the 95% interval of order statistics."
+#| tbl-cap: "Components alone at the shapes of the 253M model (width 1024, SwiGLU 4096 wide, GELU at equal parameters), forward and backward, interleaved, not compiled. Ratios: median over rounds with the 95% interval of order statistics."
 tables.kernels((comparison.values("kernels") or {}).get("timings", ())).publish()
 
 # %% [markdown]
@@ -261,7 +261,7 @@ tables.speed(comparison).publish()
 # %%
 #| label: fig-length
 #| fig-alt: "Loss against position on a logarithmic axis, one panel a variant, one line a way of reading."
-#| fig-cap: "Held-out loss against position, in training contexts (dashed: the training length); means over seeds and streams, each seed faint. Sinks + window: the sinks (without any: the first four tokens) and as many last tokens as fill the context, rotary positions within the cache. Windows read anew: of one context, moved by half, their later half scored. The cross marks where learned positions end: past it there is no prediction."
+#| fig-cap: "Held-out loss against position, in training contexts (dashed: the training length); means over seeds and streams, each seed faint. Sinks + window: the sinks (without any: the first four tokens) and as many last tokens as fill the context, rotary positions within the cache. Windows recomputed: of one context, moved by half, their later half scored. The cross marks where learned positions end: past it there is no prediction."
 figures.length_curves(length.found(comparison)).publish()
 
 # %%

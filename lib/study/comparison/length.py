@@ -22,7 +22,7 @@ MODES = {
     "full": "full attention",
     "window": "window alone",
     "sinks": "sinks + window",
-    "anew": "windows read anew",
+    "anew": "recomputed windows",
 }
 POSITIONS = {"rope": "RoPE", "learned": "learned positions", "none": "no positions"}
 LEARNED = "position=learned"
@@ -104,7 +104,7 @@ def rope(curves: Curves) -> Effect | None:
 
     Past its table a learned model predicts nothing: it can only read on in windows, with positions from 0 again. The
     effect is the rise of RoPE's loss past the training length under full attention, less the rise of the learned
-    model's in windows read anew: same seeds, same streams. Differences of two rises leave out how good the two models
+    model's in recomputed windows: same seeds, same streams. Differences of two rises leave out how good the two models
     are within their training length. None without both curves.
     """
     one, other = curves.get(BASE), curves.get(LEARNED)

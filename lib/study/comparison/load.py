@@ -204,7 +204,7 @@ class Comparison:
         """Protocol -> values of the model's evaluation record."""
         prefix = f"evaluation/{model}/"
         found = {name[len(prefix) :]: r.values for name, r in self.records.items() if name.startswith(prefix)}
-        timed = self.values(f"speed/{model}")  # of all models by turns, in a notebook of its own
+        timed = self.values(f"speed/{model}")  # of all models, interleaved, in a notebook of its own
         return found | ({"speed": timed} if timed else {})
 
     @cached_property

@@ -247,7 +247,7 @@ def ablation_resolution(variants: Mapping[str, Mapping[str, Any]]) -> Result:
 
 
 def kernels(timings: Sequence[Mapping[str, Any]]) -> Result:
-    """Components alone, forward and backward, each pair taken by turns (`training.KernelTiming` as dictionaries)."""
+    """Components alone, forward and backward, each pair interleaved (`training.KernelTiming` as dictionaries)."""
     rows = []
     for timing in timings:
         names = list(timing["seconds"])

@@ -211,7 +211,7 @@ class Decoder(nn.Module):
     ) -> AttentionContext:
         """What all layers share, for `run`: positions, masks and angles; arguments and errors as in `hidden`.
 
-        `run` is what a compiler gets: with this in its graph it works masks and angles out anew in every layer.
+        `run` is what a compiler gets: with this in its graph masks and angles are recomputed in every layer.
 
         in_blocks: documents of packed rows are kept apart by FlexAttention (Dong et al. 2024, 2412.05496), which leaves
             out blocks of scores that are masked whole. Only a `run` that is compiled for a GPU is fast with it, and on
