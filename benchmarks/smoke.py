@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-COMMAND = (sys.executable, "-m", "threefold", "run", "--preset", "smoke")
+COMMAND = (sys.executable, "-m", "study", "run", "--preset", "smoke")
 
 
 class SmokeRun:

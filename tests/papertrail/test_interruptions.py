@@ -83,7 +83,7 @@ def test_kills_over_the_smoke_stages(tmp_path):
 
     def start(runs: Path) -> subprocess.Popen:
         environment = {**os.environ, "THREEFOLD_RUNS": str(runs), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "threefold", "run", "--preset", "smoke", *words]
+        command = [sys.executable, "-m", "study", "run", "--preset", "smoke", *words]
         return subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.DEVNULL)
 
     def weights(runs: Path) -> dict[str, str]:
