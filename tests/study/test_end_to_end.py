@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-def call(runs: Path, *words: str, module: str = "threefold") -> subprocess.CompletedProcess:
+def call(runs: Path, *words: str, module: str = "study") -> subprocess.CompletedProcess:
     environment = {**os.environ, "THREEFOLD_RUNS": str(runs), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "-m", module, *words],
