@@ -2,9 +2,12 @@
 checkpoints of untrained models, metrics, evaluations of the sample, executed notebooks. DPO has not been made."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+import pytest
 import torch
 from evaluation_fixtures import tokenizer
 from shared import ONE_STEP
@@ -111,3 +114,13 @@ def make_run(folder: Path) -> Run:
         book = nbformat.v4.new_notebook(cells=cells, metadata=notebooks.METADATA)
         files.atomic_write(run.notebook(f"04_evaluate-{name}"), nbformat.writes(book))
     return run
+
+
+@contextmanager
+def made_runs(folder: Path) -> Iterator[Path]:
+    """A runs folder with run "little", which is the project's within the context."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "RUNS", folder / "runs")
+        patch.delenv("THREEFOLD_DATA", raising=False)
+        make_run(folder)
+        yield folder / "runs"

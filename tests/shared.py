@@ -34,3 +34,12 @@ def counting(seed: int, n: int, low: int, high: int, vocabulary: int = 37) -> li
     starts = torch.randint(0, vocabulary - 2, (n,), generator=generator).tolist()
     lengths = torch.randint(low, high, (n,), generator=generator).tolist()
     return [[2 + (a + i) % (vocabulary - 2) for i in range(m)] for a, m in zip(starts, lengths, strict=True)]
+
+
+def randomised(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """The model with every weight large and random, so that an error in any part of it shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return model.eval()

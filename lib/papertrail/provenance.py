@@ -23,6 +23,7 @@ from papertrail.notebook_files import read_notebook
 from papertrail.project import Project
 
 CODE_SHOWN = 4  # modules named in one reason
+RESUMED = "up to rounding: interrupted, and resumed with"  # how `determinism` describes such work, and what differed
 
 # Fingerprint --------------------------------------------------------------------------------------------------------
 
@@ -205,12 +206,12 @@ def determinism(used_threads: Iterable[int], used_workers: Iterable[int] = (1,))
     """
     used, together = sorted(set(used_threads)), sorted(set(used_workers))
     workers = {"workers": together} if together != [1] else {}
-    gone_on = [
+    changed = [
         f"other {what} ({', '.join(map(str, numbers))})"
         for what, numbers in (("threads", used), ("workers", together))
         if len(numbers) > 1
     ]
-    level = f"up to rounding: interrupted, and gone on with {' and '.join(gone_on)}" if gone_on else "bit-identical"
+    level = f"{RESUMED} {' and '.join(changed)}" if changed else "bit-identical"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         fixed = torch.are_deterministic_algorithms_enabled()

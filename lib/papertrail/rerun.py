@@ -12,6 +12,7 @@ from typing import Any
 
 from basics.files import SELF, atomic_write
 from papertrail import records, scheduler
+from papertrail.provenance import RESUMED
 from papertrail.run import Run
 from papertrail.staleness import state
 
@@ -47,7 +48,7 @@ def rerun(run: Run, stage: str, say: Callable[[str], None]) -> list[str]:
         lines = list(differences(run, copy, stage))
     if lines:
         lines += [f"{stage}: now made from other inputs: {reason}" for reason in state(run, stage).reasons]
-        if "gone on with" in facts.get("determinism", {}).get("level", ""):
+        if facts.get("determinism", {}).get("level", "").startswith(RESUMED):
             lines.append(f"{stage}: its level of determinism is {facts['determinism']['level']}")
     return lines
 

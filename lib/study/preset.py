@@ -43,7 +43,7 @@ from threefold.config import (
 )
 
 OWN_MODELS = ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")  # the comparison's rows, in the report's order
-REPEATED = ("pretrain", "sft", "dpo")  # the stages that `seeds` trains again, each replicate from its own parent
+LINEAGE = ("pretrain", "sft", "dpo")  # the stages that `seeds` trains again, each replicate from its own parent
 TRAINED = ("pretrain", "gpt2", "distilgpt2", "sft", "dpo")  # sections of a preset that are one TrainConfig each
 _LARGEST_SEED = 2**32 - 1
 _LARGEST_FILE = 1 << 20  # bytes of a preset; the ones here have four thousand

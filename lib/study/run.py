@@ -15,7 +15,7 @@ from papertrail import run as papertrail_run
 from papertrail.project import Project
 from study import stages
 from study.preset import (
-    REPEATED,
+    LINEAGE,
     TRAINED,
     Preset,
     format_overrides,
@@ -84,7 +84,7 @@ class Run(papertrail_run.Run):
         """The preset's seed, plus the place of a training's replicate. An evaluation's does not change with the
         replicate, so that every replicate gets the same prompts."""
         base, replicate = names.replicate_of(stage)
-        return self.preset.seed + (replicate - 1 if base in REPEATED else 0)
+        return self.preset.seed + (replicate - 1 if base in LINEAGE else 0)
 
     def taken_from(self, parent: str, stage: str) -> str:
         """Of a model its weights; of the data stage what it made (not its fingerprint: other data for DPO leaves the
@@ -228,7 +228,7 @@ class Stage(papertrail_run.Stage):
 
     def require(self, stage: str) -> Path:
         """As in papertrail; of a stage with replicates this one's."""
-        return super().require(names.replicate_name(stage, self.replicate) if stage in REPEATED else stage)
+        return super().require(names.replicate_name(stage, self.replicate) if stage in LINEAGE else stage)
 
 
 def open_stage(stage: str, /, **parameters: Any) -> Stage:
@@ -252,7 +252,7 @@ def open_stage(stage: str, /, **parameters: Any) -> Stage:
     keys = [
         *COMMON_PARAMETERS,
         *(["model"] if takes_model else []),
-        *(["replicate"] if takes_model or kind in REPEATED else []),
+        *(["replicate"] if takes_model or kind in LINEAGE else []),
         *(["nproc"] if kind in TRAINED else []),
         *sorted(to_dict(getattr(Preset(), section))),
     ]
@@ -296,8 +296,8 @@ def _with_replicate(stage: str, replicate: Any, preset: Preset) -> str:
     parameter, model = f"parameter replicate = {shown(replicate)}", stage.removeprefix("evaluate-")
     if type(replicate) is not int or replicate < 1:
         raise ConfigError(f"{parameter}: expected a whole number of at least 1")
-    if replicate > 1 and model not in REPEATED:
-        raise ConfigError(f"{parameter}: {model} is trained once; seeds repeats {', '.join(REPEATED)}")
+    if replicate > 1 and model not in LINEAGE:
+        raise ConfigError(f"{parameter}: {model} is trained once; seeds repeats {', '.join(LINEAGE)}")
     if replicate > preset.seeds:
         raise ConfigError(
             f"{parameter}: preset {preset.name} has seeds = {preset.seeds}; overrides='seeds={replicate}' asks for more"

@@ -15,7 +15,7 @@ from basics import files, paths
 from basics.errors import ConfigError, SourceError
 from basics.names import did_you_mean, replicate_name, replicate_of
 from papertrail.plan import Plan, StageSpec, make_plan
-from study.preset import OWN_MODELS, REPEATED, TRAINED, Preset, evaluation_sources, measured_on, model_names, to_dict
+from study.preset import LINEAGE, OWN_MODELS, TRAINED, Preset, evaluation_sources, measured_on, model_names, to_dict
 from threefold.config import SourceConfig
 
 NOTEBOOKS = {
@@ -73,9 +73,9 @@ def plan(preset: Preset) -> Plan:
         after = {"dpo": ("sft", "dpo"), "sft": ("sft",), "pretrain": ("pretrain",)}.get(model, ("data",))
         needs[f"evaluate-{model}"] = (model,) if model in trained else after
     for replicate in range(2, preset.seeds + 1):
-        for name in [part for model in REPEATED for part in (model, f"evaluate-{model}")]:
+        for name in [part for model in LINEAGE for part in (model, f"evaluate-{model}")]:
             needs[replicate_name(name, replicate)] = tuple(
-                replicate_name(need, replicate) if need in REPEATED else need for need in needs[name]
+                replicate_name(need, replicate) if need in LINEAGE else need for need in needs[name]
             )
     if preset.ablations.steps > 0:
         needs["ablations"] = ("data",)

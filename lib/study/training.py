@@ -14,12 +14,11 @@ from papertrail.run import attempts_determinism, read_run_file
 from study import launch
 from study.preset import measured_on
 from study.run import Stage
-from threefold.config import ModelConfig
+from threefold.config import ModelConfig, gpt2_counterpart
 from threefold.data import corpus, exclusion
 from threefold.data.packing import PackedRows, PairedRows
 from threefold.data.tokenizer import load_tokenizer, with_sinks
 from threefold.model.decoder import Decoder
-from threefold.model.gpt2 import gpt2_counterpart
 from threefold.model.hf import load_checkpoint
 from threefold.training import distributed
 from threefold.training.loop import RESULT, Progress, Trained, train

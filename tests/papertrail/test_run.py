@@ -323,7 +323,7 @@ def test_a_run_says_how_far_it_can_be_repeated(monkeypatch):
         again.count_workers(workers)
     told = again.finish()["determinism"]
     assert told["workers"] == [1, 2] and told["threads"] == [1]
-    assert told["level"] == "up to rounding: interrupted, and gone on with other workers (1, 2)"
+    assert told["level"] == "up to rounding: interrupted, and resumed with other workers (1, 2)"
 
 
 # The notebook's door

@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from explore_fixtures import make_run
+from explore_fixtures import made_runs
 from hypothesis import given
 from hypothesis import strategies as st
 from shared import flip
 
-from basics import files, paths
+from basics import files
 from basics.errors import ConfigError, MissingInput
 from study.explore import Show, controls, display, open_run, read, view
 from threefold.config import SourceConfig
@@ -26,11 +26,7 @@ HOSTILE = '<script>alert(1)</script> {{< include x >}} $5 and $6 \\(x\\) <|bos|>
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("explore")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "RUNS", folder / "runs")
-        patch.delenv("THREEFOLD_DATA", raising=False)
-        make_run(folder)
+    with made_runs(tmp_path_factory.mktemp("explore")):
         yield open_run("little")
 
 

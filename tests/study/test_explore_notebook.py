@@ -12,10 +12,8 @@ from pathlib import Path
 import jupyterlab_page
 import nbformat
 import pytest
-from explore_fixtures import make_run
+from explore_fixtures import made_runs
 from nbclient import NotebookClient
-
-from basics import paths
 
 PROJECT = Path(__file__).resolve().parents[2]
 NOTEBOOK = PROJECT / "notebooks" / "explore.ipynb"
@@ -25,12 +23,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("explore")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths, "RUNS", folder / "runs")
-        patch.delenv("THREEFOLD_DATA", raising=False)
-        make_run(folder)
-    return folder / "runs"
+    with made_runs(tmp_path_factory.mktemp("explore")) as folder:
+        return folder
 
 
 def environment(runs: Path) -> dict[str, str]:

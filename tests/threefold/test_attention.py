@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from basics.errors import DataError, EvaluationError
-from threefold.config import ModelConfig
+from threefold.config import ModelConfig, gpt2_counterpart
 from threefold.evaluation import attention
 from threefold.model import Decoder, to_transformers
-from threefold.model.gpt2 import gpt2_counterpart
 
 BASE = ModelConfig(n_layer=3, d_model=32, n_head=4, d_ff=48, context=64, vocab_size=60)
 STANDARD = {

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared import randomised
 
 from basics.errors import ConfigError, DataError
 from study.preset import load_preset
@@ -36,13 +37,7 @@ variants = pytest.mark.parametrize("parts", VARIANTS.values(), ids=VARIANTS)
 
 
 def decoder(seed: int = 0, attention: str = "auto", **parts) -> Decoder:
-    """A small model whose every weight is large and random, so that no part of it can be wrong unseen."""
-    model = Decoder(replace(BASE, **parts), attention=attention)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-    return model.eval()
+    return randomised(Decoder(replace(BASE, **parts), attention=attention), seed)
 
 
 def tokens(*shape: int, seed: int = 1) -> torch.Tensor:

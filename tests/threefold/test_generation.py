@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from shared import randomised
 
 from basics.errors import ConfigError, DataError, EvaluationError
 from threefold.config import ModelConfig
@@ -21,12 +22,7 @@ EOS = 7
 
 
 def decoder(seed: int = 0, attention: str = "auto", **parts) -> Decoder:
-    model = Decoder(replace(BASE, **parts), attention=attention)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-    return model.eval()
+    return randomised(Decoder(replace(BASE, **parts), attention=attention), seed)
 
 
 def prompts(count: int, seed: int = 0, common: int = 0, longest: int = 20) -> list[list[int]]:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from basics.errors import CheckpointError
-from threefold.config import ModelConfig, TokenizerConfig
+from threefold.config import ModelConfig, TokenizerConfig, gpt2_counterpart
 from threefold.data.tokenizer import build_tokenizer
 from threefold.model import (
     Decoder,
@@ -32,7 +32,6 @@ from threefold.model import (
     save_checkpoint,
     to_transformers,
 )
-from threefold.model.gpt2 import gpt2_counterpart
 from threefold.model.hf import GPT2, LLAMA, OWN, QWEN3, architecture
 
 BASE = ModelConfig(n_layer=2, d_model=32, n_head=4, d_ff=48, context=64, vocab_size=300)

@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, LlamaConfig
 from basics.errors import DataError, SourceError
 from threefold.config import SourceConfig, TokenizerConfig
 from threefold.data import corpus
+from threefold.data.documents import Documents
 from threefold.data.tokenizer import (
     build_tokenizer,
     decode_stream,
     encode,
-    encode_documents,
     load_tokenizer,
     sink_ids,
     sink_tokens,
@@ -104,7 +104,7 @@ def test_with_sinks_adds_the_missing_ones(trained):
 
 
 def test_encoded_documents_are_the_texts(trained):
-    documents = encode_documents(trained, [*TEXTS[:5], ""])
+    documents = Documents.of(list(encode(trained, [*TEXTS[:5], ""])), trained.eos_token_id)
     assert [trained.decode(documents[i]) for i in range(6)] == [*TEXTS[:5], ""]
     assert documents.tokens[0] == trained.eos_token_id
     assert (documents.tokens[documents.offsets[1:] - 1] == trained.eos_token_id).all()

@@ -20,9 +20,8 @@ def folder(name: str) -> Path:
     names.check_name(name, "run")
     path = paths.RUNS / name
     if not (path / CONFIG).is_file():
-        miss = names.near_miss(name, run_names())
         raise ConfigError(
-            f"no run {name!r}{f', did you mean {miss}?' if miss else ''}; "
+            f"no run {name!r}{names.did_you_mean(name, run_names())}; "
             f"runs: {', '.join(run_names()) or 'none yet'}; `threefold run --run {name}` makes it"
         )
     return path

@@ -9,6 +9,7 @@ from papertrail.records import escape
 from study.comparison import models, seeds
 from study.comparison.differences import Difference
 from study.comparison.load import Comparison
+from study.preset import LINEAGE
 
 FEW = 30  # units below which an interval rests on its t distribution more than on its units
 
@@ -38,7 +39,7 @@ def history(comparison: Comparison, model: str) -> set[str] | None:
         return set()
     if not comparison.is_trained_here(model):
         return None
-    earlier = models.LINEAGE[: models.LINEAGE.index(model)] if model in models.LINEAGE else ()
+    earlier = LINEAGE[: LINEAGE.index(model)] if model in LINEAGE else ()
     return sources(comparison, *earlier, model)
 
 
@@ -71,7 +72,7 @@ def of(comparison: Comparison, one: Difference) -> list[Caveat]:
     if data.get("subsampled"):
         found.append(Caveat("subsampled", f"a sub-sample of {escape(source)}"))
     over_seeds = one.method == seeds.METHOD
-    if {one.a, one.b} <= {*models.LINEAGE} and not over_seeds:
+    if {one.a, one.b} <= {*LINEAGE} and not over_seeds:
         found.append(Caveat("seeds", seeds.basis(comparison)))
     if one.n < FEW:
         units = one.method.rpartition(" ")[2] if " over " in one.method else "items"

@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from study.comparison import ablations, length, models, seeds, training, variance
+from study.comparison import ablations, length, seeds, training, variance
 from study.comparison.differences import difference
 from study.comparison.load import Comparison
 from study.comparison.measures import PERPLEXITY, PROBLEMS, SENTIMENT, fuller
 from study.comparison.results import NBSP, Result, compact, duration, interval, plain, signed
 from study.comparison.tables import markdown_table, measured_by_turns
+from study.preset import LINEAGE
 
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
 NOT_RESOLVED, NOT_MEASURED = "not resolved", "not measured here"
@@ -111,7 +112,7 @@ def _change(comparison: Comparison, measure: str, a: str, b: str, data: str) -> 
     instead = _other_set(by.protocol(comparison), data)
     if not instead and a == "gpt2" and comparison.is_trained_here("gpt2"):
         instead = "against a GPT-2 trained here on this run's text, not the published one"
-    trained = f", {seeds.basis(comparison)}" if {a, b} <= {*models.LINEAGE} else ""
+    trained = f", {seeds.basis(comparison)}" if {a, b} <= {*LINEAGE} else ""
     text = f"{change.text}, n{NBSP}={NBSP}{change.n:,}{trained}"
     return Finding(text, *_times_100(change.low, change.high), instead=instead)
 
@@ -127,7 +128,7 @@ def _other_set(protocol: str | None, source: str) -> str:
 
 def _problems(comparison: Comparison, data: str) -> Finding | None:
     """Word problems solved by the last stage evaluated on them, in percent."""
-    model = next((name for name in reversed(models.LINEAGE) if PROBLEMS.value(comparison, name)), None)
+    model = next((name for name in reversed(LINEAGE) if PROBLEMS.value(comparison, name)), None)
     if model is None:
         return None
     value = PROBLEMS.value(comparison, model)
@@ -176,7 +177,7 @@ def _tokens_per_hour(comparison: Comparison) -> Finding | None:
 
 def _hours(comparison: Comparison) -> Finding | None:
     """Hours of all three stages together."""
-    stages = [one for one in training.trainings(comparison) if one.stage in models.LINEAGE]
+    stages = [one for one in training.trainings(comparison) if one.stage in LINEAGE]
     if len(stages) < 3:
         return None
     seconds = sum(one.seconds for one in stages)

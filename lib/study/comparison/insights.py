@@ -16,6 +16,7 @@ from study.comparison.differences import ALPHA, BETTER, EQUIVALENT, UNRESOLVED, 
 from study.comparison.load import Comparison
 from study.comparison.measures import BITS_PER_BYTE, PERPLEXITY, PROBLEMS, SENTIMENT
 from study.comparison.results import NBSP, Result, compact, duration, listed, percent, plain
+from study.preset import LINEAGE, OWN_MODELS
 
 ONCE = "Every stage was trained once: no interval here holds the spread between training seeds."
 
@@ -116,7 +117,7 @@ def _insight(
 
 def _against(comparison: Comparison, baseline: str) -> list[Difference]:
     """Our last evaluated stage against a baseline, adjusted as in the table of all stages."""
-    model = next((m for m in reversed(models.LINEAGE) if m in comparison.models), "")
+    model = next((m for m in reversed(LINEAGE) if m in comparison.models), "")
     return [one for one in tables.against(comparison, baseline) if one.b == model]
 
 
@@ -142,7 +143,7 @@ def stage_changes(comparison: Comparison) -> list[Insight]:
     }
     return [
         insight
-        for stage in models.LINEAGE[1:]
+        for stage in LINEAGE[1:]
         for insight in _described(comparison, stage, [one for one in every if one.b == stage], sentences)
     ]
 
@@ -282,7 +283,7 @@ def seed_spread(comparison: Comparison) -> list[Insight]:
     if not comparison.replicates:
         return [Insight("seeds", ONCE, ())]
     count = len(seeds.trainings(comparison))
-    names = listed([escape(comparison.name(stage)) for stage in models.LINEAGE if comparison.stage(stage)])
+    names = listed([escape(comparison.name(stage)) for stage in LINEAGE if comparison.stage(stage)])
     began = seeds.seeds(comparison)
     sentence = (
         f"{names} were trained {count} times{f' (seeds {listed([str(seed) for seed in began])})' if began else ''}, on "
@@ -305,7 +306,7 @@ def seed_spread(comparison: Comparison) -> list[Insight]:
             f"For {len(part)} of {len(spreads)} figures {count} seeds do not tell which spread is the larger one."
         )
         found.append(Insight("seeds-not-resolved", sentence, _spread_evidence(part)))
-    for stage in models.LINEAGE[1:]:
+    for stage in LINEAGE[1:]:
         part = [one for one, _ in seeds.changes(comparison) if one.b == stage]
         found += in_short(comparison, f"seeds-{stage}", part, f"mean of {count} seeds, Student's interval")
     return found
@@ -313,7 +314,7 @@ def seed_spread(comparison: Comparison) -> list[Insight]:
 
 def _stages(comparison: Comparison) -> tuple[str, ...]:
     """Records of the lineage's first training; those of the replicates stand in the table of provenance."""
-    return tuple(f"stage/{stage}" for stage in models.LINEAGE if comparison.stage(stage))
+    return tuple(f"stage/{stage}" for stage in LINEAGE if comparison.stage(stage))
 
 
 def _spread(comparison: Comparison, one: seeds.Spread) -> str:
@@ -328,7 +329,7 @@ def _spread_evidence(found: list[seeds.Spread]) -> tuple[str, ...]:
 
 def cost(comparison: Comparison) -> list[Insight]:
     """What the three stages took."""
-    found = [one for one in training.trainings(comparison) if one.stage in models.LINEAGE]
+    found = [one for one in training.trainings(comparison) if one.stage in LINEAGE]
     if not found:
         return []
     tokens, seconds = sum(one.tokens for one in found), sum(one.seconds for one in found)
@@ -357,11 +358,7 @@ def key_insights(comparison: Comparison) -> list[Insight]:
     changes = tables.stage_changes(comparison)
     return [
         *control(comparison),
-        *(
-            one
-            for stage in models.LINEAGE[1:]
-            for one in in_short(comparison, stage, [d for d in changes if d.b == stage])
-        ),
+        *(one for stage in LINEAGE[1:] for one in in_short(comparison, stage, [d for d in changes if d.b == stage])),
         *in_short(comparison, "gpt2", _against(comparison, "gpt2")),
         *in_short(comparison, "distilgpt2", _against(comparison, "distilgpt2")),
         *definitions(comparison),
@@ -431,7 +428,7 @@ def confounds(comparison: Comparison) -> list[Insight]:
 
 
 def _in_domain(comparison: Comparison) -> list[Insight]:
-    trained = caveats.sources(comparison, *models.LINEAGE)
+    trained = caveats.sources(comparison, *LINEAGE)
     zero_shot = [m for m in comparison.models if m != "random" and not comparison.is_trained_here(m)]
     hits: dict[str, str] = {}
     for model in comparison.models:
@@ -448,7 +445,7 @@ def _in_domain(comparison: Comparison) -> list[Insight]:
     if zero_shot:
         others = listed([escape(comparison.name(m)) for m in zero_shot])
         sentence += f"; {others} did not, as far as is known: in-domain training meets zero-shot use there"
-    return [Insight("in-domain", f"{sentence}.", tuple(f"stage/{s}" for s in models.LINEAGE if comparison.stage(s)))]
+    return [Insight("in-domain", f"{sentence}.", tuple(f"stage/{s}" for s in LINEAGE if comparison.stage(s)))]
 
 
 def _sizes(comparison: Comparison) -> list[Insight]:
@@ -524,7 +521,7 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
     """Everything `index.qmd` quotes, as Markdown. What it quotes as code (run, preset, protocols) has names for values,
     which `check_name` and `records` restrict to characters that mean nothing there."""
     found = training.trainings(comparison)
-    lineage = [one for one in found if one.stage in models.LINEAGE]
+    lineage = [one for one in found if one.stage in LINEAGE]
     verdicts = claims.counts(claims.judge(comparison).values())
     values = {
         "run": run or "–",
@@ -560,7 +557,7 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
         values[f"protocol_{measure.key}"] = measure.protocol(comparison) or "–"
     for measure in (*tables.HEADLINE, *tables.STAGED):
         for model in comparison.models:
-            if model in models.OWN:
+            if model in OWN_MODELS:
                 values[f"{measure.key}_{model}"] = measure.text(measure.value(comparison, model)) or "not measured"
     values["perplexity_gap"] = _gap(comparison)
     return values | length.variables(comparison) | attention.variables(comparison)

@@ -14,7 +14,7 @@ from papertrail import records
 from papertrail.records import Record
 from papertrail.run import read_run_file
 from study.comparison import models
-from study.preset import REPEATED
+from study.preset import LINEAGE, OWN_MODELS
 from study.run import Run
 from study.stages import replicate_folder
 
@@ -103,7 +103,7 @@ class Comparison:
                 replicate.verify()
             except RecordError as error:
                 raise RecordError(f"replicate {place}: {error}") from error
-        for model in REPEATED:
+        for model in LINEAGE:
             made: dict[str, int] = {}
             for place, replicate in {1: self, **self.replicates}.items():
                 weights = (replicate.stage(model) or {}).get("weights_sha256")
@@ -198,7 +198,7 @@ class Comparison:
     def trained(self) -> list[str]:
         """Stages with a loss curve or tokens, in the fixed order."""
         stages_ = [name.split("/")[1] for name in self.records if name.startswith(("stage/", "curve/"))]
-        return [name for name in models.ordered(stages_) if name in models.OWN]
+        return [name for name in models.ordered(stages_) if name in OWN_MODELS]
 
     def evaluations(self, model: str) -> dict[str, dict[str, Any]]:
         """Protocol -> values of the model's evaluation record."""

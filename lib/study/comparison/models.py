@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-OWN = ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")
-LINEAGE = ("pretrain", "sft", "dpo")
+from study.preset import LINEAGE, OWN_MODELS
+
 BASELINES = ("gpt2", "distilgpt2")
 
 # Okabe & Ito's palette (2008), safe for colour-blind readers.
@@ -30,7 +30,7 @@ _BASELINE_NAMES = {"gpt2": "GPT-2", "distilgpt2": "DistilGPT-2"}
 def ordered(models: Iterable[str]) -> list[str]:
     """Known models in the fixed order, then externals as they come."""
     present = list(dict.fromkeys(models))
-    return [name for name in OWN if name in present] + [name for name in present if name not in OWN]
+    return [name for name in OWN_MODELS if name in present] + [name for name in present if name not in OWN_MODELS]
 
 
 def lineage(models: Iterable[str]) -> list[str]:
@@ -50,6 +50,6 @@ def colour(model: str, models: Iterable[str] = ()) -> str:
     """The model's colour; externals take theirs in the order in which they stand among `models`."""
     if model in _COLOURS:
         return _COLOURS[model]
-    externals = [one for one in ordered(models) if one not in OWN]
+    externals = [one for one in ordered(models) if one not in OWN_MODELS]
     place = externals.index(model) if model in externals else 0
     return _EXTERNAL_COLOURS[place % len(_EXTERNAL_COLOURS)]

@@ -7,13 +7,13 @@ each and without intervals, and its task scores came from untrained random weigh
 from typing import Any
 
 from papertrail.records import escape
-from study.comparison import models
 from study.comparison.differences import difference
 from study.comparison.insights import Insight
 from study.comparison.load import Comparison
 from study.comparison.measures import LINES, ONE_PROMPT, PERPLEXITY, PROBLEMS, SENTIMENT, Measure
 from study.comparison.results import NBSP, Result, interval, listed, percent
 from study.comparison.tables import majority_class, markdown_table
+from study.preset import LINEAGE
 from threefold.evaluation import statistics
 from threefold.evaluation.results import PRECEDENT_ITEMS
 
@@ -44,7 +44,7 @@ def table(comparison: Comparison) -> Result:
     for claimed, a, b, theirs, ours in _CHANGES:
         what = f"{ours.title}, {comparison.name(b)} against {comparison.name(a)}"
         add(f"{ours.key}-{b}", what, claimed, _change(comparison, theirs, a, b), _change(comparison, ours, a, b))
-    last = next((model for model in reversed(models.LINEAGE) if model in comparison.models), "")
+    last = next((model for model in reversed(LINEAGE) if model in comparison.models), "")
     if last:
         what = f"{PROBLEMS.title}, {comparison.name(last)}"
         add("problems", what, percent(0), first_problems(comparison, last), _value(comparison, PROBLEMS, last))

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from study.comparison import models
 from study.comparison.differences import ALPHA, Difference, adjust
 from study.comparison.load import Comparison, Value
 from study.comparison.measures import HEADLINE, STAGED, Measure
+from study.preset import LINEAGE
 from threefold.evaluation import statistics
 
 METHOD = "Student's t over seeds"
@@ -72,9 +72,7 @@ def trainings(comparison: Comparison) -> list[Comparison]:
 def seeds(comparison: Comparison) -> list[int]:
     """The seed each training of the lineage began from, as its first stage's fingerprint says; where none does, no
     seed is named."""
-    stages = [
-        next((facts for name in models.LINEAGE if (facts := one.stage(name))), {}) for one in trainings(comparison)
-    ]
+    stages = [next((facts for name in LINEAGE if (facts := one.stage(name))), {}) for one in trainings(comparison)]
     found = [(facts.get("fingerprint") or {}).get("seed") for facts in stages]
     return [seed for seed in found if isinstance(seed, int)]
 
@@ -89,7 +87,7 @@ def spreads(comparison: Comparison) -> list[Spread]:
     """Every headline measure of every stage that two trainings or more were measured by, adjusted together."""
     found = []
     for measure in HEADLINE:
-        for stage in models.LINEAGE:
+        for stage in LINEAGE:
             values = _values(comparison, measure, stage)
             if len(values) < 2:
                 continue
@@ -111,7 +109,7 @@ def changes(comparison: Comparison) -> list[tuple[Difference, tuple[float, ...]]
     """
     found, single = [], []
     for measure in STAGED:
-        for a, b in pairwise(models.LINEAGE):
+        for a, b in pairwise(LINEAGE):
             pairs = [
                 (_logged(measure, before.value), _logged(measure, after.value))
                 for before, after in zip(_values(comparison, measure, a), _values(comparison, measure, b), strict=False)

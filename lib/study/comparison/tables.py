@@ -29,6 +29,7 @@ from study.comparison.measures import (
     fuller,
 )
 from study.comparison.results import NBSP, Result, compact, duration, interval, percent, plain, probability, signed
+from study.preset import LINEAGE
 from threefold.evaluation.statistics import PairedDifference, crossed_mean, paired_median
 
 
@@ -470,7 +471,7 @@ def compared(comparison: Comparison) -> list[Difference]:
     steps = [(measure, a, b) for measure in STAGED for a, b in pairwise(present)]
     steps += [(measure, present[0], stage) for measure in STAGED for stage in present[2:]]
     for baseline in models.BASELINES:
-        subjects = (*(("gpt2",) if baseline == "distilgpt2" else ()), *models.LINEAGE)
+        subjects = (*(("gpt2",) if baseline == "distilgpt2" else ()), *LINEAGE)
         if baseline in comparison.models:
             steps += [(m, baseline, model) for m in COMPARED for model in subjects if model in comparison.models]
     return [one for one in adjust(difference(comparison, *step) for step in steps) if one is not None]

@@ -9,10 +9,10 @@ import pandas as pd
 
 from basics import files
 from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
-from basics.names import check_name, near_miss, replicate_of
+from basics.names import check_name, did_you_mean, replicate_of
 from study import run as study_run
 from study.comparison.load import Comparison
-from study.preset import TRAINED
+from study.preset import LINEAGE, TRAINED
 from study.run import Run, data_dir_of, run_names
 from threefold.config import SourceConfig
 from threefold.data import sources
@@ -21,8 +21,6 @@ from threefold.data.tokenizer import load_tokenizer
 from threefold.evaluation import perplexity
 from threefold.model import load_checkpoint
 from threefold.training.state import METRICS, curve
-
-LINEAGE = ("pretrain", "sft", "dpo")
 
 
 def open_run(name: str = "smoke", data_dir: str = "") -> Run:
@@ -34,9 +32,8 @@ def open_run(name: str = "smoke", data_dir: str = "") -> Run:
     check_name(name, "run")
     names = run_names()
     if name not in names:
-        miss = near_miss(name, names)
         raise MissingInput(
-            f"no run {name!r}{f', did you mean {miss}?' if miss else ''}; runs: {', '.join(names) or 'none yet'}; "
+            f"no run {name!r}{did_you_mean(name, names)}; runs: {', '.join(names) or 'none yet'}; "
             "`threefold run --preset smoke` makes one"
         )
     return study_run.open_run("", name, data_dir=data_dir_of(name, data_dir), create=False)
@@ -57,10 +54,8 @@ def chosen(run: Run, names: str | Iterable[str]) -> list[str]:
     allowed = trainings(run)
     for name in named:
         if name not in allowed:
-            miss = near_miss(name, allowed)
-            raise ConfigError(
-                f"stage {name!r}{f', did you mean {miss}?' if miss else ''}; run {run.name} trains {', '.join(allowed)}"
-            )
+            hint = did_you_mean(name, allowed)
+            raise ConfigError(f"stage {name!r}{hint}; run {run.name} trains {', '.join(allowed)}")
     return named
 
 

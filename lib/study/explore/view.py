@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from basics.errors import ConfigError, DataError, MissingInput, ThreefoldError
-from basics.names import near_miss, replicate_of
+from basics.names import did_you_mean, replicate_of
 from study.comparison import models as naming
 from study.comparison.measures import KEYS
 from study.comparison.training import smooth
@@ -336,9 +336,8 @@ def items(
         raise MissingInput(f"run {run.name} has no evaluation yet: run `{run.command('evaluate-sft')}`")
     for name in (first, second):
         if name not in comparison.models:
-            miss = near_miss(name, comparison.models)
             raise MissingInput(
-                f"run {run.name} has not evaluated {name!r}{f', did you mean {miss}?' if miss else ''}; evaluated are "
+                f"run {run.name} has not evaluated {name!r}{did_you_mean(name, comparison.models)}; evaluated are "
                 f"{', '.join(comparison.models)}"
             )
     pairs, key, binary = _pair_items(*(_first_wording(read.items(run, name, protocol)) for name in (first, second)))

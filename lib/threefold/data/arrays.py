@@ -1,6 +1,7 @@
 """Index arithmetic of rows: ranges, bin packing and the order of an epoch."""
 
 from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 
@@ -40,28 +41,41 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
     return order, offsets
 
 
+class EpochOrder:
+    """The endless series of epochs of n rows, each a permutation given by (*key, epoch).
+
+    lengths int [n], batch_size: each permutation is also stratified by the lengths, so that every batch has short and
+    long rows alike and batches are of about the same size.
+    """
+
+    def __init__(self, n: int, key: tuple[int, ...], lengths: np.ndarray | None = None, batch_size: int = 1):
+        self.n, self.key, self.lengths, self.batch_size = n, key, lengths, batch_size
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def take(self, start: int, end: int) -> np.ndarray:
+        """Elements start..end of the series, int64 [end - start]."""
+        parts = [np.empty(0, np.int64)]
+        while start < end:
+            epoch, offset = divmod(start, self.n)
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, np.random.default_rng((*self.key, epoch)).permutation(self.n)
+                if self.lengths is not None:
+                    self._order = _stratified(self._order, self.lengths, self.batch_size)
+            parts.append(self._order[offset : offset + end - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
+
+
 def shuffled(
     n: int, batch_size: int, seed: int, steps: int, start: int, lengths: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
     """int64 [batch_size] indices below n: epochs of (seed, epoch)'s permutations end to end, cut into batches.
 
-    steps: how many batches in all, -1 for no end; start: the first one to give. lengths [n]: each epoch's order is also
-    stratified by them, so that every batch has short and long ones alike and batches are of about the same size.
+    steps: how many batches in all, -1 for no end; start: the first one to give. lengths: see EpochOrder.
     """
-    epoch, order = -1, np.empty(0, np.int64)
-    batch = start
-    while steps < 0 or batch < steps:
-        wanted = np.arange(batch * batch_size, (batch + 1) * batch_size)
-        index = np.empty(batch_size, np.int64)
-        for number in np.unique(wanted // n):
-            if number != epoch:
-                epoch, order = int(number), np.random.default_rng((seed, int(number))).permutation(n)
-                if lengths is not None:
-                    order = _stratified(order, lengths, batch_size)
-            here = wanted // n == number
-            index[here] = order[wanted[here] % n]
-        yield index
-        batch += 1
+    order = EpochOrder(n, (seed,), lengths, batch_size)
+    for batch in count(start) if steps < 0 else range(start, steps):
+        yield order.take(batch * batch_size, (batch + 1) * batch_size)
 
 
 def _stratified(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> np.ndarray:

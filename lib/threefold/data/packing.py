@@ -59,11 +59,6 @@ class Batch:
         return int((self.segments_BT > SINK).sum())
 
     @property
-    def n_targets(self) -> int:
-        """Positions that are learned."""
-        return int((self.targets_BT != IGNORE).sum())
-
-    @property
     def n_padding(self) -> int:
         """Padding positions."""
         return int((self.segments_BT == PADDING).sum())

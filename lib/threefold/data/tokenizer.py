@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerFast
 from basics.errors import DataError, SourceError
 from basics.files import sha256_json
 from threefold.config import TokenizerConfig
-from threefold.data.documents import Documents
 from threefold.data.sources import gpt2_tokenizer_file
 
 BOS = "<|bos|>"
@@ -178,11 +177,6 @@ def decode_stream(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> Ite
         piece = decoder.decode(bytes(_BYTES[char] for char in tokenizer.convert_ids_to_tokens(id)))
         if piece:
             yield piece
-
-
-def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Documents:
-    """The stream of these documents, in memory."""
-    return Documents.of(list(encode(tokenizer, texts)), tokenizer.eos_token_id)
 
 
 def _byte_alphabet() -> dict[str, int]:

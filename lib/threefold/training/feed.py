@@ -8,6 +8,7 @@ import torch
 
 from basics.errors import ConfigError, DataError
 from threefold.config import TrainConfig
+from threefold.data.arrays import EpochOrder
 from threefold.data.packing import Batch, PackedRows, PairedRows
 
 
@@ -76,9 +77,9 @@ class Feed:
             for pairs_P in pairs_SP[start:]:
                 yield [next(batches) for _ in range(self.accumulate)], pairs_P.tolist()
             return
-        orders = [_Order(len(self.rows), self.seed, 0)]
+        orders = [EpochOrder(len(self.rows), (self.seed, 0))]
         if self.replay is not None:
-            orders.append(_Order(len(self.replay), self.seed, 1))
+            orders.append(EpochOrder(len(self.replay), (self.seed, 1)))
         for step in range(start, self.steps):
             before, after = (math.floor(s * self.batch_size * self.share + 1e-9) for s in (step, step + 1))
             own = orders[0].take(step * self.batch_size - before, (step + 1) * self.batch_size - after)
@@ -95,25 +96,6 @@ class Feed:
         if len(parts) == 1:
             return parts[0]
         return Batch(*(torch.cat(tensors) for tensors in zip(*(vars(part).values() for part in parts), strict=True)))
-
-
-class _Order:
-    """The endless series of epochs of a set of rows, each a permutation given by (seed, stream, epoch)."""
-
-    def __init__(self, n: int, seed: int, stream: int):
-        self.n, self.key = n, (seed, stream)
-        self.epoch, self.order = -1, np.empty(0, np.int64)
-
-    def take(self, start: int, end: int) -> np.ndarray:
-        """Elements start..end of the series."""
-        parts = [np.empty(0, np.int64)]
-        while start < end:
-            epoch, offset = divmod(start, self.n)
-            if epoch != self.epoch:
-                self.epoch, self.order = epoch, np.random.default_rng((*self.key, epoch)).permutation(self.n)
-            parts.append(self.order[offset : offset + end - start])
-            start += len(parts[-1])
-        return np.concatenate(parts)
 
 
 def _check(rows: PackedRows | PairedRows, config: TrainConfig, replay: PackedRows | None) -> None:
