@@ -288,7 +288,8 @@ def validate(preset: Preset, origin: str = "preset") -> Preset:
         )
     for name in TRAINED:
         loaded = getattr(preset.baselines, name, "train") != "train"  # a baseline that is loaded is not trained
-        if not loaded and not getattr(preset, name).lengths:
+        absent = name in LINEAGE and name not in lineage(preset)
+        if not loaded and not absent and not getattr(preset, name).lengths:
             refuse(f"{name}: exactly one of steps, tokens and epochs is to be set, none is")
     ablations = preset.ablations
     lengths = {name: getattr(ablations.train, name) for name in ablations.train.lengths}
@@ -359,9 +360,17 @@ def ablation_base(preset: Preset, origin: str = "preset") -> ModelConfig:
         raise ConfigError(f"{origin}: ablations.base: {error}") from None
 
 
+def lineage(preset: Preset) -> tuple[str, ...]:
+    """The stages of LINEAGE up to the last one that the preset has data or a length for: without any for SFT and DPO
+    it ends with pretraining."""
+    asked = [name for name in LINEAGE if getattr(preset.data, name) or getattr(preset, name).lengths]
+    return LINEAGE[: LINEAGE.index(asked[-1]) + 1] if asked else LINEAGE[:1]
+
+
 def model_names(preset: Preset) -> list[str]:
     """Every model the run evaluates, in the report's order: the random control, baselines, our stages, externals."""
-    return [*OWN_MODELS, *(external.name for external in preset.baselines.external)]
+    absent = LINEAGE[len(lineage(preset)) :]
+    return [*(name for name in OWN_MODELS if name not in absent), *(entry.name for entry in preset.baselines.external)]
 
 
 def evaluation_sources(preset: Preset) -> dict[str, SourceConfig]:

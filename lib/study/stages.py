@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,17 @@ from basics import files, paths
 from basics.errors import ConfigError, SourceError
 from basics.names import did_you_mean, replicate_name, replicate_of
 from papertrail.plan import Plan, StageSpec, make_plan
-from study.preset import LINEAGE, OWN_MODELS, TRAINED, Preset, evaluation_sources, measured_on, model_names, to_dict
+from study.preset import (
+    LINEAGE,
+    OWN_MODELS,
+    TRAINED,
+    Preset,
+    evaluation_sources,
+    lineage,
+    measured_on,
+    model_names,
+    to_dict,
+)
 from threefold.config import SourceConfig
 
 NOTEBOOKS = {
@@ -58,12 +69,15 @@ MEMORY_KEYS = {
 def plan(preset: Preset) -> Plan:
     """The stages this preset asks for, by name, each after what it needs.
 
-    gpt2 and distilgpt2 are stages only where they are trained here; ablations only where they have steps. With `seeds`
-    of 2 or more, pretrain, sft, dpo and their evaluations are repeated as replicates ("sft-seed2"): the same stages
-    with the same data, each after its own replicate's parents.
+    gpt2 and distilgpt2 are stages only where they are trained here; sft and dpo only where the preset says something
+    about them; ablations only where they have steps. With `seeds` of 2 or more, pretrain, sft, dpo and their
+    evaluations are repeated as replicates ("sft-seed2"): the same stages with the same data, each after its own
+    replicate's parents.
     """
     trained = [name for name in ("gpt2", "distilgpt2") if getattr(preset.baselines, name) == "train"]
-    needs: dict[str, tuple[str, ...]] = {"data": (), "pretrain": ("data",), "sft": ("pretrain",), "dpo": ("sft",)}
+    own = lineage(preset)
+    needs: dict[str, tuple[str, ...]] = {"data": (), "pretrain": ("data",)}
+    needs |= {name: (parent,) for parent, name in pairwise(own)}
     if "gpt2" in trained:
         needs["gpt2"] = ("data",)
     if "distilgpt2" in trained:
@@ -73,14 +87,14 @@ def plan(preset: Preset) -> Plan:
         after = {"dpo": ("sft", "dpo"), "sft": ("sft",), "pretrain": ("pretrain",)}.get(model, ("data",))
         needs[f"evaluate-{model}"] = (model,) if model in trained else after
     for replicate in range(2, preset.seeds + 1):
-        for name in [part for model in LINEAGE for part in (model, f"evaluate-{model}")]:
+        for name in [part for model in own for part in (model, f"evaluate-{model}")]:
             needs[replicate_name(name, replicate)] = tuple(
                 replicate_name(need, replicate) if need in LINEAGE else need for need in needs[name]
             )
     if preset.ablations.steps > 0:
         needs["ablations"] = ("data",)
     if preset.evaluation.speed_repeats > 0 and preset.evaluation.speed_batch_sizes:
-        needs["speed"] = ("data", "pretrain", "sft", "dpo", *trained)
+        needs["speed"] = ("data", *own, *trained)
     needs["compare"] = tuple(needs)
     return make_plan(_spec(name, after) for name, after in needs.items())
 

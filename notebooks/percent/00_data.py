@@ -29,7 +29,7 @@ from dataclasses import asdict, fields
 import pandas as pd
 
 from papertrail import records
-from study.preset import evaluation_sources, measured_on
+from study.preset import evaluation_sources, lineage, measured_on
 from study.run import open_stage
 from threefold.data import corpus, exclusion
 from threefold.data.tokenizer import build_tokenizer, tokenizer_hash
@@ -148,10 +148,10 @@ records.publish("data/sources", {"sources": described}, markdown=records.table(d
 # positions restart after the sink: a packed token is computed exactly as an unpacked one. Tokens are counted without padding.
 
 # %%
+pack = {"pretrain": corpus.pretraining_rows, "sft": corpus.example_rows, "dpo": corpus.preference_rows}
 packed = {
-    "pretrain": corpus.pretraining_rows(sources.pretrain, tokenizer, model_config, stage.run.data_dir, exclude),
-    "sft": corpus.example_rows(sources.sft, tokenizer, model_config, stage.run.data_dir, exclude),
-    "dpo": corpus.preference_rows(sources.dpo, tokenizer, model_config, stage.run.data_dir, exclude),
+    name: pack[name](getattr(sources, name), tokenizer, model_config, stage.run.data_dir, exclude)
+    for name in lineage(stage.preset)
 }
 rows = [
     {
@@ -187,7 +187,7 @@ pd.DataFrame(
 
 # %%
 shown = []
-for use in ("sft", "dpo"):
+for use in lineage(stage.preset)[1:]:
     prompt, response = next(corpus.examples(getattr(sources, use)[0], stage.run.data_dir))
     shown.append({"used for": use, "prompt": prompt, "response": response})
 pd.set_option("display.max_colwidth", 600)

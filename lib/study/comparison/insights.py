@@ -556,9 +556,8 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
     for measure in (PERPLEXITY, BITS_PER_BYTE, SENTIMENT, PROBLEMS):
         values[f"protocol_{measure.key}"] = measure.protocol(comparison) or "–"
     for measure in (*tables.HEADLINE, *tables.STAGED):
-        for model in comparison.models:
-            if model in OWN_MODELS:
-                values[f"{measure.key}_{model}"] = measure.text(measure.value(comparison, model)) or "not measured"
+        for model in OWN_MODELS:
+            values[f"{measure.key}_{model}"] = measure.text(measure.value(comparison, model)) or "not measured"
     values["perplexity_gap"] = _gap(comparison)
     return values | length.variables(comparison) | attention.variables(comparison)
 
