@@ -15,6 +15,7 @@ from basics.errors import ReportError
 from papertrail import notebooks, records
 from papertrail.plan import dependents
 from study import cli
+from study.cli.common import open_existing
 from study.run import Run, open_run, open_stage
 
 PRESET = (
@@ -207,9 +208,9 @@ def test_the_data_folder_is_remembered(project, capsys, monkeypatch):
     monkeypatch.setattr(scheduler, "execute", lambda run, **_: scheduler.Outcome())
     (project / "mine").mkdir()
     call(capsys, "run", "--preset", "tiny.toml", "--data-dir", "mine")
-    assert cli._open("tiny").data_dir == str(project / "mine")
+    assert open_existing("tiny").data_dir == str(project / "mine")
     (project / "mine").rmdir()
-    assert cli._open("tiny").data_dir == ""
+    assert open_existing("tiny").data_dir == ""
 
 
 def test_a_failed_stage_is_exit_1(project, capsys, monkeypatch):
@@ -344,14 +345,14 @@ def test_a_stream_says_what_generate_says_and_goes_on(checkpoint, capsys):
 
 
 def test_ctrl_c_ends_a_stream_and_keeps_what_was_printed(checkpoint, capsys, monkeypatch):
-    from study.cli import generation
+    from threefold import model
 
     def interrupted(*arguments, **settings):
         assert arguments[3] == -1, "without an end"
         yield from arguments[1][1:]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generation, "stream", interrupted)  # where an earlier test's import has put it
+    monkeypatch.setattr(model, "stream", interrupted)
     arguments = ["generate", "--run", "tiny", "--stage", "pretrain", "the cat", "--stream"]
     assert call(capsys, *arguments) == (0, "the catthe cat\n", "")
 

@@ -12,7 +12,7 @@ from report_fixtures import make_run
 from basics import paths
 from papertrail import records
 from study import cli
-from study.cli.compare import preset_rows, side_by_side
+from study.cli.compare import differing_keys, side_by_side
 from study.comparison import Comparison, tables
 from study.comparison.measures import HEADLINE
 from study.comparison.results import NBSP
@@ -58,9 +58,11 @@ def world(tmp_path_factory):
 
 
 def parsed(table: str) -> list[dict[str, str]]:
-    """The rows of a Markdown pipe table."""
-    lines = [[part.strip() for part in line.strip("|").split("|")] for line in table.splitlines()]
-    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    """The rows of a table whose columns begin where its rule's dashes do."""
+    heading, rule, *lines = table.splitlines()
+    spans = [match.span() for match in re.finditer("-+", rule)]
+    names = [heading[start:end].strip() for start, end in spans]
+    return [dict(zip(names, (line[start:end].strip() for start, end in spans), strict=True)) for line in lines]
 
 
 def plain(text: str) -> str:
@@ -88,7 +90,7 @@ def test_every_figure_is_that_of_the_runs_own_headline_table(world):
     assert re.search(r"\[.*,.*\]", rows[0]["run one"])
     assert "not tested" in foot
     assert parsed(keys) == [
-        {"Key": "sft.learning\\_rate", "run one": str(one.preset.sft.learning_rate), "run two": "0.5"}
+        {"Key": "sft.learning_rate", "run one": str(one.preset.sft.learning_rate), "run two": "0.5"}
     ]
 
 
@@ -155,16 +157,16 @@ def test_json_holds_the_figures_that_the_table_shows(world, monkeypatch, capsys)
 
 
 def test_preset_keys():
-    rows = preset_rows(
+    keys = differing_keys(
         {
             "a": {"name": "x", "data": {"pretrain": [{"source": "s"}, {"source": "t"}]}, "shots": [0, 3]},
             "b": {"name": "x", "data": {"pretrain": [{"source": "s"}]}, "shots": [0, 5]},
         }
     )
-    assert rows == [
-        {"Key": "data.pretrain.1.source", "run a": '"t"', "run b": None},
-        {"Key": "shots", "run a": "[0, 3]", "run b": "[0, 5]"},
-    ]
+    assert keys == {
+        "data.pretrain.1.source": {"a": '"t"', "b": None},
+        "shots": {"a": "[0, 3]", "b": "[0, 5]"},
+    }
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ def test_the_command_needs_no_torch_and_warns_of_what_is_stale(world):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 []"
-    assert "| Measure" in done.stdout
+    assert done.stdout.startswith("Measure ") and not re.search(r"\\|&#|[|*]", done.stdout)  # no Markdown
     for name in ("one", "two"):
         assert f"the figures of run {name} show an earlier state of" in done.stderr
     assert done.stderr.count("\n") == 2

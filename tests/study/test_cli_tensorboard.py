@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -92,7 +94,8 @@ def test_the_interface_is_that_of_torchs_writer():
 
 
 def test_the_command(run, monkeypatch, capsys):
-    monkeypatch.setattr(curves, "summary_writer", lambda: FakeWriter)
+    fake = types.SimpleNamespace(SummaryWriter=FakeWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     assert cli.main(["tensorboard", "--run", "mine"]) == 0
     assert "tensorboard --logdir" in capsys.readouterr().out and (run.path / "tensorboard" / "sft").is_dir()
 
@@ -112,16 +115,7 @@ def test_tensorboard_reads_what_its_own_writer_wrote(run):
 
 
 def test_without_tensorboard_the_extra_is_named(run, monkeypatch, capsys):
-    import builtins
-
-    real = builtins.__import__
-
-    def absent(name, *rest, **options):
-        if name == "torch.utils.tensorboard":
-            raise ModuleNotFoundError("No module named 'tensorboard'")
-        return real(name, *rest, **options)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert cli.main(["tensorboard", "--run", "mine"]) == 2
     _, err = capsys.readouterr()
     assert err == "threefold: TensorBoard is not installed: `pip install -e '.[tensorboard]'`\n"

@@ -18,6 +18,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from basics.errors import CheckpointError
 from study import cli
+from study.cli import common
 from threefold.config import ModelConfig
 from threefold.data.tokenizer import load_tokenizer
 from threefold.evaluation import LanguageModel
@@ -286,7 +287,7 @@ def test_the_command_line_with_prompts_and_numbers_of_any_kind(whole, prompt, st
     words = ["generate", "--max-new-tokens=3", *settings, *["--stream"] * stream, prompt]
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(cli, "_checkpoint", lambda options: whole["llama"])
+        patch.setattr(common, "checkpoint", lambda options: whole["llama"])
         try:
             status = cli.main(words)
         except SystemExit as left:
@@ -295,7 +296,7 @@ def test_the_command_line_with_prompts_and_numbers_of_any_kind(whole, prompt, st
 
 
 def test_more_tokens_than_any_context_take_no_memory(whole, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_checkpoint", lambda options: whole["llama"])
+    monkeypatch.setattr(common, "checkpoint", lambda options: whole["llama"])
     assert cli.main(["generate", "--max-new-tokens", "9" * 12, "a"]) == 0
     (most,) = [capsys.readouterr().out]
     assert cli.main(["generate", "--max-new-tokens", "16", "a"]) == 0 and capsys.readouterr().out == most

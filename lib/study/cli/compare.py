@@ -1,11 +1,12 @@
-"""Two or more runs side by side: their headline figures and where their presets differ."""
+"""`threefold compare`: the headline figures of two or more runs side by side, and where their presets differ."""
 
-import itertools
+import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from basics.errors import ConfigError
+from study.cli.common import columns, open_intact, say, say_json, warn_if_behind
 from study.comparison import Comparison, tables
 from study.comparison.load import Value
 from study.comparison.measures import HEADLINE, PERPLEXITY, Measure
@@ -19,105 +20,102 @@ FOOT = (
 )
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One headline figure of one run. Figures of two runs share a row if protocol and conditions are equal."""
-
-    run: str
-    measure: Measure
-    model: str
-    name: str  # of the model, for a reader
-    protocol: str
-    conditions: tuple[tuple[str, str], ...]  # what was measured on what: ("n", "872"), ("data", "fc8ff935"), ...
-    value: Value
+def compare(options: argparse.Namespace) -> int:
+    twice = next((name for name in options.runs if options.runs.count(name) > 1), None)
+    if twice or len(options.runs) < 2:
+        raise ConfigError(f"compare: run {twice} is named twice" if twice else "compare: name two runs or more")
+    runs = [open_intact(name) for name in options.runs]
+    shown = as_json(runs) if options.json else side_by_side(runs)
+    for run in runs:
+        warn_if_behind(run, f"the figures of run {run.name} show")
+    (say_json if options.json else say)(shown)
+    return 0
 
 
 def side_by_side(runs: Sequence[Run]) -> str:
-    """Markdown: the headline figures with their intervals, a row per measure and model and a column per run; then the
-    keys of the presets that differ.
+    """Text: the headline figures with their intervals, a row per measure and model and a column per run; then the keys
+    of the presets that differ.
 
     Figures share a row only if they come from one protocol and version, the same data and number of items and, for
     perplexity per token, the same tokenizer; otherwise the row says by what it differs.
     Raises MissingInput (a notebook that was not run), RecordError (weights that are not the stage's).
     """
-    rows = list(_figure_rows(_figures(runs), [run.name for run in runs]))
-    keys = preset_rows({run.name: to_dict(run.preset) for run in runs})
-    figures = tables.markdown_table(rows) if rows else "*No headline figure was measured.*"
-    return "\n\n".join([figures, FOOT, tables.markdown_table(keys) if keys else "*The presets are the same.*"])
+    groups: dict[
+        tuple, dict[tuple, dict[str, str]]
+    ] = {}  # the figures of one measure, model and protocol, by conditions
+    for measure, name, protocol, value, figure in _figures(runs):
+        group = groups.setdefault((measure, name, protocol), {})
+        group.setdefault(tuple(figure["conditions"].items()), {})[figure["run"]] = measure.text(value)
+    figures = [
+        [
+            f"{measure.title} {'↓' if measure.better == 'lower' else '↑'}",
+            name,
+            ", ".join([protocol, *(f"{key} {text}" for key, text in conditions if _differs(key, text, group))]),
+            *(cells.get(run.name) or "–" for run in runs),
+        ]
+        for (measure, name, protocol), group in groups.items()
+        for conditions, cells in group.items()
+    ]
+    keys = [
+        [key, *("–" if values[run.name] is None else values[run.name] for run in runs)]
+        for key, values in differing_keys({run.name: to_dict(run.preset) for run in runs}).items()
+    ]
+    names = [f"run {run.name}" for run in runs]
+    headings = ["Measure", "Model", "Protocol", *names]
+    shown = columns(figures, headings) if figures else "No headline figure was measured."
+    return "\n\n".join([shown, FOOT, columns(keys, ["Key", *names]) if keys else "The presets are the same."])
+
+
+def _differs(key: str, text: str, group: Mapping[tuple, Any]) -> bool:
+    return any(dict(conditions).get(key) != text for conditions in group)
 
 
 def as_json(runs: Sequence[Run]) -> dict[str, Any]:
     """{"runs", "figures": [{"run", "measure", "model", "protocol", "conditions", "value", "low", "high"}], "differing":
     {key: {run: value}}}: what `side_by_side` shows, under the same rules. Raises what `side_by_side` raises."""
-    figures = [
-        {name: getattr(figure, name) for name in ("run", "model", "protocol")}
-        | {name: getattr(figure.value, name) for name in ("value", "low", "high")}
-        | {"measure": figure.measure.key, "conditions": dict(figure.conditions)}
-        for figure in _figures(runs)
-    ]
     differing = {
-        row.pop("Key"): {name.removeprefix("run "): text and json.loads(text) for name, text in row.items()}
-        for row in preset_rows({run.name: to_dict(run.preset) for run in runs})
+        key: {run: text and json.loads(text) for run, text in values.items()}
+        for key, values in differing_keys({run.name: to_dict(run.preset) for run in runs}).items()
     }
+    figures = [figure for *_, figure in _figures(runs)]
     return {"runs": [run.name for run in runs], "figures": figures, "differing": differing}
 
 
-def _figures(runs: Sequence[Run]) -> list[Figure]:
-    """The figures of each run's headline table."""
-    figures = []
-    for run in runs:
-        comparison = Comparison.load(run)
-        headline = tables.headline(comparison).values
-        for measure, model in itertools.product(HEADLINE, comparison.models):
-            protocol = headline["protocols"].get(measure.key)
-            entry = headline["models"].get(model, {}).get(measure.key)
-            if protocol is None or entry is None:
-                continue
-            settings = comparison.evaluations(model)[protocol].get("settings", {})
-            data = settings.get("data") or {}
-            conditions = {
-                "version": settings.get("version"),
-                "data": str(data.get("fingerprint") or data.get("source"))[:8],
-                "n": entry["n"],
-            }
-            if measure is PERPLEXITY:  # without a tokenizer's hash nothing is known to be the same
-                conditions["tokenizer"] = (settings.get("tokenizer_sha256") or f"of run {run.name}")[:8]
-            value = Value(**entry, protocol=protocol, metric=measure.metric)
-            texts = tuple((name, str(condition)) for name, condition in conditions.items())
-            figures.append(Figure(run.name, measure, model, comparison.name(model), protocol, texts, value))
-    return figures
+def _figures(runs: Sequence[Run]) -> Iterator[tuple[Measure, str, str, Value, dict[str, Any]]]:
+    """(measure, the model's name for a reader, protocol, value, all of it as JSON) of the runs' headline figures.
+
+    Conditions are what was measured on what, as in {"n": "872", "data": "fc8ff935"}.
+    """
+    comparisons = {run.name: Comparison.load(run) for run in runs}
+    headlines = {run: tables.headline(comparison).values for run, comparison in comparisons.items()}
+    models = ordered(model for comparison in comparisons.values() for model in comparison.models)
+    for measure, model, run in ((m, model, run) for m in HEADLINE for model in models for run in comparisons):
+        protocol = headlines[run]["protocols"].get(measure.key)
+        entry = headlines[run]["models"].get(model, {}).get(measure.key)
+        if protocol is None or entry is None:
+            continue
+        settings = comparisons[run].evaluations(model)[protocol].get("settings", {})
+        data = settings.get("data") or {}
+        source = str(data.get("fingerprint") or data.get("source"))[:8]
+        conditions = {"version": str(settings.get("version")), "data": source, "n": str(entry["n"])}
+        if measure is PERPLEXITY:  # without a tokenizer's hash nothing is known to be the same
+            conditions["tokenizer"] = (settings.get("tokenizer_sha256") or f"of run {run}")[:8]
+        figure = {"run": run, "measure": measure.key, "model": model, "protocol": protocol, "conditions": conditions}
+        figure |= {key: entry[key] for key in ("value", "low", "high")}
+        value = Value(**entry, protocol=protocol, metric=measure.metric)
+        yield measure, comparisons[run].name(model), protocol, value, figure
 
 
-def _figure_rows(figures: Sequence[Figure], runs: Sequence[str]) -> Iterator[dict[str, Any]]:
-    models = ordered(figure.model for figure in figures)
-    rows: dict[tuple, dict[str, str]] = {}
-    for figure in sorted(figures, key=lambda figure: (HEADLINE.index(figure.measure), models.index(figure.model))):
-        row = rows.setdefault((figure.measure, figure.name, figure.protocol, figure.conditions), {})
-        row[figure.run] = figure.measure.text(figure.value) or "–"
-    for (measure, name, protocol, conditions), cells in rows.items():
-        alike = [dict(other) for *row, other in rows if row == [measure, name, protocol]]
-        differing = [f"{key} {value}" for key, value in conditions if any(other.get(key) != value for other in alike)]
-        yield {
-            "Measure": f"{measure.title} {'↓' if measure.better == 'lower' else '↑'}",
-            "Model": name,
-            "Protocol": ", ".join([protocol, *differing]),
-            **{f"run {run}": cells.get(run) for run in runs},
-        }
-
-
-def preset_rows(presets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per key whose value is not the same in all presets; a key that a preset does not have is None."""
+def differing_keys(presets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str | None]]:
+    """{dotted key: {run: value as JSON}} of the keys whose value is not the same in all presets; None where a preset
+    does not have the key."""
     flat = {run: dict(_flat(preset)) for run, preset in presets.items()}
-    keys = dict.fromkeys(key for values in flat.values() for key in values)
-    return [
-        {"Key": key, **{f"run {run}": values.get(key) for run, values in flat.items()}}
-        for key in keys
-        if len({values.get(key) for values in flat.values()}) > 1
-    ]
+    rows = {key: {run: flat[run].get(key) for run in flat} for values in flat.values() for key in values}
+    return {key: values for key, values in rows.items() if len(set(values.values())) > 1}
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, value as TOML would show it); a list of tables by its places, another list as one value."""
+    """(dotted key, value as JSON); a list of tables by its places, another list as one value."""
     if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         value = dict(enumerate(value))
     if isinstance(value, Mapping):

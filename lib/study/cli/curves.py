@@ -1,6 +1,8 @@
-"""A run's metrics.jsonl files for programs that draw curves: TensorBoard event files, and offline runs of Weights &
-Biases, of which nothing leaves the machine before `wandb sync`."""
+"""A run's metrics.jsonl files for programs that draw curves: `threefold tensorboard` writes TensorBoard event files,
+`threefold wandb` offline runs of Weights & Biases, of which nothing leaves the machine before `wandb sync`."""
 
+import argparse
+import importlib
 import shutil
 from collections.abc import Callable
 from datetime import datetime
@@ -11,9 +13,31 @@ from typing import Any
 from basics import files
 from basics.errors import MissingInput
 from papertrail.run import Run, read_run_file
+from study.cli.common import from_here, open_intact
 from study.preset import to_dict
 
 Point = tuple[str, float, int, float]  # tag, value, step, seconds since 1970
+
+
+def tensorboard(options: argparse.Namespace) -> int:
+    run, package = open_intact(options.run), _package("torch.utils.tensorboard", "TensorBoard", "tensorboard")
+    out = from_here(to_tensorboard(run, package.SummaryWriter))
+    print(f"`tensorboard --logdir {out}` shows the training of run {options.run}")
+    return 0
+
+
+def wandb(options: argparse.Namespace) -> int:
+    out = from_here(to_wandb(open_intact(options.run), _package("wandb", "Weights & Biases", "wandb")))
+    print(f"`wandb sync {out}/offline-run-*` uploads the training of run {options.run}; nothing was sent yet")
+    return 0
+
+
+def _package(module: str, title: str, extra: str) -> ModuleType:
+    """An optional package. Raises MissingInput where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise MissingInput(f"{title} is not installed: `pip install -e '.[{extra}]'`") from None
 
 
 def series(run: Run) -> dict[str, list[Point]]:
@@ -25,11 +49,11 @@ def series(run: Run) -> dict[str, list[Point]]:
 
     points: dict[str, list[Point]] = {}
     for stage in run.plan:
-        for folder in (run.partial_folder(stage), run.stage_folder(stage)):
-            if stage not in points and (folder / "metrics.jsonl").is_file():
+        for folder in (run.stage_folder(stage), run.partial_folder(stage)):
+            if (folder / "metrics.jsonl").is_file():
                 begun = (read_run_file(folder) or {}).get("started")
                 start = datetime.fromisoformat(begun).timestamp() if begun else 0.0
-                points[stage] = _points(read_metrics(folder), start)
+                points[stage] = _points(read_metrics(folder), start)  # of a new attempt rather than the finished one
     if not points:
         raise MissingInput(f"run {run.name} has trained no stage yet: `threefold run --run {run.name}`")
     return points
@@ -40,27 +64,18 @@ def _points(lines: list[dict[str, Any]], start: float) -> list[Point]:
     for line in lines:
         seconds = line.get("seconds", seconds)  # an evaluation's line has none: it comes after its step's
         for name, value in line.items():
-            if name in ("step", "seconds") or (name == "tokens" and "heldout_loss" in line):
-                continue
-            heldout = name.startswith("heldout_")
-            tag = f"heldout/{name.removeprefix('heldout_')}" if heldout else f"train/{name}"
-            points.append((tag, value, line["step"], start + seconds))
+            if name not in ("step", "seconds") and not (name == "tokens" and "heldout_loss" in line):
+                heldout = name.startswith("heldout_")
+                tag = f"heldout/{name.removeprefix('heldout_')}" if heldout else f"train/{name}"
+                points.append((tag, value, line["step"], start + seconds))
     return points
-
-
-def summary_writer() -> Callable[[str], Any]:
-    """TensorBoard's SummaryWriter, called with a folder. Raises MissingInput where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MissingInput("TensorBoard is not installed: `pip install -e '.[tensorboard]'`") from None
-    return SummaryWriter
 
 
 def to_tensorboard(run: Run, writer: Callable[[str], Any]) -> Path:
     """Write <run>/tensorboard/<stage>/ for each stage that has metrics, replacing an earlier export; return the folder.
 
-    The step is the stage's; the time is its start plus the seconds of training. Raises what `series` raises.
+    writer: TensorBoard's SummaryWriter, called with a folder. The step is the stage's; the time is its start plus the
+    seconds of training. Raises what `series` raises.
     """
     stage_points = series(run)
     with files.atomic_folder(run.path / "tensorboard") as out:
@@ -72,15 +87,6 @@ def to_tensorboard(run: Run, writer: Callable[[str], Any]) -> Path:
             finally:
                 board.close()
     return run.path / "tensorboard"
-
-
-def wandb_client() -> ModuleType:
-    """The package wandb. Raises MissingInput where it is not installed."""
-    try:
-        import wandb
-    except ImportError:
-        raise MissingInput("Weights & Biases is not installed: `pip install -e '.[wandb]'`") from None
-    return wandb
 
 
 def to_wandb(run: Run, wandb: ModuleType) -> Path:

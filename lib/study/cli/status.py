@@ -1,17 +1,53 @@
-"""The state of runs, for a person and for a script. The keys of the JSON are documented in docs/scripts.md."""
+"""`threefold status`: the state of runs, for a person and for a script. docs/scripts.md documents the JSON's keys."""
 
+import argparse
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from basics import paths
-from basics.errors import RecordError, ThreefoldError
+from basics.errors import ConfigError, RecordError, ThreefoldError
 from papertrail import records, scheduler
 from papertrail.run import Run
 from papertrail.staleness import Kind, State, survey
 from study.cli import disk
+from study.cli.common import columns, open_existing, say, say_json
+from study.preset import parse_overrides
 from study.run import run_names
+
+
+def status(options: argparse.Namespace) -> int:
+    if options.set and not options.run:
+        raise ConfigError("status: --set goes with --run")
+    if options.run:
+        values = of_run(open_existing(options.run, options.data_dir, parse_overrides(options.set)))
+        rows = [
+            [
+                row["stage"],
+                row["state"],
+                "" if row["wall_seconds"] is None else f"{row['wall_seconds']:.1f} s",
+                row["headline"] or "",
+                "; ".join(row["reasons"]),
+            ]
+            for row in values["stages"]
+        ]
+        right = 2
+    else:
+        values = of_all(options.data_dir)
+        rows = [[row["run"], disk.size_text(row["bytes"]), _counts(row)] for row in values["runs"]]
+        if values["cache_bytes"]:
+            rows.append([".cache", disk.size_text(values["cache_bytes"]), "tokens and hashes, made again when needed"])
+        right = 1
+    if options.json:
+        say_json(values)
+    else:
+        say(columns(rows, right=right) if rows else "no runs yet: `threefold run --preset smoke` makes one")
+    return 0
+
+
+def _counts(row: dict[str, Any]) -> str:
+    counts = ", ".join(f"{count} {kind}" for kind, count in row["stages"].items() if count)
+    return f"{row['error'] or counts}{'  (at work)' if row['at_work'] else ''}"
 
 
 def of_run(run: Run) -> dict[str, Any]:
@@ -32,20 +68,6 @@ def of_run(run: Run) -> dict[str, Any]:
     return {"run": run.name, "stages": stages}
 
 
-def run_text(status: Mapping[str, Any]) -> str:
-    """What `of_run` found, one line per stage."""
-    rows = status["stages"]
-    name_width = max(len(row["stage"]) for row in rows)
-    headline_width = max(len(row["headline"] or "") for row in rows)
-    lines = []
-    for row in rows:
-        seconds, reasons = row["wall_seconds"], "; ".join(row["reasons"])
-        time = f"{seconds:9.1f} s" if isinstance(seconds, int | float) else " " * 11
-        start = f"{row['stage']:<{name_width}}  {row['state']:<7}  {time}"
-        lines.append(f"{start}  {row['headline'] or '':<{headline_width}}  {reasons}".rstrip())
-    return "\n".join(lines)
-
-
 def headline(run: Run, state: State) -> str | None:
     """The most telling figure of a finished stage; None where its records hold none."""
     evaluations = state.facts.get("training", {}).get("heldout")
@@ -61,9 +83,8 @@ def headline(run: Run, state: State) -> str | None:
     except RecordError:
         return None
     for name, record in published.items():
-        values = record.values
-        kind, metrics = name.partition("/")[0], values.get("metrics", {})
-        if kind == "evaluation" and "bits_per_byte" in metrics:
+        values, metrics = record.values, record.values.get("metrics", {})
+        if name.startswith("evaluation/") and "bits_per_byte" in metrics:
             return f"{metrics['bits_per_byte']['value']:.3f} bits per byte ({values['protocol']})"
         if name == "speed/dpo" and "decode_b1" in metrics:
             return f"dpo decodes {metrics['decode_b1']['value']:,.0f} tokens/s"
@@ -74,7 +95,7 @@ def headline(run: Run, state: State) -> str | None:
     return f"{state.facts['records']} records" if "records" in state.facts else None
 
 
-def of_all(open_run: Callable[[str], Run]) -> dict[str, Any]:
+def of_all(data_dir: str = "") -> dict[str, Any]:
     """{"runs": [{"run", "bytes", "at_work", "stages": {state: how many}, "error"}], "cache_bytes"}.
 
     error: why a run's states are unknown (a config.toml that this version cannot read), else None.
@@ -83,24 +104,10 @@ def of_all(open_run: Callable[[str], Run]) -> dict[str, Any]:
     for name in run_names():
         folder, error, counts = paths.RUNS / name, None, Counter()
         try:
-            counts.update(state.kind for state in survey(open_run(name)).values())
+            counts.update(state.kind for state in survey(open_existing(name, data_dir)).values())
         except ThreefoldError as unreadable:
             error = str(unreadable)
         stages = {kind: counts[kind] for kind in get_args(Kind)}
         sizes = {"bytes": disk.size(folder), "at_work": scheduler.at_work(folder)}
         runs.append({"run": name, **sizes, "stages": stages, "error": error})
     return {"runs": runs, "cache_bytes": disk.size(paths.RUNS / ".cache")}
-
-
-def all_text(status: Mapping[str, Any]) -> str:
-    """What `of_all` found, one line per run and one for the cache."""
-    rows = []
-    for run in status["runs"]:
-        counts = ", ".join(f"{count} {kind}" for kind, count in run["stages"].items() if count)
-        rows.append((run["run"], run["bytes"], f"{run['error'] or counts}{'  (at work)' if run['at_work'] else ''}"))
-    if status["cache_bytes"]:
-        rows.append((".cache", status["cache_bytes"], "tokens and hashes, made again when needed"))
-    if not rows:
-        return "no runs yet: `threefold run --preset smoke` makes one"
-    width = max(len(name) for name, _, _ in rows)
-    return "\n".join(f"{name:<{width}}  {disk.size_text(size):>8}  {text}" for name, size, text in rows)

@@ -3,28 +3,30 @@
 What is trained stays in the stage's work folder; the stage's notebook then finds it done and finishes the stage.
 """
 
+import argparse
 import contextlib
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 
 from basics import names
 from basics.errors import ConfigError, ThreefoldError
+from study.cli.common import open_existing, say
 from study.preset import TRAINED
 from study.run import Run, open_stage
 
 
-def work(run: Run, stage: str, *, begun: bool, say: Callable[[str], None]) -> int:
-    """Train a stage of a run. begun: a notebook has begun it and waits; this worker ends when the notebook does."""
+def train(options: argparse.Namespace) -> int:
+    """Train a stage of a run. --begun: a notebook has begun it and waits; this worker ends when the notebook does."""
+    run, stage = open_existing(options.run, options.data_dir), options.stage
     if names.replicate_of(stage)[0] not in TRAINED:
         raise ConfigError(f"{stage}: allowed are {', '.join(TRAINED)} and their replicates, as in sft-seed2")
-    if begun:
+    if options.begun:
         threading.Thread(target=_leave_with_stdin, daemon=True).start()
     rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
-        _train(run, stage, begun, say)
+        _train(run, stage, options.begun)
     except Exception as error:
         if size == 1:
             raise
@@ -35,7 +37,7 @@ def work(run: Run, stage: str, *, begun: bool, say: Callable[[str], None]) -> in
     return 0
 
 
-def _train(run: Run, stage: str, begun: bool, say: Callable[[str], None]) -> None:
+def _train(run: Run, stage: str, begun: bool) -> None:
     from papertrail import scheduler, staleness
     from study.training import prepare, train_stage
     from threefold.training import distributed

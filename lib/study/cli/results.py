@@ -1,0 +1,51 @@
+"""`threefold verify` and `threefold report`."""
+
+import argparse
+
+from basics import paths
+from papertrail import report as papertrail_report
+from papertrail import rerun, scheduler
+from papertrail.verify import verify as verify_run
+from study.cli import disk
+from study.cli.common import fail, from_here, open_existing, open_intact, say, say_json, warn_if_behind
+
+
+def verify(options: argparse.Namespace) -> int:
+    run = open_existing(options.run)
+    tell = (lambda line: None) if options.json else say
+    try:
+        if options.rerun:
+            count, problems = len(run.require(options.rerun)["outputs"]), rerun.rerun(run, options.rerun, tell)
+            kept = f"stage {options.rerun} came out the same, times apart"
+        else:
+            count, problems = verify_run(run, tell, disk.cache_notes())
+            # reads the notebooks just verified
+            problems = problems or papertrail_report.rendered(run.path, paths.REPORT)
+            kept = f"{count} files are what their run.json says"
+    except scheduler.StageFailed as failure:
+        return fail(str(failure), 1)
+    if options.json:
+        entries = [dict(zip(("path", "problem"), line.split(": ", 1), strict=True)) for line in problems]
+        say_json({"run": run.name, "files": count, "problems": entries})
+    elif not problems:
+        say(f"run {run.name}: {kept}")
+    else:
+        for problem in problems:
+            fail(f"{run.name}/{problem}", 1)
+    return 1 if problems else 0
+
+
+def report(options: argparse.Namespace) -> int:
+    if options.check:
+        papertrail_report.require(paths.REPORT)
+        say("report/: everything it embeds, quotes and cites is there")
+        return 0
+    run = open_intact(options.run, options.data_dir)
+    if run.finished("compare") is not None:
+        warn_if_behind(run, "the report shows")
+    if options.publish:
+        published = papertrail_report.publish(run.path, paths.REPORT)
+        say(f"report/executed: {len(published)} notebooks of run {run.name}")
+    else:
+        say(str(from_here(papertrail_report.render(run.path, paths.REPORT, say=say))))
+    return 0
