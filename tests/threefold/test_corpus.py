@@ -52,17 +52,17 @@ def decoded(tokenizer, documents) -> list[str]:
 
 def test_documents_are_the_texts_and_are_mapped(tokenizer, cache):
     for source in (TEXT, STORIES, REVIEWS, INSTRUCTIONS, PROBLEMS, PREFERENCES):
-        documents = corpus.tokenise(source, tokenizer).documents
+        documents = corpus.tokenise(source, tokenizer)
         assert decoded(tokenizer, documents) == list(corpus.texts(source))
         assert isinstance(documents.tokens, np.memmap) and documents.tokens.dtype == np.uint16
     assert len(list(cache.iterdir())) == 6
-    assert len(corpus.tokenise(STORIES, tokenizer).documents) == 40
+    assert len(corpus.tokenise(STORIES, tokenizer)) == 40
 
 
 def test_a_cache_is_read_again_and_not_made_again(tokenizer, cache, monkeypatch):
-    first = corpus.tokenise(TEXT, tokenizer).documents
+    first = corpus.tokenise(TEXT, tokenizer)
     monkeypatch.setattr(corpus, "encode", None)
-    again = corpus.tokenise(TEXT, tokenizer).documents
+    again = corpus.tokenise(TEXT, tokenizer)
     assert np.array_equal(first.tokens, again.tokens) and np.array_equal(first.offsets, again.offsets)
     assert len(list(cache.iterdir())) == 1
 
@@ -94,23 +94,23 @@ def test_the_key_depends_on_content_part_reader_and_tokenizer(tokenizer, cache, 
 
 
 def test_a_cut_cache_is_made_again(tokenizer, cache):
-    documents = decoded(tokenizer, corpus.tokenise(TEXT, tokenizer).documents)
+    documents = decoded(tokenizer, corpus.tokenise(TEXT, tokenizer))
     (folder,) = cache.iterdir()
     with open(folder / "tokens.bin", "r+b") as file:
         file.truncate(100)
-    assert decoded(tokenizer, corpus.tokenise(TEXT, tokenizer).documents) == documents
+    assert decoded(tokenizer, corpus.tokenise(TEXT, tokenizer)) == documents
     (folder / "meta.json").unlink()
-    assert decoded(tokenizer, corpus.tokenise(TEXT, tokenizer).documents) == documents
+    assert decoded(tokenizer, corpus.tokenise(TEXT, tokenizer)) == documents
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "meta.json"])
 def test_a_cache_with_one_changed_byte_is_made_again_and_said(tokenizer, cache, name, capsys):
-    documents = decoded(tokenizer, corpus.tokenise(TEXT, tokenizer).documents)
+    documents = decoded(tokenizer, corpus.tokenise(TEXT, tokenizer))
     (folder,) = cache.iterdir()
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     assert damaged(folder / "meta.json") == [folder / name]
-    assert decoded(tokenizer, corpus.tokenise(TEXT, tokenizer).documents) == documents
+    assert decoded(tokenizer, corpus.tokenise(TEXT, tokenizer)) == documents
     assert "in the cache are damaged and are recomputed" in capsys.readouterr().out
     assert damaged(folder / "meta.json") == [] and (folder / name).read_bytes() == content
 
@@ -129,7 +129,7 @@ def test_two_processes_make_one_cache(tokenizer, cache, tmp_path):
         "import sys\nfrom threefold.config import SourceConfig\nfrom threefold.data import corpus\n"
         "from threefold.data.tokenizer import load_tokenizer\n"
         "source = SourceConfig(source='sample-stories')\n"
-        "print(corpus.tokenise(source, load_tokenizer(sys.argv[1])).documents.n_tokens)\n"
+        "print(corpus.tokenise(source, load_tokenizer(sys.argv[1])).n_tokens)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "tokenizer")]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -174,7 +174,7 @@ def test_example_rows_learn_each_response(tokenizer):
 
 def test_preference_rows_hold_both_sides(tokenizer):
     rows = corpus.preference_rows([PREFERENCES], tokenizer, config(192))
-    assert rows.n_pairs + rows.n_dropped == 150
+    assert len(rows) + rows.n_dropped == 150
     items = list(iterate(PREFERENCES))
     batch = next(rows.batches(150, shuffle=False))
     for place, pair in enumerate(batch.pairs_P.tolist()):
@@ -187,7 +187,7 @@ def test_preference_rows_hold_both_sides(tokenizer):
             text = tokenizer.decode([*batch.tokens_BT[row][shared], *batch.tokens_BT[here]])
             assert text == item["prompt"] + item[name]
     both = corpus.preference_rows([PREFERENCES, PREFERENCES], tokenizer, config(192))
-    assert both.n_pairs == 2 * rows.n_pairs and both.n_tokens == 2 * rows.n_tokens
+    assert len(both) == 2 * len(rows) and both.n_tokens == 2 * rows.n_tokens
 
 
 def test_wrong_kinds_are_refused(tokenizer):
@@ -233,8 +233,8 @@ def test_real_sources_become_rows(tokenizer):
     assert examples.n_documents + examples.n_dropped == 400 and examples.utilisation > 0.9
     half = {"source": "hh-rlhf", "split": "test"}
     train = corpus.preference_rows([SourceConfig(**half, skip_examples=4500)], tokenizer, config(512), DATA)
-    assert train.n_pairs + train.n_dropped == 166
-    batches = list(train.batches(16, seed=1, epochs=1))
+    assert len(train) + train.n_dropped == 166
+    batches = list(train.batches(16, seed=1, steps=train.steps(16, epochs=1)))
     lengths = [  # of each side in full: behind one sink its last position
         int(batch.positions_BT[batch.sides_BT == side].max())
         for batch in batches
@@ -242,5 +242,5 @@ def test_real_sources_become_rows(tokenizer):
     ]
     # More than the rows have positions: no layout holds that in which prompts are computed twice.
     assert sum(lengths) > sum(batch.tokens_BT.numel() for batch in batches)
-    counts = torch.bincount(torch.cat([batch.pairs_P for batch in batches]), minlength=train.n_pairs)
+    counts = torch.bincount(torch.cat([batch.pairs_P for batch in batches]), minlength=len(train))
     assert counts.max() <= 2  # the last batch is filled up from the next epoch

@@ -296,7 +296,7 @@ def test_a_planted_item_never_becomes_tokens(tmp_path, tokenizer, form):
     sets = {"set": source(tmp_path, "test", reader, [planted(reader, LONG)])}
 
     def tokens(part, exclude=None):
-        return corpus.tokenise(part, tokenizer, "", exclude, form).documents.tokens.tolist()
+        return corpus.tokenise(part, tokenizer, "", exclude, form).tokens.tolist()
 
     assert tokens(train, Exclusion(OverlapConfig(), sets)) == tokens(bare) != tokens(train)
     assert tokens(train, Exclusion(OverlapConfig(remove=False), sets)) == tokens(train)

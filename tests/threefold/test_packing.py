@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from basics.errors import DataError
 from threefold.config import ModelConfig
-from threefold.data.packing import IGNORE, Documents, best_fit, pack_documents, pack_examples, pack_pairs, shuffled
+from threefold.data.arrays import EpochOrder, best_fit, shuffled
+from threefold.data.documents import Documents
+from threefold.data.packing import IGNORE, pack_documents, pack_examples, pack_pairs
 from threefold.model.decoder import segment_positions
 from threefold.segments import TRUNK_SHIFT
 
@@ -121,6 +123,25 @@ def test_streams_are_packed_as_one_mixture():
     assert torch.equal(rows.rows(range(len(rows))).targets_BT, together.rows(range(len(together))).targets_BT)
 
 
+def test_streams_of_examples_and_pairs_are_packed_as_one():
+    examples = [([100 + i] * (1 + i % 4), [200 + i] * (1 + i % 3)) for i in range(20)]
+    pairs = [([100 + i] * (1 + i % 4), [200 + i] * (1 + i % 3), [300 + i] * (1 + i % 5)) for i in range(20)]
+
+    def stream(sequences):
+        return Documents.of([p + r for p, r in sequences], EOS, [len(p) for p, _ in sequences])
+
+    sides = [side for prompt, *responses in pairs for side in ((prompt, response) for response in responses)]
+    for k in (0, 1):
+        apart = pack_examples([stream(examples[:7]), stream(examples[7:])], config(16, k), EOS, sinks(k))
+        together = pack_examples(examples, config(16, k), EOS, sinks(k))
+        index = range(len(together))
+        assert all(map(torch.equal, vars(apart.rows(index)).values(), vars(together.rows(index)).values()))
+        apart = pack_pairs([stream(sides[:14]), stream(sides[14:])], config(16, k), EOS, sinks(k))
+        together = pack_pairs(pairs, config(16, k), EOS, sinks(k))
+        for one, other in zip(apart.batches(6, shuffle=False), together.batches(6, shuffle=False), strict=True):
+            assert all(map(torch.equal, vars(one).values(), vars(other).values()))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=20),
@@ -205,23 +226,24 @@ def test_pairs_are_whole_in_every_batch(k):
     assert together == [pair for pair in range(23) if pair != 7 and len(made[pair][0]) > 1]
     again = [len(prompt) if pair == 7 else 1 for pair, (prompt, _, _) in enumerate(made)]  # laid out a second time
     assert rows.n_tokens == sum(sum(map(len, parts)) + twice for parts, twice in zip(made[:23], again, strict=False))
-    trained = list(rows.batches(4, seed=5, epochs=2))
-    assert len(trained) == rows.steps(4, epochs=2) == 12
+    steps = rows.steps(4, epochs=2)
+    trained = list(rows.batches(4, seed=5, steps=steps))
+    assert len(trained) == steps == 12
     assert {len(batch.pairs_P) for batch in trained} == {4} and len({batch.tokens_BT.shape for batch in trained}) == 1
-    resumed = list(rows.batches(4, seed=5, epochs=2, start=7))
+    resumed = list(rows.assembled(rows.shuffled(4, 5, steps), start=7))
     assert all(torch.equal(a.tokens_BT, b.tokens_BT) for a, b in zip(trained[7:], resumed, strict=True))
 
 
-def test_shuffled_batches_resume_and_cover_each_epoch():
+def test_shuffled_batches_cover_each_epoch():
     rows = pack_documents(numbered([6] * 50), config(8), EOS, [1])
-    batches = list(rows.batches(8, seed=1, epochs=4))
+    batches = list(rows.batches(8, seed=1, steps=rows.steps(8, epochs=4)))
     assert len(batches) == 25
     first = torch.cat([batch.tokens_BT for batch in batches])
     for epoch in range(4):
         assert len(set(first[epoch * 50 : (epoch + 1) * 50, 1].tolist())) == 50
     assert first[:50].tolist() != first[50:100].tolist()
-    resumed = list(rows.batches(8, seed=1, steps=25, start=9))
-    assert all(torch.equal(a.tokens_BT, b.tokens_BT) for a, b in zip(batches[9:], resumed, strict=True))
+    endless = rows.batches(8, seed=1)
+    assert all(torch.equal(batch.tokens_BT, next(endless).tokens_BT) for batch in batches)
     other = next(rows.batches(8, seed=2, steps=1))
     assert not torch.equal(batches[0].tokens_BT, other.tokens_BT)
 
@@ -239,25 +261,25 @@ def test_scoring_covers_every_row_once_in_one_shape():
 @given(st.integers(1, 90), st.integers(1, 12), st.integers(0, 99))
 def test_stratified_epochs_are_permutations_of_even_batches(n, batch_size, seed):
     lengths = np.random.default_rng(seed).integers(1, 1000, n)
-    batches = list(shuffled(n, batch_size, seed, 2 * n, 0, lengths))
+    batches = list(shuffled(n, batch_size, seed, 2 * n, lengths))
     order = np.concatenate(batches)
     for epoch in range(2 * batch_size):
         assert sorted(order[epoch * n : (epoch + 1) * n].tolist()) == list(range(n))
-    resumed = next(shuffled(n, batch_size, seed, 2 * n, n, lengths))
+    resumed = EpochOrder(n, (seed,), lengths, batch_size).take(n * batch_size, (n + 1) * batch_size)
     assert resumed.tolist() == batches[n].tolist()
 
 
 def test_stratified_batches_are_of_about_the_same_size():
     lengths = np.random.default_rng(0).exponential(300, 1600).astype(np.int64) + 1
     totals = {
-        name: np.array([lengths[index].sum() for index in shuffled(1600, 16, 1, 100, 0, by)])
+        name: np.array([lengths[index].sum() for index in shuffled(1600, 16, 1, 100, by)])
         for name, by in (("random", None), ("stratified", lengths))
     }
     assert totals["stratified"].std() < 0.35 * totals["random"].std()
 
 
 def test_a_batch_larger_than_the_data():
-    assert [len(set(index.tolist())) for index in shuffled(3, 8, 0, 2, 0)] == [3, 3]
+    assert [len(set(index.tolist())) for index in shuffled(3, 8, 0, 2)] == [3, 3]
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """start, start + 1, ..., `counts` long for each start, concatenated."""
+    """The ranges start, start + 1, ... of `counts` integers each, concatenated."""
     return np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
 
 
@@ -15,7 +15,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
     """Best-fit decreasing bin packing (Johnson 1973): the longest piece first, each into the fullest row it fits into.
 
     lengths: int [n], each 1..capacity. -> (order int64 [n]: pieces row after row; offsets int64 [rows + 1] into it).
-    One Python step per piece: rows are grouped by the room they have left, and bit r of an integer tells whether any
+    Each piece takes one Python step: rows are grouped by the room they have left, and bit r of an integer is set if any
     row has room for exactly r more.
     """
     by_length = np.argsort(-lengths, kind="stable")
@@ -42,10 +42,10 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
 
 
 class EpochOrder:
-    """The endless series of epochs of n rows, each a permutation given by (*key, epoch).
+    """The endless series of epochs over n rows, each a permutation that (*key, epoch) seeds.
 
-    lengths int [n], batch_size: each permutation is also stratified by the lengths, so that every batch has short and
-    long rows alike and batches are of about the same size.
+    lengths int [n], batch_size: if given, each permutation is stratified by the lengths, so that every batch has short
+    and long rows alike and all batches are of about the same size.
     """
 
     def __init__(self, n: int, key: tuple[int, ...], lengths: np.ndarray | None = None, batch_size: int = 1):
@@ -67,14 +67,14 @@ class EpochOrder:
 
 
 def shuffled(
-    n: int, batch_size: int, seed: int, steps: int, start: int, lengths: np.ndarray | None = None
+    n: int, batch_size: int, seed: int, steps: int = -1, lengths: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
-    """int64 [batch_size] indices below n: epochs of (seed, epoch)'s permutations end to end, cut into batches.
+    """int64 [batch_size] indices below n: the permutations of epochs 0, 1, ... joined and cut into batches.
 
-    steps: how many batches in all, -1 for no end; start: the first one to give. lengths: see EpochOrder.
+    steps: the number of batches, -1 for no end. lengths: see EpochOrder.
     """
     order = EpochOrder(n, (seed,), lengths, batch_size)
-    for batch in count(start) if steps < 0 else range(start, steps):
+    for batch in count() if steps < 0 else range(steps):
         yield order.take(batch * batch_size, (batch + 1) * batch_size)
 
 
@@ -84,7 +84,7 @@ def _stratified(order: np.ndarray, lengths: np.ndarray, batch_size: int) -> np.n
     rank = np.empty(len(order), np.int64)  # by length, equal lengths in random order
     rank[order[np.argsort(lengths[order], kind="stable")]] = np.arange(len(order))
     stratum = rank // n_batches
-    place = np.empty(len(order), np.int64)  # in the stratum, random
+    place = np.empty(len(order), np.int64)  # within the stratum, random
     grouped = order[np.argsort(stratum[order], kind="stable")]
     place[grouped] = np.arange(len(order)) % n_batches
     return np.lexsort((stratum, place))

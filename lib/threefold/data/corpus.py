@@ -1,18 +1,17 @@
 """Tokenised corpora: sources are read, turned into text, tokenised once, cached, and packed into rows.
 
-The cache key of a tokenised source is made of its content, the part of it that is taken, the code of readers and
-templates, the tokenizer and what was excluded. The bytes of a cached source are hashed each time it is opened (1 to
-2 GB/s), and a damaged one is recomputed. Token files are memory-mapped: a 600M-token corpus needs no memory beyond the
-rows in use.
+The cache key of a tokenised source covers its content, the part of it that is used, the code of readers and templates,
+the tokenizer and what was excluded. The bytes of a cached source are hashed each time it is opened (1 to 2 GB/s), and a
+damaged one is recomputed. Token files are memory-mapped, so a corpus of 600M tokens needs no memory beyond the rows in
+use.
 
-An `Exclusion` leaves out what a source shares with evaluation sets; the tokenizer, too, is trained on text without it.
+An `Exclusion` leaves out what a source shares with evaluation sets; the tokenizer is trained on text without it, too.
 """
 
 import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,26 +24,17 @@ from basics.paths import cache_folder
 from basics.source_code import code_fingerprint
 from threefold.config import ModelConfig, SourceConfig
 from threefold.data.documents import Documents
-from threefold.data.exclusion import Exclusion
+from threefold.data.exclusion import Exclusion, no_exclusion
 from threefold.data.packing import PackedRows, PairedRows, pack_documents, pack_examples, pack_pairs
 from threefold.data.sources import iterate, resolve
-from threefold.data.templates import as_document, as_prompt_response
+from threefold.data.templates import EXAMPLE_READERS, as_prompt_response
 from threefold.data.tokenizer import encode, sink_ids, tokenizer_hash
 
 FORMAT = 2  # of the cached files
 META = "meta.json"  # what a cached source is, with the hashes of its files
 CODE = ("threefold.data.readers", "threefold.data.templates")  # and what they import: wikitext
-EXAMPLE_READERS = ("instructions", "problems", "sentiment", "preferences")
 
 Form = Literal["documents", "examples", "pairs"]
-
-
-@dataclass(frozen=True)
-class Tokenised:
-    """A tokenised source. prompts: int64 [n], prompt lengths of examples and of sides of pairs, 0 of documents."""
-
-    documents: Documents
-    prompts: np.ndarray
 
 
 # Texts ----------------------------------------------------------------------------------------------------------------
@@ -52,10 +42,7 @@ class Tokenised:
 
 def texts(source: SourceConfig, data_dir: str | Path = "", exclude: Exclusion | None = None) -> Iterator[str]:
     """The documents of a source of any reader as text to pretrain on; empty ones are left out."""
-    if exclude is not None:
-        return exclude.documents(source)
-    reader = resolve(source, data_dir).reader
-    return (text for item in iterate(source, data_dir) if (text := as_document(reader, item)))
+    return (exclude or no_exclusion(data_dir)).documents(source)
 
 
 def mixture_texts(
@@ -91,7 +78,7 @@ def describe(
         facts["words"] += len(text.split())
         facts["bytes"] += len(text.encode())
     if tokenizer is not None:
-        facts["tokens"] = tokenise(source, tokenizer, data_dir, exclude).documents.n_tokens
+        facts["tokens"] = tokenise(source, tokenizer, data_dir, exclude).n_tokens
     return facts
 
 
@@ -109,8 +96,8 @@ def pretraining_rows(
 
     The tokenizer must have as many sinks as `config.sinks`: see `with_sinks`.
     """
-    parts = _mixture(sources, tokenizer, data_dir, exclude, "documents")
-    return pack_documents([part.documents for part in parts], config, tokenizer.eos_token_id, sink_ids(tokenizer))
+    streams = _streams(sources, tokenizer, data_dir, exclude, "documents")
+    return pack_documents(streams, config, tokenizer.eos_token_id, sink_ids(tokenizer))
 
 
 def example_rows(
@@ -124,8 +111,8 @@ def example_rows(
 
     `n_dropped` counts the examples that are too long for a row.
     """
-    parts = _mixture(sources, tokenizer, data_dir, exclude, "examples")
-    return pack_examples(_concatenated(parts), config, tokenizer.eos_token_id, sink_ids(tokenizer))
+    streams = _streams(sources, tokenizer, data_dir, exclude, "examples")
+    return pack_examples(streams, config, tokenizer.eos_token_id, sink_ids(tokenizer))
 
 
 def preference_rows(
@@ -136,32 +123,21 @@ def preference_rows(
     exclude: Exclusion | None = None,
 ) -> PairedRows:
     """The pairs of a mixture of preference sources; `n_dropped` counts those with a side too long for a row."""
-    parts = _mixture(sources, tokenizer, data_dir, exclude, "pairs")
-    return pack_pairs(_concatenated(parts), config, tokenizer.eos_token_id, sink_ids(tokenizer))
+    streams = _streams(sources, tokenizer, data_dir, exclude, "pairs")
+    return pack_pairs(streams, config, tokenizer.eos_token_id, sink_ids(tokenizer))
 
 
-def _mixture(
+def _streams(
     sources: Iterable[SourceConfig],
     tokenizer: PreTrainedTokenizerFast,
     data_dir: str | Path,
     exclude: Exclusion | None,
     form: Form,
-) -> list[Tokenised]:
-    parts = [tokenise(source, tokenizer, data_dir, exclude, form) for source in sources]
-    if not parts:
+) -> list[Documents]:
+    streams = [tokenise(source, tokenizer, data_dir, exclude, form) for source in sources]
+    if not streams:
         raise DataError("no source is named in this part of the preset's data section")
-    return parts
-
-
-def _concatenated(parts: list[Tokenised]) -> tuple[Documents, np.ndarray]:
-    """Examples of several sources as one stream; they are small enough to copy."""
-    if len(parts) == 1:
-        return parts[0].documents, parts[0].prompts
-    streams = [part.documents for part in parts]
-    tokens = np.concatenate([streams[0].tokens[:1], *(stream.tokens[1:] for stream in streams)])
-    ends = np.cumsum([0, *(stream.offsets[-1] - 1 for stream in streams)])
-    offsets = [stream.offsets[1:] + end for stream, end in zip(streams, ends[:-1], strict=True)]
-    return Documents(tokens, np.concatenate([[1], *offsets])), np.concatenate([part.prompts for part in parts])
+    return streams
 
 
 # Tokens and their cache -----------------------------------------------------------------------------------------------
@@ -173,7 +149,7 @@ def tokenise(
     data_dir: str | Path = "",
     exclude: Exclusion | None = None,
     form: Form = "documents",
-) -> Tokenised:
+) -> Documents:
     """A source as tokens, from the cache or made now.
 
     form: "documents" to pretrain on; "examples", one document per example; or "pairs", where documents 2i and 2i + 1
@@ -188,6 +164,7 @@ def tokenise(
         )
     if form == "pairs" and resolved.reader != "preferences":
         raise DataError(f"{resolved.name}: reader {resolved.reader!r} gives no preference pairs; allowed: preferences")
+    exclude = exclude or no_exclusion(data_dir)
     key = sha256_json(
         {
             "format": FORMAT,
@@ -196,7 +173,7 @@ def tokenise(
             "part": [source.skip_examples, source.max_examples],
             "code": code_fingerprint(*CODE),
             "tokenizer": tokenizer_hash(tokenizer),
-            "exclude": exclude.fingerprint if exclude and exclude.config.remove else "",
+            "exclude": exclude.fingerprint if exclude.config.remove else "",
         }
     )
     folder = cache_folder() / "tokens" / key
@@ -204,19 +181,18 @@ def tokenise(
         if folder.is_dir():
             print(f"{resolved.name}: its tokens in the cache are damaged and are recomputed")
         if form == "documents":
-            pieces = ((ids, 0) for ids in encode(tokenizer, texts(source, data_dir, exclude)))
+            pieces = ((ids, 0) for ids in encode(tokenizer, exclude.documents(source)))
         else:
-            items = exclude.items(source) if exclude else iterate(source, data_dir)
-            pieces = _encoded_examples(form, resolved.reader, items, tokenizer)
+            pieces = _encoded_examples(form, resolved.reader, exclude.items(source), tokenizer)
         _write(folder, pieces, tokenizer, {"source": resolved.name, "split": resolved.split, "form": form})
     tokens = np.memmap(folder / "tokens.bin", np.dtype(read_note(folder / META)["dtype"]), mode="r")
-    offsets, prompts = np.load(folder / "offsets.npy"), np.load(folder / "prompts.npy")
-    if len(offsets) == 1:
+    documents = Documents(tokens, np.load(folder / "offsets.npy"), np.load(folder / "prompts.npy"))
+    if not len(documents):
         raise DataError(
             f"{resolved.name}, split {resolved.split!r}: nothing is left of it, every document shares text with "
-            f"{', '.join(exclude.sets) if exclude else 'nothing'}: train on another split, or measure on one"
+            f"{', '.join(exclude.sets) or 'nothing'}: train on another split, or measure on one"
         )
-    return Tokenised(Documents(tokens, offsets), prompts)
+    return documents
 
 
 def _encoded_examples(
@@ -253,11 +229,9 @@ def _write(
                 file.write(ids.astype(dtype).tobytes() + eos)
                 lengths.append(len(ids) + 1)
                 prompts.append(prompt)
-        offsets = np.concatenate(([1], 1 + np.cumsum(lengths, dtype=np.int64)))
-        np.save(temporary / "offsets.npy", offsets)
+        np.save(temporary / "offsets.npy", np.concatenate(([1], 1 + np.cumsum(lengths, dtype=np.int64))))
         np.save(temporary / "prompts.npy", np.array(prompts, np.int64))
-        facts = {**facts, "dtype": dtype.str, "documents": len(lengths), "tokens": int(offsets[-1])}
-        write_note(temporary / META, {**facts, "files": sha256_tree(temporary)})
+        write_note(temporary / META, {**facts, "dtype": dtype.str, "files": sha256_tree(temporary)})
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         try:
             os.rename(temporary, folder)

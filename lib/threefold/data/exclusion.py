@@ -64,7 +64,7 @@ class Exclusion:
         """What was searched, found and removed in a training source, as published.
 
         name, split; documents, words: searched; sets: {set: documents found in it by n-gram and exactly}; found: the
-        same as a text; templates: n-grams set aside; documents_found; parts_removed, words_removed: lines of articles,
+        same as text; templates: n-grams set aside; documents_found; parts_removed, words_removed: lines of articles,
         reviews or whole items. Words are those of `overlap.words`.
         """
         resolved, overlap, removed = resolve(source, self.data_dir), self.search(source), self.config.remove
@@ -83,12 +83,13 @@ class Exclusion:
         }
 
     def items(self, source: SourceConfig) -> Iterator[Any]:
-        """The items of a source of examples or pairs without those that hold evidence."""
+        """The items of a source of examples or pairs without those that share text with a set."""
         drop = self._drop(source)
         return (item for number, item in enumerate(self._read(source)[1]) if number not in drop)
 
     def documents(self, source: SourceConfig) -> Iterator[str]:
-        """The documents of a source to pretrain on without the parts that hold evidence; empty ones are left out."""
+        """The documents of a source to pretrain on without the parts that share text with a set; empty documents are
+        left out."""
         drop = self._drop(source)
         reader, items = self._read(source)
         for number, item in enumerate(items):
@@ -103,3 +104,8 @@ class Exclusion:
 
     def _read(self, source: SourceConfig) -> tuple[str, Iterator[Any]]:
         return resolve(source, self.data_dir).reader, iterate(source, self.data_dir)
+
+
+def no_exclusion(data_dir: str | Path = "") -> Exclusion:
+    """An `Exclusion` that searches for nothing and removes nothing."""
+    return Exclusion(OverlapConfig(remove=False), {}, data_dir)

@@ -18,6 +18,7 @@ from threefold.data.wikitext import natural_text, without_holes
 
 LABELS = ("negative", "positive")  # of SST-2's 0 and 1
 TEXT_READERS = ("text", "wikitext", "wikitext-raw", "stories", "reviews")
+EXAMPLE_READERS = ("instructions", "problems", "sentiment", "preferences")
 
 
 def instruction_prompt(instruction: str, input: str = "") -> str:
@@ -55,8 +56,7 @@ def as_prompt_response(reader: str, item: Mapping) -> tuple[str, str]:
     if reader == "preferences":
         return item["prompt"], item["chosen"]
     raise DataError(
-        f"reader {reader!r} gives text, not prompts and responses; "
-        "allowed here: instructions, problems, sentiment, preferences"
+        f"reader {reader!r} gives text, not prompts and responses; allowed here: {', '.join(EXAMPLE_READERS)}"
     )
 
 
