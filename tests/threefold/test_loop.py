@@ -18,9 +18,10 @@ from threefold.model.decoder import Decoder
 from threefold.model.hf import load_checkpoint
 from threefold.training import half_depth, loop, numerics
 from threefold.training.feed import Feed
-from threefold.training.loop import Trained, held_out_loss, train
+from threefold.training.loop import Trained, train
 from threefold.training.objectives import Distillation, Loss, NextToken, Preference
 from threefold.training.state import curve, read_metrics
+from threefold.training.step import held_out_loss
 
 EOS, SINK, VOCABULARY = 0, 1, 37
 TINY = ModelConfig(n_layer=2, d_model=16, n_head=2, d_ff=24, context=24, vocab_size=VOCABULARY)

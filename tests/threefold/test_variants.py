@@ -19,7 +19,7 @@ from study.preset import AblationConfig, ablation_base, load_preset, preset_name
 from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import pack_documents
 from threefold.model.decoder import Decoder, parameter_counts
-from threefold.training import held_out_loss, side_by_side, timing, train, variants
+from threefold.training import NextToken, held_out_loss, side_by_side, timing, train, variants
 from threefold.training.state import read_metrics
 
 EOS, SINK, VOCABULARY = 0, 1, 37
@@ -289,20 +289,22 @@ def test_every_round_takes_every_turn_once():
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds) and len({tuple(one) for one in rounds}) > 1
 
 
-def test_a_timed_step_is_the_training_step(tmp_path):
+def test_a_timed_step_is_the_training_step(tmp_path, monkeypatch):
     """Weights after a timed step with accumulation 1 are those after one step of the loop on the same batch."""
     rows = packed(TINY)[0]
-    numerics = timing.choose(replace(SHORT, compile="off"), 0, 0, "cpu")
-    one = replace(SHORT, steps=1, warmup=0.0, schedule="constant", batch_size=len(rows))
-    torch.manual_seed(0)
-    stepper = timing.TimedStep(TINY, one, rows, numerics)
-    model = Decoder(TINY)
-    model.load_state_dict(stepper.model.state_dict())
-    stepper()
-    objective, feed = timing.NextToken(), timing.Feed(rows, one, seed=0)
-    assert feed.steps == 1
-    train(model, objective, rows, one, tmp_path, seed=0, device="cpu", progress=lambda line: None)
-    for (name, a), b in zip(model.state_dict().items(), stepper.model.state_dict().values(), strict=True):
+    one = replace(SHORT, steps=1, warmup=0.0, schedule="constant", batch_size=len(rows), compile="off")
+    models, model = [], Decoder(TINY)
+
+    def same_weights(config):
+        models.append(Decoder(config))
+        models[-1].load_state_dict(model.state_dict())
+        return models[-1]
+
+    monkeypatch.setattr(timing, "Decoder", same_weights)
+    monkeypatch.setattr(timing, "WARM_UP", 0)
+    timing.time_steps({"base": (TINY, one)}, lambda config: rows, 1, "cpu")
+    train(model, NextToken(), rows, one, tmp_path, seed=0, device="cpu", progress=lambda line: None)
+    for (name, a), b in zip(model.state_dict().items(), models[-1].state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name, atol=1e-6, rtol=1e-4)
 
 

@@ -1,6 +1,6 @@
 """Training: one loop, three objectives, two optimizers."""
 
-from threefold.training.loop import Trained, TrainResult, held_out_loss, train
+from threefold.training.loop import Trained, TrainResult, train
 from threefold.training.objectives import (
     Distillation,
     Loss,
@@ -11,6 +11,7 @@ from threefold.training.objectives import (
     reference_logprobs,
 )
 from threefold.training.state import curve, read_metrics
+from threefold.training.step import held_out_loss
 from threefold.training.timing import KernelTiming, Timing, time_kernels
 from threefold.training.variants import (
     SourceRows,

@@ -1,11 +1,10 @@
 """The training loop of every model: a model, an objective, rows and a config become a checkpoint with its metrics.
 
-The loop waits for the device only when it writes metrics. A training that was interrupted resumes as if it had not
-been (bit for bit on a CPU).
+The loop waits for the device only when it writes metrics. An interrupted training resumes exactly (bit-identical on a
+CPU).
 """
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from basics.errors import DISK_FULL, TrainingError
 from basics.files import damaged, read_note, sha256_tree, write_note
@@ -24,22 +23,24 @@ from threefold.memory import keep_freed_memory
 from threefold.model.decoder import Decoder
 from threefold.model.hf import WEIGHTS, load_checkpoint, save_checkpoint
 from threefold.training import distributed
-from threefold.training import optimizers as optim
 from threefold.training.feed import Feed
-from threefold.training.numerics import Numerics, choose, matmul_flops
-from threefold.training.objectives import HiddenStates, MicroBatch, NextToken, Objective
+from threefold.training.numerics import choose, matmul_flops
+from threefold.training.objectives import MicroBatch, Objective
+from threefold.training.optimizers import learning_rate_factor
 from threefold.training.progress import Console, duration
 from threefold.training.state import (
     STATE,
     Metrics,
     State,
     collect,
+    different,
     load_state,
     restore,
     save_state,
     system_errors,
     tensors_digest,
 )
+from threefold.training.step import TrainStep, memory_errors
 
 Progress = Callable[[str], None]
 
@@ -132,19 +133,37 @@ def train(
     """
     folder, workers = Path(folder), distributed.current()
     feed = Feed(rows, config, seed, replay, workers.rank, workers.size)
-    identity = _identity(model, objective, feed, config)
+    identity = {  # two trainings with equal identities take the same steps from the same weights
+        "objective": objective.name,
+        "initial_weights": tensors_digest(model.state_dict())[:16],
+        "seed": seed,
+        "rows": len(rows),
+        "row_tokens": rows.n_tokens,
+        **{key: value for key, value in asdict(config).items() if key not in _NOT_IDENTITY},
+        "steps": feed.steps,
+    }
     if (folder / RESULT).exists():
         done = _finished(folder, identity)
         if workers.first:
             (progress or print)(f"{name}: trained already, {done['result']['steps']} steps; its checkpoint is loaded")
         model.load_state_dict(load_checkpoint(folder).state_dict())
         return Trained(model, TrainResult(**done["result"]), folder, done["notes"])
+    folder.mkdir(parents=True, exist_ok=True)
     objective.prepare(model, rows, heldout, config, folder, device)
     training = _Training(model, objective, feed, config, folder, identity, heldout, device, progress, name)
-    with training.running():
+    with training.running() as step:
         for batches, numbers in feed.run(training.state.step):
-            training.step(batches, numbers)
-            training.after_step()
+            batches = [MicroBatch.of(batch) for batch in batches]
+            counts = [(batch.weight, batch.tokens, batch.padding) for batch in batches]
+            weight, tokens, padding = workers.totals(*map(sum, zip(*counts, strict=True)))
+            taken, shape = training.state.step, " x ".join(map(str, batches[0].tokens_BT.shape))
+            with memory_errors(f"{name}: out of memory in step {taken + 1} with {shape} positions at a time", config):
+                names, values = step.gradients(batches, max(1, weight))
+                if step.numerics.synchronous:  # stop before the weights are spoilt
+                    training.check(values.tolist(), taken + 1, numbers)
+                factor = learning_rate_factor(taken, feed.steps, config)
+                step.update(factor)
+            training.after_step(numbers, tokens, padding, config.learning_rate * factor, names, values)
     result, model, noted = training.result(), distributed.whole_model(model), dict(notes())
     if workers.first:
         with system_errors(f"{folder.name}/{WEIGHTS}"):
@@ -157,21 +176,6 @@ def train(
     return Trained(model, result, folder, noted)
 
 
-def _identity(model: nn.Module, objective: Objective, feed: Feed, config: TrainConfig) -> dict[str, Any]:
-    """What defines a training: two with equal identities take the same steps from the same weights."""
-    settings = {key: value for key, value in asdict(config).items() if key not in (*_NOT_IDENTITY, "steps")}
-    identity = {
-        "objective": objective.name,
-        "initial_weights": tensors_digest(model.state_dict())[:16],
-        "seed": feed.seed,
-        "steps": feed.steps,
-        "rows": len(feed.rows),
-        "row_tokens": feed.rows.n_tokens,
-        **settings,
-    }
-    return json.loads(json.dumps(identity))
-
-
 def _finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """training.json of a finished training; TrainingError if it is damaged or another training's."""
     if changed := damaged(folder / RESULT):
@@ -179,10 +183,9 @@ def _finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
             f"{folder.name}/{changed[0].name} is not what the training wrote; remove {RESULT} there to train again"
         )
     done = read_note(folder / RESULT)
-    different = [key for key in {**identity, **done["identity"]} if identity.get(key) != done["identity"].get(key)]
-    if different:
+    if keys := different(done["identity"], identity):
         raise TrainingError(
-            f"{folder.name} holds another finished training ({', '.join(different)} differ); "
+            f"{folder.name} holds another finished training ({', '.join(keys)} differ); "
             "remove it, or train in another folder"
         )
     return done
@@ -192,76 +195,8 @@ def _is_note(path: Path) -> bool:
     return path.suffix == ".json" and read_note(path) is not None
 
 
-def held_out_loss(
-    model: nn.Module,
-    rows: PackedRows | PairedRows,
-    objective: Objective | None = None,
-    *,
-    batch_size: int = 16,
-    device: str | None = None,
-    precision: str = "auto",
-) -> dict[str, float]:
-    """The mean loss over rows, each of them once.
-
-    Args:
-        model: as in `train`; stays in the mode it was in.
-        rows: packed rows, or pairs for a `Preference` objective.
-        objective: default next-token prediction.
-        batch_size: rows or pairs at a time.
-        device, precision: as in `train`.
-
-    Returns:
-        {"loss": nats per token (or pair) over all rows, "targets" or "pairs": their number, further metrics}.
-    """
-    objective = objective or NextToken()
-    numerics = choose(TrainConfig(precision=precision, compile="off"), 0, 0, device)
-    model.to(numerics.device)
-    objective.to(numerics.device)
-    return _evaluate(_Pass(model), objective, rows, batch_size, numerics)
-
-
-class CompiledForward:
-    """A model whose layers are a compiled graph of one static shape."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self._run = torch.compile(model.run, dynamic=False)
-
-    def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, segments_BT: Tensor) -> Tensor:
-        context = self.model.prepare(tokens_BT, positions_BT, segments_BT, in_blocks=tokens_BT.is_cuda)
-        return self._run(tokens_BT, context)
-
-    @property
-    def head_weight(self) -> Tensor:
-        return self.model.head_weight
-
-
-class _Pass(nn.Module):
-    """A forward pass as a module, so that distributed training can hook into its calls."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, objective: Objective, states: HiddenStates, batch: MicroBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sums of the loss and of its metrics; `states` computes with the model's weights."""
-        loss = objective(states, batch)
-        return loss.sum.clone(), loss.metrics  # no view: FSDP2 hooks into what is returned
-
-
-def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
-    """Scale the gradients so that their norm is at most `largest` (-1: any). Returns the norm before, 0-d."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = distributed.whole(torch.nn.utils.get_total_norm(gradients, foreach=True))
-    if largest > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm, foreach=True)
-    return norm
-
-
 class _Training:
-    """One call of `train`: its steps, metrics, evaluations, states and messages."""
+    """What surrounds the steps of one call of `train`: metrics, held-out losses, states and messages."""
 
     def __init__(self, model, objective, feed, config, folder, identity, heldout, device, progress, name):
         self.model, self.objective, self.feed, self.config = model, objective, feed, config
@@ -271,28 +206,26 @@ class _Training:
         self.n_parameters = sum(p.numel() for p in model.parameters())
         self.numerics = choose(config, self.n_parameters, feed.positions, device)
         self.evaluator = objective.for_heldout() if heldout is not None else objective
-        self.batch_name = "pairs" if isinstance(feed.rows, PairedRows) else "rows"
+        self.unit = "pairs" if isinstance(feed.rows, PairedRows) else "rows"
         self.split = distributed.to_be_split(config.shard, self.n_parameters, self.numerics.device, self.workers)
         many = f"{self.workers.size} workers {'that split the model' if self.split else 'with a copy each'}; "
         self.note = (many if self.workers.size > 1 else "") + self.numerics.note
         self.state, self.restored = load_state(folder, identity) or (State(identity), {})
         self.saved_step = self.first_step = self.state.step
-        # of steps whose metrics are not yet written: what the host knows, their rows, and values on the device
-        self.pending: list[tuple[dict[str, Any], list[int], Tensor]] = []
+        # of steps whose metrics are not yet written: what the host knows, their rows, names and values on the device
+        self.pending: list[tuple[dict[str, Any], list[int], list[str], Tensor]] = []
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> Iterator[TrainStep]:
         """The model and the optimizers are ready for steps inside the block."""
         keep_freed_memory()
-        self._place()
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizers = optim.build(self.model, self.config)
+        self.step = TrainStep(self.model, self.objective, self.config, self.numerics, self.split)
         if self.restored:
-            restore(self.restored, self.model, self.optimizers)
+            restore(self.restored, self.model, self.step.optimizers)
             self.restored = {}
         resumed = f", resumed after step {self.state.step}" if self.state.step else ""
         self.say(
-            f"{self.name}: {self.feed.steps} steps of {self.feed.batch_size} {self.batch_name}{resumed}; "
+            f"{self.name}: {self.feed.steps} steps of {self.feed.batch_size} {self.unit}{resumed}; "
             f"{self.n_parameters:,} parameters; {self.note}"
         )
         self.metrics = Metrics(self.folder, self.state.step) if self.workers.first else None
@@ -303,7 +236,7 @@ class _Training:
                 self._evaluate()
             self.begun = self.mark = self.saved_at = time.perf_counter()
             self.next_message = self.begun + self.say.pause(0) / 2
-            yield
+            yield self.step
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
@@ -317,73 +250,15 @@ class _Training:
                 if self.metrics:
                     self.metrics.close()
             self.model.train(was_training)
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
 
-    def _place(self) -> None:
-        """Put the model where it is trained: on the device, a copy on each worker's, or split over them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        device = self.numerics.device
-        self.objective.to(device)
-        self.evaluator.to(device)
-        self.module = self.trained = _Pass(self.model)
-        self.forward: HiddenStates = self.model
-        if self.split:
-            distributed.split(self.model, self.module, device, self.workers)
-        else:
-            self.model.to(device)
-            if self.workers.size > 1:
-                self.trained = distributed.replicated(self.module)
-        if self.numerics.compile:
-            if self.split:  # block by block, as they are gathered
-                for block in self.model.blocks:
-                    block.forward = torch.compile(block.forward, dynamic=False)
-            else:
-                self.forward = CompiledForward(self.model)
-            self.objective.compile(CompiledForward)
-
-    # Steps ----------------------------------------------------------------------------------------------------------
-
-    def step(self, batches: list, rows: list[int]) -> None:
-        """One update of the weights."""
-        state, step = self.state, self.state.step
-        factor = optim.learning_rate_factor(step, self.feed.steps, self.config)
-        optim.set_learning_rate(self.optimizers, factor)
-        batches = [MicroBatch.of(batch) for batch in batches]
-        weight, tokens, padding = self.workers.totals(
-            sum(map(self.objective.weight, batches)),
-            sum(batch.tokens for batch in batches),
-            sum(batch.padding for batch in batches),
-        )
-        weight = max(1, weight)
-        sums: dict[str, Tensor] = {}
-        with self._memory_errors(f"in step {step + 1} with {{}} x {{}} positions at a time", batches[0]):
-            for number, batch in enumerate(batches, 1):
-                with distributed.synchronised(self.trained, number == len(batches)):
-                    with self.numerics.autocast():
-                        loss, metrics = self.trained(self.objective, self.forward, batch.to(self.numerics.device))
-                    # gradients are averaged over the workers; multiplied by their number that is the sum
-                    (loss * self.workers.size / weight).backward()
-                for key, value in {"loss": loss.detach(), **metrics}.items():
-                    sums[key] = sums[key] + value if key in sums else value
-            norm = clip_gradients(self.parameters, self.config.clip)
-            means = self.workers.sum(torch.stack(list(sums.values()))) / weight
-            values = torch.cat([means[:1], norm.unsqueeze(0), means[1:]])
-            if self.numerics.synchronous:  # stop before the weights are spoilt
-                self._check(values.tolist(), step + 1, rows)
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+    def after_step(self, rows, tokens: int, padding: int, rate: float, names: list[str], values: Tensor) -> None:
+        """Count a step. Write metrics, evaluate, save the state and report progress, each when it is due."""
+        state, steps, every = self.state, self.feed.steps, self.config.evaluate_every
         state.step += 1
         state.tokens += tokens
         state.padding += padding
-        names = [key for key in sums if key != "loss"]
-        line = {"step": step + 1, "tokens": state.tokens, "lr": self.config.learning_rate * factor, "names": names}
-        self.pending.append((line, rows, values))
-
-    def after_step(self) -> None:
-        """Write metrics, evaluate, save the state and report progress, each when it is due."""
-        state, steps, every = self.state, self.feed.steps, self.config.evaluate_every
+        self.pending.append(({"step": state.step, "tokens": state.tokens, "lr": rate}, rows, names, values))
         now = time.perf_counter()
         if self.numerics.synchronous or now - self.mark >= FLUSH_SECONDS or state.step == steps:
             self._flush()
@@ -404,48 +279,34 @@ class _Training:
         """Write the metrics of the steps since the last time; the host waits for the device here."""
         if not self.pending:
             return
-        table = torch.stack([values for _, _, values in self.pending]).tolist()
-        for (line, rows, _), values in zip(self.pending, table, strict=True):
-            self._check(values, line["step"], rows)
-        state, now = self.state, time.perf_counter()
-        speed = (state.tokens - state.metered) / max(1e-9, now - self.mark)
-        each = (now - self.mark) / len(table)
+        table = torch.stack([values for *_, values in self.pending]).tolist()
+        for (line, rows, _, _), values in zip(self.pending, table, strict=True):
+            self.check(values, line["step"], rows)
+        state, now, lines = self.state, time.perf_counter(), []
+        speed, seconds = (state.tokens - state.metered) / max(1e-9, now - self.mark), (now - self.mark) / len(table)
         state.metered, self.mark = state.tokens, now
-        lines = []
-        for (line, _, _), (loss, norm, *metrics) in zip(self.pending, table, strict=True):
-            step, names = line["step"], line["names"]
-            state.seconds += each
-            state.loss_first = loss if state.loss_first is None else state.loss_first
-            if step > self.feed.steps - max(1, self.feed.steps // 10):
-                state.loss_end = [state.loss_end[0] + loss, state.loss_end[1] + 1]
-            spike = state.spike(step, loss)
+        for (line, _, names, _), values in zip(self.pending, table, strict=True):
+            state.seconds += seconds
+            spike = state.add_loss(line["step"], values[0], self.feed.steps)
             if spike:
                 self.say(
-                    f"{self.name}: the loss rose to {loss:.4f} in step {step} (median before {spike['median']:.4f})"
+                    f"{self.name}: the loss rose to {spike['loss']:.4f} in step {spike['step']} "
+                    f"(median before {spike['median']:.4f})"
                 )
+            timing = {"tokens_per_second": round(speed, 1), "seconds": round(state.seconds, 4)}
             lines.append(
-                {
-                    "step": step,
-                    "tokens": line["tokens"],
-                    "loss": loss,
-                    "lr": line["lr"],
-                    "grad_norm": norm,
-                    "tokens_per_second": round(speed, 1),
-                    "seconds": round(state.seconds, 4),
-                    **dict(zip(names, metrics, strict=True)),
-                    **({"spike": True} if spike else {}),
-                }
+                {**line, **dict(zip(names, values, strict=True)), **timing, **({"spike": True} if spike else {})}
             )
         if self.metrics:
             self.metrics.write(lines)
         self.pending.clear()
-        more = "".join(f", {name.replace('_', ' ')} {lines[-1][name]:.3f}" for name in names)
+        more = "".join(f", {name.replace('_', ' ')} {lines[-1][name]:.3f}" for name in names[2:])
         self.latest = f"loss {lines[-1]['loss']:.4f}{more}, {speed:,.0f} tokens/s"
 
     def _evaluate(self) -> None:
         state, started = self.state, time.perf_counter()
-        with self._memory_errors(f"in the held-out loss after step {state.step}"):
-            values = _evaluate(self.module, self.evaluator, self.heldout, self.feed.micro_batch, self.numerics)
+        with memory_errors(f"{self.name}: out of memory in the held-out loss after step {state.step}", self.config):
+            values = self.step.evaluate(self.evaluator, self.heldout, self.feed.micro_batch)
         self.model.train()
         if not math.isfinite(values["loss"]):
             raise TrainingError(
@@ -465,16 +326,14 @@ class _Training:
         return self.workers.agreed(time.perf_counter() - self.saved_at >= CHECKPOINT_SECONDS)
 
     def _save(self) -> None:
-        values = collect(self.model, self.optimizers)
+        values = collect(self.model, self.step.optimizers)
         if self.workers.first:
             save_state(self.folder, self.state, values)
         self.saved_step = self.state.step
         self.mark = self.saved_at = time.perf_counter()
 
-    # Errors and the result ------------------------------------------------------------------------------------------
-
-    def _check(self, values: list[float], step: int, rows: list[int]) -> None:
-        """Raise if the loss or the gradient of a step is not finite."""
+    def check(self, values: list[float], step: int, rows: list[int]) -> None:
+        """Raise TrainingError if the loss or the gradient norm of a step is not finite."""
         loss, norm = values[:2]
         if math.isfinite(loss) and math.isfinite(norm):
             return
@@ -484,38 +343,14 @@ class _Training:
         shown = ", ".join(map(str, rows[:32])) + (f" and {len(rows) - 32} more" if len(rows) > 32 else "")
         rate = "learning_rate" if self.config.optimizer == "adamw" else "learning_rate and muon_learning_rate"
         raise TrainingError(
-            f"{self.name}: the {what} in step {step} ({self.batch_name} {shown}), {other}; "
-            f"{self._last_state()}. Lower {rate}, or look at these {self.batch_name}"
+            f"{self.name}: the {what} in step {step} ({self.unit} {shown}), {other}; "
+            f"{self._last_state()}. Lower {rate}, or look at these {self.unit}"
         )
 
     def _last_state(self) -> str:
         if self.saved_step:
             return f"the last good state is that of step {self.saved_step}, in {self.folder.name}/{STATE}"
         return "no state was saved before it"
-
-    @contextlib.contextmanager
-    def _memory_errors(self, where: str, batch: MicroBatch | None = None) -> Iterator[None]:
-        """Raises TrainingError with a way out where memory runs short. `{}` in `where` are the batch's sizes.
-
-        torch has a type for exhausted GPU memory only; its CPU allocator raises a RuntimeError.
-        """
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            texts = ("DefaultCPUAllocator", "std::bad_alloc")
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(t in str(error) for t in texts):
-                raise
-            size, accumulate = self.config.batch_size, self.config.accumulate
-            smaller = next((n for n in range(size // 2, 0, -1) if size % n == 0), None)
-            way = "lower model.context"
-            if smaller is not None:
-                way = (
-                    f"set batch_size = {smaller} (now {size}) and accumulate = {accumulate * size // smaller} "
-                    f"(now {accumulate}) for the same result in less memory"
-                )
-            where = where.format(*batch.tokens_BT.shape) if batch else where
-            reason = str(error).splitlines()[0][:160]
-            raise TrainingError(f"{self.name}: out of memory {where}; {way} ({reason})") from error
 
     def result(self) -> TrainResult:
         state, numerics = self.state, self.numerics
@@ -543,26 +378,3 @@ class _Training:
             f"{result.tokens:,} tokens in {duration(result.seconds)} ({result.tokens_per_second:,.0f}/s)"
         )
         return result
-
-
-def _evaluate(
-    module: _Pass, objective: Objective, rows: PackedRows | PairedRows, batch_size: int, numerics: Numerics
-) -> dict[str, float]:
-    """Mean loss and metrics over all rows, each weighted by its targets (or as one pair); sums are kept in fp64."""
-    sums: dict[str, Tensor] = {}
-    weight, workers = 0, distributed.current()
-    was_training = module.model.training
-    module.model.eval()
-    try:
-        with torch.no_grad(), numerics.autocast():
-            for batch, counts in workers.deal(rows.batches(batch_size, shuffle=False)):
-                micro_batch = MicroBatch.of(batch).to(numerics.device)
-                loss, metrics = module(objective, module.model, micro_batch)
-                weight += objective.weight(micro_batch) if counts else 0
-                for key, value in {"loss": loss, **metrics}.items():
-                    sums[key] = sums.get(key, 0) + value.double() * counts
-    finally:
-        module.model.train(was_training)
-    (weight,) = workers.totals(weight)
-    totals = workers.sum(torch.stack(list(sums.values()))).tolist()
-    return {**{key: total / weight for key, total in zip(sums, totals, strict=True)}, objective.unit: weight}

@@ -5,27 +5,23 @@ that a step's loss is the same whatever micro-batches its rows are cut into.
 """
 
 import contextlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from basics.errors import ConfigError, TrainingError
-from basics.files import atomic_write
 from threefold.config import TrainConfig
 from threefold.data.packing import IGNORE, Batch, PairBatch, PairedRows
 from threefold.model.decoder import Decoder
 from threefold.training import distributed
 from threefold.training.losses import cross_entropy_sum, distillation_sums, target_logprobs
 from threefold.training.numerics import choose
-from threefold.training.state import tensors_digest
+from threefold.training.state import read_tensors, tensors_digest, write_tensors
 
 REFERENCE = "reference.safetensors"  # log-probabilities that a preference training keeps in its folder
 
@@ -44,10 +40,13 @@ class MicroBatch:
     targets_N: Tensor  # their next tokens
     tokens: int  # document positions: neither padding nor sinks
     padding: int
-    sides_N: Tensor | None = (
-        None  # pairs: the side of each target, 2j for the chosen one of pair j, 2j + 1 for the other
-    )
+    sides_N: Tensor | None = None  # pairs: the side of each target, 2j for the chosen one of pair j, 2j + 1 otherwise
     pairs_P: Tensor | None = None  # pairs: their numbers in the data set
+
+    @property
+    def weight(self) -> int:
+        """What a sum of losses over the micro-batch is divided by: its targets, or pairs."""
+        return len(self.targets_N if self.pairs_P is None else self.pairs_P)
 
     @classmethod
     def of(cls, batch: "MicroBatch | Batch") -> "MicroBatch":
@@ -89,16 +88,10 @@ class Objective:
     """Base of the objectives: see `NextToken`, `Preference`, `Distillation`."""
 
     name = ""  # saved with the state of a training: one objective does not resume another's
-    unit = "targets"  # that the weight counts
+    unit = "targets"  # what the weight of a micro-batch counts
 
-    def prepare(
-        self, model: nn.Module, rows: Any, heldout: Any, config: TrainConfig, folder: Path, device: str | None
-    ) -> None:
+    def prepare(self, model: nn.Module, rows, heldout, config: TrainConfig, folder: Path, device: str | None) -> None:
         """Compute what the objective needs of the untrained model; may keep files in the folder."""
-
-    def weight(self, batch: MicroBatch) -> int:
-        """What a micro-batch's loss is divided by, known before the forward pass."""
-        return batch.targets_N.numel()
 
     def __call__(self, model: HiddenStates, batch: MicroBatch | Batch) -> Loss:
         raise NotImplementedError
@@ -125,7 +118,7 @@ class NextToken(Objective):
     def __call__(self, model: HiddenStates, batch: MicroBatch | Batch) -> Loss:
         """batch: rows, as a `MicroBatch` or as data in host memory."""
         batch = MicroBatch.of(batch)
-        return Loss(cross_entropy_sum(_states(model, batch), model.head_weight, batch.targets_N), self.weight(batch))
+        return Loss(cross_entropy_sum(_states(model, batch), model.head_weight, batch.targets_N), batch.weight)
 
 
 class Preference(Objective):
@@ -150,15 +143,10 @@ class Preference(Objective):
             raise ConfigError(f"beta = {beta}: expected a number above 0")
         self.beta, self.reference_P2, self.heldout_reference_P2 = beta, reference_P2, heldout_reference_P2
 
-    def prepare(
-        self, model: nn.Module, rows: Any, heldout: Any, config: TrainConfig, folder: Path, device: str | None
-    ) -> None:
+    def prepare(self, model: nn.Module, rows, heldout, config: TrainConfig, folder: Path, device: str | None) -> None:
         if self.reference_P2 is None:
             reference = _kept_reference(model, {"train": rows, "heldout": heldout}, config, folder, device)
             self.reference_P2, self.heldout_reference_P2 = reference["train"], reference.get("heldout")
-
-    def weight(self, batch: MicroBatch) -> int:
-        return len(batch.pairs_P)
 
     def __call__(self, model: HiddenStates, batch: MicroBatch | Batch) -> Loss:
         """batch: packed pairs, as a `MicroBatch` or as data in host memory."""
@@ -173,7 +161,7 @@ class Preference(Objective):
             "reward_chosen": chosen_P.detach().sum(),
             "reward_rejected": rejected_P.detach().sum(),
         }
-        return Loss(-F.logsigmoid(margin_P).sum(), self.weight(batch), metrics)
+        return Loss(-F.logsigmoid(margin_P).sum(), batch.weight, metrics)
 
     def for_heldout(self) -> Objective:
         if self.heldout_reference_P2 is None:
@@ -220,7 +208,7 @@ class Distillation(Objective):
             self.temperature,
             self.share,
         )
-        return Loss(total, self.weight(batch), {"kl": soft, "next_token": hard})
+        return Loss(total, batch.weight, {"kl": soft, "next_token": hard})
 
     def for_heldout(self) -> Objective:
         return NextToken()
@@ -302,21 +290,15 @@ def _kept_reference(
     parts = {name: pairs for name, pairs in parts.items() if pairs is not None}
     made_from = {"weights": tensors_digest(model.state_dict())}
     made_from |= {name: f"{len(pairs)} pairs, {pairs.n_tokens} tokens" for name, pairs in parts.items()}
-
-    def metadata(logprobs: dict[str, Tensor]) -> dict[str, str]:
-        """One entry: safetensors writes several in varying order, which would change the file's bytes."""
-        return {"made_from": json.dumps({**made_from, "sha256": tensors_digest(logprobs)})}
-
     path, workers = folder / REFERENCE, distributed.current()
-    kept, valid = {}, False
+    kept, kept_from = {}, {}
     if path.exists():
-        with contextlib.suppress(SafetensorError), safe_open(path, "pt") as file:  # a damaged header
-            kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            valid = file.metadata() == metadata(kept)
-    if workers.agreed(valid):
+        with contextlib.suppress(TrainingError):  # damaged
+            kept, kept_from = read_tensors(path)
+    if workers.agreed(kept_from == made_from):
         return kept
     settings = {"batch_size": config.batch_size, "device": device, "precision": config.precision}
     logprobs = {name: reference_logprobs(model, pairs, **settings) for name, pairs in parts.items()}
     if workers.first:
-        atomic_write(path, save(logprobs, metadata=metadata(logprobs)))
+        write_tensors(path, logprobs, made_from)
     return logprobs

@@ -1,5 +1,6 @@
 """What a training keeps in its folder: metrics.jsonl, append-only, and resume.safetensors, the state to resume from."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,7 +8,6 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from basics.files import sync
 
 METRICS = "metrics.jsonl"
 STATE = "resume.safetensors"
-_FORMAT = "3"
+_CONTENT = "content-4"  # name and format of the JSON in a file of tensors
 LARGEST = 1e300  # magnitude of a number in the metrics; excludes infinities and NaN
 # A loss is a spike if it lies this many robust standard deviations (1.4826 times the median absolute deviation) and
 # a tenth above the median of the steps before it. Of normally distributed losses fewer than one in 10^15 does.
@@ -127,8 +127,12 @@ class State:
     recent: list[float] = field(default_factory=list)  # losses that a spike is detected against
     spikes: list[dict[str, float]] = field(default_factory=list)
 
-    def spike(self, step: int, loss: float) -> dict[str, float] | None:
-        """Add a step's loss; if it is a spike, returns {"step", "loss", "median" (of the steps before), "limit"}."""
+    def add_loss(self, step: int, loss: float, steps: int) -> dict[str, float] | None:
+        """Add the loss of one of all `steps`; if it is a spike, returns {"step", "loss", "median" (of the steps
+        before), "limit"}."""
+        self.loss_first = loss if self.loss_first is None else self.loss_first
+        if step > steps - max(1, steps // 10):
+            self.loss_end = [self.loss_end[0] + loss, self.loss_end[1] + 1]
         spike = None
         if len(self.recent) >= SPIKE_FROM:
             median = statistics.median(self.recent)
@@ -181,61 +185,73 @@ def restore(values: Mapping[str, Any], model: nn.Module, optimizers: Sequence[to
 
 
 def save_state(folder: Path, state: State, values: Mapping[str, Any]) -> None:
-    """Write counters and the values of `collect`, so that a complete state exists at every moment. On an OSError the
-    previous one remains."""
+    """Write counters and the values of `collect`. On an OSError the previous state remains."""
     tensors = {name: value.contiguous() for name, value in values.items() if isinstance(value, Tensor)}
     settings = {name: value for name, value in values.items() if name not in tensors}
-    text = json.dumps({"state": asdict(state), "settings": settings}, allow_nan=False)
-    metadata = {"format": _FORMAT, "state": text, "sha256": tensors_digest(tensors, text)}
-    temporary = folder / f".{STATE}.tmp"
-    try:
-        with system_errors(f"{folder.name}/{STATE}"):
-            save_file(tensors, temporary, metadata)
-        sync(temporary)
-        os.replace(temporary, folder / STATE)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_tensors(folder / STATE, tensors, {"state": asdict(state), "settings": settings})
 
 
 def load_state(folder: Path, identity: dict[str, Any]) -> tuple[State, dict[str, Any]] | None:
-    """Counters and values in a folder, None if there are none. Every byte is hashed and compared with what was written.
+    """Counters and values in a folder, None if there are none.
 
     Raises:
         TrainingError: the file is damaged or belongs to another training; the message says what differs.
     """
-    path = folder / STATE
-    if not path.exists():
+    if not (folder / STATE).exists():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise TrainingError(
-            f"{folder.name}/{STATE} cannot be read ({type(error).__name__}); remove it to start over"
-        ) from error
-    if metadata.get("format") != _FORMAT:
-        raise TrainingError(f"{folder.name}/{STATE} was written by another version; remove it to start over")
-    text = metadata.get("state", "")
-    if tensors_digest(tensors, text) != metadata.get("sha256"):
-        raise TrainingError(f"{folder.name}/{STATE} is not what was written to it; remove it to start over")
-    content = json.loads(text)
+    tensors, content = read_tensors(folder / STATE)
     state = State(**content["state"])
-    expected = json.loads(json.dumps(identity))
-    different = [
-        f"{name} {state.identity.get(name)} there, {expected.get(name)} now"
-        for name in {**state.identity, **expected}
-        if state.identity.get(name) != expected.get(name)
-    ]
-    if different:
+    if keys := different(state.identity, identity):
+        changes = (f"{key} {state.identity.get(key)} there, {identity.get(key)} now" for key in keys)
         raise TrainingError(
-            f"{folder.name}/{STATE} belongs to another training ({'; '.join(different)}); "
+            f"{folder.name}/{STATE} belongs to another training ({'; '.join(changes)}); "
             "remove it to start over, or train in another folder"
         )
     return state, {**content["settings"], **tensors}
 
 
-@contextmanager
+def different(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The keys whose values differ, or that only one of the two has."""
+    return [key for key in {**one, **other} if one.get(key) != other.get(key)]
+
+
+# Tensors with values ------------------------------------------------------------------------------------------------
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Keep tensors, JSON values and a hash of both in a safetensors file. A complete file exists at every moment."""
+    content = {**values, "sha256": tensors_digest(tensors, json.dumps(values, allow_nan=False))}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with system_errors(f"{path.parent.name}/{path.name}"):
+            # one entry: safetensors writes several in varying order, which would change the file's bytes
+            save_file(dict(tensors), temporary, {_CONTENT: json.dumps(content)})
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and values that `write_tensors` kept. Raises TrainingError if a byte of them has changed."""
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise TrainingError(f"{name} cannot be read ({type(error).__name__}); remove it to start over") from error
+    if _CONTENT not in metadata:
+        raise TrainingError(f"{name} was written by another version; remove it to start over")
+    content: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):  # a changed byte may leave no JSON
+        content = json.loads(metadata[_CONTENT])
+    if content.pop("sha256", None) != tensors_digest(tensors, json.dumps(content)):
+        raise TrainingError(f"{name} is not what was written to it; remove it to start over")
+    return tensors, content
+
+
+@contextlib.contextmanager
 def system_errors(file: str) -> Iterator[None]:
     """Raises as OSError what safetensors reports as the text of a system error while it writes, such as a full disk."""
     try:

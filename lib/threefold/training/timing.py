@@ -16,11 +16,10 @@ from torch import nn
 from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import PackedRows
 from threefold.model.decoder import Decoder, FeedForward, make_norm
-from threefold.training import optimizers as optim
 from threefold.training.feed import Feed
-from threefold.training.loop import CompiledForward, clip_gradients
 from threefold.training.numerics import Numerics, choose
 from threefold.training.objectives import MicroBatch, NextToken
+from threefold.training.step import TrainStep
 
 WARM_UP = 2  # untimed rounds: the first allocates, and compiles if configured
 
@@ -73,32 +72,22 @@ def time_steps(
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Decoder(model).parameters())
     numerics = choose(config, parameters, Feed(rows(model), config, seed=0).positions, device)
-    calls = {name: TimedStep(*variant, rows(variant[0]), numerics) for name, variant in variants.items()}
+    calls = {name: _step(*variant, rows(variant[0]), numerics) for name, variant in variants.items()}
     torch.compiler.reset()
     with torch._dynamo.config.patch(recompile_limit=len(calls) + 8):  # or the ninth model would run uncompiled
         return Timing(time_rounds(calls, rounds, numerics.device), numerics.note)
 
 
-class TimedStep:
+def _step(model: ModelConfig, config: TrainConfig, rows: PackedRows, numerics: Numerics) -> Callable[[], None]:
     """A training step of a model of its own, always on the same batch."""
+    step = TrainStep(Decoder(model), NextToken(), config, numerics)
+    batch = MicroBatch.of(next(rows.batches(config.batch_size, seed=0, steps=1))).to(numerics.device)
 
-    def __init__(self, model: ModelConfig, config: TrainConfig, rows: PackedRows, numerics: Numerics):
-        self.config, self.numerics = config, numerics
-        self.model = Decoder(model).to(numerics.device)
-        self.forward = CompiledForward(self.model) if numerics.compile else self.model
-        self.parameters = list(self.model.parameters())
-        self.optimizers = optim.build(self.model, config)
-        self.batch = MicroBatch.of(next(rows.batches(config.batch_size, seed=0, steps=1))).to(numerics.device)
+    def call() -> None:
+        step.gradients([batch] * config.accumulate, batch.weight * config.accumulate)
+        step.update()
 
-    def __call__(self) -> None:
-        for _ in range(self.config.accumulate):
-            with self.numerics.autocast():
-                loss = NextToken()(self.forward, self.batch)
-            (loss.sum / (loss.weight * self.config.accumulate)).backward()
-        clip_gradients(self.parameters, self.config.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    return call
 
 
 # Components alone ---------------------------------------------------------------------------------------------------
