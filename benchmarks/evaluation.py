@@ -68,7 +68,7 @@ class OurScoring(_Scoring):
         self.model = LanguageModel.from_model(setup.model(), setup.tokenizer, "ours", "")
 
     def score(self) -> list[float]:
-        return [span.sum for span in self.model.loglikelihoods(self.requests)]
+        return [span.sum() for span in self.model.loglikelihoods(self.requests)]
 
 
 class TransformersScoring(_Scoring):

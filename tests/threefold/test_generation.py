@@ -83,7 +83,7 @@ def test_prompts_read_in_groups_of_similar_length(parts, common, monkeypatch, na
     read = []
     for padded in (10**6, 1, 0):
         monkeypatch.setattr(generation, "PADDED", padded)
-        groups = [list(map(len, group)) for group in generation._groups(sorted(asked, key=len, reverse=True))]
+        groups = [list(map(len, group)) for group in generation.groups_by_length(sorted(asked, key=len, reverse=True))]
         read.append([[n - common for n in group] for group in groups])
         assert generate(model, asked, 12) == [recomputed(model, prompt, 12, None) for prompt in asked]
     assert read == [[[21, 20, 9, 8, 2, 2, 1]], [[21, 20], [9, 8], [2, 2, 1]], [[21], [20], [9], [8], [2, 2], [1]]]

@@ -151,7 +151,7 @@ def test_full_sums_to_what_disjoint_perplexity_sums(sinks):
     windows = torch.tensor([adapter.prefix_ids + ids[at : at + 48 - sinks] for at in range(0, len(ids), 48 - sinks)])
     found = length.losses(model, windows, "full")[:, sinks:].sum()
     requests = [([*row[: sinks + 1]], [*row[sinks + 1 :]]) for row in windows.tolist()]
-    spans = adapter.token_loglikelihoods(requests, batch_tokens=512, describe=str)
+    spans = adapter.loglikelihoods(requests, batch_tokens=512, describe=str)
     assert float(found) == pytest.approx(-sum(float(span.sum()) for span in spans), rel=1e-5)
     whole = perplexity.disjoint(adapter, wikitext2(documents), 48)
     left = len(adapter.encode([text])[0]) - len(ids)

@@ -135,7 +135,7 @@ def test_response_loss_is_over_responses_and_eos():
         middle = f"### Input:\n{item['input']}\n\n" if item["input"] else ""
         prompt = model.encode([f"### Instruction:\n{item['instruction']}\n\n{middle}### Response:\n"])[0]
         response = [*model.encode([item["output"]])[0], model.tokenizer.eos_token_id]
-        (span,) = model.token_loglikelihoods([(prompt, response)])
+        (span,) = model.loglikelihoods([(prompt, response)])
         nats, tokens = nats - span.sum(), tokens + len(response)
     assert result.metrics["response_loss"]["value"] == pytest.approx(nats / tokens, rel=1e-5)
     assert result.settings["response_tokens"] == tokens and "exact_match" not in result.metrics

@@ -260,7 +260,7 @@ def test_scores_of_any_ids(whole, requests):
     """Each score is a finite sum of as many log-probabilities as there are targets."""
     model = LanguageModel.from_checkpoint(whole["llama"])
     for score, (_, target) in zip(documented(lambda: model.loglikelihoods(requests)) or (), requests, strict=False):
-        assert score.n == len(target) and score.sum <= 0
+        assert len(score) == len(target) and score.sum() <= 0
 
 
 NUMBERS = {

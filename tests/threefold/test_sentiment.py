@@ -25,7 +25,7 @@ class Oracle(LanguageModel):
         self.prefers_positive = prefers_positive
         self.prompts: list[str] = []
 
-    def token_loglikelihoods(self, requests, *, batch_tokens=0, describe=str):
+    def loglikelihoods(self, requests, *, batch_tokens=0, describe=str):
         spans = []
         for index, (context, _) in enumerate(requests):
             prompt = self.tokenizer.decode(context[len(self.prefix_ids) :])
@@ -172,7 +172,7 @@ class Biased(LanguageModel):
         super().__init__("biased", base.backend, base.tokenizer, "0" * 64)
         self.bias = bias
 
-    def token_loglikelihoods(self, requests, *, batch_tokens=0, describe=str):
+    def loglikelihoods(self, requests, *, batch_tokens=0, describe=str):
         truth = {f"{item['sentence']}\n": item["label"] for item in ITEMS}
         spans = []
         for index, (context, _) in enumerate(requests):

@@ -138,8 +138,8 @@ class Scoring:
     def logprobs(
         self, model: "LanguageModel", requests: Sequence["Request"], describe: Callable[[int], str]
     ) -> list[np.ndarray]:
-        """Log-probability in nats of each target's tokens; see `LanguageModel.token_loglikelihoods`."""
-        return model.token_loglikelihoods(requests, batch_tokens=self.batch_tokens, describe=describe)
+        """Log-probability in nats of each target's tokens; see `LanguageModel.loglikelihoods`."""
+        return model.loglikelihoods(requests, batch_tokens=self.batch_tokens, describe=describe)
 
     def ratio(self, numerators: ArrayLike, denominators: ArrayLike, unit: str, over: str, **options: Any) -> Metric:
         """The metric of `statistics.bootstrap_ratio`, whose `clusters` and `transform` are the options. `over` names

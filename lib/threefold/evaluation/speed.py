@@ -89,11 +89,11 @@ def _time(model: LanguageModel, batch: int, prompt: int, new_tokens: int, seed: 
     _synchronize(model)
     begin = time.perf_counter()
     with model.backend.packed(batch, batch * (prompt + new_tokens)):
-        logits_BV, state = model.backend.begin(tokens_BT, new_tokens)
+        logits_BV, cache = model.backend.step(tokens_BT, model.backend.new_cache(batch, prompt + new_tokens))
         _synchronize(model)
         middle = time.perf_counter()
         for _ in range(new_tokens):
-            logits_BV, state = model.backend.step(logits_BV.argmax(-1, keepdim=True), state)
+            logits_BV, cache = model.backend.step(logits_BV.argmax(-1, keepdim=True), cache)
         _synchronize(model)
         return middle - begin, time.perf_counter() - middle
 

@@ -1,7 +1,7 @@
 """Caches of keys and values: `KVCache`, and `StreamingCache` of constant size. Shape suffixes as in `model.decoder`."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -45,16 +45,15 @@ class KVCache:
         self.prefix = prefix  # keys and values [L, 1, G, P, K] before every row's own slots
         self.used = 0  # own slots filled in every row
         self.real_BS: Tensor | None = None  # which own slots hold real tokens; None: all of them
-        prefix_length = 0 if prefix is None else prefix[0].shape[3]
-        self.prefix_length = prefix_length
-        self.next_position: int | Tensor = prefix_length  # [B, 1] once rows differ
-        self._next: int | Tensor = prefix_length  # next_position once the tokens begun are finished
+        self.prefix_length = 0 if prefix is None else prefix[0].shape[3]
+        self.next_position: int | Tensor = self.prefix_length  # [B, 1] once rows differ
+        self._next: int | Tensor = self.prefix_length  # next_position once the tokens begun are finished
 
     @classmethod
-    def of(cls, model: "Decoder", batch: int, capacity: int) -> "KVCache":
-        """A cache on the model's device and in its dtype."""
+    def of(cls, model: "Decoder", *sizes: int, **options: Any) -> Self:
+        """A cache on the model's device and in its dtype; other arguments as for the class, without the config."""
         weight = model.embed.weight
-        return cls(model.config, batch, capacity, dtype=weight.dtype, device=weight.device)
+        return cls(model.config, *sizes, dtype=weight.dtype, device=weight.device, **options)
 
     @property
     def length(self) -> int:
@@ -72,23 +71,16 @@ class KVCache:
         capacity: further slots of each row (None: as many as are left here). ValueError when this cache has several
         rows or padding.
         """
-        if self.batch != 1 or self.real_BS is not None:
-            raise ValueError("only a cache of one row without padding can be expanded")
-        own = self.keys[:, :, :, : self.used], self.values[:, :, :, : self.used]
-        if self.prefix is None:
-            prefix = own
-        elif self.used == 0:
-            prefix = self.prefix
-        else:
-            prefix = tuple(torch.cat(pair, dim=3) for pair in zip(self.prefix, own, strict=True))
-        return KVCache(
-            self.config,
-            batch,
-            self.capacity - self.used if capacity is None else capacity,
-            dtype=self.keys.dtype,
-            device=self.keys.device,
-            prefix=prefix,
-        )
+        if self.batch != 1 or self.real_BS is not None or type(self) is not KVCache:
+            raise ValueError(
+                "only a cache of one row without padding can be expanded; a streaming cache cannot be shared"
+            )
+        prefix = self.keys[:, :, :, : self.used], self.values[:, :, :, : self.used]
+        if self.prefix is not None:
+            joined = (torch.cat(pair, dim=3) for pair in zip(self.prefix, prefix, strict=True))
+            prefix = tuple(joined) if self.used else self.prefix
+        capacity = self.capacity - self.used if capacity is None else capacity
+        return KVCache(self.config, batch, capacity, dtype=prefix[0].dtype, device=prefix[0].device, prefix=prefix)
 
     def select(self, rows: Tensor) -> "KVCache":
         """The same cache with only these rows (an int64 index); frees what finished rows held."""
@@ -213,16 +205,6 @@ class StreamingCache(KVCache):
             )
         super().__init__(config, batch, self.sinks + self.window, dtype=dtype, device=device)
         self.seen = 0  # tokens that have passed
-
-    @classmethod
-    def of(cls, model: "Decoder", batch: int, window: int = -1, *, sinks: int = -1) -> "StreamingCache":
-        """A cache on the model's device and in its dtype."""
-        weight = model.embed.weight
-        return cls(model.config, batch, window, sinks=sinks, dtype=weight.dtype, device=weight.device)
-
-    def expand(self, batch: int, capacity: int | None = None) -> KVCache:
-        """Not here: ValueError."""
-        raise ValueError("a streaming cache cannot be shared: its positions move")
 
     def begin(self, length: int, real_BT: Tensor | None) -> Tensor | None:
         """As `KVCache.begin`. Past the window one token at a time: each sees another window. Learned positions are

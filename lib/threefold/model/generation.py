@@ -2,11 +2,14 @@
 one stream of any length in constant memory."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from basics.errors import ConfigError, DataError, EvaluationError
+from threefold.config import ModelConfig
 from threefold.model.cache import KVCache, StreamingCache
 from threefold.model.decoder import Decoder
 from threefold.segments import PADDING, SINK
@@ -48,54 +51,52 @@ def generate(
     Raises ConfigError (impossible settings), DataError (an empty prompt, one that leaves no room in the context, a
     token id the model does not know; names its index), EvaluationError (logits that are no finite numbers).
     """
-    _check_settings(max_new_tokens, temperature, top_k, top_p, stop, decode)
+    sampling = _Sampling(temperature, top_k, top_p, generator)
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens}: allowed is 0 or more")
+    if isinstance(stop, str) or "" in (stop or ()):
+        raise ConfigError("stop is a list of strings, none of them empty")
+    if stop and decode is None:
+        raise ValueError("stop strings need `decode`, which turns token ids into text")
     before = 0 if prefix is None else prefix.length
-    room = _rooms(prompts, before, model.config.context, max_new_tokens)
     for index, prompt in enumerate(prompts):
-        _check_ids(prompt, model.config.vocab_size, f"prompt {index}")
+        _check_prompt(prompt, before, model.config, f"prompt {index}")
+    room = [min(max_new_tokens, model.config.context - before - len(prompt)) for prompt in prompts]
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
     ends = frozenset(() if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id)
-    stops = tuple(stop or ())
-    tail = max((len(text.encode()) for text in stops), default=0) + SLACK
+    tail = max((len(text.encode()) for text in stop or ()), default=0) + SLACK
+    new: list[list[int]] = [[] for _ in prompts]
+
+    def goes_on(row: int, token: int) -> bool:
+        """Whether the prompt's row runs on after this token, which is kept unless it is an EOS."""
+        if token < 0:
+            raise EvaluationError(f"prompt {row}: the logits of new token {len(new[row])} are no finite numbers")
+        if token in ends:
+            return False
+        new[row].append(token)
+        if len(new[row]) == room[row]:
+            return False
+        text = decode(new[row][-tail:]) if stop else ""
+        return not any(term in text for term in stop or ())
 
     with model.packed(len(prompts), sum(map(len, prompts)) + sum(room)):
         active = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the prompts that rows belong to
         logits_BV, cache = _prefill(model, [prompts[i] for i in active], max(room), prefix)
-        new: list[list[int]] = [[] for _ in prompts]
-        running = [True] * len(prompts)
-        device = logits_BV.device
-        step = 0
-        while True:
-            draws_N = _draws(len(prompts), generator) if temperature else None
-            draws_B = None if draws_N is None else draws_N[active].to(device)
-            tokens_B = _pick(logits_BV, temperature, top_k, top_p, draws_B)
+        running = set(active)
+        for step in count(1):
+            tokens_B = sampling.pick(logits_BV, active, len(prompts))
             for row, token in zip(active, tokens_B.tolist(), strict=True):
-                if not running[row]:
-                    continue
-                if token < 0:
-                    raise EvaluationError(
-                        f"prompt {row}: the logits of new token {len(new[row])} are no finite numbers"
-                    )
-                if token in ends:
-                    running[row] = False
-                    continue
-                new[row].append(token)
-                if len(new[row]) == room[row]:
-                    running[row] = False
-                elif stops:
-                    text = decode(new[row][-tail:])
-                    running[row] = not any(term in text for term in stops)
-            kept = [index for index, row in enumerate(active) if running[row]]
-            if not kept:
+                if row in running and not goes_on(row, token):
+                    running.remove(row)
+            if not running:
                 return new
             # What finished rows cost in each step outweighs one copy of the rest; past the context none can run.
-            done = len(active) - len(kept)
-            step += 1
+            done = len(active) - len(running)
             full = before + step + max(len(prompts[row]) for row in active) > model.config.context
             if done and (8 * done >= len(active) or full):
-                index = torch.tensor(kept, device=device)
-                cache, tokens_B, active = cache.select(index), tokens_B[index], [active[i] for i in kept]
+                index = torch.tensor([i for i, row in enumerate(active) if row in running], device=tokens_B.device)
+                cache, tokens_B, active = cache.select(index), tokens_B[index], [active[i] for i in index.tolist()]
             logits_BV = model.head(model.hidden(tokens_B[:, None], cache=cache)[:, -1])
 
 
@@ -126,7 +127,9 @@ def stream(
     which cannot stream past their table) before the first token is asked for, EvaluationError (logits that are no
     finite numbers).
     """
-    _check_settings(0 if max_new_tokens == -1 else max_new_tokens, temperature, top_k, top_p, None, None)
+    sampling = _Sampling(temperature, top_k, top_p, generator)
+    if max_new_tokens < -1:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens}: allowed is -1 (no end) or more")
     if not len(prompt):
         raise DataError("the prompt is empty: give at least one token, such as the BOS token")
     _check_ids([*prompt, *suppress], model.config.vocab_size, "the prompt or suppress")
@@ -136,41 +139,63 @@ def stream(
             f"this model has {model.config.context} learned positions, which leave {max(room, 0)} tokens after the "
             "prompt: set max_new_tokens to no more, or stream a model with rotary positions"
         )
-    return _stream(model, prompt, cache, max_new_tokens, temperature, top_k, top_p, eos_id, list(suppress), generator)
+
+    @torch.inference_mode()
+    def tokens() -> Iterator[int]:
+        device = model.embed.weight.device
+        at_once = max(cache.capacity - cache.seen, 1)
+        hidden_BTD = model.hidden(torch.tensor([list(prompt[:at_once])], device=device), cache=cache)
+        for token in prompt[at_once:]:
+            hidden_BTD = model.hidden(torch.tensor([[token]], device=device), cache=cache)
+        given = 0
+        while given != max_new_tokens:
+            logits_BV = model.head(hidden_BTD[:, -1])
+            logits_BV[:, list(suppress)] = float("-inf")
+            tokens_B = sampling.pick(logits_BV, [0], 1)
+            token = int(tokens_B)
+            if token < 0:
+                raise EvaluationError(f"the logits of new token {given} are no finite numbers")
+            if token == eos_id:
+                return
+            yield token
+            given += 1
+            if given != max_new_tokens:
+                hidden_BTD = model.hidden(tokens_B[:, None], cache=cache)
+
+    return tokens()
 
 
-@torch.inference_mode()
-def _stream(
-    model: Decoder,
-    prompt: Sequence[int],
-    cache: StreamingCache,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    eos_id: int | None,
-    suppress: list[int],
-    generator: torch.Generator | None,
-) -> Iterator[int]:
-    device = model.embed.weight.device
-    at_once = max(cache.capacity - cache.seen, 1)
-    hidden_BTD = model.hidden(torch.tensor([list(prompt[:at_once])], device=device), cache=cache)
-    for token in prompt[at_once:]:
-        hidden_BTD = model.hidden(torch.tensor([[token]], device=device), cache=cache)
-    given = 0
-    while given != max_new_tokens:
-        logits_BV = model.head(hidden_BTD[:, -1])
-        logits_BV[:, suppress] = float("-inf")
-        tokens_B = _pick(logits_BV, temperature, top_k, top_p, _draws(1, generator).to(device) if temperature else None)
-        token = int(tokens_B)
-        if token < 0:
-            raise EvaluationError(f"the logits of new token {given} are no finite numbers")
-        if token == eos_id:
-            return
-        yield token
-        given += 1
-        if given != max_new_tokens:
-            hidden_BTD = model.hidden(tokens_B[:, None], cache=cache)
+@dataclass(frozen=True)
+class _Sampling:
+    """How the next token is chosen; see `generate`. Raises ConfigError for impossible settings."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    generator: torch.Generator | None
+
+    def __post_init__(self) -> None:
+        for name, allowed, right in (
+            ("temperature", "0 (greedy) or more", 0 <= self.temperature < float("inf")),
+            ("top_k", "-1 (all) or at least 1", self.top_k == -1 or self.top_k >= 1),
+            ("top_p", "more than 0 and at most 1", 0 < self.top_p <= 1),
+        ):
+            if not right:
+                raise ConfigError(f"{name} = {getattr(self, name)}: allowed is {allowed}")
+
+    def pick(self, logits_BV: Tensor, rows: Sequence[int], prompts: int) -> Tensor:
+        """The next token of each row [B]; -1 where its logits are no finite numbers.
+
+        rows: the prompt that each row belongs to. A draw is made for every one of the prompts, so that those of a row
+        do not depend on when other rows end.
+        """
+        best_B, token_B = logits_BV.max(dim=-1)
+        if self.temperature:
+            device = "cpu" if self.generator is None else self.generator.device
+            draws_N = torch.rand(prompts, dtype=torch.float64, generator=self.generator, device=device)
+            draws_B = draws_N.cpu()[rows].to(logits_BV.device)
+            token_B = sample(logits_BV, self.temperature, self.top_k, self.top_p, draws_B)
+        return torch.where(best_B.isfinite(), token_B, -1)
 
 
 def _prefill(
@@ -192,7 +217,7 @@ def _prefill(
 
     rests = [prompt[shared:] for prompt in prompts]
     capacity = len(rests[0]) + max_new_tokens - 1  # the last token is never fed back
-    groups = _groups(rests) if device.type == "cpu" else [rests]
+    groups = groups_by_length(rests) if device.type == "cpu" else [rests]
     caches = [empty(len(group), len(group[0]) if len(groups) > 1 else capacity) for group in groups]
     logits_BV = torch.cat([_read(model, group, cache) for group, cache in zip(groups, caches, strict=True)])
     if len(groups) == 1:
@@ -202,8 +227,8 @@ def _prefill(
     return logits_BV, cache
 
 
-def _groups(rows: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
-    """Rows, longest first, cut where padding a group's rows to the length of its first came to more than PADDED."""
+def groups_by_length(rows: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
+    """Rows, longest first, in groups: padding a group to the length of its first row takes at most PADDED tokens."""
     groups, begin, padded = [], 0, 0
     for i, row in enumerate(rows):
         padded += len(rows[begin]) - len(row)
@@ -215,30 +240,19 @@ def _groups(rows: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
 
 def _read(model: Decoder, rows: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
     """Logits after each row [B, V], padded left to the first one's length; its tokens are added to the cache."""
-    width = len(rows[0])
-    tokens_BT = torch.zeros((len(rows), width), dtype=torch.long)
-    segments_BT = torch.full((len(rows), width), PADDING)
-    for i, row in enumerate(rows):
-        tokens_BT[i, width - len(row) :] = torch.tensor(row)
-        segments_BT[i, width - len(row) :] = SINK
-    device = model.embed.weight.device
-    segments = segments_BT.to(device) if len(rows[-1]) < width else None
-    h_BTD = model.hidden(tokens_BT.to(device), segments_BT=segments, cache=cache)
-    return model.head(h_BTD[:, -1])
+    width, device = len(rows[0]), model.embed.weight.device
+    tokens_BT = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    segments = None
+    if len(rows[-1]) < width:
+        padded = [[PADDING] * (width - len(row)) + [SINK] * len(row) for row in rows]
+        segments = torch.tensor(padded, device=device)
+    return model.head(model.hidden(tokens_BT, segments_BT=segments, cache=cache)[:, -1])
 
 
 def common_prefix_length(rows: Sequence[Sequence[int]]) -> int:
     """Tokens that all rows begin with."""
     first, last = min(map(tuple, rows)), max(map(tuple, rows))  # what these two share, all share
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-
-
-def _pick(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, draws_B: Tensor | None) -> Tensor:
-    """The next token of each row [B]; -1 where its logits are no finite numbers."""
-    best_B, token_B = logits_BV.max(dim=-1)
-    if draws_B is not None:
-        token_B = sample(logits_BV, temperature, top_k, top_p, draws_B)
-    return torch.where(best_B.isfinite(), token_B, -1)
 
 
 def sample(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, draws_B: Tensor) -> Tensor:
@@ -257,49 +271,18 @@ def sample(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, draw
     return ids_BC.gather(1, chosen_B1)[:, 0]
 
 
-def _draws(count: int, generator: torch.Generator | None) -> Tensor:
-    device = "cpu" if generator is None else generator.device
-    return torch.rand(count, dtype=torch.float64, generator=generator, device=device).cpu()
-
-
-def _rooms(prompts: Sequence[Sequence[int]], before: int, context: int, max_new_tokens: int) -> list[int]:
-    """New tokens each prompt may have."""
-    for index, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise DataError(f"prompt {index} is empty: give at least one token, such as the BOS token")
-        if before + len(prompt) >= context:
-            raise DataError(
-                f"prompt {index} has {before + len(prompt)} tokens, which leaves no room in a context of {context}; "
-                "shorten it"
-            )
-    return [min(max_new_tokens, context - before - len(prompt)) for prompt in prompts]
+def _check_prompt(prompt: Sequence[int], before: int, config: ModelConfig, what: str) -> None:
+    if not len(prompt):
+        raise DataError(f"{what} is empty: give at least one token, such as the BOS token")
+    if before + len(prompt) >= config.context:
+        raise DataError(
+            f"{what} has {before + len(prompt)} tokens, which leaves no room in a context of {config.context}; "
+            "shorten it"
+        )
+    _check_ids(prompt, config.vocab_size, what)
 
 
 def _check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:
     wrong = next((id for id in ids if not 0 <= id < vocabulary), None)
     if wrong is not None:
         raise DataError(f"{what} has token id {wrong}: the model knows 0 to {vocabulary - 1}")
-
-
-def _check_settings(
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    stop: Sequence[str] | None,
-    decode: Callable[[list[int]], str] | None,
-) -> None:
-    for name, value, allowed, right in _settings(max_new_tokens, temperature, top_k, top_p):
-        if not right:
-            raise ConfigError(f"{name} = {value}: allowed is {allowed}")
-    if isinstance(stop, str) or "" in (stop or ()):
-        raise ConfigError("stop is a list of strings, none of them empty")
-    if stop and decode is None:
-        raise ValueError("stop strings need `decode`, which turns token ids into text")
-
-
-def _settings(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> Iterator[tuple]:
-    yield "max_new_tokens", max_new_tokens, "0 or more", max_new_tokens >= 0
-    yield "temperature", temperature, "0 (greedy) or more", 0 <= temperature < float("inf")
-    yield "top_k", top_k, "-1 (all) or at least 1", top_k == -1 or top_k >= 1
-    yield "top_p", top_p, "more than 0 and at most 1", 0 < top_p <= 1

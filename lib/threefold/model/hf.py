@@ -24,11 +24,12 @@ from threefold.model.hf_config import (
     GPT2,
     LLAMA,
     OWN,
+    PARTS,
     QWEN3,
     architecture,
     from_hf_config,
+    missing_parts,
     to_hf_config,
-    why_no_standard_class,
 )
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ _TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keep
 
 def _hf_name(name: str, architecture: str) -> str:
     """A weight's name in a class: each part of our name translated, for example "blocks" to "model.layers"."""
-    return ".".join(_NAMES[architecture].get(part, part) for part in name.split("."))
+    names = _NAMES.get(architecture, {})
+    return ".".join(names.get(part, part) for part in name.split("."))
 
 
 def to_hf_state(model: Decoder) -> dict[str, Tensor]:
@@ -96,11 +98,21 @@ def to_hf_state(model: Decoder) -> dict[str, Tensor]:
 
 
 def from_hf_state(state: Mapping[str, Tensor], config: ModelConfig, where: str = "weights") -> dict[str, Tensor]:
-    """The Decoder's state dict from a class's weights. CheckpointError naming what is missing, extra or misshapen."""
+    """The Decoder's state dict from a class's weights.
+
+    Raises CheckpointError naming weights that are missing, extra, misshapen or not floating point, and a head that
+    should equal the embedding and does not.
+    """
     name = architecture(config)
     state = _canonical(state, name)
-    if config.tie_embeddings and name != OWN:
-        state = _without_tied_head(state, name, where)
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{where}: {key} is {tensor.dtype}, expected floating point")
+    head, embedding = state.get("lm_head.weight"), state.get(_hf_name("embed.weight", name))
+    if config.tie_embeddings and head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise CheckpointError(
+            f"{where}: lm_head.weight differs from the embedding although tie_word_embeddings is true"
+        )
     check_weights({key: tuple(value.shape) for key, value in state.items()}, config, where)
     if name == OWN:
         return state
@@ -116,30 +128,32 @@ def from_hf_state(state: Mapping[str, Tensor], config: ModelConfig, where: str =
     return out
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights a checkpoint of this config holds, in its class's names."""
-    with torch.device("meta"):
-        return {key: tuple(value.shape) for key, value in to_hf_state(Decoder(config)).items()}
-
-
 def check_weights(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, where: str) -> None:
     """CheckpointError naming missing, extra and misshapen weights, if there are any."""
-    expected = expected_shapes(config)
-    faults = []
-    if missing := sorted(expected.keys() - shapes.keys()):
-        faults.append(f"missing {_some(missing)}")
-    if extra := sorted(shapes.keys() - expected.keys()):
-        faults.append(f"extra {_some(extra)}")
-    bad = [key for key in sorted(expected.keys() & shapes.keys()) if tuple(shapes[key]) != expected[key]]
-    if bad:
-        faults.append(
-            "misshapen " + _some([f"{key} {list(shapes[key])}, expected {list(expected[key])}" for key in bad])
-        )
-    if faults:
-        raise CheckpointError(f"{where}: {'; '.join(faults)} (of {len(expected)} weights of {architecture(config)})")
+    name = architecture(config)
+    shapes = _canonical(shapes, name)
+    if config.tie_embeddings and name != OWN:
+        shapes.pop("lm_head.weight", None)
+    if config.n_layer > len(shapes):  # a model of a million layers is not built for a comparison
+        raise CheckpointError(f"{where}: {len(shapes)} weights, too few for {config.n_layer:,} layers")
+    with torch.device("meta"):
+        expected = {key: tuple(value.shape) for key, value in to_hf_state(Decoder(config)).items()}
+    common = sorted(expected.keys() & shapes.keys())
+    faults = {
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "extra": sorted(shapes.keys() - expected.keys()),
+        "misshapen": [
+            f"{key} {list(shapes[key])}, expected {list(expected[key])}"
+            for key in common
+            if shapes[key] != expected[key]
+        ],
+    }
+    if named := "; ".join(f"{fault} {shortened(names)}" for fault, names in faults.items() if names):
+        raise CheckpointError(f"{where}: {named} (of {len(expected)} weights of {name})")
 
 
-def _some(names: list[str]) -> str:
+def shortened(names: list[str]) -> str:
+    """The first names and how many more there are, for a message."""
     more = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
@@ -153,18 +167,6 @@ def _canonical(state: Mapping[str, Any], name: str) -> dict[str, Any]:
         for key, value in state.items()
     }
     return {key: value for key, value in named.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
-
-
-def _without_tied_head(state: dict[str, Tensor], name: str, where: str) -> dict[str, Tensor]:
-    head = state.get("lm_head.weight")
-    if head is None:
-        return state
-    embedding = state.get(_hf_name("embed.weight", name))
-    if embedding is not None and head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
-        raise CheckpointError(
-            f"{where}: lm_head.weight differs from the embedding although tie_word_embeddings is true"
-        )
-    return {key: value for key, value in state.items() if key != "lm_head.weight"}
 
 
 # Folders ------------------------------------------------------------------------------------------------------------
@@ -190,8 +192,8 @@ def save_checkpoint(folder: str | Path, model: Decoder, tokenizer: Any = None) -
     }
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    atomic_write(folder / "generation_config.json", _json(generation))
-    atomic_write(folder / "config.json", _json(config))
+    for file, values in (("generation_config.json", generation), ("config.json", config)):
+        atomic_write(folder / file, json.dumps(values, indent=2) + "\n")
     state = {key: value.detach().cpu().contiguous() for key, value in to_hf_state(model).items()}
     temporary = folder / f".{WEIGHTS}.tmp"
     save_file(state, temporary, metadata={"format": "pt"})
@@ -203,20 +205,33 @@ def load_checkpoint(
 ) -> Decoder:
     """The Decoder of a checkpoint folder: ours, or a Llama, Qwen3 or GPT-2 checkpoint in safetensors (also sharded).
 
-    CheckpointError: no folder or file, a damaged file, a part the Decoder does not have, weights missing, extra or
-    misshapen (named).
+    Raises CheckpointError: no folder or file, a damaged file, a part the Decoder does not have, weights missing, extra
+    or misshapen (named).
     """
     folder = Path(folder)
-    config = read_config(folder)
-    state = _canonical(_read_weights(folder, config), architecture(config))
-    for key, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{folder / WEIGHTS}: {key} is {tensor.dtype}, expected floating point")
-    return _build(config, from_hf_state(state, config, str(folder / WEIGHTS)), dtype, device)
+    config, files = read_config(folder), weight_files(folder)
+    where = str(files[0] if len(files) == 1 else folder)
+    shapes: dict[str, tuple[int, ...]] = {}
+    state: dict[str, Tensor] = {}
+    try:
+        for file in files:
+            with safe_open(file, framework="pt") as header:
+                shapes |= {key: tuple(header.get_slice(key).get_shape()) for key in header.keys()}  # noqa: SIM118
+        check_weights(shapes, config, where)  # before a byte of a wrong file is read
+        for file in files:
+            state |= load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return _build(config, from_hf_state(state, config, where), dtype, device)
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The ModelConfig of a checkpoint folder. CheckpointError as for `load_checkpoint`."""
+    """The ModelConfig of a checkpoint folder. Raises CheckpointError as `load_checkpoint`."""
+    return from_hf_config(read_json_config(folder), str(Path(folder) / "config.json"))
+
+
+def read_json_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a folder. Raises CheckpointError where it is missing or no JSON object."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {folder}: it holds no config.json")
@@ -226,34 +241,20 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise CheckpointError(f"{path} is no JSON: {error}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} is no JSON object")
-    return from_hf_config(raw, str(path))
+    return raw
 
 
-def _read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    files = weight_files(folder)
-    state: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as header:
-                shapes = {key: tuple(header.get_slice(key).get_shape()) for key in header.keys()}  # noqa: SIM118
-            if len(files) == 1 and config.n_layer > len(shapes):  # nor is a model of a million layers built to compare
-                raise CheckpointError(f"{file}: {len(shapes)} weights, too few for {config.n_layer:,} layers")
-            if len(files) == 1:  # before a byte of a wrong file is read
-                shapes = _canonical(shapes, architecture(config))
-                if config.tie_embeddings and architecture(config) != OWN:
-                    shapes.pop("lm_head.weight", None)
-                check_weights(shapes, config, str(file))
-            state.update(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if config.n_layer > len(state):
-        raise CheckpointError(f"{folder}: {len(state)} weights, too few for {config.n_layer:,} layers")
-    return state
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors of a folder, or the shards that its index names.
 
-
-def shard_names(index: Path) -> list[str]:
-    """The files that an index of sharded weights names, beside it. CheckpointError: no index, or a name that leads
-    elsewhere."""
+    Raises CheckpointError where there is neither, where the index is damaged or names a file elsewhere, and where a
+    shard is missing.
+    """
+    index = folder / INDEX
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not index.is_file():
+        raise CheckpointError(f"no {WEIGHTS} in {folder}; other weight formats are not read")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
@@ -261,18 +262,6 @@ def shard_names(index: Path) -> list[str]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index}: shard {str(name)[:80]!r} is no file name that ends in .safetensors")
-    return names
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors of a folder, or the shards that its index names. CheckpointError where one is missing."""
-    index = folder / INDEX
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not index.is_file():
-        raise CheckpointError(f"no {WEIGHTS} in {folder}; other weight formats are not read")
-    names = shard_names(index)
-    for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"{index}: shard {name} is missing")
     return [folder / name for name in names]
@@ -292,10 +281,6 @@ def _build(config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype,
     moved = {key: tensor.to(device=device, dtype=dtype) for key, tensor in state.items()}
     model.load_state_dict(moved, strict=True, assign=True)
     return model.requires_grad_(True).eval()
-
-
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"
 
 
 # transformers' own models ---------------------------------------------------------------------------------------------
@@ -332,7 +317,8 @@ def to_transformers(model: Decoder, tokenizer: Any = None) -> "PreTrainedModel":
 
 
 def _must_be_standard(config: ModelConfig, what: str) -> None:
-    if reason := why_no_standard_class(config):
+    if architecture(config) == OWN:
+        reason = "; ".join(f"{name} has no {', '.join(missing_parts(config, name))}" for name in PARTS)
         raise CheckpointError(
             f"{what} cannot be exported: no standard class of transformers holds this mixture of parts ({reason}); "
             "it loads with threefold.model.load_checkpoint"
@@ -359,16 +345,13 @@ def export(source: str | Path, destination: str | Path) -> str:
         if (source / CARD).is_file():
             atomic_write(folder / CARD, (source / CARD).read_bytes())
         standard = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-        _check_equal(model, standard, str(destination))
+        length = min(model.config.context, 32)
+        tokens_BT = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            ours, theirs = model(tokens_BT), standard(tokens_BT, use_cache=False).logits
+        difference = (ours - theirs).abs().max()
+        if not difference <= PROBE_TOLERANCE * ours.abs().max():
+            raise CheckpointError(
+                f"{destination}: transformers' logits differ from ours by {difference:.3g}; not exported"
+            )
     return architecture(model.config)
-
-
-@torch.no_grad()
-def _check_equal(ours: Decoder, theirs: "PreTrainedModel", where: str) -> None:
-    length = min(ours.config.context, 32)
-    tokens_BT = torch.randint(ours.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    a, b = ours(tokens_BT), theirs(tokens_BT, use_cache=False).logits
-    if not (a - b).abs().max() <= PROBE_TOLERANCE * a.abs().max():
-        raise CheckpointError(
-            f"{where}: transformers' logits differ from ours by {(a - b).abs().max():.3g}; not exported"
-        )
