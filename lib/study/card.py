@@ -1,4 +1,4 @@
-"""The model card: README.md in a checkpoint's folder, in the form that the Hugging Face hub reads.
+"""The model card: README.md in a checkpoint's folder, in the form that the Hugging Face hub reads. Its text is card.md.
 
 It is made from what the run recorded of this stage and its ancestors and from the registry of data sources. It holds
 no time and no path, so that the same training writes the same bytes.
@@ -6,6 +6,7 @@ no time and no path, so that the same training writes the same bytes.
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import tomli_w
@@ -14,7 +15,7 @@ from huggingface_hub import ModelCardData
 from basics.files import atomic_write, sha256_file
 from papertrail import records
 from papertrail.plan import ancestors
-from papertrail.run import RUN_FILE, read_run_file
+from papertrail.run import read_run_file
 from study.run import Stage
 from threefold.data.sources import registry
 from threefold.model import hf
@@ -30,27 +31,32 @@ OBJECTIVES = {
     "sft": "cross-entropy of the response alone",
     "dpo": "direct preference optimisation against the SFT checkpoint (Rafailov et al. 2023)",
 }
+LOAD_OWN = """\
+from threefold.model import load_checkpoint
+
+model = load_checkpoint("THIS_FOLDER")
+"""
+LOAD_STANDARD = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+"""
 
 
 def write_card(stage: Stage, result: TrainResult) -> str:
     """Write the card of the checkpoint in the stage's work folder and return it. Call it before `stage.finish`, which
     hashes the folder's files."""
-    folder = stage.partial
-    weights = sha256_file(folder / hf.WEIGHTS)
-    own = {**read_run_file(folder), "tokens": result.tokens, "weights_sha256": weights}
-    lineage = [*_parents(stage), own]
-    card = _card(stage, result, lineage)
+    folder, plan = stage.partial, stage.run.plan
+    own = {**read_run_file(folder), "tokens": result.tokens, "weights_sha256": sha256_file(folder / hf.WEIGHTS)}
+    before = ancestors(plan, stage.name) - {"data"}
+    card = _card(stage, result, [*(stage.run.require(name) for name in plan if name in before), own])
     atomic_write(folder / hf.CARD, card)
     return card
 
 
-def _parents(stage: Stage) -> list[dict[str, Any]]:
-    """run.json of every training this one builds on, the first one first."""
-    before = ancestors(stage.run.plan, stage.name) - {"data"}
-    return [stage.run.require(name) for name in stage.run.plan if name in before]
-
-
 def _card(stage: Stage, result: TrainResult, lineage: list[Mapping[str, Any]]) -> str:
+    """lineage: run.json of every training that this one builds on, the first one first, and of this one."""
     config = hf.read_config(stage.partial)
     kind = hf.architecture(config)
     used = _data(lineage)
@@ -65,44 +71,24 @@ def _card(stage: Stage, result: TrainResult, lineage: list[Mapping[str, Any]]) -
         }
         for facts in lineage
     ]
-    restricted = [row["source"] for row in used if "NC" in row["licence"] or "research" in row["licence"]]
-    return f"""---
-{_front(stage, kind, used)}
----
-
-# {records.escape(f"{stage.run.name}/{stage.name}")}
-
-A decoder-only language model of {result.parameters:,} parameters ({_class(kind)}), context {config.context:,}, made by
-stage `{stage.name}` of run `{stage.run.name}` of Threefold. It was made to study how such models are trained and
-compared, and is meant for nothing else: it is small, states falsehoods, and was not made safe.
-
-## Training
-
-{records.table(trained)}
-The last row is this model. Tokens are those trained on, without padding and sinks. Fingerprint of the stage
-(configuration, code, data, parents, versions, seed): `{lineage[-1]["fingerprint"]["digest"]}`; the rest of its
-provenance is in `{RUN_FILE}` where the stage left it.
-
-## Data and licences
-
-{records.table(used)}
-The data keep their own licences, and nobody has settled what follows from them for weights: take the strictest one.
-{_warning(restricted)}Text that stands in an evaluation set was {_overlap(lineage)} before training.
-
-## Evaluation
-
-Not evaluated when this card was written; the run measures its models afterwards, and its report says how they did.
-
-## Configuration
-
-```toml
-{tomli_w.dumps(sections)}```
-
-## Use
-
-```python
-{_loading(kind)}```
-"""
+    restricted = dict.fromkeys(row["source"] for row in used if "NC" in row["licence"] or "research" in row["licence"])
+    names = records.escape(", ".join(restricted))
+    warning = f"**Not for commercial use**: {names} came for non-commercial or research use only.\n"
+    cleaned = all(facts["fingerprint"]["config"].get("overlap", {}).get("remove") for facts in lineage)
+    own = kind == hf.OWN
+    template = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+    return template.format(
+        **{"stage": stage, "config": config, "result": result, "facts": lineage[-1]},
+        front=_front(stage, kind, used),
+        title=records.escape(f"{stage.run.name}/{stage.name}"),
+        kind="a mixture of parts that no standard class holds" if own else f"`{kind}` of transformers",
+        trained=records.table(trained),
+        used=records.table(used),
+        warning=warning if restricted else "",
+        overlap="searched for and left out" if cleaned else "not left out everywhere",
+        sections=tomli_w.dumps(sections),
+        use=LOAD_OWN if own else LOAD_STANDARD,
+    )
 
 
 def _front(stage: Stage, kind: str, used: list[dict[str, str]]) -> str:
@@ -136,29 +122,3 @@ def _data(lineage: list[Mapping[str, Any]]) -> list[dict[str, str]]:
         {"source": name, "split": split, "used by": ", ".join(dict.fromkeys(used)), "licence": licence}
         for (name, split, licence), used in rows.items()
     ]
-
-
-def _warning(restricted: list[str]) -> str:
-    if not restricted:
-        return ""
-    names = records.escape(", ".join(dict.fromkeys(restricted)))
-    return f"**Not for commercial use**: {names} came for non-commercial or research use only.\n"
-
-
-def _overlap(lineage: list[Mapping[str, Any]]) -> str:
-    removed = all(facts["fingerprint"]["config"].get("overlap", {}).get("remove") for facts in lineage)
-    return "searched for and left out" if removed else "not left out everywhere"
-
-
-def _class(kind: str) -> str:
-    return "a mixture of parts that no standard class holds" if kind == hf.OWN else f"`{kind}` of transformers"
-
-
-def _loading(kind: str) -> str:
-    if kind == hf.OWN:
-        return 'from threefold.model import load_checkpoint\n\nmodel = load_checkpoint("THIS_FOLDER")\n'
-    return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n'
-    )

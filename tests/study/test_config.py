@@ -8,6 +8,7 @@ from basics import names, paths
 from basics.errors import ConfigError
 from study.preset import (
     TRAINED,
+    BaselinesConfig,
     Preset,
     format_overrides,
     load_preset,
@@ -106,7 +107,7 @@ def test_presets_of_the_package_are_valid(name):
         ("[[data.sft]]\nsource = 3", ["data.sft.0.source = 3", "expected a string"]),
         ("[[data.sft]]\nsorce = 'x'", ["data.sft.0.sorce", "did you mean data.sft.0.source?"]),
         ("model = 3", ["model = 3", "expected a table with n_layer"]),
-        ("seed = \n", ["small.toml", "no TOML", "line 1"]),
+        ("seed = \n", ["small.toml", "cannot be read as TOML", "line 1"]),
         ("name = '../x'", ["'../x'", "A-Z"]),
     ],
 )
@@ -150,12 +151,19 @@ def test_what_cannot_be_read_names_file_key_allowed_and_near_miss(tmp_path, text
         ("baselines.external=[{name='..', location='x'}]", ["baselines.external.0.name", "'..'"]),
         ("baselines.external=[{name='x'}]", ["baselines.external.0.location"]),
         ("seed=-1", ["seed = -1", "from 0"]),
+        ("baselines.gpt2=a", ["baselines.distilgpt2 = 'train'", "baselines.gpt2 = 'a'", "trained here"]),
+        ("baselines.gpt2=''", ["baselines.gpt2 = ''", "expected train, a folder or a hub id"]),
     ],
 )
 def test_impossible_values_are_refused(small, change, parts):
     message = refused(lambda: override(small, parse_overrides(change)))
     for part in parts:
         assert part in message, message
+
+
+def test_a_student_without_its_teacher_cannot_be_made():
+    message = refused(lambda: BaselinesConfig(gpt2="elsewhere"))
+    assert "distilgpt2 = 'train'" in message and "gpt2 = 'elsewhere'" in message
 
 
 def test_a_loaded_baseline_needs_no_training_length(small):
@@ -241,6 +249,7 @@ def test_semicolons_inside_quotes_and_brackets_separate_nothing():
 
 def test_an_apostrophe_in_a_bare_word_opens_no_string():
     assert parse_overrides("description=it's; seed=3") == {"description": "it's", "seed": 3}
+    assert parse_overrides("name=a[b; seed=3") == {"name": "a[b", "seed": 3}
 
 
 @settings(max_examples=150, deadline=None)
