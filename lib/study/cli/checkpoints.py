@@ -22,7 +22,7 @@ def generate(options: argparse.Namespace) -> int:
     from threefold.data.tokenizer import decode_stream, load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    model = models.load_checkpoint(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    model = models.load_checkpoint(folder, device=models.pick_device())
     prompt = tokenizer(options.prompt, verbose=False)["input_ids"]  # verbose: a warning about the length, ours to judge
     eos, most = tokenizer.eos_token_id, options.max_new_tokens
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}

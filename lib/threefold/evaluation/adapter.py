@@ -26,6 +26,7 @@ from threefold.evaluation.backends import Backend, DecoderBackend, TransformersB
 from threefold.evaluation.batching import FULL, Request, Row, batches_of, rows_of
 from threefold.memory import keep_freed_memory
 from threefold.model.decoder import Decoder
+from threefold.model.device import pick_device
 from threefold.model.generation import common_prefix_length
 
 BATCH_TOKENS = 16384
@@ -175,7 +176,7 @@ class LanguageModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             decoder = Decoder(config)
-        return cls.from_model(decoder.to(loading.choose_device(device)), tokenizer, name, facts={"seed": seed})
+        return cls.from_model(decoder.to(device or pick_device()), tokenizer, name, facts={"seed": seed})
 
     # Text and tokens --------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from basics.errors import CheckpointError, SourceError
 from basics.files import sha256_file
 from threefold.data.tokenizer import load_tokenizer
 from threefold.model import hf
+from threefold.model.device import pick_device
 
 FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "model*.safetensors")  # taken from the hub
 MAX_LAYERS = 10_000  # of a foreign model: more is a fault of its config.json
@@ -44,7 +45,7 @@ def from_folder(
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{folder} holds an adapter to another model: merge it into a checkpoint of its own")
     if "threefold" in config:
-        decoder = hf.load_checkpoint(folder, dtype=dtype, device=choose_device(device))
+        decoder = hf.load_checkpoint(folder, dtype=dtype, device=device or pick_device())
         return Loaded(decoder, load_tokenizer(folder), name, hf.weights_sha256(folder), facts)
     weights_sha256 = hf.weights_sha256(folder)
     model, tokenizer = _with_transformers(folder, name, dtype, device)
@@ -132,7 +133,7 @@ def _with_transformers(
         weights = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in info.get(key) or ())
         if weights:
             raise CheckpointError(f"{name}: {fault} weights: {hf.shortened(weights)}")
-    return model.to(choose_device(device)), tokenizer
+    return model.to(device or pick_device()), tokenizer
 
 
 @contextmanager
@@ -167,8 +168,3 @@ def _package_file(location: str) -> Path:
         files = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "no .gguf file"
         raise SourceError(f"{location}: no such model file in the package; it holds {files}")
     return path
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for; else the GPU where there is one."""
-    return torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")

@@ -2,6 +2,7 @@
 
 from threefold.model.cache import KVCache, StreamingCache
 from threefold.model.decoder import Decoder, parameter_counts
+from threefold.model.device import pick_device
 from threefold.model.generation import generate, stream
 from threefold.model.hf import export, from_transformers, load_checkpoint, save_checkpoint, to_transformers
 
@@ -14,6 +15,7 @@ __all__ = [
     "generate",
     "load_checkpoint",
     "parameter_counts",
+    "pick_device",
     "save_checkpoint",
     "stream",
     "to_transformers",

@@ -16,6 +16,7 @@ import torch
 
 from basics.errors import ConfigError
 from threefold.config import TrainConfig
+from threefold.model.device import pick_device
 
 # Compiling costs up to a minute with a cold cache and saves about a third of a step: it pays from a few minutes of
 # training on. What a device trains at is only needed to within a factor of two.
@@ -40,18 +41,6 @@ class Numerics:
     def autocast(self) -> AbstractContextManager:
         """The context a forward pass runs in: weights stay fp32, matrix products are bf16 where chosen."""
         return torch.autocast(self.device, torch.bfloat16) if self.bf16 else nullcontext()
-
-
-def pick_device(device: str | None = None) -> str:
-    """The device asked for, else a GPU if there is one, else the CPU."""
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.device(device).type
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: torch sees no GPU here; leave the device out to run on the CPU")
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"device {device}: allowed are cpu and cuda")
-    return kind
 
 
 @lru_cache

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from basics.errors import ThreefoldError, TrainingError
-from threefold.training.numerics import pick_device
+from threefold.model.device import pick_device
 
 
 def default_workers(device: str | None = None) -> int:
