@@ -105,7 +105,9 @@ def make_run(folder: Path) -> Run:
         subject = LanguageModel.from_checkpoint(run.stage_folder(name), name)
         keys = ("lines", "zero-shot", "instructions", "preferences")
         found = evaluate(subject, run.preset.evaluation, reference=reference if name == "sft" else None, only=keys)
-        hashes = save_items(run.stage_folder(f"evaluate-{name}") / "items", found)
+        evaluation = open_stage("evaluate", preset=str(preset), model=name)
+        hashes = save_items(evaluation.begin() / "items", found)
+        evaluation.finish()
         cells = []
         for one in found:
             data, metadata = records.bundle(f"evaluation/{name}/{one.protocol}", one.record(hashes[one.protocol]))
@@ -113,6 +115,7 @@ def make_run(folder: Path) -> Run:
             cells.append(nbformat.v4.new_code_cell("evaluate()", outputs=[output]))
         book = nbformat.v4.new_notebook(cells=cells, metadata=notebooks.METADATA)
         files.atomic_write(run.notebook(f"04_evaluate-{name}"), nbformat.writes(book))
+        run.seal(evaluation.name)
     return run
 
 

@@ -12,18 +12,20 @@
 # %% [markdown]
 # # Explore
 #
-# A run looked at by hand: what its stages say to a prompt of yours, how they learned, where they look, which items one has
-# right and another wrong. Nothing here is published or hashed, and nothing is written.
+# Look at a run: how its stages continue a prompt of yours, how they learned, where they attend, which items one model has
+# right and another wrong. This notebook publishes nothing and writes nothing.
 #
-# Under each heading is one call. Its first word, `show`, puts controls above the view; without them, or in a script,
-# `view.continuations(opened, stages, prompt)` is the same view as a plain value. What a run does not have is said where it
-# would stand, with the command that makes it.
+# Under each heading is one call. `show` puts controls above a view; in a script, `view.continuations(opened, stages, prompt)`
+# returns the same view without controls. Where a stage is missing or damaged, the view says so and names the command that
+# makes it.
 
 # %% tags=["parameters"]
 run = "smoke"  # its name in the runs folder
 stages = "pretrain, sft, dpo"  # or gpt2, distilgpt2, sft-seed2, ...
 prompt = "The old miller"
-first, second = "sft", "dpo"  # the two models whose items are compared
+first = ""  # the models whose items are compared; default: a pair of which the second has items right that the first has not
+second = ""
+overlay = ""  # other runs, whose loss curves are drawn over this run's
 data_dir = ""  # where the texts of items are read; default: $THREEFOLD_DATA, then what the run was made with
 controls = True  # False: no widgets, plain outputs
 
@@ -37,9 +39,9 @@ view.overview(opened)
 # %% [markdown]
 # ## One prompt, every stage
 #
-# Each token stands on the colour of its probability, in the prompt too: there it says how far the model expected what you
-# typed. The table lists what else was likely at new token number `at`. With `form` on `instruction` the prompt is put as
-# the examples of SFT were.
+# The colour of a token is its probability. In the prompt it shows how far the model expected what you typed. The table lists
+# the most probable tokens at the place of new token number `at`. Set `form` to `instruction` to put the prompt in the format
+# of the SFT examples.
 
 # %%
 show(view.continuations, stages=stages, prompt=prompt)
@@ -47,31 +49,31 @@ show(view.continuations, stages=stages, prompt=prompt)
 # %% [markdown]
 # ## Loss curves
 #
-# Drag the ends of `span` to zoom: the vertical axis follows. A stage that is training now is drawn as far as it has come;
-# run the cell again to see more of it.
+# Drag the ends of `span` to zoom; the vertical axis follows. `overlay` draws other runs over this one. A stage that is
+# training is drawn up to its latest step, and the curves are read again every five seconds while the button plays.
 
 # %%
-show(view.losses, stages=stages)
+show(view.losses, stages=stages, overlay=overlay)
 
 # %% [markdown]
 # ## Attention and the sink
 #
-# Rows look at columns, on a logarithmic scale; the first column is the sink. On the right is each head's share of attention
-# on it. Layers and heads count from 1, and 0 is the mean over all of them. The share needs some text: the longer the prompt,
-# the less an even spread would leave for one token.
+# Each row is the attention of one token over the tokens before it, on a logarithmic scale; the first column is the sink. On
+# the right are all heads, each with its share of attention on the sink. `layer` and `head` select the large map: they count
+# from 1, and 0 is the mean over all. Type a long prompt: over many tokens an even spread leaves little for the sink.
 
 # %%
 show(
     view.attention,
-    stage=second,
+    stage=second or "dpo",
     prompt=prompt + " walked along the river to the market, because the baker wanted flour for the bread of the town.",
 )
 
 # %% [markdown]
 # ## Items: wins and losses
 #
-# What one model has right and the other wrong, with the texts. The p-value is that of this pair on this protocol alone;
-# notebook 06 adjusts for all the comparisons that the report makes.
+# What one model has right and the other wrong, with the texts. The p-value is for this pair and this protocol alone; notebook
+# 06 adjusts for all comparisons that the report makes.
 
 # %%
 show(view.items, first=first, second=second)
@@ -79,8 +81,8 @@ show(view.items, first=first, second=second)
 # %% [markdown]
 # ## Preference margins
 #
-# How much likelier the chosen reply is than the rejected one, pair by pair, and the pairs at one end. `reward` is the same
-# against the SFT checkpoint, as DPO's objective has it: what training moved.
+# How much likelier the chosen reply is than the rejected one, pair by pair, and the pairs at one end. `reward` is DPO's
+# implicit reward: the same difference relative to the SFT checkpoint, which is what DPO changed.
 
 # %%
-show(view.preferences, models=(first, second))
+show(view.preferences, models=(first or "sft", second or "dpo"))

@@ -220,9 +220,11 @@ EXAMPLES = [(name, place, text) for name in NAMES for place, text in enumerate(b
 
 
 @pytest.mark.parametrize(("name", "place", "text"), EXAMPLES, ids=[f"{name}-{place}" for name, place, _ in EXAMPLES])
-def test_every_example_holds(name, place, text, tmp_path):
+def test_every_example_holds(name, place, text, tmp_path, monkeypatch):
     """Python is executed (of what needs real data, the imports); TOML is a part of a preset (put into smoke) or of the
     registry of sources."""
+    (tmp_path / "data").symlink_to(ROOT / "data")  # what an example writes goes to the temporary folder
+    monkeypatch.chdir(tmp_path)
     if "from_pretrained(" in text:
         compile(text, name, "exec")  # needs a run: tests/study/test_end_to_end.py loads a checkpoint so
     elif '"DATA"' in text:  # needs real data: what it imports is there

@@ -1,7 +1,10 @@
 """The views of a run: their numbers against plain computation, what is missing is said, text of others stays text."""
 
 import html.parser
+import json
 import re
+import shutil
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -14,7 +17,8 @@ from shared import flip
 
 from basics import files
 from basics.errors import ConfigError, MissingInput
-from study.explore import Show, controls, display, open_run, read, view
+from papertrail.run import hold, release
+from study.explore import Show, controls, display, open_run, read, results, view
 from threefold.config import SourceConfig
 from threefold.data import sources
 from threefold.evaluation import attention as looking
@@ -125,8 +129,9 @@ def test_a_stage_that_is_not_there_is_named_with_what_makes_it(run):
 
 
 def test_an_evaluation_that_is_not_there_is_named(run):
-    assert "has not evaluated 'dpo'" in view.items(run, "sft", "dpo").text
-    assert "no results of dpo" in view.preferences(run, "sft, dpo").text
+    for shown in (view.items(run, "sft", "dpo"), view.preferences(run, "sft, dpo")):
+        assert "stage evaluate-dpo of run little is not there yet: run `papermill" in shown.text
+    assert "has not evaluated 'stf', did you mean sft?" in view.items(run, "stf", "dpo").text
     assert "no rewards" in view.preferences(run, "pretrain, sft", margin="reward").text
 
 
@@ -154,9 +159,6 @@ def test_what_cannot_be_meant_stops(run, call, said):
     + [("notebooks/04_evaluate-sft.ipynb", part) for part in (view.items, view.preferences, view.overview)],
 )
 def test_no_view_shows_what_a_byte_changed(run, file, view):
-    sealed = run.stage_folder("evaluate-sft") / "run.json"
-    files.write_note(sealed, {"stage": "evaluate-sft", "fingerprint": {}, "outputs": {}})
-    run.seal("evaluate-sft")
     changed = run.path / file
     before = changed.read_bytes()
     flip(changed, -4)
@@ -164,8 +166,37 @@ def test_no_view_shows_what_a_byte_changed(run, file, view):
         said = seen(view(run)).text
     finally:
         changed.write_bytes(before)
-        sealed.unlink()
     assert f"{file} of run little " in said and ("is not what the stage wrote" in said or "was changed since" in said)
+
+
+def test_a_damaged_stage_costs_its_own_panel_only(run):
+    metrics = run.path / "pretrain" / "metrics.jsonl"
+    flip(metrics, -4)
+    try:
+        shown = view.losses(run, "pretrain, sft").text
+        assert "sft: steps 1 to 100" in shown and "pretrain: steps" not in shown
+        rows = {line.split()[0]: line for line in view.overview(run).text.splitlines() if line}
+        assert "finished" in rows["sft"] and "missing or damaged" in rows["pretrain"]
+        for text in (shown, view.overview(run).text, view.continuations(run, "pretrain, sft").text):
+            assert "pretrain/metrics.jsonl of run little is not what the stage wrote" in text
+            assert "papermill notebooks/01_pretrain.ipynb" in text
+        assert "sft: The old miller" in view.continuations(run, "pretrain, sft").text
+    finally:
+        flip(metrics, -4)
+
+
+def test_an_evaluation_of_other_weights_costs_its_own_panel_only(run):
+    file = run.stage_folder("sft") / "run.json"
+    before, facts = file.read_bytes(), run.require("sft")
+    files.write_note(file, facts | {"weights_sha256": "0123456789abcdef" * 4})
+    try:
+        shown = view.items(run, "pretrain", "sft").text
+        assert "sft was evaluated with weights " in shown and "now has weights 0123456789ab;" in shown
+        assert "papermill notebooks/04_evaluate.ipynb" in shown and "-p model sft" in shown
+        assert not re.search(r"[0-9a-f]{13}", shown)
+        assert "pretrain: mean margin" in view.preferences(run, "pretrain, sft").text
+    finally:
+        file.write_bytes(before)
 
 
 def test_a_run_that_is_not_there_is_an_error_with_the_runs_there_are(run):
@@ -183,6 +214,46 @@ def test_zooming_keeps_the_steps_of_that_part(run):
     assert "steps 1 to 100, loss 8.000 to 0.080, held out 0.500" in view.losses(run, "sft").text
 
 
+def figure_of(monkeypatch, call):
+    """The figure that a view draws, laid out."""
+    drawn = []
+    monkeypatch.setattr(
+        display, "image", lambda figure, description: drawn.append(figure) or display.block(description)
+    )
+    call()
+    (figure,) = drawn
+    figure.canvas.draw()
+    return figure
+
+
+def test_another_run_is_drawn_over_a_runs_curves(run, monkeypatch):
+    other = run.path.with_name("other")
+    shutil.copytree(run.path, other)
+    try:
+        shown = view.losses(run, "pretrain, sft", overlay="other, little")
+        assert [line.split(":")[0] for line in shown.text.splitlines()] == [
+            "pretrain", "pretrain of other", "sft", "sft of other"
+        ]  # fmt: skip
+        figure = figure_of(monkeypatch, lambda: view.losses(run, "sft", overlay=["other"]))
+        styles = [line.get_linestyle() for line in figure.axes[0].lines if line.get_linestyle() != "None"]
+        assert set(styles) == {"-", "--"}
+    finally:
+        shutil.rmtree(other)
+    with pytest.raises(MissingInput, match="no run 'othr'"):
+        view.losses.__wrapped__(run, "sft", overlay="othr")
+
+
+def test_tick_labels_do_not_overlap(run, monkeypatch):
+    prompt = "the baker sang quietly over the river"
+    for call in (lambda: view.losses(run, "pretrain, sft"), lambda: view.attention(run, "sft", prompt)):
+        figure = figure_of(monkeypatch, call)
+        assert figure.axes
+        for axes in figure.axes:
+            for axis in (axes.xaxis, axes.yaxis):
+                boxes = [label.get_window_extent() for label in axis.get_ticklabels() if label.get_text()]
+                assert not any(a.overlaps(b) for a, b in pairwise(boxes)), axis
+
+
 # Attention ----------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +267,20 @@ def test_the_sink_share_told_is_that_of_the_maps(run):
     assert "sft has no layer 3" in view.attention(run, "sft", prompt, layer=3).text
 
 
+def test_every_head_is_drawn_with_its_share(run, monkeypatch):
+    model, tokenizer = read.checkpoint(run, "sft")
+    prompt = "the baker sang quietly over the river and found a lost ladder"
+    maps_LHTS = looking.maps(model, tokenizer(prompt)["input_ids"])
+    shares = maps_LHTS[:, :, min(16, maps_LHTS.shape[-1] // 2) :, 0].mean(dim=-1).flatten().tolist()
+    figure = figure_of(monkeypatch, lambda: view.attention(run, "sft", prompt))
+    _, heads, _ = figure.axes
+    assert [text.get_text() for text in heads.texts] == [f"{share:.0%}" for share in shares]
+    (image,) = heads.images
+    length = maps_LHTS.shape[-1]
+    corner = image.get_array()[length + 1 : 2 * length + 1, :length]  # second layer, first head
+    np.testing.assert_allclose(corner, maps_LHTS[1, 0].clamp_min(1e-3).numpy(), rtol=1e-6)
+
+
 # Items --------------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +292,7 @@ def first_wording(run, model):
 def test_wins_and_losses_are_the_items_that_one_model_alone_has_right(run):
     a, b = first_wording(run, "pretrain"), first_wording(run, "sft")
     texts = sources.load(SourceConfig(source="sample-sentiment", split="validation", max_examples=40))
-    for which, mask in ((view.WINS, ~a["correct"] & b["correct"]), (view.LOSSES, a["correct"] & ~b["correct"])):
+    for which, mask in ((results.WINS, ~a["correct"] & b["correct"]), (results.LOSSES, a["correct"] & ~b["correct"])):
         expected = mask[mask].index.tolist()
         assert expected, "the example should have some of both"
         shown = view.items(run, "pretrain", "sft", SENTIMENT, which=which, count=99)
@@ -217,6 +302,23 @@ def test_wins_and_losses_are_the_items_that_one_model_alone_has_right(run):
             assert (texts[number]["sentence"] in told.text) == (number in expected)
     both = (a["correct"] & b["correct"]).sum()
     assert f"40 items: both right {both}, only pretrain " in shown.text
+
+
+def test_items_open_on_a_pair_with_wins(run, monkeypatch):
+    assert results.opening(run, "", "", "") == ("pretrain", "sft", SENTIMENT)
+    assert results.opening(run, "sft", "pretrain", "sample-text/lines-100") == (
+        "sft",
+        "pretrain",
+        "sample-text/lines-100",
+    )
+    scored = results.scored
+
+    def only_texts(frame, protocol):
+        same = scored(frame, protocol)
+        return same.assign(score=0.0) if "correct" in frame else same
+
+    monkeypatch.setattr(results, "scored", only_texts)
+    assert results.opening(run, "", "", "")[2] == "sample-text/lines-100"
 
 
 def test_texts_without_right_and_wrong_compare_by_bits_per_byte(run):
@@ -247,15 +349,6 @@ def test_margins_are_differences_of_log_likelihoods(run):
 # Controls -----------------------------------------------------------------------------------------------------------
 
 
-def test_without_ipywidgets_the_view_is_shown_plainly(run, monkeypatch, capsys):
-    monkeypatch.setattr(controls, "ipywidgets", None)
-    show = Show(run)
-    show(view.losses, stages="sft")
-    printed = capsys.readouterr().out
-    assert "ipywidgets is not installed" in printed and "sft: steps 1 to 100" in printed
-    assert show.widgets == {}
-
-
 @pytest.mark.parametrize("of", [view.continuations, view.losses, view.attention, view.items, view.preferences])
 def test_every_parameter_of_a_view_has_a_control_that_begins_at_its_value(run, of):
     import inspect
@@ -264,8 +357,39 @@ def test_every_parameter_of_a_view_has_a_control_that_begins_at_its_value(run, o
     made = controls.controls(run, of)
     assert set(made) == set(values)
     for name, widget in made.items():
-        asked = {"stages": ("pretrain", "sft", "dpo"), "protocol": "sample-sentiment/0-shot"}.get(name, values[name])
-        if name in ("second", "models"):  # DPO was not evaluated
+        if name == "models":  # DPO was not evaluated
             continue
-        assert widget.value == asked, name
+        opened = {"first": "pretrain", "second": "sft", "protocol": "sample-sentiment/0-shot"}
+        asked = opened | {"stages": ("pretrain", "sft", "dpo")}
+        assert widget.value == asked.get(name, values[name]), name
+    if of is view.losses:
+        assert made["overlay"].options == ()
     of(run, **{name: widget.value for name, widget in made.items()})  # what a control gives, the view takes
+
+
+def test_the_curves_of_a_stage_in_training_are_read_again(run):
+    """A work folder that a process holds starts the timer; its next tick shows the steps that came since."""
+    partial = run.partial_folder("dpo")
+    shown = []
+
+    class Handle:
+        update = staticmethod(shown.append)
+
+    hold(partial)
+    try:
+        lines = [{"step": step, "tokens": 10 * step, "loss": 1 / step, "lr": 0.1} for step in range(1, 9)]
+        (partial / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:4]))
+        assert re.search(r"dpo +in training", view.overview(run).text)
+        show = Show(run)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(controls, "display", lambda *_, **__: Handle)
+            show(view.losses, stages="dpo")
+        timer = show.widgets["refresh"]
+        assert timer.playing and timer.repeat
+        (partial / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        timer.value = 1  # what the browser sets at the next tick
+        assert "dpo: steps 1 to 8" in shown[-1].text
+    finally:
+        release(partial)
+        shutil.rmtree(partial)
+    assert not controls.at_work(run.path)

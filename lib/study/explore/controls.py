@@ -1,4 +1,4 @@
-"""Controls above a view: one for each of its parameters, where ipywidgets is installed.
+"""Controls above a view: one for each of its parameters.
 
 The view is an ordinary output of its cell that is replaced in place, not an output inside a widget: it stays in the
 notebook when the notebook is closed, under papermill and without widgets.
@@ -8,15 +8,17 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from basics.errors import ThreefoldError
-from study.explore import read, view
-from study.explore.display import Shown, note
-from study.run import Run
+import ipywidgets
+from IPython.display import display
 
-try:
-    import ipywidgets
-except ImportError:
-    ipywidgets = None
+from basics.errors import ThreefoldError
+from papertrail.run import at_work
+from study.explore import read, results, view
+from study.explore.display import Shown, note
+from study.preset import LINEAGE
+from study.run import Run, run_names
+
+REFRESH = 5_000  # milliseconds between two looks at a stage in training
 
 
 class Show:
@@ -30,25 +32,22 @@ class Show:
     def __init__(self, run: Run, controls: bool = True):
         self.run = run
         self.widgets: dict[str, Any] = {}  # the controls of the view shown last, by parameter
-        self._controls = controls and ipywidgets is not None
-        if controls and ipywidgets is None:
-            print(
-                "ipywidgets is not installed (`pip install ipywidgets`): change the values in a cell and run it again"
-            )
+        self._controls = controls
 
     def __call__(self, of: Callable[..., Shown], **settings: Any) -> None:
         """Show a view with these settings, and controls to change them. Raises ConfigError as the view itself."""
-        from IPython.display import display
-
         shown = of(self.run, **settings)  # before the controls: a wrong name stops here
         if not self._controls:
             display(shown)
             return
-        self.widgets = widgets = controls(self.run, of, **settings)
-        typed = [widget for widget in widgets.values() if isinstance(widget, ipywidgets.Textarea)]
-        others = [widget for widget in widgets.values() if widget not in typed]
-        row = ipywidgets.HBox(others, layout=ipywidgets.Layout(flex_flow="row wrap"))
-        display(ipywidgets.VBox([*typed, row]))
+        widgets = controls(self.run, of, **settings)
+        self.widgets = dict(widgets)
+        if of is view.losses:  # read again every few seconds while this plays, as it does by itself during a training
+            playing = bool(at_work(self.run.path))
+            self.widgets["refresh"] = ipywidgets.Play(max=1, repeat=True, interval=REFRESH, playing=playing)
+        prompt = [widgets["prompt"]] if "prompt" in widgets else []
+        row = [widget for name, widget in self.widgets.items() if name != "prompt"]
+        display(ipywidgets.VBox([*prompt, ipywidgets.HBox(row, layout=ipywidgets.Layout(flex_flow="row wrap"))]))
         handle = display(shown, display_id=True)
 
         def update(_change: Any) -> None:
@@ -57,47 +56,39 @@ class Show:
             except ThreefoldError as error:
                 handle.update(note(str(error)))
 
-        for widget in widgets.values():
+        for widget in self.widgets.values():
             widget.observe(update, names="value")
 
 
 def controls(run: Run, of: Callable[..., Shown], **settings: Any) -> dict[str, Any]:
     """A widget for each parameter of a view, at its value; a list means a choice, a tuple the ends of a slider."""
-    trained, evaluated = read.trainings(run), read.evaluated(run)
-    choices: dict[str, Any] = {
+    trained, (evaluated, _) = read.trainings(run), read.evaluated(run)
+    choices = of.controls | {
         "stage": trained,
+        "stages": trained,
         "first": evaluated,
         "second": evaluated,
+        "models": evaluated,
+        "overlay": [name for name in run_names() if name != run.name],
         "protocol": read.protocols(run),
-        "which": [view.WINS, view.LOSSES],
-        "order": ["lowest", "highest"],
-        "margin": list(view.MARGINS),
-        "form": list(view.FORMS),
-        "against": ["tokens", "step"],
-        "new_tokens": (1, 128),
-        "at": (1, 64),
-        "count": (1, 20),
-        "seed": (0, 20),
         "layer": (0, run.preset.model.n_layer),
         "head": (0, run.preset.model.n_head),
-        "temperature": (0.0, 2.0, 0.1),
-        "smoothing": (0.0, 0.3, 0.01),
     }
+    values = {name: one.default for name, one in list(inspect.signature(of).parameters.items())[1:]} | settings
+    if of is view.items and len(evaluated) > 1:
+        names = ("first", "second", "protocol")
+        values |= zip(names, results.opening(run, *(values[name] for name in names)), strict=True)
     widgets = {}
-    for name, parameter in list(inspect.signature(of).parameters.items())[1:]:
-        value = settings.get(name, parameter.default)
-        if name in ("stages", "models"):
-            options = trained if name == "stages" else evaluated
-            names = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
-            picked = [option for option in names or read.LINEAGE if option in options]
+    for name, value in values.items():
+        if name in ("stages", "models", "overlay"):
+            options, named = choices[name], read.split(value) or (LINEAGE if name == "stages" else ())
+            picked = [option for option in named if option in options]
             widget = ipywidgets.SelectMultiple(options=options, value=picked, rows=min(6, len(options) or 1))
         elif name == "prompt":
             widget = ipywidgets.Textarea(value=value, rows=2, layout=ipywidgets.Layout(width="95%"))
         elif name == "span":
             widget = ipywidgets.FloatRangeSlider(min=0.0, max=1.0, step=0.01, value=value, readout_format=".0%")
         else:
-            if name == "protocol":
-                value = value or view.default_protocol(run)
             widget = ipywidgets.interactive.widget_from_abbrev(choices[name], value)
             if isinstance(choices[name], tuple):
                 widget.max, widget.value = max(widget.max, value), value

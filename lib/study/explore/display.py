@@ -4,19 +4,24 @@ Styles are set on the elements, because JupyterLab removes style sheets from a n
 """
 
 import base64
+import functools
 import html
+import inspect
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import matplotlib
 import pandas as pd
-from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from basics.errors import ConfigError, ThreefoldError
+
 INK, RULE, QUIET = "#1B1F24", "#D5DAE0", "#57606A"
-LIKELIHOOD = LinearSegmentedColormap.from_list("likelihood", ["#F4A582", "#F7F7F7", "#92C5DE"])  # ColorBrewer's RdBu
 
 
 class Html(str):
@@ -40,6 +45,33 @@ class Shown:
 
     def __add__(self, other: "Shown") -> "Shown":
         return Shown(self.html + other.html, "\n".join(filter(None, (self.text, other.text))))
+
+
+def panel(**controls: list | tuple) -> Callable[[Callable[..., Shown]], Callable[..., Shown]]:
+    """Decorator of a view. What is missing or unreadable becomes a note in its place; a ConfigError stays an error.
+
+    controls: for parameters of the view, as ipywidgets abbreviates controls: a list of the allowed values (others raise
+    ConfigError), or a tuple with the ends of a slider, and its step.
+    """
+
+    def decorate(function: Callable[..., Shown]) -> Callable[..., Shown]:
+        @functools.wraps(function)
+        def view(*arguments: Any, **settings: Any) -> Shown:
+            given = inspect.signature(function).bind(*arguments, **settings).arguments
+            for name, allowed in controls.items():
+                if isinstance(allowed, list) and name in given and given[name] not in allowed:
+                    raise ConfigError(f"{name} = {given[name]!r}: allowed are {', '.join(map(str, allowed))}")
+            try:
+                return function(*arguments, **settings)
+            except ConfigError:
+                raise
+            except ThreefoldError as error:
+                return note(str(error))
+
+        view.controls = controls
+        return view
+
+    return decorate
 
 
 def escape(text: str) -> Html:
@@ -67,21 +99,23 @@ def note(message: str) -> Shown:
     return block(message, f"border-left:4px solid #D55E00;padding:4px 10px;margin:4px 0;color:{INK}")
 
 
+def notes(messages: Iterable[str]) -> Shown:
+    return sum(map(note, messages), Shown())
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> Shown:
-    """Rows under the first row's keys; a line break stays one in HTML and becomes ⏎ in the plain text."""
+    """Rows under their keys; a line break stays one in HTML and becomes ⏎ in the plain text."""
     if not rows:
         return Shown()
-    style = "text-align:left;vertical-align:top;white-space:pre-wrap"
-    cells = pd.DataFrame([{key: _cell(value) for key, value in row.items()} for row in rows])
-    head = "".join(f'<th style="{style}">{escape(key)}</th>' for key in cells)
-    body = "".join(
-        "<tr>" + "".join(f'<td style="{style}">{text}</td>' for text in row) + "</tr>"
-        for row in cells.itertuples(index=False)
-    )
-    plain = cells.map(lambda text: html.unescape(re.sub(r"<[^>]*>", "", text)).replace("\n", " ⏎ "))
-    return Shown(
-        f"<table><tr>{head}</tr>{body}</table>", plain.to_string(index=False, justify="left", max_colwidth=None)
-    )
+    style = ' style="text-align:left;vertical-align:top;white-space:pre-wrap"'
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(key)) for key in keys] for row in rows]
+    lines = [[f"<th{style}>{escape(key)}</th>" for key in keys]]
+    lines += [[f"<td{style}>{cell}</td>" for cell in row] for row in cells]
+    page = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
+    plain = pd.DataFrame(cells, columns=keys)
+    plain = plain.map(lambda cell: html.unescape(re.sub(r"<[^>]*>", "", cell)).replace("\n", " ⏎ "))
+    return Shown(f"<table>{page}</table>", plain.to_string(index=False, justify="left", max_colwidth=None))
 
 
 def _cell(value: Any) -> Html:
@@ -90,6 +124,15 @@ def _cell(value: Any) -> Html:
     if value is None:
         return Html("–")
     return escape(value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.3g}")
+
+
+def finish(axes: Axes) -> None:
+    """The look of a diagram: a legend, quiet labels, horizontal lines behind the data."""
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=QUIET, labelsize=8)
+    axes.grid(axis="y", color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def image(figure: Figure, description: str) -> Shown:
@@ -105,19 +148,8 @@ def token(text: str, probability: float | None, tip: str, *, prompt: bool = Fals
     """A token on the colour of its probability; `prompt` tokens are in italics, a `marked` one has an outline."""
     style = "white-space:pre-wrap;padding:1px 0;border-radius:2px"
     style += ";font-style:italic;opacity:0.75" if prompt else ""
-    style += f";background:{to_hex(LIKELIHOOD(probability))}" if probability is not None else ""
+    if probability is not None:  # red: improbable; blue: probable
+        style += f";background:{to_hex(matplotlib.colormaps['RdBu'](0.25 + 0.5 * probability))}"
     style += f";outline:2px solid {INK}" if marked else ""
     shown = escape(text).replace("\n", "↵<br>") or "∅"
     return Html(f'<span style="{style}" title="{attribute(tip)}">{shown}</span>')
-
-
-def legend() -> Shown:
-    """What the colours of tokens mean."""
-    steps = "".join(
-        f'<span style="background:{to_hex(LIKELIHOOD(p))};padding:1px 6px">{p:.0%}</span>'
-        for p in (0.0, 0.25, 0.5, 0.75, 1.0)
-    )
-    return Shown(
-        f'<div style="color:{QUIET};font-size:12px;margin:4px 0">probability of a token given the text before it: '
-        f"{steps} · the prompt in italics · hover over a token for its likely alternatives</div>"
-    )

@@ -1,26 +1,29 @@
-"""What the views read of a run: checkpoints, loss curves, results of single items and the texts these are about."""
+"""What the views read of a run: checkpoints, loss curves, evaluation results by item and the texts of the items."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
 from basics import files
 from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
 from basics.names import check_name, did_you_mean, replicate_of
+from papertrail import records
 from study import run as study_run
-from study.comparison.load import Comparison
 from study.preset import LINEAGE, TRAINED
 from study.run import Run, data_dir_of, run_names
 from threefold.config import SourceConfig
 from threefold.data import sources
-from threefold.data.templates import instruction_prompt
 from threefold.data.tokenizer import load_tokenizer
 from threefold.evaluation import perplexity
 from threefold.model import load_checkpoint
 from threefold.training.state import METRICS, curve
+
+Name = TypeVar("Name")
+Names = str | Sequence[str]  # "sft, dpo" (a papermill parameter) or ["sft", "dpo"]
 
 
 def open_run(name: str = "smoke", data_dir: str = "") -> Run:
@@ -39,7 +42,38 @@ def open_run(name: str = "smoke", data_dir: str = "") -> Run:
     return study_run.open_run("", name, data_dir=data_dir_of(name, data_dir), create=False)
 
 
-# Stages -------------------------------------------------------------------------------------------------------------
+def split(names: Names) -> list[str]:
+    """The single names of a list, or of a text with commas."""
+    listed = names.split(",") if isinstance(names, str) else names
+    return [name.strip() for name in listed if name.strip()]
+
+
+def each(names: Iterable[Name], read: Callable[[Name], Any]) -> tuple[dict[Name, Any], list[str]]:
+    """({name: what `read` returns for it}, the messages of the names for which it failed)."""
+    values, messages = {}, []
+    for name in names:
+        try:
+            values[name] = read(name)
+        except ConfigError:
+            raise
+        except ThreefoldError as error:
+            messages.append(str(error))
+    return values, messages
+
+
+@contextmanager
+def _made_by(run: Run, stage: str) -> Iterator[None]:
+    """Within this block the message of an error also names the command that makes the stage."""
+    try:
+        yield
+    except ThreefoldError as error:
+        command = run.command(stage)
+        if command in str(error):
+            raise
+        raise type(error)(f"{error}: `{command}`") from error
+
+
+# Trainings ----------------------------------------------------------------------------------------------------------
 
 
 def trainings(run: Run) -> list[str]:
@@ -47,11 +81,9 @@ def trainings(run: Run) -> list[str]:
     return [name for name in run.plan if replicate_of(name)[0] in TRAINED]
 
 
-def chosen(run: Run, names: str | Iterable[str]) -> list[str]:
-    """Stages by name: a list, or one text with commas; default the three stages. Raises ConfigError for others."""
-    named = [part.strip() for part in names.split(",")] if isinstance(names, str) else list(names)
-    named = [name for name in named if name] or list(LINEAGE)
-    allowed = trainings(run)
+def chosen(run: Run, names: Names) -> list[str]:
+    """Stages by name; default the three stages. Raises ConfigError for one that the run does not train."""
+    allowed, named = trainings(run), split(names) or list(LINEAGE)
     for name in named:
         if name not in allowed:
             hint = did_you_mean(name, allowed)
@@ -59,22 +91,10 @@ def chosen(run: Run, names: str | Iterable[str]) -> list[str]:
     return named
 
 
-def finished(run: Run, names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(the stages that are finished, for each other one a line with the command that makes it)."""
-    present, missing = [], []
-    for name in names:
-        try:
-            run.require(name)
-            present.append(name)
-        except MissingInput as error:
-            missing.append(str(error))
-    return present, missing
-
-
 def checkpoint(run: Run, stage: str) -> tuple[Any, Any]:
-    """(decoder, tokenizer) of a finished stage, cached by the stage's fingerprint."""
-    facts = run.require(stage)
-    return _checkpoint(run.intact(stage), facts["fingerprint"]["digest"])
+    """(decoder, tokenizer) of a finished stage. Raises MissingInput; CheckpointError where a file was changed."""
+    with _made_by(run, stage):
+        return _checkpoint(run.intact(stage), run.require(stage)["fingerprint"]["digest"])
 
 
 @lru_cache(maxsize=12)
@@ -82,105 +102,118 @@ def _checkpoint(folder: Path, _digest: str) -> tuple[Any, Any]:
     return load_checkpoint(folder), load_tokenizer(folder)
 
 
-def loss_curve(run: Run, stage: str, points: int) -> dict | None:
-    """The loss curve of a finished or running stage, None where there is none.
+def loss_curve(run: Run, stage: str, points: int) -> dict:
+    """The loss curve of a stage, finished or in training.
 
-    Raises CheckpointError where a finished stage's metrics.jsonl was changed.
+    Raises MissingInput; CheckpointError where a finished stage's metrics.jsonl was changed.
     """
-    finished_folder, partial = run.stage_folder(stage), run.partial_folder(stage)
-    if (finished_folder / METRICS).is_file():
-        written = run.require(stage)["outputs"].get(METRICS)
-        if files.sha256_file(finished_folder / METRICS) != written:
+    with _made_by(run, stage):
+        partial = run.partial_folder(stage)
+        if not run.stage_folder(stage).exists() and (partial / METRICS).is_file():
+            return curve(partial, points=points)
+        written, file = run.require(stage)["outputs"].get(METRICS), run.stage_folder(stage) / METRICS
+        if not file.is_file() or files.sha256_file(file) != written:
             raise CheckpointError(
                 f"{stage}/{METRICS} of run {run.name} is not what the stage wrote: "
                 f"`threefold verify --run {run.name}` lists all such files; run stage {stage} again"
             )
-        return curve(finished_folder, points=points)
-    return curve(partial, points=points) if (partial / METRICS).is_file() else None
+        return curve(file.parent, points=points)
 
 
 # Evaluations --------------------------------------------------------------------------------------------------------
 
 
-def comparison(run: Run) -> Comparison:
-    """The records of the notebooks executed so far. Raises MissingInput; RecordError where a notebook was changed."""
-    for stage in run.plan:
+def evaluations(run: Run, model: str) -> dict[str, dict[str, Any]]:
+    """{protocol: the values of its record} of a model.
+
+    Raises MissingInput; RecordError where its notebook was changed or its evaluation used other weights than the
+    model has now.
+    """
+    stage = f"evaluate-{model}"
+    if stage not in run.plan:
+        known, _ = evaluated(run)
+        raise MissingInput(
+            f"run {run.name} has not evaluated {model!r}{did_you_mean(model, known)}; evaluated are {', '.join(known)}"
+        )
+    with _made_by(run, stage):
+        run.require(stage)
         run.check_notebook(stage)
-    executed = sorted((run.path / "notebooks").glob("*.ipynb"))
-    return _comparison(run.path, tuple((path.name, path.stat().st_mtime_ns) for path in executed))
+        notebook = run.notebook(run.spec(stage).executed)
+        values = {
+            name.split("/", 2)[2]: record.values
+            for name, record in _records(notebook, notebook.stat().st_mtime_ns).items()
+            if name.startswith(f"evaluation/{model}/")
+        }
+        made = run.require(model)["weights_sha256"] if model in run.plan else None
+        used = {record["weights_sha256"] for record in values.values()}
+        if made and used - {made}:
+            raise RecordError(
+                f"{model} was evaluated with weights {min(used - {made})[:12]} and now has weights {made[:12]}; "
+                "evaluate it again"
+            )
+        return values
 
 
-@lru_cache(maxsize=2)
-def _comparison(folder: Path, _state: tuple) -> Comparison:
-    return Comparison.load(folder)
+@lru_cache(maxsize=50)
+def _records(notebook: Path, _changed: int) -> dict[str, records.Record]:
+    return records.read(notebook)
 
 
-def evaluated(run: Run) -> list[str]:
-    """The evaluated models; [] where there are none or the records cannot be read."""
-    try:
-        return comparison(run).models
-    except ThreefoldError:
-        return []
+def evaluated(run: Run) -> tuple[list[str], list[str]]:
+    """(the models whose evaluations can be read, the messages of the others)."""
+    models = [name.removeprefix("evaluate-") for name in run.plan if name.startswith("evaluate-")]
+    values, messages = each(models, lambda model: evaluations(run, model))
+    return list(values), messages
 
 
 def protocols(run: Run) -> list[str]:
-    """The protocols with results by item; [] where there are none or the records cannot be read."""
-    try:
-        return [name for name in comparison(run).protocols if name != "speed"]
-    except ThreefoldError:
-        return []
+    """The protocols with results by item of any model."""
+    return list(dict.fromkeys(protocol for model in evaluated(run)[0] for protocol in evaluations(run, model)))
 
 
 def items(run: Run, model: str, protocol: str) -> pd.DataFrame:
-    """A model's items under a protocol. Raises MissingInput, which names the command that makes them."""
-    frame = comparison(run).items(model, protocol)
-    if frame is None:
-        stage = f"evaluate-{model}"
-        evaluated_stage = stage in run.plan
-        way = f"run `{run.command(stage)}`" if evaluated_stage else f"evaluated are {', '.join(evaluated(run))}"
-        raise MissingInput(f"run {run.name} has no results of {model} under {protocol}: {way}")
-    return frame
+    """A model's items under a protocol. Raises MissingInput or RecordError, which name the command that makes them."""
+    measured, stage = evaluations(run, model), f"evaluate-{model}"
+    file = run.stage_folder(stage) / "items" / f"{protocol.replace('/', '_')}.parquet"
+    with _made_by(run, stage):
+        if protocol not in measured or not file.is_file():
+            raise MissingInput(f"run {run.name} has no results of {model} under {protocol}: run")
+        if files.sha256_file(file) != measured[protocol]["items"]["sha256"]:
+            raise RecordError(f"{file.name} of {model} is not what its record says; evaluate {model} again")
+        return pd.read_parquet(file)
 
 
 def texts(run: Run, model: str, protocol: str) -> dict[int, dict[str, str]]:
     """{item: its texts by name ("sentence", "prompt", "chosen", ...)}, from the data that the evaluation read.
 
-    Raises MissingInput or RecordError where the data are missing or differ from those that were evaluated.
+    Raises RecordError where no key of the preset's `evaluation` reads those data now.
     """
-    frame = items(run, model, protocol)
-    data = comparison(run).evaluations(model)[protocol]["settings"].get("data") or {}
-    if "document" in frame:
-        key = "lines" if "/lines-" in protocol else "perplexity"
-    else:
-        columns = {"question": "problems", "reference": "instructions", "logp_chosen": "preferences"}
-        key = next((key for column, key in columns.items() if column in frame), "sentiment")
-    source: SourceConfig = getattr(run.preset.evaluation, key)
-    if not (source.source or source.path):
-        raise MissingInput(f"run {run.name} no longer names evaluation.{key}, so its texts are not known")
-    rows = _rows(source, run.data_dir, data.get("fingerprint", ""), data.get("examples", -1))
-    if rows is None:
-        raise RecordError(
-            f"evaluation.{key} ({source.source or source.path}) now reads other data than {protocol} was measured on"
-        )
-    if key == "lines":
-        rows = perplexity.first_lines(rows, sources.resolve(source, run.data_dir).reader.startswith("wikitext"))
-    return {index: _texts(row) for index, row in enumerate(rows)}
+    data = evaluations(run, model)[protocol]["settings"].get("data") or {}
+    fields = {key: value for key, value in vars(run.preset.evaluation).items() if isinstance(value, SourceConfig)}
+    named = {key: source for key, source in fields.items() if source.source or source.path}
+    rows, messages = each(
+        named, lambda key: _rows(named[key], run.data_dir, data.get("fingerprint"), data.get("examples"))
+    )
+    found = [(named[key], of_key) for key, of_key in rows.items() if of_key is not None]
+    if not found:
+        reasons = "; ".join(messages) or "its files or its keys have changed"
+        raise RecordError(f"[evaluation] now reads other data than {protocol} was measured on: {reasons}")
+    source, items_of = found[0]
+    if "/lines-" in protocol:
+        wikitext = sources.resolve(source, run.data_dir).reader.startswith("wikitext")
+        items_of = perplexity.first_lines(items_of, wikitext)
+    return {
+        index: {name: str(text) for name, text in row.items() if name != "label"}
+        if isinstance(row, dict)
+        else {"text": row}
+        for index, row in enumerate(items_of)
+    }
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _rows(source: SourceConfig, data_dir: str, fingerprint: str, examples: int) -> list | None:
     """The rows of a source; None where they are not those of that fingerprint and number."""
     if sources.resolve(source, data_dir).fingerprint != fingerprint:
         return None
     rows = sources.load(source, data_dir)
     return rows if len(rows) == examples else None
-
-
-def _texts(row: str | dict) -> dict[str, str]:
-    if isinstance(row, str):
-        return {"text": row}
-    if "instruction" in row:
-        return {"prompt": instruction_prompt(row["instruction"], row["input"]), "reference": row["output"]}
-    if "sentence" in row:
-        return {"sentence": row["sentence"]}
-    return {name: str(value) for name, value in row.items()}
