@@ -83,7 +83,8 @@ def trainings(run: Run) -> list[str]:
 
 def chosen(run: Run, names: Names) -> list[str]:
     """Stages by name; default the three stages. Raises ConfigError for one that the run does not train."""
-    allowed, named = trainings(run), split(names) or list(LINEAGE)
+    allowed = trainings(run)
+    named = split(names) or [name for name in LINEAGE if name in allowed]
     for name in named:
         if name not in allowed:
             hint = did_you_mean(name, allowed)
