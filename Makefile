@@ -44,7 +44,7 @@ notebooks: env  ## write notebooks/*.ipynb from notebooks/percent/*.py
 	$(BIN)/python -m papertrail.notebooks
 
 protocols: env  ## write docs/protocols.md from the protocols' docstrings
-	$(BIN)/python -m threefold.evaluation.protocols
+	$(BIN)/python -m threefold.evaluation.protocols > docs/protocols.md
 
 lock: env-test
 	( echo "# Versions the project was tested with; used as constraints: pip install -c requirements.lock -e '.[test]'"; \

@@ -51,7 +51,7 @@ folder = stage.begin()
 
 # %%
 subject = open_subject(stage, stage.model)
-print(f"{subject.name}: context {subject.context}, weights {subject.weights_sha256[:12]}")
+print(f"{subject.name}: context {subject.facts['context']}, weights {subject.weights_sha256[:12]}")
 
 # %% [markdown]
 # ## The protocols

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_fixtures import (
+    article,
     gpt2,
     gpt2_language_model,
     gpt2_style_tokenizer,
@@ -14,19 +15,20 @@ from evaluation_fixtures import (
     model_config,
     naive_logprobs,
     tokenizer,
+    wikitext2,
 )
 from safetensors.torch import load_file, save_file
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from basics.errors import CheckpointError, EvaluationError, SourceError
 from study.preset import BaselinesConfig, Preset
 from study.run import Run, Stage
 from study.subjects import subject
 from threefold.config import ExternalConfig
-from threefold.evaluation import LanguageModel, sha256_state
+from threefold.evaluation import LanguageModel, perplexity, sha256_state
 from threefold.evaluation.batching import batches_of, rows_of
 from threefold.model.decoder import Decoder
-from threefold.model.hf import save_checkpoint
+from threefold.model.hf import load_checkpoint, save_checkpoint
 
 
 def requests(n: int, shared: int = 0, seed: int = 0) -> list[tuple[list[int], list[int]]]:
@@ -267,6 +269,96 @@ def test_a_tokenizer_larger_than_the_model_is_refused():
         LanguageModel.random(model_config(vocab_size=300), tokenizer(), 0)
 
 
+def padded_tokenizer(folder, *tokens: str):
+    """GPT-2's kind of tokenizer with special tokens added behind its vocabulary, as fine-tuning scripts add them."""
+    gpt2_style_tokenizer().save_pretrained(folder)
+    tok = AutoTokenizer.from_pretrained(folder)
+    tok.add_special_tokens({"pad_token": tokens[0], "additional_special_tokens": list(tokens[1:])})
+    return tok
+
+
+@pytest.mark.parametrize("convert", [True, False])
+def test_added_tokens_without_a_row_in_the_model_are_text_as_any_other(tmp_path, convert):
+    """A padding token that was added and never embedded: scores and answers are those without it."""
+    tok = padded_tokenizer(tmp_path, "[PAD]", "<|tool|>")
+    assert len(tok) == 386
+    bare = LanguageModel.from_model(gpt2(), gpt2_style_tokenizer(), "bare", convert=convert)
+    model = LanguageModel.from_model(gpt2(), tok, "padded", convert=convert)
+    texts = ["the baker", "a [PAD] river <|tool|> sang"]
+    assert model.encode(texts) == bare.encode(texts) and max(map(max, model.encode(texts))) < 384
+    assert model.generate(texts, 9) == bare.generate(texts, 9)
+    assert model.same_tokenizer(bare)
+
+
+def test_an_end_of_sequence_token_without_a_row_is_refused(tmp_path):
+    tok = padded_tokenizer(tmp_path, "[PAD]")
+    tok.eos_token = "[PAD]"
+    with pytest.raises(EvaluationError, match="do not belong together"):
+        LanguageModel.from_model(gpt2(), tok, "padded")
+
+
+BUFFERS = {
+    "attn.bias": torch.ones(1, 1, 128, 128, dtype=torch.uint8).tril(),
+    "attn.masked_bias": torch.tensor(-1e4),
+}
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+@pytest.mark.parametrize("names", [["attn.bias"], ["attn.masked_bias"], list(BUFFERS)])
+def test_buffers_that_older_gpt2_files_carry_are_no_weights(tmp_path, names, prefix):
+    original, file = gpt2(), tmp_path / "model.safetensors"
+    original.save_pretrained(tmp_path)
+    gpt2_style_tokenizer().save_pretrained(tmp_path)
+    state = {prefix + key.removeprefix("transformer."): value for key, value in load_file(file).items()}
+    state |= {f"{prefix}h.{layer}.{name}": BUFFERS[name].clone() for layer in (0, 1) for name in names}
+    save_file(state, file, metadata={"format": "pt"})
+    model = LanguageModel.from_checkpoint(tmp_path)
+    asked = requests(4)
+    for (context, target), span in zip(asked, model.loglikelihoods(asked), strict=True):
+        np.testing.assert_allclose(span, naive_logprobs(original, context, target), rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        tokens = torch.tensor([[5, 6, 7]])
+        torch.testing.assert_close(load_checkpoint(tmp_path)(tokens), original(tokens).logits)
+    save_file(state | {f"{prefix}h.0.attn.surprise": torch.ones(2)}, file, metadata={"format": "pt"})
+    for load in (LanguageModel.from_checkpoint, load_checkpoint):
+        with pytest.raises(CheckpointError, match=r"extra (weights: )?(transformer\.)?h\.0\.attn\.surprise"):
+            load(tmp_path)
+
+
+def test_rotary_frequencies_that_older_llama_files_carry_are_no_weights(tmp_path):
+    original, file = llama(), tmp_path / "model.safetensors"
+    original.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    save_file(
+        load_file(file) | {name.format(layer): torch.ones(4) for layer in (0, 1)}, file, metadata={"format": "pt"}
+    )
+    assert LanguageModel.from_checkpoint(tmp_path).facts["backend"] == "decoder"
+    with torch.inference_mode():
+        tokens = torch.tensor([[5, 6, 7]])
+        torch.testing.assert_close(load_checkpoint(tmp_path)(tokens), original(tokens).logits)
+
+
+def bloom(folder):
+    """A model that is not converted and names no context, saved with a tokenizer."""
+    torch.manual_seed(0)
+    ids = {"bos_token_id": 0, "eos_token_id": gpt2_style_tokenizer().eos_token_id}
+    BloomForCausalLM(BloomConfig(vocab_size=384, hidden_size=32, n_layer=2, n_head=4, **ids)).save_pretrained(folder)
+    gpt2_style_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_context_without_a_limit_is_called_unlimited(tmp_path):
+    model = LanguageModel.from_checkpoint(bloom(tmp_path))
+    assert model.facts["context"] == "unlimited" and model.facts["backend"] == "transformers"
+    assert len(model.loglikelihoods([([1] * 3000, [2] * 9)])[0]) == 9
+    pages = perplexity.lm_eval(model, wikitext2([article(3000, 0)]))
+    assert pages.settings["windows"] > 1, "windows as long as lm-eval's default"
+    tokenizer_file = tmp_path / "tokenizer_config.json"
+    tokenizer_file.write_text(json.dumps(json.loads(tokenizer_file.read_text()) | {"model_max_length": 64}))
+    assert LanguageModel.from_checkpoint(tmp_path).facts["context"] == 64
+
+
 def test_random_control_is_hashed_and_seeded():
     first, again, other = (LanguageModel.random(model_config(), tokenizer(), seed) for seed in (0, 0, 1))
     assert first.weights_sha256 == again.weights_sha256 != other.weights_sha256
@@ -390,6 +482,39 @@ def test_stop_strings_are_cut_off(convert):
     stop = whole[5:8]
     (cut,) = model.generate(["the baker"], 16, stop=[stop])
     assert cut == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"no_repeat_ngram_size": 2},
+        {"repetition_penalty": 3.0},
+        {"min_length": 40, "min_new_tokens": 9},
+        {"num_beams": 4, "length_penalty": 3.0},
+        {"do_sample": True, "temperature": 9.0, "top_k": 3},
+        {"forced_eos_token_id": 5, "forced_bos_token_id": 6},
+        {"bad_words_ids": [[token] for token in range(200)]},
+        {"suppress_tokens": list(range(200)), "begin_suppress_tokens": list(range(200, 380))},
+        {"max_length": 4, "eos_token_id": list(range(1, 300)), "stop_strings": ["a", "e"]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_checkpoints_own_generation_settings_do_not_count(tmp_path, settings, file):
+    """Answers are greedy, whatever generation_config.json or config.json asks for."""
+    prompts = ["the baker", "a river sang quietly under the stone"]
+    plain, changed = bloom(tmp_path / "plain"), bloom(tmp_path / "changed")
+    kept = json.loads((changed / file).read_text()) | settings
+    (changed / file).write_text(json.dumps(kept))
+    expected = LanguageModel.from_checkpoint(plain).generate(prompts, 12, stop=["Question"])
+    assert LanguageModel.from_checkpoint(changed).generate(prompts, 12, stop=["Question"]) == expected
+
+
+def test_generating_leaves_the_models_own_settings_alone():
+    original = llama()
+    original.generation_config.repetition_penalty = 2.0
+    LanguageModel.from_model(original, tokenizer(), "tiny", convert=False).generate(["the baker"], 3)
+    assert original.generation_config.repetition_penalty == 2.0
 
 
 def test_generating_nothing_is_an_empty_string():

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 from evaluation_fixtures import language_model, model_config, tokenizer
 
+from basics import paths
 from basics.errors import EvaluationError, ThreefoldError
 from threefold.config import EvaluationConfig, SourceConfig
 from threefold.evaluation import PROTOCOLS, LanguageModel, describe, evaluate, save_items, speed
-from threefold.evaluation.protocols import PAGE
 
 
 def sample(name: str, split: str = "test", n: int = 8) -> SourceConfig:
@@ -139,7 +139,8 @@ def test_every_metric_is_on_the_page():
 
 
 def test_the_page_is_up_to_date():
-    assert PAGE.read_text(encoding="utf-8") == describe(), "docs/protocols.md is old: run `make protocols`"
+    page = paths.PROJECT / "docs" / "protocols.md"
+    assert page.read_text(encoding="utf-8") == describe(), "docs/protocols.md is old: run `make protocols`"
 
 
 # Speed ---------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ own tokenizer would put before it (our BOS, nothing for GPT-2); only the positio
 
 import copy
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from basics.files import sha256_bytes
 from threefold.config import ExternalConfig, ModelConfig
 from threefold.data.tokenizer import tokenizer_hash
 from threefold.evaluation import loading
-from threefold.evaluation.backends import Backend, DecoderBackend, TransformersBackend, as_decoder
+from threefold.evaluation.backends import UNLIMITED, Backend, DecoderBackend, TransformersBackend, as_decoder
 from threefold.evaluation.batching import FULL, Request, Row, batches_of, rows_of
 from threefold.memory import keep_freed_memory
 from threefold.model.decoder import Decoder
@@ -37,7 +39,8 @@ SHARED_PREFIX = 16  # shorter common prefixes are not worth a cache
 class LanguageModel:
     """A model, its tokenizer and the hash of its weights.
 
-    context: positions it can attend over, prefix included. prefix_ids: what its tokenizer puts before every text.
+    context: positions it can attend over, prefix included; UNLIMITED where it has no limit. prefix_ids: what its
+    tokenizer puts before every text.
     facts: parameters, precision, backend, tokenizer hash, revision: part of every evaluation's settings.
     """
 
@@ -53,12 +56,7 @@ class LanguageModel:
             raise EvaluationError(f"{self.name}: its tokenizer gives no character offsets (a fast tokenizer is needed)")
         if self.tokenizer.eos_token_id is None:
             raise EvaluationError(f"{self.name}: its tokenizer has no end-of-sequence token")
-        if len(self.tokenizer) > self.backend.vocab_size:
-            raise EvaluationError(
-                f"{self.name}: the tokenizer has {len(self.tokenizer)} tokens, the model only "
-                f"{self.backend.vocab_size}: they do not belong together"
-            )
-        self._plain = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        self._plain = _known_to(self.tokenizer, self.backend.vocab_size, self.name)
         self._plain.no_padding()
         self._plain.no_truncation()
         bare = self.tokenizer("a", add_special_tokens=False).input_ids
@@ -72,7 +70,7 @@ class LanguageModel:
             "parameters": sum(p.numel() for p in self.backend.model.parameters()),
             "precision": str(self.backend.dtype).removeprefix("torch."),
             "backend": self.backend.name,
-            "context": self.context,
+            "context": "unlimited" if self.context == UNLIMITED else self.context,
             "prefix_tokens": len(self.prefix_ids),
             "vocabulary": len(self.tokenizer),
             "tokenizer_sha256": _tokenizer_hash(self.tokenizer),
@@ -347,6 +345,25 @@ def sha256_state(model: torch.nn.Module) -> str:
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _known_to(tokenizer: Any, vocab_size: int, name: str) -> Tokenizer:
+    """A copy of the tokenizer that yields only ids below `vocab_size`.
+
+    A padding token and the like, added without a row in the model's embedding, are left out: their text is tokenised as
+    any other. Raises EvaluationError where other tokens or EOS have no row: tokenizer and model do not belong together.
+    """
+    beyond = {id for id in tokenizer.get_vocab().values() if id >= vocab_size}
+    if not beyond <= tokenizer.added_tokens_decoder.keys() or tokenizer.eos_token_id in beyond:
+        raise EvaluationError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}: they do not belong "
+            "together"
+        )
+    if not beyond:
+        return copy.deepcopy(tokenizer.backend_tokenizer)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] not in beyond]
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:

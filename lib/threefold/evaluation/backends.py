@@ -1,5 +1,6 @@
 """The two ways in which a model runs under evaluation: as our Decoder, or as a model of transformers."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,6 +16,8 @@ from threefold.model.decoder import Decoder
 from threefold.model.generation import generate as generate_ids
 from threefold.model.hf_config import GPT2, LLAMA, QWEN3
 
+UNLIMITED = sys.maxsize  # positions of a model that names no limit
+NO_LIMIT = 10**9  # transformers writes 1e30 where a limit is not known
 PROBE_TOLERANCE = 1e-3  # a converted model's logits may differ by this share of the largest logit
 
 
@@ -100,8 +103,8 @@ class TransformersBackend(Backend):
     def __init__(self, model: Any, tokenizer: Any):
         config = model.config.get_text_config()
         lengths = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "n_ctx"))
-        context = int(next((length for length in lengths if length), tokenizer.model_max_length))
-        super().__init__(model, context, config.vocab_size)
+        context = next((length for length in lengths if length), tokenizer.model_max_length)
+        super().__init__(model, int(context) if 0 < context < NO_LIMIT else UNLIMITED, config.vocab_size)
         self._linear = self._head_is_linear()
         self.head = model.get_output_embeddings() if self._linear else torch.nn.Identity()
 
@@ -126,25 +129,27 @@ class TransformersBackend(Backend):
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, tokenizer: Any, stop: list[str]
     ) -> list[list[int]]:
-        width = max(map(len, prompts))
-        eos = tokenizer.eos_token_id
-        pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        from transformers import GenerationConfig
+
+        width, eos = max(map(len, prompts)), tokenizer.eos_token_id
+        pad = eos  # masked: any id that the model knows
         tokens_BT = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=self.device)
         mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self.device)
-        out_BT = self.model.generate(
-            tokens_BT,
-            attention_mask=mask_BT,
+        config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=1.0,
             eos_token_id=eos,
             pad_token_id=pad,
-            **({"stop_strings": stop, "tokenizer": tokenizer} if stop else {}),
+            stop_strings=stop or None,
         )
+        # What this leaves open transformers would take from the checkpoint: penalties, forced and suppressed tokens.
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        try:
+            out_BT = self.model.generate(
+                tokens_BT, attention_mask=mask_BT, generation_config=config, tokenizer=tokenizer
+            )
+        finally:
+            self.model.generation_config = own
         rows = out_BT[:, width:].tolist()
         return [row[: row.index(eos)] if eos in row else row for row in rows]
 

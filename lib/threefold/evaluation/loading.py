@@ -130,8 +130,8 @@ def _with_transformers(
         said = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{name}: transformers cannot load it: {type(error).__name__}: {said}") from error
     for key, fault in FAULTS.items():
-        weights = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in info.get(key) or ())
-        if weights:
+        names = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in info.get(key) or ())
+        if weights := [name for name in names if not hf.is_buffer(name)]:
             raise CheckpointError(f"{name}: {fault} weights: {hf.shortened(weights)}")
     return model.to(device or pick_device()), tokenizer
 

@@ -16,10 +16,12 @@ import pandas as pd
 from basics.errors import EvaluationError
 from threefold.data.wikitext import hub_rows
 from threefold.evaluation.adapter import LanguageModel, Request
+from threefold.evaluation.backends import UNLIMITED
 from threefold.evaluation.results import SCORING, Dataset, Evaluation, Scoring, point
 
 LINES = 100
 LINES_CUT = 512
+LM_EVAL_CONTEXT = 2048  # positions of a model without a limit
 METRICS = {  # name: (column that the nats are divided by, transform of nats per unit, unit)
     "word_perplexity": ("words", np.exp, "perplexity per word"),
     "byte_perplexity": ("bytes", np.exp, "perplexity per byte"),
@@ -125,8 +127,9 @@ def lm_eval(model: LanguageModel, data: Dataset, *, scoring: Scoring = SCORING) 
     - Data: `evaluation.perplexity` (WikiText-2 raw, test), cut into the pages of
       `EleutherAI/wikitext_document_level`: an article is one page but for a few.
     - Tokens: the model's own, of each page after lm-eval's detokenizer (` @-@ ` to `-`, ...), without special tokens.
-    - Windows: as long as the model's context; the first begins with the model's BOS (EOS where it has none), each later
-      one with the last token of the window before, the last one with as much before it as fills the context.
+    - Windows: as long as the model's context (2,048 positions, lm-eval's default, where it has no limit); the first
+      begins with the model's BOS (EOS where it has none), each later one with the last token of the window before, the
+      last one with as much before it as fills the context.
     - Scoring: every token is scored. Words and bytes are counted on the page before detokenisation (words:
       `re.split(r"\\s+", page)`); one sum of nats over all pages, divided once.
     - Metrics: `word_perplexity`, `byte_perplexity`, `perplexity` (per token), `bits_per_byte`, each with a 95%
@@ -144,6 +147,7 @@ def lm_eval(model: LanguageModel, data: Dataset, *, scoring: Scoring = SCORING) 
     if not cut:
         raise EvaluationError(f"{name}: the text is empty")
     documents, originals = zip(*cut, strict=True)
+    context = LM_EVAL_CONTEXT if model.context == UNLIMITED else model.context
     bos = model.tokenizer.bos_token_id
     start = model.prefix_ids or [model.tokenizer.eos_token_id if bos is None else bos]
     requests: list[Request] = []
@@ -151,11 +155,11 @@ def lm_eval(model: LanguageModel, data: Dataset, *, scoring: Scoring = SCORING) 
     tokens = []
     for index, ids in enumerate(model.encode([detokenize(page) for page in originals] if data.wikitext else originals)):
         tokens.append(len(ids))
-        first = model.context - len(start) + 1
+        first = context - len(start) + 1
         requests.append((start, ids[:first]))
-        for at in range(first, len(ids), model.context):
-            end = min(at + model.context, len(ids))
-            requests.append((ids[max(0, end - model.context - 1) : at], ids[at:end]))  # the last one reaches back
+        for at in range(first, len(ids), context):
+            end = min(at + context, len(ids))
+            requests.append((ids[max(0, end - context - 1) : at], ids[at:end]))  # the last one reaches back
         owners += [index] * (len(requests) - len(owners))
     spans = scoring.logprobs(model, requests, lambda i: f"{name}: document {documents[owners[i]]}")
     items = {

@@ -110,15 +110,12 @@ def generate_where(
     scoring: Scoring,
 ) -> tuple[list[str], list[int]]:
     """Greedy answers and their lengths in tokens; "" and 0 for a prompt that does not fit the context."""
-    generated = iter(
-        model.generate_with_lengths(
-            [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit],
-            new_tokens,
-            stop,
-            batch_tokens=scoring.batch_tokens,
-        )
+    kept = [index for index, fit in enumerate(fits) if fit]
+    generated = model.generate_with_lengths(
+        [prompts[index] for index in kept], new_tokens, stop, batch_tokens=scoring.batch_tokens
     )
-    answers = [next(generated) if fit else ("", 0) for fit in fits]
+    by_prompt = dict(zip(kept, generated, strict=True))
+    answers = [by_prompt.get(index, ("", 0)) for index in range(len(prompts))]
     return [text for text, _ in answers], [length for _, length in answers]
 
 

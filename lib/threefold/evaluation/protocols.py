@@ -3,23 +3,19 @@
 import functools
 import inspect
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from basics import paths
 from basics.errors import EvaluationError
-from basics.files import atomic_write
 from threefold.config import EvaluationConfig, SourceConfig
 from threefold.data import sources
 from threefold.evaluation import instructions, length, perplexity, preferences, problems, sentiment, speed
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import Dataset, Evaluation, Progress, Scoring, quiet
 
-PAGE = paths.PROJECT / "docs" / "protocols.md"
 INTRODUCTION = """# Protocols
 
 *Written from the docstrings in `lib/threefold/evaluation` by `make protocols`; edit those.*
@@ -209,12 +205,5 @@ def _name(source: SourceConfig) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
-def main() -> int:
-    """Write the page."""
-    atomic_write(PAGE, describe().encode())
-    print(f"wrote {PAGE.relative_to(paths.PROJECT)}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print(describe(), end="")

@@ -82,7 +82,7 @@ def _evaluation(model: LanguageModel, models: Sequence[LanguageModel], rows: pd.
 def _time(model: LanguageModel, batch: int, prompt: int, new_tokens: int, seed: int) -> tuple[float, float]:
     """Seconds of (prefill, decoding) of one batch."""
     generator = torch.Generator().manual_seed(seed)
-    tokens_BT = torch.randint(len(model.tokenizer), (batch, prompt), generator=generator)
+    tokens_BT = torch.randint(min(len(model.tokenizer), model.backend.vocab_size), (batch, prompt), generator=generator)
     if model.prefix_ids:
         tokens_BT[:, : len(model.prefix_ids)] = torch.tensor(model.prefix_ids[:prompt])
     tokens_BT = tokens_BT.to(model.device)

@@ -7,6 +7,7 @@ config.json.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,7 @@ _NAMES: dict[str, dict[str, str]] = {
         "down": "c_proj",
     },
 }
+_BUFFER = re.compile(r"\.(attn|attention|self_attn)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 _TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps its projections as [in, out]
 
 
@@ -158,15 +160,24 @@ def shortened(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
+def is_buffer(name: str) -> bool:
+    """Whether a tensor of a foreign checkpoint is no weight but a buffer that older versions of transformers saved with
+    the weights: the causal mask of GPT-2 and its relatives, the rotary frequencies of Llama. Models compute them.
+    """
+    return bool(_BUFFER.search(name))
+
+
 def _canonical(state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Names as transformers writes them today: the hub's GPT-2 files leave out "transformer." and hold causal masks."""
-    if name != GPT2:
+    """Weights under the names that transformers writes today: buffers are dropped, and the names of the hub's GPT-2
+    files get their "transformer.".
+    """
+    if name == OWN:
         return dict(state)
-    named = {
-        key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}": value
-        for key, value in state.items()
-    }
-    return {key: value for key, value in named.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
+    weights = {key: value for key, value in state.items() if not is_buffer(key)}
+    if name != GPT2:
+        return weights
+    whole = ("transformer.", "lm_head.")
+    return {key if key.startswith(whole) else f"transformer.{key}": value for key, value in weights.items()}
 
 
 # Folders ------------------------------------------------------------------------------------------------------------
