@@ -17,13 +17,13 @@ class ThreefoldError(Exception):
     are shown as their escapes, and words without end by their ends.
     """
 
+    _shown = "\u00a0"  # unprintable characters that are shown as they are
+
     def __init__(self, message: str = ""):
         message = _ENDLESS.sub(r"\1…\2", message)
-        super().__init__("".join(char if self._shown(char) else _escaped(char) for char in message))
-
-    @staticmethod
-    def _shown(char: str) -> bool:
-        return char.isprintable() or char == "\u00a0"
+        super().__init__(
+            "".join(char if char.isprintable() or char in self._shown else ascii(char)[1:-1] for char in message)
+        )
 
     def _render_traceback_(self) -> list[str]:
         """IPython's hook: in a notebook the error is its one line, not a page of frames."""
@@ -65,10 +65,4 @@ class RecordError(ThreefoldError):
 class ReportError(ThreefoldError):
     """A report whose sources do not hold together; one line a fault."""
 
-    @staticmethod
-    def _shown(char: str) -> bool:
-        return char == "\n" or ThreefoldError._shown(char)
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii")
+    _shown = "\u00a0\n"

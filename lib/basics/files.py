@@ -1,4 +1,4 @@
-"""Atomic files, hashes, and JSON files that carry their own hash."""
+"""Atomic files, locks, hashes, and JSON files that carry their own hash."""
 
 import hashlib
 import json
@@ -28,8 +28,7 @@ def sha256_file(path: str | Path) -> str:
 
 def sha256_tree(folder: str | Path) -> dict[str, str]:
     """{path relative to the folder, with /: SHA-256} of every file under it, sorted by path."""
-    folder = Path(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
@@ -72,23 +71,35 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Move a finished folder into place. The one it replaces is set aside first and removed last, so that at every
-    moment a whole one is on the disk; `recover_folder` puts it back after a crash between the two renames. Its files
-    reach the disk before it takes its place. Not for two writers at once."""
+    """Move a finished folder into place. The folder it replaces is set aside first and removed last, so that a whole
+    one is on the disk at every moment; `recover_folder` puts it back after a crash between the two renames. The new
+    files reach the disk before the folder takes its place. Not for two writers at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for file in new.rglob("*"):
         if file.is_file():
             sync(file)
     recover_folder(path)
-    aside = _aside(path)
     if path.exists():
-        os.rename(path, aside)
+        os.rename(path, _aside(path))
     try:
         os.rename(new, path)
     except OSError:
         recover_folder(path)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    recover_folder(path)
+
+
+def recover_folder(path: Path) -> None:
+    """Undo what a crash inside `replace_folder` left: put the folder set aside back, or remove it if replaced."""
+    aside = _aside(path)
+    if path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    elif aside.exists():
+        os.rename(aside, path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.previous")
 
 
 def sync(path: Path) -> None:
@@ -100,19 +111,20 @@ def sync(path: Path) -> None:
         os.close(file)
 
 
-def recover_folder(path: Path) -> None:
-    """Undo what a crash inside `replace_folder` left: put the folder set aside back, or remove it if replaced."""
-    aside = _aside(path)
-    if not aside.exists():
-        return
-    if path.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        os.rename(aside, path)
+def try_lock(path: Path, *, shared: bool = False) -> int | None:
+    """Lock a file or folder for this process: the descriptor that holds the lock until it is closed, or None while
+    another process holds it. On Windows, and on file systems that cannot lock, nothing is held."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        import fcntl
 
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.previous")
+        fcntl.flock(opened, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        return None
+    except (ImportError, OSError):
+        pass
+    return opened
 
 
 # Notes --------------------------------------------------------------------------------------------------------------
@@ -138,8 +150,7 @@ def read_note(path: Path) -> dict[str, Any] | None:
 
 def damaged(note: Path) -> list[Path]:
     """What is not as it was written: the note, or files beside it of those it names under "files" ({name: SHA-256})."""
-    values = read_note(note)
-    if values is None:
+    if (values := read_note(note)) is None:
         return [note]
     files = {note.parent / name: digest for name, digest in values.get("files", {}).items()}
     return [file for file, digest in files.items() if not file.is_file() or sha256_file(file) != digest]
@@ -158,7 +169,7 @@ def sha256_cached(path: Path) -> str:
     stat = path.stat()
     if stat.st_size < SMALL:
         return sha256_file(path)
-    kept = paths.cache_folder() / "hashes" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
+    kept = paths.cache_folder() / "hashes" / f"{sha256_bytes(str(path.resolve()).encode())[:32]}.json"
     state = [stat.st_size, stat.st_mtime_ns]
     known = read_note(kept)
     if known is None or known.get("state") != state:

@@ -17,20 +17,18 @@ _REPLICATE = re.compile(r"(.+)-seed([2-9]|[1-9][0-9]{1,5})")  # replicates count
 
 def check_name(name: str, what: str) -> str:
     """Return the name if it is a valid file name everywhere and cannot leave its folder. Raises ConfigError."""
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"{what} {shown(name)}: a name has only A-Z a-z 0-9 . _ - and starts with a letter or digit")
-    if len(name) > _LONGEST_NAME or name.endswith(".") or name.partition(".")[0].upper() in _WINDOWS:
+    device = name.partition(".")[0].upper() in _WINDOWS
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME or name.endswith(".") or device:
         raise ConfigError(
-            f"{what} {shown(name)}: a name has at most {_LONGEST_NAME} characters, does not end in a dot and is none "
-            "that Windows keeps for a device (CON, NUL, ...)"
+            f"{what} {shown(name)}: a name has only A-Z a-z 0-9 . _ -, at most {_LONGEST_NAME} of them, starts with a "
+            "letter or digit, does not end in a dot and is none that Windows keeps for a device (CON, NUL, ...)"
         )
     return name
 
 
 def near_miss(name: str, allowed: Iterable[str]) -> str | None:
     """The allowed name most similar to this one, or None when none is similar enough."""
-    matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    return next(iter(difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)), None)
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

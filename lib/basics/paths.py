@@ -19,7 +19,4 @@ def cache_folder() -> Path:
 
 def expanded(path: str | Path) -> Path:
     """The path with ~ and ~NAME put in; where nobody has that name it stays as it is, as in a shell."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
+    return Path(os.path.expanduser(path))

@@ -1,13 +1,14 @@
 """Hashes of Python source that change with what code does, not with its comments, docstrings or layout."""
 
 import ast
+import os
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
 from basics.files import sha256_bytes, sha256_json
 
-ROOT = Path(__file__).resolve().parents[1]  # the folder in which the packages lie side by side
+ROOT = Path(__file__).resolve().parents[1]  # the folder that holds the packages
 DIGITS = 16  # of a module's hash
 
 
@@ -16,36 +17,29 @@ def code_fingerprint(*modules: str) -> str:
     return sha256_json(code_hashes(modules, {"basics", *(name.partition(".")[0] for name in modules)}))
 
 
-def code_hashes(modules: Iterable[str], packages: Iterable[str], root: Path | None = None) -> dict[str, str]:
+def code_hashes(modules: Iterable[str], packages: Iterable[str]) -> dict[str, str]:
     """{module: hash of its code} of these modules and of every module of the packages that they import.
 
     Imports are followed statically, those inside functions too. The hash is that of the syntax tree without docstrings.
-    root: the folder in which the packages lie; default: the one of this package.
     Raises ValueError for a name that is no module of the packages.
     """
-    packages, root, waiting = frozenset(packages), root or ROOT, list(modules)
-    for name in waiting:
-        if module_file(name, packages, root) is None:
+    modules, files = tuple(modules), module_files(packages)
+    for name in modules:
+        if name not in files:
             raise ValueError(f"{name} is no module of {', '.join(sorted(packages))}")
-    hashes: dict[str, str] = {}
-    while waiting:
-        name = waiting.pop()
-        file = module_file(name, packages, root)
-        if name in hashes or file is None:
-            continue
-        stat = file.stat()
-        hashes[name], imported = _parsed(name, file, stat.st_mtime_ns, stat.st_size)
-        waiting += imported
-        waiting += [name.rpartition(".")[0]] if "." in name else []  # importing it runs its package's __init__ too
-    return dict(sorted(hashes.items()))
+    return dict(_code_hashes(modules, tuple(files.items())))
 
 
-def module_file(name: str, packages: Iterable[str], root: Path | None = None) -> Path | None:
-    """The source of a module of the packages; None for any other name (another package, a name inside a module)."""
-    package, *parts = name.split(".")
-    base = (root or ROOT).joinpath(package, *parts)
-    candidates = (base / "__init__.py", base.with_suffix(".py")) if package in packages else ()
-    return next((file for file in candidates if file.is_file()), None)
+def module_files(packages: Iterable[str]) -> dict[str, tuple[str, int, int]]:
+    """{module: (its file, modification time in nanoseconds, size in bytes)} of every module of the packages."""
+    found = {}
+    for package in sorted(packages):
+        for folder, _, names in os.walk(ROOT / package):
+            for file in (f"{folder}/{name}" for name in names if name.endswith(".py")):
+                module = file[len(f"{ROOT}/") : -len(".py")].replace("/", ".").removesuffix(".__init__")
+                stat = os.stat(file)
+                found[module] = (file, stat.st_mtime_ns, stat.st_size)
+    return found
 
 
 def imports(tree: ast.AST, package: str = "") -> Iterator[str]:
@@ -63,14 +57,25 @@ def imports(tree: ast.AST, package: str = "") -> Iterator[str]:
             yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
 
 
+@lru_cache(maxsize=64)
+def _code_hashes(modules: tuple[str, ...], files: tuple[tuple[str, tuple[str, int, int]], ...]) -> tuple:
+    """The items of `code_hashes`. files: the items of `module_files`; their times and sizes are keys of the cache."""
+    known, hashes, waiting = dict(files), {}, list(modules)
+    while waiting:
+        name = waiting.pop()
+        if name in known and name not in hashes:
+            hashes[name], imported = _parsed(name, *known[name])
+            waiting += [*imported, name.rpartition(".")[0]]  # importing it runs its package's __init__ too
+    return tuple(sorted(hashes.items()))
+
+
 @lru_cache(maxsize=512)
-def _parsed(name: str, file: Path, _mtime: int, _size: int) -> tuple[str, tuple[str, ...]]:
-    """(hash of the module's syntax tree, names that it imports); time and size are keys of the cache."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    imported = tuple(imports(tree, name if file.name == "__init__.py" else name.rpartition(".")[0]))
+def _parsed(name: str, file: str, _mtime: int, _size: int) -> tuple[str, tuple[str, ...]]:
+    """(hash of the module's syntax tree, names that it imports)."""
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    imported = tuple(imports(tree, name if file.endswith("__init__.py") else name.rpartition(".")[0]))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
-            ast.get_docstring(node, clean=False) is not None
-        ):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
     return sha256_bytes(ast.dump(tree).encode())[:DIGITS], imported

@@ -18,7 +18,7 @@ import psutil
 
 from basics.errors import ConfigError, MissingInput, RecordError
 from basics.files import sha256_bytes, sha256_json
-from basics.source_code import code_hashes, imports, module_file
+from basics.source_code import code_hashes, imports, module_files
 from papertrail.notebook_files import read_notebook
 from papertrail.project import Project
 
@@ -152,8 +152,8 @@ def _notebook_code(path: Path, packages: tuple[str, ...], _mtime: int, _size: in
             code.append(cell["source"])  # the kernel will report what is wrong with it
             continue
         code.append(ast.dump(tree))
-        modules.update(name for name in imports(tree) if module_file(name, packages))
-    return tuple(sorted(modules)), sha256_bytes("\n".join(code).encode())
+        modules.update(imports(tree))
+    return tuple(sorted(modules & module_files(packages).keys())), sha256_bytes("\n".join(code).encode())
 
 
 # Surroundings -------------------------------------------------------------------------------------------------------

@@ -42,17 +42,12 @@ class Markdown(str):
 # Publishing ---------------------------------------------------------------------------------------------------------
 
 
-def publish(
-    name: str, values: Mapping[str, Any], *, markdown: str | None = None, figure: Any = None, text: str | None = None
-) -> None:
-    """Display one result, for a person and as data, in exactly one output.
+def publish(name: str, values: Mapping[str, Any], **shown: Any) -> None:
+    """Display one result, for a person and as data, in exactly one output; outside IPython print its plain text.
 
-    values: finite JSON under string keys (NumPy and torch scalars and arrays become numbers and lists).
-    markdown: the table or sentence to show; or figure: a Matplotlib figure, shown as PNG at 160 dpi and closed.
-    text: the plain-text form; with a figure its alternative text, which is then needed.
-    Raises RecordError for values that are not finite JSON or an impossible name.
+    The arguments are those of `bundle`. Raises RecordError for values that are not finite JSON or an impossible name.
     """
-    data, metadata = bundle(name, values, markdown=markdown, figure=figure, text=text)
+    data, metadata = bundle(name, values, **shown)
     from IPython.core.interactiveshell import InteractiveShell
     from IPython.display import display
 
@@ -65,7 +60,12 @@ def publish(
 def bundle(
     name: str, values: Mapping[str, Any], *, markdown: str | None = None, figure: Any = None, text: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(data, metadata) of the output that `publish` displays."""
+    """(data, metadata) of the output that `publish` displays.
+
+    values: finite JSON under string keys (NumPy and torch scalars and arrays become numbers and lists).
+    markdown: the table or sentence to show; or figure: a Matplotlib figure, shown as PNG at 160 dpi and closed.
+    text: the plain-text form; with a figure its alternative text, which is then needed.
+    """
     if not _NAME.fullmatch(name):
         raise RecordError(f"record name {name!r}: expected words of A-Z a-z 0-9 . _ - joined by /")
     if markdown is not None and figure is not None:
@@ -79,7 +79,11 @@ def bundle(
     if markdown is not None:
         data["text/markdown"] = str(markdown)
     if figure is not None:
-        png = _png(figure)
+        buffer = BytesIO()
+        figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+        if pyplot := sys.modules.get("matplotlib.pyplot"):
+            pyplot.close(figure)  # or the inline backend shows it a second time at the end of the cell
+        png = buffer.getvalue()
         width, height = struct.unpack(">II", png[16:24])  # the PNG header's pixel size; shown at 96 pixels an inch
         data["image/png"] = base64.b64encode(png).decode()
         metadata["image/png"] = {"alt": text, "width": round(width * 96 / DPI), "height": round(height * 96 / DPI)}
@@ -111,15 +115,6 @@ def finite(value: Any, where: str) -> Any:
     raise RecordError(f"record {where}: {type(value).__name__} is not JSON")
 
 
-def _png(figure: Any) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
-    pyplot = sys.modules.get("matplotlib.pyplot")
-    if pyplot is not None:
-        pyplot.close(figure)  # or the inline backend shows it a second time at the end of the cell
-    return buffer.getvalue()
-
-
 # Tables -------------------------------------------------------------------------------------------------------------
 
 
@@ -127,54 +122,44 @@ def table(
     rows: Any,
     columns: Sequence[str] | Mapping[str, str] | None = None,
     *,
-    formats: Mapping[str, int | str | Callable[[Any], str]] | None = None,
+    formats: Mapping[str, str | Callable[[Any], Any]] | None = None,
 ) -> str:
-    """Rows as a Markdown pipe table whose source is aligned; columns of numbers stand to the right.
+    """Rows as a Markdown pipe table whose source is aligned; columns of numbers are right-aligned.
 
-    rows: a DataFrame, or an iterable of mappings, or of sequences (then `columns` names them).
-    columns: which, in which order; a mapping also gives their headings. Default: the first row's.
-    formats: column -> decimals, a format specification (".2f"), or a function to text; see `number` for the default.
+    rows: a DataFrame, or an iterable of mappings. columns: which, in which order; a mapping also gives their headings.
+    Default: the first row's. formats: column -> a format specification of numbers (".2f"), or a function to a value.
     None prints as an en dash; NaN is an error, an absent value is None. Text is escaped (see `escape`).
     Raises RecordError.
     """
-    rows = _rows(rows, columns)
-    if columns is None:
-        columns = list(rows[0]) if rows else []
+    rows = rows.to_dict("records") if hasattr(rows, "to_dict") else list(rows)
+    columns = columns or (list(rows[0]) if rows else [])
     headings = dict(columns) if isinstance(columns, Mapping) else {name: str(name) for name in columns}
     if not headings:
         raise RecordError("table without columns")
-    cells = []
+    lines = [[escape(heading) for heading in headings.values()]]
     for index, row in enumerate(rows):
-        missing = [name for name in headings if name not in row]
-        if missing:
+        if missing := [name for name in headings if name not in row]:
             raise RecordError(f"table row {index} has no column {missing[0]!r}; it has {', '.join(map(str, row))}")
-        cells.append([_cell(row[name], (formats or {}).get(name), f"{name}[{index}]") for name in headings])
-    right = [
-        all(_is_number(row[name]) for row in rows) and any(row[name] is not None for row in rows) for name in headings
-    ]
-    lines = [[escape(heading) for heading in headings.values()], *cells]
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(headings))]
-
-    def render(line: Sequence[str]) -> str:
-        padded = [
-            text.rjust(width) if align else text.ljust(width)
-            for text, width, align in zip(line, widths, right, strict=True)
+        lines.append([_cell(row[name], (formats or {}).get(name, ""), f"{name}[{index}]") for name in headings])
+    cells = [[row[name] for row in rows if row[name] is not None] for name in headings]
+    right = [bool(column) and all(map(_is_number, column)) for column in cells]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, [f"{'-' * (width - 1)}{':' if last else '-'}" for width, last in zip(widths, right, strict=True)])
+    padded = [
+        [
+            text.rjust(width) if last else text.ljust(width)
+            for text, width, last in zip(line, widths, right, strict=True)
         ]
-        return "| " + " | ".join(padded) + " |"
+        for line in lines
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in padded)
 
-    rule = [f"{'-' * (width - 1)}:" if align else "-" * width for width, align in zip(widths, right, strict=True)]
-    return "\n".join(map(render, [lines[0], rule, *lines[1:]])) + "\n"
 
-
-def number(value: float, decimals: int | None = None) -> str:
-    """A number for a reader: whole numbers with thousands separators; others with `decimals`, or about three
-    significant digits. Zero is zero."""
-    if not math.isfinite(value):
-        raise RecordError(f"{value} in a table: a result is finite or absent")
+def number(value: float) -> str:
+    """A number for a reader: whole numbers with thousands separators, others with about three significant digits. Zero
+    is zero."""
     if isinstance(value, int):
         return f"{value:,}"
-    if decimals is not None:
-        return f"{value:,.{decimals}f}"
     if value == 0:
         return "0"
     size = abs(value)
@@ -207,34 +192,21 @@ def escape(text: str) -> str:
     return _SPECIAL.sub(lambda match: _LITERAL[match.group()], text)
 
 
-def _rows(rows: Any, columns: Any) -> list[Mapping[str, Any]]:
-    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
-        rows = rows.to_dict("records")
-    rows = list(rows)
-    if rows and not isinstance(rows[0], Mapping):
-        if columns is None:
-            raise RecordError("table rows that are sequences need columns=")
-        rows = [dict(zip(columns, row, strict=True)) for row in rows]
-    return rows
-
-
-def _cell(value: Any, form: int | str | Callable[[Any], str] | None, where: str) -> str:
+def _cell(value: Any, form: str | Callable[[Any], Any], where: str) -> str:
     if hasattr(value, "item"):  # a NumPy or torch scalar
         value = value.item()
     if value is None:
         return "–"
     if callable(form):
-        value = form(value)
+        value, form = form(value), ""
     if isinstance(value, Markdown):
         return str(value)
-    if isinstance(value, str):
-        return escape(value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):
         if not math.isfinite(value):
             raise RecordError(f"{value} in a table at {where}: a result is finite or absent")
-        return format(value, form) if isinstance(form, str) else number(value, form)
+        return format(value, form) if form else number(value)
     return escape(str(value))
 
 
@@ -243,10 +215,10 @@ _NUMERIC = re.compile(r"[-+−±<>≈]?\s*\d[\d.,]*(e[-+]?\d+)?\s*[%×kMGTB]?(\s
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a cell reads as a number: a number, a text that begins with one, or nothing."""
+    """Whether a cell reads as a number: a number, or a text that begins with one."""
     if isinstance(value, str):
         return value == "–" or _NUMERIC.fullmatch(value) is not None
-    return value is None or (not isinstance(value, bool) and hasattr(value, "__float__"))
+    return not isinstance(value, bool) and hasattr(value, "__float__")
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -264,23 +236,18 @@ def read(notebook_path: str | Path) -> dict[str, Record]:
         raise RecordError(f"{path.name}: cell {error['cell']} ended in {error['ename']}: {error['evalue']}")
     records: dict[str, Record] = {}
     for index, output in outputs(notebook):
-        if MIME in output.get("data", {}):
-            record = _record(output["data"], path.name, index)
-            if record.name in records:
-                first = records[record.name].cell
-                raise RecordError(f"{path.name}: record {record.name} stands in cell {first} and in cell {index}")
-            records[record.name] = record
+        data = output.get("data", {})
+        if MIME not in data:
+            continue
+        where, content, markdown = f"{path.name}: cell {index}", data[MIME], data.get("text/markdown")
+        if not isinstance(content, dict) or content.get("version") != VERSION:
+            raise RecordError(f"{where}: a record of another version; run the notebook again")
+        name, values = content.get("name"), content.get("values")
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(values, dict):
+            raise RecordError(f"{where}: a record without a name or values")
+        if not isinstance(markdown, str | None):
+            raise RecordError(f"{where}: record {name} has Markdown that is no text")
+        if name in records:
+            raise RecordError(f"{path.name}: record {name} stands in cell {records[name].cell} and in cell {index}")
+        records[name] = Record(name, finite(values, name), markdown, path.name, index)
     return records
-
-
-def _record(data: Mapping[str, Any], notebook: str, cell: int) -> Record:
-    content = data[MIME]
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise RecordError(f"{notebook}: cell {cell}: a record of another version; run the notebook again")
-    name, values = content.get("name"), content.get("values")
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(values, dict):
-        raise RecordError(f"{notebook}: cell {cell}: a record without a name or values")
-    markdown = data.get("text/markdown")
-    if not isinstance(markdown, str | None):
-        raise RecordError(f"{notebook}: cell {cell}: record {name} has Markdown that is no text")
-    return Record(name, finite(values, name), markdown, notebook, cell)

@@ -14,7 +14,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,13 +23,14 @@ from typing import Any
 from basics import files
 from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
 from basics.names import did_you_mean
-from papertrail import provenance
+from papertrail import provenance, records
 from papertrail.plan import Plan, StageSpec
 from papertrail.project import Project
 from papertrail.provenance import Fingerprint
 
 RUN_FILE = "run.json"
 PATIENCE = 5.0  # seconds to wait until a killed process that worked on the same stage is gone
+EXECUTION = ("stage", "started", "finished", "wall_seconds", "outputs")  # what tells one execution from another
 RESERVED = (  # facts of run.json that `finish` finds itself
     *("stage", "fingerprint", "git", "hardware", "determinism", "outputs", "attempts", "started", "finished"),
 )
@@ -122,10 +123,10 @@ class Run:
         out = self.notebook(spec.executed)
         if out.is_relative_to(self.project.root):  # not so where the runs folder lies elsewhere
             out = out.relative_to(self.project.root)
-        words = ["papermill", f"notebooks/{spec.notebook}.ipynb", str(out)]
-        for name, value in {**self.parameters, **spec.parameters}.items():
-            words += ["-p", name, str(value)]
-        return shlex.join(words)
+        given = [
+            f"-p {name} {shlex.quote(str(value))}" for name, value in {**self.parameters, **spec.parameters}.items()
+        ]
+        return " ".join(["papermill", f"notebooks/{spec.notebook}.ipynb", shlex.quote(str(out)), *given])
 
     # Finished stages
 
@@ -135,8 +136,7 @@ class Run:
 
     def require(self, stage: str) -> dict[str, Any]:
         """The run.json of a finished stage. Raises MissingInput, with the command that makes it."""
-        facts = self.finished(stage)
-        if facts is None:
+        if (facts := self.finished(stage)) is None:
             state = " was begun but is not finished" if self.partial_folder(stage).exists() else " is not there yet"
             raise MissingInput(f"stage {stage} of run {self.name}{state}: run `{self.command(stage)}`")
         return facts
@@ -148,10 +148,9 @@ class Run:
         """
         facts, folder = self.require(stage), self.stage_folder(stage)
         for path, problem in damage(folder, facts):
-            if problem == CHANGED or (problem == GONE and not gone):
-                file = (folder / path).relative_to(self.path).as_posix()
+            if problem != STRAY and not (gone and problem == GONE):
                 raise CheckpointError(
-                    f"{file} of run {self.name} is not what the stage wrote ({problem}): "
+                    f"{self.spec(stage).folder}/{path} of run {self.name} is not what the stage wrote ({problem}): "
                     f"`threefold verify --run {self.name}` lists everything; run stage {stage} again"
                 )
         return folder
@@ -166,24 +165,41 @@ class Run:
         """Turn a stage that is finished, but whose executed notebook was never put into place, back into an interrupted
         one if it was made with that fingerprint, so that the next attempt finds its work done. Otherwise a crash
         between the two, or a disk too full for the notebook, would cost the whole training."""
-        facts, partial = self.finished(stage), self.partial_folder(stage)
+        facts, partial, folder = self.finished(stage), self.partial_folder(stage), self.stage_folder(stage)
         if facts is None or "notebook_sha256" in facts or partial.exists():
             return
-        folder = self.stage_folder(stage)
-        if facts["fingerprint"].get("digest") == digest and next(damage(folder, facts), None) is None:
+        if facts["fingerprint"].get("digest") == digest and not any(damage(folder, facts)):
             used = facts.get("determinism", {})
             _write_run_file(folder, {**facts, "threads": used.get("threads", []), "workers": used.get("workers", [1])})
             os.rename(folder, partial)
 
+    def notebook_problem(self, stage: str, digest: Callable[[Path], str] = files.sha256_file) -> str:
+        """What is wrong with the executed notebook of a finished stage, "" if nothing: it exists and is the one that
+        was sealed; where papermill itself executed it, and nothing is sealed yet, its record of the stage comes from
+        the execution that wrote run.json. Raises RecordError for one that cannot be read.
+
+        digest: hashes a file. Of the record only some keys are compared: paths in the configuration (own data, an own
+        model) are shortened there.
+        """
+        facts, spec = self.require(stage), self.spec(stage)
+        notebook, sealed = self.notebook(spec.executed), facts.get("notebook_sha256")
+        if not notebook.exists():
+            return "is not there"
+        if sealed:
+            return "" if digest(notebook) == sealed else "was changed since it was executed"
+        published = records.read(notebook).get(f"stage/{stage}")
+        if published is None:
+            return f"holds no record stage/{stage}"
+        made = [
+            (part.get("fingerprint", {}).get("digest"), *map(part.get, EXECUTION)) for part in (published.values, facts)
+        ]
+        return "" if made[0] == made[1] else f"is of another execution than {spec.folder}/run.json"
+
     def check_notebook(self, stage: str) -> None:
-        """Raise RecordError if the executed notebook is not the one that was sealed. One that was executed by papermill
-        itself is sealed by the next `threefold run`."""
-        sealed = (self.finished(stage) or {}).get("notebook_sha256")
+        """Raise RecordError if there is an executed notebook of the stage and something is wrong with it."""
         file = self.notebook(self.spec(stage).executed)
-        if sealed and file.is_file() and files.sha256_file(file) != sealed:
-            raise RecordError(
-                f"notebooks/{file.name} of run {self.name} was changed since it was executed: run stage {stage} again"
-            )
+        if self.finished(stage) is not None and file.exists() and (problem := self.notebook_problem(stage)):
+            raise RecordError(f"notebooks/{file.name} of run {self.name} {problem}: run stage {stage} again")
 
 
 GONE, CHANGED, STRAY = "missing", "changed since the stage wrote it", "not written by the stage"
@@ -192,13 +208,17 @@ GONE, CHANGED, STRAY = "missing", "changed since the stage wrote it", "not writt
 def damage(folder: Path, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(path in the folder, problem) of everything in a finished stage's folder that differs from its run.json; every
     byte is read."""
-    have = {path: digest for path, digest in files.sha256_tree(folder).items() if path != RUN_FILE}
+    have = _outputs(folder)
     for path, digest in facts["outputs"].items():
         if path not in have:
             yield path, GONE
         elif have[path] != digest:
             yield path, CHANGED
     yield from ((path, STRAY) for path in have if path not in facts["outputs"])
+
+
+def _outputs(folder: Path) -> dict[str, str]:
+    return {path: digest for path, digest in files.sha256_tree(folder).items() if path != RUN_FILE}
 
 
 def read_run_file(folder: Path) -> dict[str, Any] | None:
@@ -227,7 +247,7 @@ def _write_run_file(folder: Path, facts: Mapping[str, Any]) -> None:
 
 # Work folders -------------------------------------------------------------------------------------------------------
 
-_HELD: dict[Path, int] = {}  # work folder that this process began -> descriptor of the open folder that holds its lock
+_HELD: dict[Path, int] = {}  # work folder that this process began -> descriptor that holds its lock
 
 
 def hold(folder: Path) -> None:
@@ -239,7 +259,7 @@ def hold(folder: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        opened = _locked_folder(folder)
+        opened = files.try_lock(folder)
         if opened is not None and os.path.samestat(os.fstat(opened), os.stat(folder)):
             _HELD[folder] = opened
             return
@@ -256,29 +276,17 @@ def release(folder: Path) -> None:
         os.close(_HELD.pop(folder))
 
 
-def _locked_folder(folder: Path) -> int | None:
-    """The descriptor of the folder with its lock; None while another process, or this one, holds that."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        import fcntl
-
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(opened)
-        return None
-    except (ImportError, OSError):  # Windows, and file systems that cannot lock folders: nothing is held there
-        pass
-    return opened
-
-
 def at_work(run: Path) -> str:
     """Name of a work folder of the run that a process holds, "" where there is none."""
-    for folder in sorted(run.glob(".*.partial")):
-        opened = _locked_folder(folder)
-        if opened is None:
-            return folder.name
+    return next((folder.name for folder in sorted(run.glob(".*.partial")) if is_locked(folder)), "")
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process, this one or another, holds the lock on a file or folder."""
+    opened = files.try_lock(path, shared=True)
+    if opened is not None:
         os.close(opened)
-    return ""
+    return opened is None
 
 
 def attempts_determinism(begun: Mapping[str, Any]) -> dict[str, Any]:
@@ -366,7 +374,7 @@ class Stage:
             raise ValueError(f"finish() finds {', '.join(reserved)} itself")
         folder = self.partial
         begun = read_run_file(folder) or {}
-        outputs = {path: digest for path, digest in files.sha256_tree(folder).items() if path != RUN_FILE}
+        outputs = _outputs(folder)
         content = {
             "stage": self.name,
             "fingerprint": self._fingerprint.to_dict(),

@@ -13,7 +13,6 @@ runs in a thread per notebook of this process, because importing it in a process
 """
 
 import contextlib
-import fcntl
 import os
 import queue
 import shutil
@@ -27,12 +26,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import IO
 
-from basics import errors
+from basics import errors, files
 from basics.errors import MissingInput, RecordError, ThreefoldError
 from basics.processes import cores, has_gpu
-from basics.source_code import module_file
+from basics.source_code import module_files
 from papertrail import notebook_files
 from papertrail import run as run_folder
 from papertrail.kernel_forkserver import ForkServer
@@ -71,11 +69,6 @@ class Outcome:
     seconds: float = 0.0
 
 
-def default_jobs() -> int:
-    """Two notebooks at a time on a CPU of two cores or more; one where there is a GPU, which one training fills."""
-    return 1 if has_gpu() else min(2, cores())
-
-
 def forking_is_safe() -> bool:
     """Whether kernels may be forked from a process with torch: on Linux without a GPU (CUDA survives no fork)."""
     return sys.platform == "linux" and not has_gpu()
@@ -94,18 +87,18 @@ def execute(
 ) -> Outcome:
     """Execute the selected stages (default: all) that are not fresh, each after what it needs.
 
-    force: execute fresh ones too. jobs: at most so many notebooks at a time, 0 for `default_jobs()`.
+    force: execute fresh ones too. jobs: at most so many notebooks at a time, 0 for the default.
     nproc: processes that train a stage together, None for one per GPU; with several, one notebook at a time.
     threads: of each notebook, 0 for `threads_for`. environment: further variables of the kernels.
     Raises StageFailed after stopping the others, MissingInput when a stage outside the selection is needed and not
     there, ThreefoldError when another process works on the same run.
     """
     plan, began, outcome = run.plan, time.monotonic(), Outcome()
-    selected = set(plan) if selected is None else set(selected)
-    wanted = {name: spec for name, spec in plan.items() if name in selected}
-    jobs = jobs or (1 if nproc and nproc > 1 else default_jobs())
+    wanted = [name for name in plan if selected is None or name in set(selected)]
+    # One notebook at a time where one training fills the machine: on a GPU, or with several processes.
+    jobs = jobs or (1 if has_gpu() or (nproc or 1) > 1 else min(2, cores()))
     lengths = critical_path(plan)
-    order = TopologicalSorter({name: [need for need in spec.needs if need in wanted] for name, spec in wanted.items()})
+    order = TopologicalSorter({name: [need for need in plan[name].needs if need in wanted] for name in wanted})
     order.prepare()
     ready: list[StageSpec] = []
     with lock(run.path), _Notebooks(run, jobs, nproc, environment or {}, say) as notebooks:
@@ -113,7 +106,12 @@ def execute(
         while order.is_active():
             while names := order.get_ready():  # skipping a fresh stage makes others ready
                 for name in names:
-                    if not force and _skip_if_fresh(run, name, say):
+                    now = None if force else state(run, name)
+                    if now and now.kind == "fresh":
+                        if "notebook_sha256" not in now.facts:  # executed by papermill itself, or a crash came between
+                            run.seal(name)
+                        made = now.facts.get("finished")
+                        say(f"{name}: fresh, skipped (fingerprint {now.digest[:12]}, made {made})")
                         outcome.skipped.append(name)
                         order.done(name)
                     else:
@@ -123,8 +121,8 @@ def execute(
                     ready.remove(spec)
                     if not force:
                         run.take_up(spec.name, run.fingerprint(spec.name).digest)
-                    ended = {*outcome.skipped, *outcome.executed, *notebooks.began}
-                    later = [name for name in wanted if name != spec.name and name not in ended]
+                    ended = {spec.name, *outcome.skipped, *outcome.executed, *notebooks.began}
+                    later = [name for name in wanted if name not in ended]
                     notebooks.start(spec, threads or threads_for(plan, spec, jobs), later)
             if notebooks.began:
                 name, seconds = notebooks.wait()
@@ -154,38 +152,22 @@ def critical_path(plan: Plan) -> dict[str, int]:
     return lengths
 
 
-def _skip_if_fresh(run: Run, name: str, say: Callable[[str], None]) -> bool:
-    now = state(run, name)
-    if now.kind != "fresh":
-        return False
-    if "notebook_sha256" not in now.facts:  # executed by papermill itself, or a crash came between
-        run.seal(name)
-    say(f"{name}: fresh, skipped (fingerprint {now.digest[:12]}, made {now.facts.get('finished')})")
-    return True
-
-
 def check(run: Run, selected: Iterable[str] | None = None, say: Callable[[str], None] | None = None) -> None:
     """Check before anything starts that the data sources exist and that what the selection needs from outside it is
     there. Raises SourceError or MissingInput; says where such a stage is not fresh."""
-    plan = run.plan
-    wanted = list(plan) if selected is None else [name for name in plan if name in set(selected)]
+    wanted = [name for name in run.plan if selected is None or name in set(selected)]
+    preset = f"--preset {run.parameters['preset']} " if "preset" in run.parameters else ""
     for name in wanted:
         run.fingerprint(name)
-        for need in plan[name].needs:
-            if need in wanted:
-                continue
+        for need in set(run.plan[name].needs).difference(wanted):
             if run.finished(need) is None:
+                command = f"threefold run {preset}--run {run.name} --only {need}"
                 raise MissingInput(
-                    f"{name} needs stage {need}, which run {run.name} does not have: `{_command(run, need)}` makes it"
+                    f"{name} needs stage {need}, which run {run.name} does not have: `{command}` makes it"
                 )
             now = state(run, need)
             if now.kind != "fresh" and say is not None:
                 say(f"{name}: built on a stage {need} that is {now.kind} ({'; '.join(now.reasons)})")
-
-
-def _command(run: Run, stage: str) -> str:
-    preset = run.parameters.get("preset")
-    return " ".join(["threefold run", *(["--preset", preset] if preset else []), "--run", run.name, "--only", stage])
 
 
 @contextlib.contextmanager
@@ -193,34 +175,25 @@ def lock(folder: Path) -> Iterator[None]:
     """Let only one process execute stages in a run's folder, which is made if it does not exist. The lock ends with the
     process, however it ends. Raises ThreefoldError when another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+", encoding="utf-8") as file:
-        if not _locked(file):
-            file.seek(0)
-            raise ThreefoldError(
-                f"run {folder.name} is being worked on by process {file.read().strip() or '?'}; "
-                "wait for it, or choose another run with --run"
-            )
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    file = folder / LOCK
+    file.touch()
+    held = files.try_lock(file)
+    if held is None:
+        raise ThreefoldError(
+            f"run {folder.name} is being worked on by process {file.read_text(encoding='utf-8').strip() or '?'}; "
+            "wait for it, or choose another run with --run"
+        )
+    try:
+        file.write_text(str(os.getpid()), encoding="utf-8")
         yield
+    finally:
+        os.close(held)
 
 
 def at_work(folder: Path) -> bool:
     """Whether `threefold run` works in a run's folder, or a notebook by itself on one of its stages."""
-    with contextlib.suppress(FileNotFoundError), open(folder / LOCK, encoding="utf-8") as file:
-        if not _locked(file, shared=True):
-            return True
-    return run_folder.at_work(folder) != ""
-
-
-def _locked(file: IO, *, shared: bool = False) -> bool:
-    """Whether the file's lock could be taken; closing the file releases it."""
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    file = folder / LOCK
+    return (file.exists() and run_folder.is_locked(file)) or run_folder.at_work(folder) != ""
 
 
 # Notebooks ----------------------------------------------------------------------------------------------------------
@@ -230,22 +203,18 @@ class _Notebooks:
     """The notebooks of one run that are being executed. Leaving the context ends them and everything they started."""
 
     def __init__(
-        self,
-        run: Run,
-        jobs: int,
-        nproc: int | None,
-        environment: Mapping[str, str],
-        say: Callable[[str], None],
+        self, run: Run, jobs: int, nproc: int | None, environment: Mapping[str, str], say: Callable[[str], None]
     ):
-        self.run, self.jobs, self.nproc, self.say = run, jobs, nproc, say
+        self.run, self.jobs, self.nproc, self.environment, self.say = run, jobs, nproc, environment, say
         self.began: dict[str, float] = {}  # running stage -> its start
-        self._environment = environment
-        self._executing = run.path / ".executing"  # apart from the executed ones: nobody should find half of one there
+        self._executing = run.path / ".executing"  # apart from the executed ones, none of which is ever incomplete
         self._server: ForkServer | None = None
         self._sockets = tempfile.TemporaryDirectory(prefix="threefold-")
         self._threads: list[threading.Thread] = []
         # (stage, a line that it printed) or (stage, how it ended: None or an error)
         self._events: queue.SimpleQueue[tuple[str, str | Exception | None]] = queue.SimpleQueue()
+        preset = run.parameters.get("preset", "")  # a path is relative to the user's folder, not to the project's
+        self._preset = str(Path(preset).resolve()) if preset.endswith(".toml") or "/" in preset else preset
 
     def __enter__(self) -> "_Notebooks":
         shutil.rmtree(self._executing, ignore_errors=True)  # left by a killed process
@@ -264,16 +233,14 @@ class _Notebooks:
         """Begin a stage. later: the stages that are still to come after it."""
         if self._server is None:
             sources = self._sources([spec.name, *later]) if len(later) >= PRELOAD_FROM and forking_is_safe() else ()
-            self._server = ForkServer({**os.environ, **self._variables(max(1, cores() // self.jobs))}, sources)
+            self._server = ForkServer(self._variables(max(1, cores() // self.jobs)), sources)
         from papertrail import notebook_client  # late: it takes a second, which a run without work need not spend
 
-        parameters = {
-            "preset": self._preset,
-            "run": self.run.name,
-            **{name: value for name, value in self.run.parameters.items() if name == "overrides"},
-            **spec.parameters,
-            **({"nproc": self.nproc} if self.nproc and spec.parallel else {}),
-        }
+        parameters = {"preset": self._preset, "run": self.run.name, **spec.parameters}
+        if "overrides" in self.run.parameters:
+            parameters["overrides"] = self.run.parameters["overrides"]
+        if self.nproc and spec.parallel:
+            parameters["nproc"] = self.nproc
         self._executing.mkdir(parents=True, exist_ok=True)
         self.began[spec.name] = time.monotonic()
         self.say(f"{spec.name}: started ({threads} {'thread' if threads == 1 else 'threads'})")
@@ -287,7 +254,7 @@ class _Notebooks:
                     parameters,
                     server=self._server,
                     sockets=Path(self._sockets.name),
-                    env={**os.environ, **self._variables(threads)},
+                    env=self._variables(threads),
                     cwd=self.run.project.root,
                     say=lambda line: self._events.put((spec.name, line)),
                 )
@@ -341,27 +308,22 @@ class _Notebooks:
 
     def _sources(self, stages: list[str]) -> list[str]:
         """The files of the project's packages that these stages' notebooks import."""
-        modules = sorted({module for stage in stages for module in self.run.fingerprint(stage).code})
-        files = [module_file(module, self.run.project.packages) for module in modules]
-        return [str(file) for file in files if file is not None]
+        known = module_files(self.run.project.packages)
+        modules = {module for stage in stages for module in self.run.fingerprint(stage).code}
+        return [known[module][0] for module in sorted(modules & known.keys())]
 
     def _variables(self, threads: int) -> dict[str, str]:
-        """A kernel's environment variables beside, or instead of, this process's."""
+        """The environment of a kernel."""
         limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
         return {
-            **dict.fromkeys(limits, str(threads)),
             # torch.compile would start as many processes as the machine has cores, each with torch in memory
-            "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", str(threads)),
+            "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
+            **os.environ,
+            **dict.fromkeys(limits, str(threads)),
             **self.run.environment(),
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # debugpy's hint on frozen modules, in every notebook
-            **self._environment,
+            **self.environment,
         }
-
-    @property
-    def _preset(self) -> str:
-        """A preset's path is relative to the user's folder, but notebooks are executed in the project's."""
-        preset = self.run.parameters.get("preset", "")
-        return str(Path(preset).resolve()) if preset.endswith(".toml") or "/" in preset else preset
 
 
 @contextlib.contextmanager

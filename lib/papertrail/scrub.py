@@ -5,6 +5,7 @@ in a result may mean something else; for publishing, they are cut everywhere.
 """
 
 import copy
+import itertools
 import re
 import socket
 import sys
@@ -41,30 +42,27 @@ def host_names() -> tuple[str, ...]:
 def cleaner(roots: Mapping[str, str], names: tuple[str, ...], *, cut: bool) -> Callable[[str], str]:
     """A function from text to text: `roots` (absolute folder -> its replacement; one with a final / is replaced with
     it) first, longest first; then, with `cut`, any other absolute path is cut to its last part; then the names."""
-    ordered = sorted(roots.items(), key=lambda item: len(item[0]), reverse=True)
-    patterns = [
+    replaced = [
         (re.compile(rf"(?<![\w/]){re.escape(root)}" + ("" if root.endswith("/") else r"(?=/|\b|$)")), shown)
-        for root, shown in ordered
+        for root, shown in sorted(roots.items(), key=lambda item: -len(item[0]))
         if len(root) > 1
     ]
-    host = (
-        re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in sorted(names, key=len, reverse=True)))
-        if names
-        else None
-    )
+    hosts = [re.compile(rf"(?<!\w){re.escape(name)}(?!\w)") for name in sorted(names, key=len, reverse=True)]
 
     def last_part(match: re.Match) -> str:
         parts = [part for part in re.split(r"[/\\]", match.group()) if part and part != "~"]
         return f"…/{parts[-1]}" if parts else "…"
 
     def clean(text: str) -> str:
-        for pattern, shown in patterns:
+        for pattern, shown in replaced:
             text = pattern.sub(lambda _, shown=shown: shown, text)
         if cut:
             text = HOME_FOLDER.sub("~", CELL_FILE.sub("…/cell.py", text))
             for path in (POSIX_PATH, HOME_PATH, WINDOWS_PATH):
                 text = path.sub(last_part, text)
-        return host.sub("…", text) if host else text
+        for host in hosts:
+            text = host.sub("…", text)
+        return text
 
     return clean
 
@@ -92,9 +90,8 @@ def scrub(
     metadata = notebook.setdefault("metadata", {})
     metadata.pop("widgets", None)
     if "papermill" in metadata:
-        metadata["papermill"] = {
-            key: metadata["papermill"][key] for key in PUBLISHED_METADATA if key in metadata["papermill"]
-        }
+        kept = metadata["papermill"]
+        metadata["papermill"] = {key: kept[key] for key in PUBLISHED_METADATA if key in kept}
     notebook["metadata"] = _mapped(metadata, result)
     for cell in notebook["cells"]:
         tags = cell["metadata"].get("tags", [])
@@ -102,10 +99,9 @@ def scrub(
             cell["source"] = result(cell["source"])
         if INJECTED in tags and not any(other.get("id") == INJECTED for other in notebook["cells"]):
             cell["id"] = INJECTED  # papermill draws a random one
-        if publish:
-            cell["metadata"] = {"tags": tags} if tags else {}
-        for timing in ("papermill", "execution"):
-            cell["metadata"].pop(timing, None)
+        dropped = ("papermill", "execution")  # times
+        kept = {"tags": tags} if publish and tags else {} if publish else cell["metadata"]
+        cell["metadata"] = {key: value for key, value in kept.items() if key not in dropped}
         if "outputs" in cell:
             cell["outputs"] = [
                 _mapped(output, printed if output["output_type"] in ("stream", "error") else result)
@@ -115,83 +111,68 @@ def scrub(
 
 
 def leaks(notebook: dict[str, Any], names: tuple[str, ...] | None = None) -> list[str]:
-    """What publishing would still cut: one line a finding, with the cell it stands in."""
+    """What publishing would still cut: one line a finding, with the cell it is in."""
     clean = cleaner({}, host_names() if names is None else names, cut=True)
-    places = [("metadata", notebook.get("metadata", {}))]
-    for index, cell in enumerate(notebook["cells"], 1):
-        places += [(f"cell {index}", part) for part in (cell["source"], *cell.get("outputs", ()))]
     findings = []
-    for where, value in places:
-        for text in _texts(value):
-            if clean(text) != text:
-                line = next(line for line in text.split("\n") if clean(line) != line)
-                findings.append(f"{where}: a path or name of the machine that ran it: {line.strip()[:100]!r}")
+
+    def look(text: str) -> str:
+        if clean(text) != text:
+            line = next(line for line in text.split("\n") if clean(line) != line)
+            findings.append(f"{where}: a path or name of the machine that ran it: {line.strip()[:100]!r}")
+        return text
+
+    where = "metadata"
+    _mapped(notebook.get("metadata", {}), look)
+    for index, cell in enumerate(notebook["cells"], 1):
+        where = f"cell {index}"
+        _mapped([cell["source"], *cell.get("outputs", ())], look)
     return findings
 
 
-def _is_picture(key: str) -> bool:
-    return key.startswith("image/") and key != "image/svg+xml"  # base64, in which a slash is not a path
-
-
 def _mapped(value: Any, clean: Callable[[str], str]) -> Any:
-    """`value` with `clean` applied to every string in it, keys too (a source's path is one)."""
+    """`value` with `clean` applied to every string in it, keys too (a source's path is one), except pictures: in base64
+    a slash is not a path."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, list):
         return [_mapped(item, clean) for item in value]
     if isinstance(value, dict):
-        return {clean(key): item if _is_picture(key) else _mapped(item, clean) for key, item in value.items()}
+        return {
+            clean(key): item if key.startswith("image/") and key != "image/svg+xml" else _mapped(item, clean)
+            for key, item in value.items()
+        }
     return value
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from () if _is_picture(key) and isinstance(item, str) else _texts(item)
 
 
 def _tidied(outputs: list[dict[str, Any]], publish: bool) -> Iterator[dict[str, Any]]:
     """The outputs with one stream output for each run of messages of one stream; widgets and empty streams left out."""
-    merged: list[dict[str, Any]] = []
-    for output in outputs:
-        last = merged[-1] if merged else {}
-        if output["output_type"] == "stream" == last.get("output_type") and output["name"] == last["name"]:
-            last["text"] += output["text"]
-        else:
-            merged.append(output)
-    for output in merged:
-        if output["output_type"] == "stream":
-            output["text"] = tidy_stream(output["text"])
-            if not output["text"]:
-                continue
-        elif output["output_type"] == "error":
-            output["traceback"] = [ANSI.sub("", line) for line in output.get("traceback", ())]
-        elif WIDGET in output.get("data", {}):
+    for kind, group in itertools.groupby(outputs, lambda output: output["output_type"] == "stream" and output["name"]):
+        if kind:  # the name of a stream
+            first, *others = group
+            first["text"] = tidy_stream("".join(output["text"] for output in (first, *others)))
+            yield from [first] if first["text"] else []
             continue
-        elif publish and "text/markdown" in output.get("data", {}):
-            output["data"].pop("text/html", None)
-        yield output
+        for output in group:
+            if output["output_type"] == "error":
+                output["traceback"] = [ANSI.sub("", line) for line in output.get("traceback", ())]
+            elif publish and "text/markdown" in output.get("data", {}):
+                output["data"].pop("text/html", None)
+            if WIDGET not in output.get("data", {}):
+                yield output
 
 
 def tidy_stream(text: str) -> str:
     """A stream as a terminal leaves it: carriage returns applied, no colours, no progress bars, a long middle cut."""
     lines = []
     for line in ANSI.sub("", text).replace("\r\n", "\n").split("\n"):
-        states = [state for state in line.split("\r") if state.strip()]
-        line = states[-1].rstrip() if states else ""
-        if not PROGRESS.search(line):
-            lines.append(line)
-    while lines and not lines[-1]:
-        lines.pop()
+        states = [state.rstrip() for state in line.split("\r") if state.strip()]
+        if not states or not PROGRESS.search(states[-1]):
+            lines.append(states[-1] if states else "")
     if not any(lines):
         return ""
-    if len(lines) > STREAM_HEAD + STREAM_TAIL + 1:
-        left_out = len(lines) - STREAM_HEAD - STREAM_TAIL
-        lines = [*lines[:STREAM_HEAD], f"... {left_out} lines left out ...", *lines[-STREAM_TAIL:]]
+    while not lines[-1]:
+        lines.pop()
+    left_out = len(lines) - STREAM_HEAD - STREAM_TAIL
+    if left_out > 1:
+        lines[STREAM_HEAD:-STREAM_TAIL] = [f"... {left_out} lines left out ..."]
     return "\n".join(lines) + "\n"

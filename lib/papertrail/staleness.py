@@ -6,11 +6,9 @@ from typing import Any, Literal
 
 from basics import files
 from basics.errors import RecordError, SourceError
-from papertrail import records
 from papertrail.provenance import Fingerprint
 from papertrail.run import Run
 
-EXECUTION = ("stage", "started", "finished", "wall_seconds", "outputs")  # what tells one execution from another
 Kind = Literal["fresh", "stale", "missing", "failed"]
 
 
@@ -31,25 +29,23 @@ def state(run: Run, stage: str) -> State:
     Fresh means: run.json carries the fingerprint expected now, every output has the hash written there, and the
     executed notebook exists and published this very run.json.
     """
-    digest, facts, executed = "", {}, run.spec(stage).executed
-    failed = f"the last attempt failed: notebooks/{executed}.failed.ipynb"
-    has_failed = run.notebook(f"{executed}.failed").exists()
+    kind: Kind = "stale"
+    digest, facts = "", {}
+    failed = run.notebook(f"{run.spec(stage).executed}.failed")
     try:
         expected = run.fingerprint(stage)
         digest = expected.digest
         facts = run.finished(stage) or {}
-        if not facts:
-            if has_failed:
-                return State(stage, "failed", (failed,), {}, digest)
+        if facts:
+            reasons = Fingerprint.from_dict(facts["fingerprint"]).differences(expected) or _damage(run, stage, facts)
+        else:
             begun = " (an interrupted attempt will be resumed)" if run.partial_folder(stage).exists() else ""
-            return State(stage, "missing", (f"not made yet{begun}",), {}, digest)
-        made = Fingerprint.from_dict(facts["fingerprint"])
-        reasons = made.differences(expected) or _damage(run, stage, facts)
+            kind, reasons = "missing", [f"not made yet{begun}"]
     except (RecordError, SourceError) as error:
         reasons = [str(error)]
-    if not reasons:
-        return State(stage, "fresh", (), facts, digest)
-    return State(stage, *(("failed", (failed,)) if has_failed else ("stale", tuple(reasons))), facts, digest)
+    if reasons and failed.exists():
+        kind, reasons = "failed", [f"the last attempt failed: notebooks/{failed.name}"]
+    return State(stage, kind if reasons else "fresh", tuple(reasons), facts, digest)
 
 
 def survey(run: Run) -> dict[str, State]:
@@ -67,33 +63,13 @@ def survey(run: Run) -> dict[str, State]:
     return states
 
 
-def same_execution(published: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
-    """Whether a notebook's record of its stage and a run.json come from one execution.
-
-    Only some keys are compared: a path in the configuration (own data, an own model) is cut short in the notebook.
-    """
-    pair = [(part.get("fingerprint", {}).get("digest"), *map(part.get, EXECUTION)) for part in (published, facts)]
-    return pair[0] == pair[1]
-
-
 def _damage(run: Run, stage: str, facts: Mapping[str, Any]) -> list[str]:
     """The first thing that is wrong with a finished stage's files."""
-    folder = run.stage_folder(stage)
     for path, digest in facts["outputs"].items():
-        file = folder / path
+        file = run.stage_folder(stage) / path
         if not file.is_file():
             return [f"output {path} is gone"]
         if files.sha256_cached(file) != digest:
             return [f"output {path} is not what the stage wrote"]
-    notebook = run.notebook(run.spec(stage).executed)
-    name = f"the executed notebook {notebook.name}"
-    if not notebook.exists():
-        return [f"{name} is not there"]
-    if facts.get("notebook_sha256") not in (None, files.sha256_cached(notebook)):
-        return [f"{name} was changed since"]
-    published = records.read(notebook).get(f"stage/{stage}")
-    if published is None:
-        return [f"{name} holds no record stage/{stage}"]
-    if not same_execution(published.values, facts):
-        return [f"{name} is of another execution than {stage}/run.json"]
-    return []
+    problem = run.notebook_problem(stage, files.sha256_cached)
+    return [f"the executed notebook {run.spec(stage).executed}.ipynb {problem}"] if problem else []

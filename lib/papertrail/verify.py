@@ -1,17 +1,14 @@
-"""`threefold verify`: every byte against what run.json says was read and written, and the summary made again."""
+"""`threefold verify`: compare every byte with what run.json says was read and written, and derive the summary again."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from basics import files
 from basics.errors import RecordError, SourceError
-from papertrail import records
 from papertrail.provenance import Fingerprint
 from papertrail.rerun import rerun
 from papertrail.run import Run, damage
-from papertrail.staleness import same_execution
 
 
 def verify(
@@ -29,24 +26,26 @@ def verify(
     count = 0
     finished: set[str] = set()
     reread: dict[str, str] = {}
-    for stage in run.plan:
-        place = run.plan[stage].folder
+    for stage, spec in run.plan.items():
         try:
-            facts = run.finished(stage)
-            if facts is None:
+            if (facts := run.finished(stage)) is None:
                 continue
             fingerprint = Fingerprint.from_dict(facts["fingerprint"])
         except RecordError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{spec.folder}: {error}")
             continue
         count += len(facts["outputs"]) + 2  # run.json and the notebook
         finished.add(stage)
-        problems += [f"{place}/{path}: {problem}" for path, problem in damage(run.stage_folder(stage), facts)]
+        problems += [f"{spec.folder}/{path}: {problem}" for path, problem in damage(run.stage_folder(stage), facts)]
         for parent, digest in fingerprint.parents.items():
             if stage != run.project.summary and parent in finished and digest != run.taken_from(parent, stage):
-                problems.append(f"{place}: made from another {parent} than the one that is there")
+                problems.append(f"{spec.folder}: made from another {parent} than the one that is there")
         problems += _data_problems(run, stage, fingerprint, reread)
-        problems += _notebook_problems(run, stage, facts)
+        try:
+            problem = run.notebook_problem(stage)
+        except RecordError as error:
+            problem = str(error)
+        problems += [f"notebooks/{spec.executed}.ipynb: {problem}"] if problem else []
     for note in notes:
         count += 1
         for file in files.damaged(note):
@@ -67,17 +66,3 @@ def _data_problems(run: Run, stage: str, fingerprint: Fingerprint, reread: dict[
     for name, digest in fingerprint.data.items():
         if name in now and now[name] != digest:
             yield f"data {name}: not what {stage} was made from"
-
-
-def _notebook_problems(run: Run, stage: str, facts: dict[str, Any]) -> Iterator[str]:
-    name = f"notebooks/{run.plan[stage].executed}.ipynb"
-    try:
-        run.check_notebook(stage)
-        record = records.read(run.notebook(run.plan[stage].executed)).get(f"stage/{stage}")
-    except RecordError as error:
-        yield f"{name}: {error}"
-        return
-    if record is None:
-        yield f"{name}: no record stage/{stage}"
-    elif not same_execution(record.values, facts):
-        yield f"{name}: its record stage/{stage} is not what run.json says"

@@ -499,7 +499,9 @@ def test_a_changed_notebook_is_noticed_wherever_it_changed(project):
     assert staleness.survey(run)["data"].kind == "fresh" and verify.verify(run)[1] == []
     place = content.index(b"python3")  # metadata that no record holds
     file.write_bytes(content[:place] + b"q" + content[place + 1 :])
-    assert staleness.survey(run)["data"].reasons == ("the executed notebook 00_data.ipynb was changed since",)
+    assert staleness.survey(run)["data"].reasons == (
+        "the executed notebook 00_data.ipynb was changed since it was executed",
+    )
     (problem,) = verify.verify(run)[1]
     assert problem.startswith("notebooks/00_data.ipynb: ") and "changed since it was executed" in problem
     with pytest.raises(RecordError, match=r"notebooks/00_data\.ipynb .*changed"):
