@@ -42,24 +42,18 @@ class Lines:
     """Cuts a notebook's output into lines. Of a line that rewrites itself, only a state every few seconds is passed."""
 
     def __init__(self, say: Callable[[str], None]):
-        self._say = say
-        self._rest = ""
-        self._last = 0.0
+        self._say, self._rest, self._last = say, "", 0.0
 
     def feed(self, text: str) -> None:
         *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
-            self._pass(line)
         if "\r" in self._rest:
             self._rest = self._rest[self._rest.rstrip("\r").rfind("\r") + 1 :]
             if time.monotonic() - self._last >= REWRITE_SECONDS:
-                self._pass(self._rest)
-
-    def _pass(self, line: str) -> None:
-        states = [part.strip() for part in line.split("\r") if part.strip()]
-        if states:
-            self._last = time.monotonic()
-            self._say(states[-1])
+                lines.append(self._rest)
+        for line in lines:
+            if states := [part.strip() for part in line.split("\r") if part.strip()]:
+                self._last = time.monotonic()
+                self._say(states[-1])
 
 
 class Provisioner(LocalProvisioner):

@@ -5,6 +5,7 @@ itself, which takes a second to import, is needed for the full schema only.
 """
 
 import base64
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -48,19 +49,15 @@ def read_notebook(path: Path, *, schema: bool = False) -> dict[str, Any]:
         if not isinstance(cell.setdefault("metadata", {}), dict):
             raise RecordError(f"{path.name}: the metadata of cell {index} is not an object")
         cell["source"] = _joined(cell.get("source", ""))
-        for output in outputs:
-            if not isinstance(output.setdefault("data", {}), dict):
-                raise RecordError(f"{path.name}: cell {index}: the data of an output is not an object")
-            output["data"] = {
-                mime: _joined(value) if mime.startswith(("text/", "image/")) else value
-                for mime, value in output["data"].items()
-            }
-            if "text" in output:
-                output["text"] = _joined(output["text"])
-            if not output["data"]:
-                del output["data"]
         if not isinstance(cell["source"], str):
             raise RecordError(f"{path.name}: the source of cell {index} is not text")
+        for output in outputs:
+            data = output.get("data", {})
+            if not isinstance(data, dict):
+                raise RecordError(f"{path.name}: cell {index}: the data of an output is not an object")
+            data.update({mime: _joined(value) for mime, value in data.items() if mime.startswith(("text/", "image/"))})
+            if "text" in output:
+                output["text"] = _joined(output["text"])
         if cell.get("cell_type") != "code" and not outputs:
             del cell["outputs"]
     return notebook
@@ -111,17 +108,20 @@ class Cell:
     def displays(self) -> list[dict[str, Any]]:
         return [output for output in self.outputs if output["output_type"] in ("display_data", "execute_result")]
 
+    def shown(self, mime: str) -> str:
+        """The text of that type in the first display, "" where it has none."""
+        return str(self.displays[0].get("data", {}).get(mime, "")) if self.displays else ""
+
     @property
     def markdown(self) -> str:
         """The Markdown of the first display, "" where it has none."""
-        return str(self.displays[0]["data"].get("text/markdown", "")) if self.displays else ""
+        return self.shown("text/markdown")
 
     @property
     def image(self) -> str:
         """The first display's PNG in base64, "" where it has none. Raises ReportError if it is not base64."""
-        text = str(self.displays[0]["data"].get("image/png", "")).replace("\n", "") if self.displays else ""
         try:
-            base64.b64decode(text, validate=True)
+            base64.b64decode(text := self.shown("image/png").replace("\n", ""), validate=True)
         except ValueError as error:
             raise ReportError(f"{self.notebook} cell {self.index} ({self.label}): its PNG is not base64") from error
         return text
@@ -129,10 +129,9 @@ class Cell:
     @property
     def alternative_text(self) -> str:
         """The figure's alternative text: its output's own, else `fig-alt`, else its plain text, else the caption."""
-        if not self.displays:
-            return self.caption
-        own = self.displays[0].get("metadata", {}).get("image/png", {}).get("alt") or self.options.get("fig-alt")
-        plain = str(self.displays[0]["data"].get("text/plain", ""))
+        metadata = self.displays[0].get("metadata", {}) if self.displays else {}
+        plain = self.shown("text/plain")
+        own = metadata.get("image/png", {}).get("alt") or self.options.get("fig-alt")
         return str(own or ("" if plain.startswith("<") else plain) or self.caption)
 
 
@@ -143,27 +142,18 @@ def labelled_cells(notebook: dict[str, Any], name: str) -> list[Cell]:
     """
     cells = []
     for index, cell in enumerate(notebook["cells"], 1):
-        if cell["cell_type"] == "code":
-            options = _options(cell["source"], f"{name}, cell {index}")
-            if "label" in options:
-                cells.append(Cell(name, index, str(options["label"]), options, cell["outputs"]))
+        if cell["cell_type"] != "code":
+            continue
+        lines = itertools.takewhile(lambda line: line.startswith("#|"), cell["source"].split("\n"))
+        try:
+            options = yaml.safe_load("\n".join(line[2:].removeprefix(" ") for line in lines)) or {}
+        except yaml.YAMLError as error:
+            raise ReportError(f"{name}, cell {index}: the cell's `#|` lines are not YAML: {_line(error)}") from error
+        if not isinstance(options, dict):
+            raise ReportError(f"{name}, cell {index}: the cell's `#|` lines are not `key: value` pairs")
+        if "label" in options:
+            cells.append(Cell(name, index, str(options["label"]), options, cell["outputs"]))
     return cells
-
-
-def _options(source: str, where: str) -> dict[str, Any]:
-    """The `#| key: value` lines at the head of a cell, read as YAML like Quarto does."""
-    lines = []
-    for line in source.split("\n"):
-        if not line.startswith("#|"):
-            break
-        lines.append(line[2:].removeprefix(" "))
-    try:
-        values = yaml.safe_load("\n".join(lines)) or {}
-    except yaml.YAMLError as error:
-        raise ReportError(f"{where}: the cell's `#|` lines are not YAML: {_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ReportError(f"{where}: the cell's `#|` lines are not `key: value` pairs")
-    return values
 
 
 def _split(value: Any, key: str = "") -> Any:

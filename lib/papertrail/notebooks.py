@@ -8,16 +8,15 @@ jupytext alone writes no kernelspec (papermill then stops) and draws new cell id
 """
 
 import argparse
-import difflib
-import hashlib
-import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 from basics import paths
 from basics.errors import RecordError, ThreefoldError
-from basics.files import atomic_write
+from basics.files import atomic_write, sha256_bytes
+from papertrail.differences import first_difference
 from papertrail.notebook_files import read_notebook, write_notebook
 
 METADATA = {
@@ -35,50 +34,25 @@ def to_notebook(script: str) -> dict:
     A cell's id is its Quarto label, else a digest of its text, so that the same script always gives the same file and
     an inserted cell changes no other cell's id.
     """
-    import jupytext  # pulls in nbformat: a second or two
+    import jupytext  # imports nbformat, which takes a second or two
 
-    parsed = jupytext.reads(script, fmt="py:percent")
-    cells, seen = [], {}
-    for cell in parsed.cells:
+    cells, seen = jupytext.reads(script, fmt="py:percent").cells, Counter()
+    for cell in cells:
         label = LABEL.search(cell.source) if cell.cell_type == "code" else None
-        text = f"{cell.cell_type}\n{cell.source}"
-        identity = label.group(1) if label else hashlib.sha256(text.encode()).hexdigest()[:12]
-        seen[identity] = seen.get(identity, 0) + 1
-        entry = {
-            "cell_type": cell.cell_type,
-            "id": identity if seen[identity] == 1 else f"{identity[:56]}-{seen[identity]}",
-            "metadata": {key: value for key, value in cell.metadata.items() if key not in ("lines_to_next_cell",)},
-            "source": cell.source,
-        }
-        if cell.cell_type == "code":
-            entry |= {"execution_count": None, "outputs": []}
-        cells.append(entry)
+        identity = label[1] if label else sha256_bytes(f"{cell.cell_type}\n{cell.source}".encode())[:12]
+        seen[identity] += 1
+        cell["id"] = identity if seen[identity] == 1 else f"{identity[:56]}-{seen[identity]}"
+        cell.metadata.pop("lines_to_next_cell", None)
     return {"cells": cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
 
 
 def to_script(notebook: dict) -> str:
-    """The percent script of a notebook's JSON: text, tags and labels; outputs stay behind."""
+    """The percent script of a notebook's JSON: text, tags and labels, without outputs."""
     import jupytext
     import nbformat
 
-    bare = {
-        "cells": [
-            {
-                "cell_type": cell["cell_type"],
-                "id": cell.get("id", f"cell-{index}"),
-                "metadata": cell.get("metadata", {}),
-                "source": cell["source"],
-                **({"execution_count": None, "outputs": []} if cell["cell_type"] == "code" else {}),
-            }
-            for index, cell in enumerate(notebook["cells"])
-        ],
-        "metadata": {
-            "jupytext": {"cell_metadata_filter": CELL_METADATA, "notebook_metadata_filter": "-all"},
-        },
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
-    return jupytext.writes(nbformat.from_dict(bare), fmt="py:percent")
+    metadata = {"jupytext": {"cell_metadata_filter": CELL_METADATA, "notebook_metadata_filter": "-all"}}
+    return jupytext.writes(nbformat.from_dict({**notebook, "metadata": metadata}), fmt="py:percent")
 
 
 def pairs(folder: Path | None = None) -> list[tuple[Path, Path]]:
@@ -92,45 +66,31 @@ def sync(folder: Path | None = None, *, from_notebooks: bool = False) -> list[Pa
     """Writes each pair's other half where it differs; returns the files written. Unchanged files are not touched."""
     written = []
     for script, notebook in pairs(folder):
-        if from_notebooks:
-            if not notebook.exists():
-                continue
+        if from_notebooks and notebook.exists():
             text = to_script(read_notebook(notebook))
             if not script.exists() or script.read_text(encoding="utf-8") != text:
-                script.parent.mkdir(parents=True, exist_ok=True)
                 atomic_write(script, text)
                 written.append(script)
-        if not script.exists():
-            continue
-        # In both directions the notebook ends up as the script's own: no outputs, stable ids.
-        wanted = to_notebook(script.read_text(encoding="utf-8"))
-        if not notebook.exists() or read_notebook(notebook) != wanted:
-            write_notebook(notebook, wanted)
-            written.append(notebook)
+        if script.exists():
+            # In both directions the notebook ends up as the script's own: no outputs, stable ids.
+            wanted = to_notebook(script.read_text(encoding="utf-8"))
+            if not notebook.exists() or read_notebook(notebook) != wanted:
+                write_notebook(notebook, wanted)
+                written.append(notebook)
     return written
 
 
 def check(folder: Path | None = None) -> list[str]:
-    """One line for each pair that does not agree, naming the first differing line; empty when all agree."""
+    """One line for each pair that does not agree, naming the first difference; empty when all agree."""
     problems = []
     for script, notebook in pairs(folder):
         if not script.exists():
             problems.append(f"{notebook.name}: no percent/{script.name} beside it")
         elif not notebook.exists():
             problems.append(f"percent/{script.name}: no {notebook.name} beside it")
-        else:
-            have, wanted = read_notebook(notebook), to_notebook(script.read_text(encoding="utf-8"))
-            if have != wanted:
-                problems.append(
-                    f"{notebook.name} differs from percent/{script.name}: {_first_difference(wanted, have)}"
-                )
+        elif found := first_difference(to_notebook(script.read_text(encoding="utf-8")), read_notebook(notebook)):
+            problems.append(f"{notebook.name} differs from percent/{script.name}: {found}")
     return problems
-
-
-def _first_difference(wanted: dict, have: dict) -> str:
-    lines = [json.dumps(side, ensure_ascii=False, indent=1, sort_keys=True).splitlines() for side in (wanted, have)]
-    changed = [line for line in difflib.unified_diff(*lines, n=0, lineterm="") if line[:2] not in ("--", "++", "@@")]
-    return " | ".join(changed[:2])
 
 
 def main(arguments: list[str] | None = None) -> int:

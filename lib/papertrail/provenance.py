@@ -18,9 +18,8 @@ import psutil
 
 from basics.errors import ConfigError, MissingInput, RecordError
 from basics.files import sha256_bytes, sha256_json
-from basics.source_code import code_hashes, imports, module_files
+from basics.source_code import imports, module_files
 from papertrail.notebook_files import read_notebook
-from papertrail.project import Project
 
 CODE_SHOWN = 4  # modules named in one reason
 RESUMED = "up to rounding: interrupted, and resumed with"  # how `determinism` describes such work, and what differed
@@ -39,29 +38,6 @@ class Fingerprint:
     parents: dict[str, str]  # stage -> hash of what this one takes from it
     versions: dict[str, str]
     seed: int
-
-    @classmethod
-    def of(
-        cls,
-        stage: str,
-        project: Project,
-        notebook: str,
-        *,
-        config: Mapping[str, Any],
-        data: Mapping[str, str],
-        parents: Mapping[str, str],
-        seed: int,
-    ) -> "Fingerprint":
-        """The fingerprint of a stage about to run: code and versions are looked up here.
-
-        notebook: its stem; its code cells count, and the modules of the project's packages that they import.
-        config: JSON values. Raises MissingInput or ConfigError for a notebook that is missing or cannot be read.
-        """
-        path = project.notebooks / f"{notebook}.ipynb"
-        modules, cells = notebook_code(path, project.packages)
-        code = {f"notebooks/{path.name}": cells, **code_hashes(modules, project.packages)}
-        config = json.loads(json.dumps(config, allow_nan=False))  # tuples become lists, as they come back from run.json
-        return cls(stage, config, code, dict(data), dict(parents), versions(project.distributions), seed)
 
     @property
     def digest(self) -> str:
@@ -94,7 +70,7 @@ class Fingerprint:
         def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             for key in {**old, **new}:
                 pair = [json.dumps(part[key]).strip('"') if key in part else "(none)" for part in (old, new)]
-                if key not in old or key not in new or old[key] != new[key]:
+                if old.get(key, pair) != new.get(key, pair):
                     yield key, " -> ".join(pair)
 
         lines = [f"stage {self.stage} -> {other.stage}"] if self.stage != other.stage else []
@@ -161,13 +137,16 @@ def _notebook_code(path: Path, packages: tuple[str, ...], _mtime: int, _size: in
 
 def versions(distributions: Iterable[str]) -> dict[str, str]:
     """Versions of Python and of these distributions."""
-    known = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for name in distributions:
-        try:
-            known[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            known[name] = "not installed"
-    return known
+    installed = {name: _version(name) for name in distributions}
+    return {"python": ".".join(platform.python_version_tuple()[:2]), **installed}
+
+
+@lru_cache
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def hardware() -> dict[str, Any]:
@@ -175,18 +154,15 @@ def hardware() -> dict[str, Any]:
 
     GPUs are those that torch sees; a process that has not loaded torch used none.
     """
-    torch = sys.modules.get("torch")
-    gpus = []
-    if torch is not None and torch.cuda.is_available():
-        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    cpuinfo = Path("/proc/cpuinfo")
+    torch, cpuinfo = sys.modules.get("torch"), Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    gpus = torch.cuda.device_count() if torch is not None and torch.cuda.is_available() else 0
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpu": gpus,
+        "gpu": [torch.cuda.get_device_name(index) for index in range(gpus)],
     }
 
 
@@ -205,7 +181,7 @@ def determinism(used_threads: Iterable[int], used_workers: Iterable[int] = (1,))
     deterministic algorithms: on a GPU the record says whether they were on. level: "bit-identical", or why not.
     """
     used, together = sorted(set(used_threads)), sorted(set(used_workers))
-    workers = {"workers": together} if together != [1] else {}
+    made = {"device": "cpu", "threads": used, **({"workers": together} if together != [1] else {})}
     changed = [
         f"other {what} ({', '.join(map(str, numbers))})"
         for what, numbers in (("threads", used), ("workers", together))
@@ -216,8 +192,8 @@ def determinism(used_threads: Iterable[int], used_workers: Iterable[int] = (1,))
     if torch is not None and torch.cuda.is_initialized():
         fixed = torch.are_deterministic_algorithms_enabled()
         level = level if fixed else "up to rounding: CUDA kernels that add in no fixed order are allowed"
-        return {"device": "cuda", "threads": used, **workers, "deterministic_algorithms": fixed, "level": level}
-    return {"device": "cpu", "threads": used, **workers, "level": level}
+        made |= {"device": "cuda", "deterministic_algorithms": fixed}
+    return {**made, "level": level}
 
 
 def git_state(root: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 from basics import files
 from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
 from basics.names import did_you_mean
+from basics.source_code import code_hashes
 from papertrail import provenance, records
 from papertrail.plan import Plan, StageSpec
 from papertrail.project import Project
@@ -74,14 +75,16 @@ class Run:
 
         Raises ConfigError (no such stage), MissingInput (no such notebook), SourceError (data that cannot be found).
         """
-        spec = self.spec(stage)
-        return Fingerprint.of(
+        spec, project = self.spec(stage), self.project
+        path = project.notebooks / f"{spec.notebook}.ipynb"
+        modules, cells = provenance.notebook_code(path, project.packages)
+        return Fingerprint(
             stage,
-            self.project,
-            spec.notebook,
-            config=self.config_of(stage),
+            config=json.loads(json.dumps(self.config_of(stage))),  # tuples as lists, as they come back from run.json
+            code={f"notebooks/{path.name}": cells, **code_hashes(modules, project.packages)},
             data=self.data_of(stage),
             parents={parent: self.taken_from(parent, stage) for parent in spec.needs},
+            versions=provenance.versions(project.distributions),
             seed=self.seed(stage),
         )
 
@@ -223,18 +226,16 @@ def _outputs(folder: Path) -> dict[str, str]:
 
 def read_run_file(folder: Path) -> dict[str, Any] | None:
     """The run.json in a folder, None when there is none. Raises RecordError if it is not what was written."""
-    file = folder / RUN_FILE
-    shown = "/".join(file.parts[-3:])
+    shown = "/".join((folder / RUN_FILE).parts[-3:])
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         written = facts.pop(files.SELF, None) if isinstance(facts, dict) else None  # older ones have none
-        same = written is None or written == files.sha256_json(facts)
+        if written is not None and written != files.sha256_json(facts):
+            raise RecordError(f"{shown} is not as it was written; remove the folder and run the stage again")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{shown} is damaged ({error}); remove the folder and run the stage again") from error
-    if not same:
-        raise RecordError(f"{shown} is not as it was written; remove the folder and run the stage again")
     kinds = {"stage": str, "fingerprint": dict, "outputs": dict}
     if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
         raise RecordError(f"{shown} lacks stage, fingerprint or outputs; remove the folder and run the stage again")

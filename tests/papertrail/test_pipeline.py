@@ -18,7 +18,7 @@ from shared import ONE_STEP, flip
 
 from basics import files, paths
 from basics.errors import ConfigError, MissingInput, RecordError, SourceError, ThreefoldError
-from papertrail import notebook_files, notebooks, provenance, records, rerun, scheduler, staleness, verify
+from papertrail import differences, notebook_files, notebooks, provenance, records, rerun, scheduler, staleness, verify
 from papertrail.plan import ancestors, dependents
 from study import stages
 from study.cli import status
@@ -618,8 +618,8 @@ def test_a_training_made_again_may_take_another_time(tmp_path):
         note = {"result": result, "files": {"metrics.jsonl": f"a hash over {seconds}"}}
         files.write_note(tmp_path / name / "training.json", note)
     one, two, three = (tmp_path / name / "training.json" for name in ("one", "two", "three"))
-    assert rerun.file_difference(one, two, {}) == ""
-    assert rerun.file_difference(one, three, {}) == "result.loss_last was 2.5 and is now 2.75"
+    assert differences.file_difference(one, two, {}) == ""
+    assert differences.file_difference(one, three, {}) == "result.loss_last was 2.5 and is now 2.75"
 
 
 def test_weights_that_differ_are_named_with_the_largest_difference(tmp_path):
@@ -630,11 +630,14 @@ def test_weights_that_differ_are_named_with_the_largest_difference(tmp_path):
     other = {**one, "b": one["b"] + torch.tensor([0.0, 0.25]), "c": torch.tensor([3.0])}
     save_file(one, tmp_path / "1.safetensors")
     save_file(other, tmp_path / "2.safetensors")
-    assert rerun.file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors", {}) == (
+    assert differences.file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors", {}) == (
         "2 of 3 parameters differ, b first (largest absolute difference 0.25), c most (2)"
     )
     save_file({"a": one["a"]}, tmp_path / "2.safetensors")
-    assert rerun.file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors", {}) == "other parameters: b, c"
+    assert (
+        differences.file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors", {})
+        == "other parameters: b, c"
+    )
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kernels are forked on Linux only")

@@ -11,8 +11,10 @@ import pytest
 from basics import files, source_code
 from basics.errors import RecordError
 from papertrail import provenance
+from papertrail.plan import StageSpec
 from papertrail.project import Project
 from papertrail.provenance import Fingerprint
+from papertrail.run import Run
 
 
 @pytest.fixture
@@ -189,17 +191,39 @@ def notebooks(tmp_path):
     return tmp_path
 
 
-def fingerprint(notebooks, **changes) -> Fingerprint:
-    arguments = {
-        "stage": "sft",
-        "project": Project(notebooks, notebooks, packages=("basics",), distributions=("torch",)),
-        "notebook": "02_sft",
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fixed(Run):
+    """A run of one stage that is made from what it is given."""
+
+    config: dict
+    data: dict
+    parents: dict
+    own_seed: int
+
+    def config_of(self, stage):
+        return self.config
+
+    def data_of(self, stage, reread=None):
+        return self.data
+
+    def taken_from(self, parent, stage):
+        return self.parents[parent]
+
+    def seed(self, stage):
+        return self.own_seed
+
+
+def fingerprint(folder, notebook="02_sft", **changes) -> Fingerprint:
+    given = {
         "config": {"model": {"norm": "rms"}, "sft": {"learning_rate": 0.003, "shots": (0, 3)}},
         "data": {"stories": "aa"},
         "parents": {"pretrain": "bb"},
-        "seed": 1,
+        "own_seed": 1,
+        **changes,
     }
-    return Fingerprint.of(**{**arguments, **changes})
+    plan = {"sft": StageSpec("sft", notebook, notebook, {}, tuple(given["parents"]), "sft")}
+    project = Project(folder, folder, packages=("basics",), distributions=("torch",))
+    return Fixed(name="x", path=folder / "x", plan=plan, project=project, **given).fingerprint("sft")
 
 
 def test_fingerprint_survives_json_and_says_when_it_was_changed(notebooks):
@@ -217,7 +241,7 @@ def test_fingerprint_survives_json_and_says_when_it_was_changed(notebooks):
 @pytest.mark.parametrize(
     ("changes", "lines"),
     [
-        ({"seed": 2}, ["seed 1 -> 2"]),
+        ({"own_seed": 2}, ["seed 1 -> 2"]),
         ({"parents": {"pretrain": "cc"}}, ["parent pretrain"]),
         ({"parents": {}}, ["parent pretrain"]),
         ({"data": {"stories": "aa", "poems": "dd"}}, ["data poems"]),
