@@ -4,15 +4,18 @@ import ast
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from basics import files, names, paths
 from basics.errors import ConfigError
 from basics.names import did_you_mean, shown
 from papertrail import run as papertrail_run
 from papertrail.project import Project
+from papertrail.provenance import Fingerprint
 from study import stages
 from study.preset import (
     LINEAGE,
@@ -27,7 +30,7 @@ from study.preset import (
     to_toml,
 )
 
-COMMON_PARAMETERS = ("preset", "run", "data_dir", "overrides")  # of every notebook
+COMMON_PARAMETERS = ("preset", "run", "data_dir", "overrides", "overwrite")  # of every notebook
 PRETRAINED = ("pretrain", "gpt2", "distilgpt2")  # the stages of notebook 01, by its parameter `model`
 # Stages whose parameters are the keys of another section than the one of their name.
 SECTIONS = {"evaluate": "evaluation", "speed": "evaluation", "compare": "evaluation"}
@@ -236,9 +239,10 @@ def open_stage(stage: str, /, **parameters: Any) -> Stage:
 
     stage: "sft", ...; "pretrain" with model="gpt2" is stage "gpt2", "evaluate" with model="sft" is "evaluate-sft",
         "sft" with replicate=2 is "sft-seed2".
-    parameters: preset, run, data_dir, overrides ("a.b=c; d.e=f", or a list), `model` (notebooks 01 and 04),
-        `replicate` (01 to 04: which of the preset's `seeds` trainings, from 1), `nproc` (01 to 03: processes that train
-        together), and keys of the stage's section of the preset. None means the preset's value.
+    parameters: preset, run, data_dir, overrides ("a.b=c; d.e=f", or a list), overwrite (replace results of the run
+        that were made with other settings), `model` (notebooks 01 and 04), `replicate` (01 to 04: which of the preset's
+        `seeds` trainings, from 1), `nproc` (01 to 03: processes that train together), and keys of the stage's section
+        of the preset. None means the preset's value.
 
     Raises ConfigError, also where the notebook's parameters cells assign a name that is not passed on here: papermill
     only warns about an unknown parameter, and a typo would run for hours.
@@ -273,20 +277,21 @@ def open_stage(stage: str, /, **parameters: Any) -> Stage:
     if nproc is not None and (type(nproc) is not int or nproc < 1):
         raise ConfigError(f"parameter nproc = {shown(nproc)}: expected None or a whole number of at least 1")
     common = {name: given.pop(name) for name in COMMON_PARAMETERS if name in given}
-    overrides = common.pop("overrides", ())
+    overrides, overwrite = common.pop("overrides", ()), common.pop("overwrite", False)
+    if overwrite not in (True, False, "true", "false"):  # papermill's -p leaves true a string
+        raise ConfigError(f"parameter overwrite = {shown(overwrite)}: expected true or false")
     if not isinstance(overrides, str | list | tuple):
         raise ConfigError(f"parameter overrides = {shown(overrides)}: expected 'key=value; key=value', or a list")
     values = parse_overrides(overrides) | {f"{section}.{name}": value for name, value in given.items()}
-    for name, value in common.items():
-        if isinstance(value, bool | float):
-            raise ConfigError(f"parameter {name} = {shown(value)}: expected a string")
-        common[name] = str(value)  # papermill's -p makes a number of a run named 2024
+    common = {name: text_parameter(name, value) for name, value in common.items()}
     run = open_run(**common, overrides=values, create=False)
     if kind == "evaluate" and (name := base.removeprefix("evaluate-")) not in model_names(run.preset):
         models = model_names(run.preset)
         raise ConfigError(f"model {name!r}{did_you_mean(name, models)}; allowed in this preset: {', '.join(models)}")
     name = _with_replicate(base, replicate, run.preset)
     run.spec(name)
+    if overwrite in (False, "false"):
+        _check_overwriting(run)
     run.create()  # only now, so that a wrong parameter leaves nothing behind
     return Stage(name=name, run=run, config=getattr(run.preset, section), nproc=nproc)
 
@@ -303,6 +308,49 @@ def _with_replicate(stage: str, replicate: Any, preset: Preset) -> str:
             f"{parameter}: preset {preset.name} has seeds = {preset.seeds}; overrides='seeds={replicate}' asks for more"
         )
     return names.replicate_name(stage, replicate)
+
+
+def _check_overwriting(run: Run) -> None:
+    """Raise ConfigError for settings that are not the run's and would make one of its finished stages stale."""
+    config = run.path / "config.toml"
+    if not config.is_file() or config.read_text(encoding="utf-8") == to_toml(run.preset):
+        return
+    for stage in run.plan:
+        if (facts := run.finished(stage)) is None:
+            continue
+        made = Fingerprint.from_dict(facts["fingerprint"])
+        asked = replace(made, config=run.config_of(stage), seed=run.seed(stage))
+        if changes := [line.removeprefix("config: ") for line in made.differences(asked)]:
+            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+            raise ConfigError(
+                f"stage {stage} of run {run.name} is finished, with other settings ({', '.join(changes[:3])}{more}): "
+                f"`-p run NAME` makes another run, `-p run {run.name} -p preset ''` keeps this run's settings, "
+                "`-p overwrite true` replaces its results"
+            )
+
+
+def text_parameter(name: str, value: Any) -> str:
+    """A notebook's parameter that is a text. papermill's -p makes numbers of texts such as 2024, 001 and 1e3.
+
+    Raises ConfigError where the number does not tell the text.
+    """
+    text = value if isinstance(value, str) else passed_to_papermill(name)
+    if isinstance(value, bool | float) or text not in (None, str(value)):
+        way_out = f": papermill's -p reads {text} as {value!r}, use `-r {name} {text}`" if text else ""
+        raise ConfigError(f"parameter {name} = {shown(value)}: expected a string{way_out}")
+    return str(value)
+
+
+def passed_to_papermill(parameter: str) -> str | None:
+    """The text after `-p PARAMETER` on the command line of the papermill that started this kernel, if one did."""
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):  # it has ended, or is another user's
+        return None
+    for flag, name, text in zip(words, words[1:], words[2:], strict=False):
+        if flag in ("-p", "--parameters") and name == parameter:
+            return text
+    return None
 
 
 def _check_known(parameters: Iterable[str], allowed: list[str], notebook: str) -> None:

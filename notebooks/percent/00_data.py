@@ -21,7 +21,8 @@
 preset = "smoke"
 run = ""  # default: the preset's name
 data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging Face cache, then the hub
-overrides = ""  # "section.key=value; ..."
+overrides = ""  # further keys of the preset, written as for --set of `threefold run` and separated by ;
+overwrite = False  # True: other parameters than those of a finished run replace its results
 
 # %%
 from dataclasses import asdict, fields
@@ -34,7 +35,7 @@ from study.run import open_stage
 from threefold.data import corpus, exclusion
 from threefold.data.tokenizer import build_tokenizer, tokenizer_hash
 
-stage = open_stage("data", preset=preset, run=run, data_dir=data_dir, overrides=overrides)
+stage = open_stage("data", preset=preset, run=run, data_dir=data_dir, overrides=overrides, overwrite=overwrite)
 folder = stage.begin()
 model_config, sources = stage.preset.model, stage.config
 

@@ -26,7 +26,8 @@
 preset = "smoke"
 run = ""  # default: the preset's name
 data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging Face cache, then the hub
-overrides = ""  # "section.key=value; ..."
+overrides = ""  # further keys of the preset, written as for --set of `threefold run` and separated by ;
+overwrite = False  # True: other parameters than those of a finished run replace its results
 model = "pretrain"  # or gpt2, distilgpt2
 replicate = 1  # which of the preset's `seeds` trainings of `pretrain`; from 2 on another seed, nothing else
 nproc = None  # processes that train together (torchrun); None: one a GPU
@@ -54,6 +55,7 @@ stage = open_stage(
     run=run,
     data_dir=data_dir,
     overrides=overrides,
+    overwrite=overwrite,
     model=model,
     replicate=replicate,
     nproc=nproc,

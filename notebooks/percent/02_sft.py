@@ -23,7 +23,8 @@
 preset = "smoke"
 run = ""  # default: the preset's name
 data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging Face cache, then the hub
-overrides = ""  # "section.key=value; ..."
+overrides = ""  # further keys of the preset, written as for --set of `threefold run` and separated by ;
+overwrite = False  # True: other parameters than those of a finished run replace its results
 replicate = 1  # which of the preset's `seeds` trainings; from 2 on another seed and that replicate's parent
 nproc = None  # processes that train together (torchrun); None: one a GPU
 learning_rate = None  # None: the preset's value, as for every key of its section [sft]
@@ -49,6 +50,7 @@ stage = open_stage(
     run=run,
     data_dir=data_dir,
     overrides=overrides,
+    overwrite=overwrite,
     replicate=replicate,
     nproc=nproc,
     learning_rate=learning_rate,

@@ -24,7 +24,8 @@
 preset = "smoke"
 run = ""  # default: the preset's name
 data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging Face cache, then the hub
-overrides = ""  # "section.key=value; ..."
+overrides = ""  # further keys of the preset, written as for --set of `threefold run` and separated by ;
+overwrite = False  # True: other parameters than those of a finished run replace its results
 model = "pretrain"
 replicate = 1  # which of the preset's `seeds` trainings of pretrain, sft or dpo
 
@@ -40,6 +41,7 @@ stage = open_stage(
     run=run,
     data_dir=data_dir,
     overrides=overrides,
+    overwrite=overwrite,
     model=model,
     replicate=replicate,
 )

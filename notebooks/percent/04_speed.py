@@ -22,7 +22,8 @@
 preset = "smoke"
 run = ""  # default: the preset's name
 data_dir = ""  # local data folder, where a model from outside may lie
-overrides = ""  # "section.key=value; ..."
+overrides = ""  # further keys of the preset, written as for --set of `threefold run` and separated by ;
+overwrite = False  # True: other parameters than those of a finished run replace its results
 speed_batch_sizes = None  # None: the preset's value, as for every key of its section [evaluation]
 speed_prompt = None
 speed_new_tokens = None
@@ -41,6 +42,7 @@ stage = open_stage(
     run=run,
     data_dir=data_dir,
     overrides=overrides,
+    overwrite=overwrite,
     speed_batch_sizes=speed_batch_sizes,
     speed_prompt=speed_prompt,
     speed_new_tokens=speed_new_tokens,

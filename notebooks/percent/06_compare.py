@@ -23,6 +23,7 @@ preset = "smoke"
 run = ""
 data_dir = ""
 overrides = ""
+overwrite = False  # True: other parameters than those of a finished run replace its results
 
 # %% [markdown]
 # Reading the records already checks them: an evaluation that ran other weights than the checkpoint of its stage stops the
@@ -44,7 +45,7 @@ from study.comparison import (
 )
 from study.run import open_stage
 
-stage = open_stage("compare", preset=preset, run=run, data_dir=data_dir, overrides=overrides)
+stage = open_stage("compare", preset=preset, run=run, data_dir=data_dir, overrides=overrides, overwrite=overwrite)
 stage.begin()
 comparison = Comparison.load(stage.run)
 print(f"{len(comparison.records)} records; models: {', '.join(comparison.name(model) for model in comparison.models)}")

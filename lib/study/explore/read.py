@@ -32,7 +32,7 @@ def open_run(name: str = "smoke", data_dir: str = "") -> Run:
     data_dir: the folder of the evaluation items' texts; default $THREEFOLD_DATA, then the one the run was made with.
     Raises MissingInput, which lists the runs and names the command that makes one.
     """
-    check_name(name, "run")
+    name = check_name(study_run.text_parameter("run", name), "run")
     names = run_names()
     if name not in names:
         raise MissingInput(
