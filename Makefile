@@ -18,7 +18,7 @@ test: env-test  ## environment, then the checks and the tests
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-bench: env-test  ## ours and each peer by turns; PART="pretrain sft dpo scoring generation smoke" or some of them
+bench: env-test  ## threefold and its peers, interleaved; PART="pretrain sft dpo scoring generation smoke", or some of them
 	$(BIN)/python -m benchmarks $(PART)
 
 env: .venv/.installed

@@ -1,6 +1,6 @@
-"""`python -m benchmarks [PART ...]`: ours and each peer on the same data, model and machine, interleaved.
+"""`python -m benchmarks [PART ...]`: threefold and its peers on the same data, model and machine, interleaved.
 
-Each part writes benchmarks/results/<part>.json and .md as soon as it is measured; a part that fails stops no other.
+Each part writes benchmarks/results/<part>.json and .md as soon as it is measured; a failed part does not stop the rest.
 """
 
 import argparse
@@ -22,12 +22,12 @@ def main() -> int:
         "--data",
         choices=("auto", "real", "sample"),
         default="auto",
-        help="auto: ../shared/data where it is, else the sample",
+        help="auto: ../shared/data where it exists, else the sample",
     )
     parser.add_argument("--rounds", type=int, default=-1, help="default: each part's own number")
-    parser.add_argument("--threads", type=int, default=0, help="default: as many as there are cores to use")
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="peers whose name holds TEXT")
-    parser.add_argument("--missing", action="store_true", help="leave out parts whose results are there already")
+    parser.add_argument("--threads", type=int, default=0, help="default: the number of usable cores")
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="peers with TEXT in their name")
+    parser.add_argument("--missing", action="store_true", help="leave out parts that have results")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     options = parser.parse_args()
     unknown = [part for part in options.parts if part not in PARTS]

@@ -1,9 +1,9 @@
-"""A whole small model with attention spelled out and by SDPA, forward and backward, by the length of its rows.
+"""Forward and backward pass of a small model with unfused attention and with SDPA, by row length.
 
     python benchmarks/attention.py                # minutes on a CPU
 
-Eager, packed documents of 150 tokens, about 4096 positions a step; interleaved, medians over the rounds. What
-`Decoder`'s "auto" chooses by.
+Eager, packed documents of 150 tokens, about 4096 positions per step; interleaved, medians over the rounds. The `auto`
+setting of `Decoder` chooses between the two on the basis of these figures.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from threefold.memory import keep_freed_memory
 from threefold.model import Decoder
 from threefold.training.timing import time_rounds
 
-VOCABULARY, KINDS = 256, ("explicit", "sdpa")  # a small head: attention is what is asked for
+VOCABULARY, KINDS = 256, ("explicit", "sdpa")  # a small head, so that attention dominates
 
 
 def seconds(length: int, rounds: int, dtype: torch.dtype) -> dict[str, float]:
-    """Of a forward and backward pass with each kind, over `length` positions a row."""
+    """Seconds of a forward and backward pass with each kind of attention, for rows of `length` positions."""
     config = ModelConfig(n_layer=4, d_model=256, n_head=4, d_ff=768, context=length, vocab_size=VOCABULARY)
     models = {kind: Decoder(config, attention=kind) for kind in KINDS}
     rows = max(1, round(4096 / length))
@@ -47,7 +47,7 @@ def main() -> None:
     if min(options.rounds, options.threads, *options.lengths) < 1:
         parser.error("rounds, threads and lengths are at least 1")
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as training has it
+    keep_freed_memory()  # as in training
     print("| format | positions a row | spelled out, ms | SDPA : spelled out |\n|---|---:|---:|---:|")
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         for length in options.lengths:

@@ -1,4 +1,4 @@
-"""What training costs by calculation: operations and bytes of a step, and how long it takes on several devices.
+"""The cost of training, by calculation: operations and bytes of a step, and its duration on several devices.
 
 The model of time, for data-parallel training with copies (DDP) and Muon:
 
@@ -37,7 +37,7 @@ class Model:
 
     @classmethod
     def of(cls, config: ModelConfig, width: int | None = None) -> "Model":
-        """Of a config with its `vocab_size`, for rows of `width` positions (default: the context)."""
+        """The counts of a model with this `vocab_size`, for rows of `width` positions (default: the context)."""
         with torch.device("meta"):
             model = Decoder(config)
         matrices = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
@@ -50,7 +50,7 @@ class Model:
 
     @property
     def flops_a_token(self) -> int:
-        """Forward and backward: 6 a multiplying parameter, and attention over the whole row, mask or not."""
+        """FLOPs per token, forward and backward: 6 per multiplying parameter, and attention over the whole row."""
         return 6 * self.products + 3 * self.attention
 
     @property
@@ -58,28 +58,28 @@ class Model:
         return 4 * self.parameters
 
     def muon_flops(self, workers: int = 1) -> int:
-        """Of the worker with most to orthogonalise, in one step."""
+        """FLOPs in one step of the worker that has most to orthogonalise."""
         return sum(-(-count // workers) * newton_schulz_flops(*shape) for shape, count in self.hidden.items())
 
     def muon_bytes(self, workers: int) -> float:
-        """That each worker receives of the others' directions, bf16."""
+        """Bytes that each worker receives of the others' directions, in bf16."""
         return 2 * sum(count * rows * columns for (rows, columns), count in self.hidden.items()) * (1 - 1 / workers)
 
 
 def newton_schulz_flops(rows: int, columns: int, steps: int = NEWTON_SCHULZ) -> int:
-    """Of `optimizers.orthogonalise` on one matrix: three products an iteration, on the smaller side's Gram matrix."""
+    """FLOPs of `optimizers.orthogonalise` on one matrix: three products per iteration on the smaller Gram matrix."""
     small, large = sorted((rows, columns))
     return steps * (4 * small * small * large + 2 * small**3)
 
 
 def ring_bytes(size: float, workers: int) -> float:
-    """That each worker sends, and receives, when a buffer of `size` bytes is summed over all in a ring."""
+    """Bytes that each worker sends, and receives, when `size` bytes are summed over all workers in a ring."""
     return 2 * (workers - 1) / workers * size
 
 
 @dataclass(frozen=True)
 class Device:
-    """What one worker's device does, as achieved and not as on a data sheet."""
+    """The speed of one worker's device, as achieved and not as on a data sheet."""
 
     flops: float  # operations/s in training
     memory: float  # bytes/s

@@ -22,7 +22,7 @@ TEMPLATE = sentiment.TEMPLATES[0]
 
 
 def few_shot(setup: Setup, items: list[dict], pool: list[dict]) -> list[str]:
-    """A prompt for each item, behind the same demonstrations."""
+    """A prompt for each item, after the same demonstrations."""
     shown = sentiment.draw(pool, setup.size.shots, 0, 0)
     head = "".join(TEMPLATE.demonstration(item) + TEMPLATE.separator for item in shown)
     return [head + TEMPLATE.text(item["sentence"]) for item in items]
@@ -111,7 +111,7 @@ class HarnessScoring(_Scoring):
         self.settings["batch"] = BATCH
 
     def score(self) -> list[float]:
-        # The strings are keys of its cache only; it does not tokenise again.
+        # lm-eval uses the strings as keys of its cache only; it does not tokenise them again.
         requests = [((str(i // 2), str(i % 2)), context, target) for i, (context, target) in enumerate(self.requests)]
         return [total for total, _ in self.model._loglikelihood_tokens(requests, disable_tqdm=True)]
 

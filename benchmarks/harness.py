@@ -1,4 +1,4 @@
-"""Interleaved contestants, each in its own process; medians, spreads, ratios; one JSON and one Markdown file a part."""
+"""Contestants in processes of their own, interleaved; medians, spreads, ratios; a JSON and a Markdown file per part."""
 
 import json
 import os
@@ -32,7 +32,7 @@ class Options:
 
 
 class Contestant:
-    """A worker process, spoken to line by line."""
+    """A worker process; requests and answers are lines of JSON."""
 
     def __init__(self, name: str, target: str, options: Options, threads: int):
         self.name = name
@@ -55,7 +55,7 @@ class Contestant:
         )
 
     def ask(self, question: str) -> dict[str, Any]:
-        """Its answer to "check" or "round"; SystemExit with the end of its log if it fell."""
+        """The answer to "check" or "round"; SystemExit with the end of the log if the process failed."""
         try:
             self.process.stdin.write(question + "\n")
             self.process.stdin.flush()
@@ -80,7 +80,7 @@ class Contestant:
 
 
 def run(name: str, options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measure a part. -> what is written to its JSON file."""
+    """Measure a part; returns the content of its JSON file."""
     part = PARTS[name]
     threads = options.threads or len(os.sched_getaffinity(0))
     targets = {
@@ -109,7 +109,7 @@ def run(name: str, options: Options, say: Callable[[str], None] = print) -> dict
                 f"{key} {items / s:.4g}" for key, m in rounds[-1].items() for items, s in [next(iter(m.values()))]
             )
             say(f"{name}: round {number}: {rates}")
-        for contestant in contestants:  # what a contestant learns of itself in a round, such as its numerics
+        for contestant in contestants:  # what a contestant knows only after a round, such as its numerics
             settings[contestant.name] = (
                 contestant.ask("check")["settings"] if contestant.name == OURS else settings[contestant.name]
             )
@@ -135,7 +135,7 @@ def run(name: str, options: Options, say: Callable[[str], None] = print) -> dict
 
 
 def agree(checks: dict[str, dict[str, list[float]]], tolerance: float) -> dict[str, Any]:
-    """Each contestant's check values against ours; SystemExit where one computes something else.
+    """Compare each contestant's check values with ours; SystemExit where one computes something else.
 
     Differences are relative to the largest of our values of that name; tolerance 0 asks for equality.
     """
@@ -219,7 +219,7 @@ def summary(part: Part, rounds: list[dict[str, Any]], settings: dict[str, Any]) 
 
 
 def write(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
-    """`folder/<part>.json`, its table `folder/<part>.md`, and README.md over all parts that lie there."""
+    """`folder/<part>.json`, its table `folder/<part>.md`, and README.md over all parts in that folder."""
     folder.mkdir(parents=True, exist_ok=True)
     as_json, as_table = folder / f"{result['part']}.json", folder / f"{result['part']}.md"
     atomic_write(as_json, json.dumps(result, indent=1, default=float) + "\n")
@@ -232,11 +232,13 @@ def write(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
 def overview(results: Sequence[dict[str, Any]]) -> str:
     """All parts in one table: ours against each peer, the share of the machine's limit, and what has no peer."""
     lines = [
-        "# Measured",
+        "# Benchmark results",
         "",
-        "Written by `make bench`; each part's page has its machine, versions, rounds and rates.",
+        "Written by `make bench`. Each part has a page with its machine, versions, rounds and rates. A ratio above 1",
+        "means that threefold is faster; the interval covers the median ratio with the probability in parentheses. The",
+        "targets were set before the measurement, and not all of them are reached.",
         "",
-        "| part | ours against | in | ratio | interval of the median | at least |",
+        "| part | threefold against | unit | ratio | interval of the median | target |",
         "|---|---|---|---:|---:|---:|",
     ]
     for result in results:
@@ -258,7 +260,7 @@ def overview(results: Sequence[dict[str, Any]]) -> str:
                 )
         if not result["ratios"]:
             for measure, rate in result["rates"][OURS].items():
-                lines.append(f"| {page} | | seconds a {measure} | {rate['seconds']:.0f} | | |")
+                lines.append(f"| {page} | | seconds per {measure} | {rate['seconds']:.0f} | | |")
     return "\n".join(lines) + "\n"
 
 
@@ -280,8 +282,8 @@ def markdown(result: dict[str, Any]) -> str:
     if result["agreement"]["differences"]:
         largest = max(max(values.values()) for values in result["agreement"]["differences"].values())
         lines += [
-            f"Checked first, in fp32: all compute the same, largest relative difference {largest:.1g} (allowed "
-            f"{result['agreement']['tolerance']:g}).",
+            f"Checked before timing, in fp32: all contestants compute the same; largest relative difference "
+            f"{largest:.1g} (allowed {result['agreement']['tolerance']:g}).",
             "",
         ]
     lines += ["| contestant | measure | median | quartiles | unit | first round, s |", "|---|---|---:|---:|---|---:|"]
@@ -292,7 +294,11 @@ def markdown(result: dict[str, Any]) -> str:
                 f"{rate['unit']} | {result['first_round_seconds'][key]:.0f} |"
             )
     if result["ratios"]:
-        lines += ["", "| ours : | measure | ratio | interval of the median | at least |", "|---|---|---:|---:|---:|"]
+        lines += [
+            "",
+            "| threefold against | measure | ratio | interval of the median | target |",
+            "|---|---|---:|---:|---:|",
+        ]
         for entry in result["ratios"]:
             least = "" if entry["least"] is None else f"{entry['least']:g}"
             lines.append(
@@ -304,7 +310,7 @@ def markdown(result: dict[str, Any]) -> str:
         for entry in result["shares"]:
             lines.append(f"| {entry['contestant']} | {entry['limit']} | {entry['count']} | {entry['share']:.0%} |")
     note = result["settings"].get(OURS, {})
-    lines += ["", "Ours: " + "; ".join(f"{key} {value}" for key, value in note.items()) + ".", ""]
+    lines += ["", "Threefold: " + "; ".join(f"{key} {value}" for key, value in note.items()) + ".", ""]
     return "\n".join(lines)
 
 

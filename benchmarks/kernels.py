@@ -1,4 +1,4 @@
-"""Normalisations and feed-forwards alone, forward and backward, at the shapes of the 253M model: a Markdown table.
+"""Normalisation and feed-forward layers alone, forward and backward, at the shapes of the 253M model: a Markdown table.
 
     python benchmarks/kernels.py                  # seconds on a CPU core or a GPU
 

@@ -1,4 +1,4 @@
-"""What the machine multiplies at best: the limit that training's share is taken of."""
+"""The highest matrix-multiplication rate of the machine: the limit of which training reaches a share."""
 
 import time
 
@@ -6,7 +6,7 @@ import torch
 
 from threefold.training.numerics import SHAPES, matmul_flops
 
-SECONDS = 1.0  # of each shape in a round
+SECONDS = 1.0  # per shape in a round
 
 
 class _Matmul:

@@ -1,4 +1,4 @@
-"""What is compared: each part's contestants by name, ours first, and what the project holds itself to."""
+"""The parts of the benchmark: the contestants of each by name, ours first, and the targets."""
 
 from dataclasses import dataclass, field
 
@@ -7,11 +7,12 @@ OURS = "threefold"
 
 @dataclass(frozen=True)
 class Part:
-    """contestants: name -> "module:class" under `benchmarks`, made in a process of its own.
+    """contestants: name -> "module:class" under `benchmarks`, each in a process of its own.
 
-    measures: what one round times, by name, and its unit. least: the ratio that ours : a contestant must reach, by
-    (contestant, measure), and the share of a limit, by (limit, FLOPs counted). tolerance: relative, of what all
-    contestants must agree on before anything is timed. limits: contestants that are the machine's limit, no peers.
+    measures: what one round times, by name, and its unit. least: targets: the ratio of our speed to a contestant's, by
+    (contestant, measure), and our share of a limit, by (limit, FLOPs counted). tolerance: the largest relative
+    difference between the contestants' results, which are compared before anything is timed. limits: the contestants
+    that measure the machine's limit and are no peers.
     """
 
     title: str

@@ -2,8 +2,8 @@
 
     python benchmarks/products.py                 # microseconds on a CPU, a few seconds in all
 
-By turns, medians over the rounds; of a decoded batch (32 positions) and of many positions, and forward and backward
-in bf16 as training has it.
+Interleaved, medians over the rounds; for a batch in decoding (32 positions) and for many positions, and forward and
+backward in bf16 as in training.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as training and evaluation have it
+    keep_freed_memory()  # as in training and evaluation
     layers = [Linear(options.width, options.width, bias=False) for _ in range(3)]
     for layer in layers:
         torch.nn.init.normal_(layer.weight)

@@ -1,9 +1,9 @@
-"""Training on several devices: what it costs, how long it should take, and that prediction against what is measured.
+"""Training on several devices: its cost, its predicted duration, and the prediction against a measurement.
 
     python benchmarks/scale.py                                       # the plan: tables by calculation, a few seconds
     torchrun --nproc-per-node 2 benchmarks/scale.py --rounds 30      # predicted against measured, about a minute
 
-The plan takes `full` on H100s; the rate and links it assumes stand in its output. The check interleaves, in one
+The plan takes `full` on H100s; its output states the rate and the links that it assumes. The check interleaves, in one
 run, what the model of time in `benchmarks.cost` is made of (the forward and backward pass alone, the gradients'
 exchange alone, AdamW alone) and whole steps, which it predicts from them. It takes one worker a GPU, or CPU processes
 of one thread each, whose communication hides behind nothing.
@@ -85,9 +85,9 @@ def plan() -> None:
 
 
 def kept_bytes(config: ModelConfig) -> tuple[float, float]:
-    """Bytes a token that autograd keeps in bf16 up to the head: beside the blocks, and in each block.
+    """Bytes per token that autograd keeps in bf16 up to the head: outside the blocks, and in each block.
 
-    What a second row adds: copies of weights are kept once for any number of rows.
+    Measured as what a second row adds, since copies of weights are kept once for any number of rows.
     """
 
     def kept_by(model: Decoder, rows: int) -> int:
@@ -100,7 +100,7 @@ def kept_bytes(config: ModelConfig) -> tuple[float, float]:
 
         tokens = torch.zeros(rows, config.context, dtype=torch.long)
         with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
-            alive = model.hidden(tokens)  # nothing is freed, and no place taken twice, while it lives
+            alive = model.hidden(tokens)  # while this is alive, no memory is freed or used again
         del alive
         return sum(found.values())
 
@@ -150,10 +150,10 @@ def check(workers: distributed.Workers, rounds: int, rows: int) -> None:
     times: dict[str, list[float]] = {name: [] for name in parts}
     for turn in range(rounds + 2):
         for name, work in parts.items():
-            workers.agreed(True)  # all begin together
+            workers.agreed(True)  # all workers begin together
             begun = now(device)
             work()
-            if turn > 1:  # the first ones allocate
+            if turn > 1:  # the first turns allocate
                 times[name].append(now(device) - begun)
     medians = torch.tensor([statistics.median(taken) for taken in times.values()])
     half, all_rows, exchange, update, measured = (workers.sum(medians) / workers.size).tolist()
@@ -179,7 +179,7 @@ def check(workers: distributed.Workers, rounds: int, rows: int) -> None:
 
 
 class Logits(torch.nn.Module):
-    """The model with its head and a loss, as one module whose gradients are put together."""
+    """The model with its head and a loss as one module, for DDP."""
 
     def __init__(self, model: Decoder):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The data and the model that all contestants of a part share, made the same in each of their processes."""
+"""The data and the model that all contestants of a part share, built identically in each process."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # the real dat
 
 @dataclass(frozen=True)
 class Size:
-    """Of the model, and of what one round of each part does."""
+    """Sizes of the model and of one round of each part."""
 
     model: ModelConfig
     rows: int  # of a step of pretraining
@@ -58,7 +58,7 @@ SAMPLE = {
 
 
 class Setup:
-    """data: "real" (`../shared/data` or $THREEFOLD_DATA), "sample" (the embedded one) or "auto": real where it is."""
+    """data: "real" (`../shared/data` or $THREEFOLD_DATA), "sample" (the embedded one) or "auto": real if present."""
 
     SPLITS: ClassVar = {"examples": "train", "pairs": "test"}  # of a local folder's HH-RLHF the small files suffice
 

@@ -1,4 +1,4 @@
-"""The smoke run from start to report, as a user runs it; the round before the counted one warms the caches."""
+"""The smoke run from start to report, as a user runs it. The warm-up round fills the caches."""
 
 import os
 import shutil

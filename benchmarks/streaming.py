@@ -2,10 +2,10 @@
 
     python benchmarks/streaming.py                  # about a minute on one core
 
-A small randomly initialised model streams once to the last length; at each length on the way: what the streaming cache
-holds, what a cache of everything would hold, the process's peak resident memory so far, and the speed since the length
-before, in CPU time, which other processes hardly change. Memory is constant where the columns of the cache and of the
-peak do not grow.
+A small randomly initialised model generates one stream up to the last length. At each length on the way: the size of
+the streaming cache, the size of a full cache, the process's peak resident memory so far, and the speed since the
+previous length, in CPU time, on which other processes have little influence. Memory is constant where the columns of
+the cache and of the peak do not grow.
 """
 
 import argparse

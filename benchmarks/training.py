@@ -2,8 +2,8 @@
 
 All use AdamW (fused) with gradients clipped at 1. Every contestant computes the loss of the first batch in fp32 from
 the same weights before anything is timed. Ours and the plain loops count whole steps, data included; Trainer and TRL
-are timed from their first step's beginning to their last step's end. A round trains the same examples for everyone, in
-as many steps.
+are timed from the beginning of the first step to the end of the last one. In a round every contestant trains on the
+same examples in the same number of steps.
 """
 
 import copy
@@ -23,7 +23,9 @@ from threefold.training import train
 from threefold.training.objectives import MicroBatch, NextToken, Objective, Preference, reference_logprobs
 
 RATE, CLIP, BETA = 1e-4, 1.0, 0.1
-DISTURBED = 1.1  # the policy's last norm in a check of the DPO loss, which is log 2 where policy and reference agree
+DISTURBED = (
+    1.1  # scales the policy's last norm in the check: with equal models the DPO loss is log 2, whatever is computed
+)
 
 Times = dict[str, tuple[float, float]]
 
@@ -32,7 +34,7 @@ Times = dict[str, tuple[float, float]]
 
 
 class _Ours:
-    """`threefold.training.train` for one round of steps; the model goes on from round to round."""
+    """`threefold.training.train` for one round of steps; each round continues with the same model."""
 
     def __init__(self, setup: Setup):
         self.setup, self.size, self.model = setup, setup.size, setup.model()
@@ -44,7 +46,7 @@ class _Ours:
         )
 
     def seconds(self, objective: Objective, rows: Any, config: TrainConfig) -> tuple[Any, float]:
-        """What `train` says of its steps: (result, seconds)."""
+        """The result of `train`, and the seconds that it reports for its steps."""
         with tempfile.TemporaryDirectory() as folder:
             result = train(self.model, objective, rows, config, folder, seed=0, progress=lambda _: None).result
         self.settings["numerics"] = result.note
@@ -74,7 +76,7 @@ class OurPretraining(_Ours):
 
 
 class OurFineTuning(_Ours):
-    """Packed rows, as many in a step as hold the peers' number of examples."""
+    """Packed rows; a step has as many rows as hold the peers' number of examples."""
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -127,7 +129,7 @@ class OurPreferences(_Ours):
 
 
 class PlainLoop:
-    """`LlamaForCausalLM` under bf16 autocast, as most scripts have it."""
+    """`LlamaForCausalLM` under bf16 autocast, as in most training scripts."""
 
     compiled = False
 
@@ -141,7 +143,7 @@ class PlainLoop:
         self.settings = {"attention": self.model.config._attn_implementation, "optimizer": "AdamW, fused"}
 
     def loss(self, batch: Any, forward: Any) -> torch.Tensor:
-        """The rows are each one piece of text behind a BOS, so plain causal attention is what ours computes."""
+        """Each row is one text after a BOS, so plain causal attention equals what ours computes."""
         return forward(input_ids=batch.tokens_BT, labels=batch.targets_BT, shift_labels=batch.targets_BT).loss
 
     def check(self) -> dict[str, list[float]]:
@@ -170,7 +172,7 @@ class CompiledLoop(PlainLoop):
 
 
 class _Trained:
-    """A Trainer that trains in a thread of its own and rests after each round's steps."""
+    """A Trainer that trains in a thread of its own and pauses after each round's steps."""
 
     trainer: Any
 
@@ -202,7 +204,7 @@ class _Trained:
             outer.go.acquire()
             try:
                 outer.trainer.train()
-            except BaseException as error:  # handed to the thread that waits, which raises it
+            except BaseException as error:  # passed to the waiting thread, which raises it
                 outer.error = error
                 outer.done.release()
 
@@ -342,7 +344,7 @@ class TrlPreferences(_Trained):
         outer = self
 
         class Tokenised(DPOTrainer):
-            """Takes pairs that are tokenised already, the same ids as ours."""
+            """Takes pairs that are already tokenised to the same ids as ours."""
 
             def _prepare_dataset(self, dataset, *rest):
                 return dataset
@@ -361,7 +363,7 @@ class TrlPreferences(_Trained):
             args=arguments,
             train_dataset=Dataset.from_list(data),
             processing_class=self.setup.tokenizer,
-            # Its own copy of a model in memory would be looked for on the hub, by a name that this one has not.
+            # A model built in memory has no name by which TRL could load a copy from the hub.
             ref_model=None if options.get("precompute_ref_log_probs") else to_transformers(self.setup.model()),
         )
 

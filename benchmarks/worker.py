@@ -1,7 +1,7 @@
-"""One contestant in a process of its own: takes "check" and "round" line by line, answers in JSON.
+"""One contestant in a process of its own: reads "check" or "round" line by line and answers in JSON.
 
-Each has its own allocator, thread pool and compiled graphs, so that none runs on what another left behind; only one
-of them works at a time.
+Each process has its own allocator, thread pool and compiled graphs, so that contestants do not influence each other;
+only one of them works at a time.
 """
 
 import importlib
@@ -9,14 +9,12 @@ import json
 import os
 import sys
 import time
-import warnings
 
 
 def main() -> None:
-    # Whatever libraries print goes to stderr; answers have the real stdout to themselves.
+    # What libraries print goes to stderr; only answers go to the real stdout.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    warnings.filterwarnings("ignore")  # a peer's advice would fill the log
     import torch
 
     target, threads, size, data = sys.argv[1:]
