@@ -22,7 +22,7 @@ from threefold.model.decoder import Decoder
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at a time
 NEWTON_SCHULZ = 5  # iterations of torch.optim.Muon
 UPDATE = (
-    28  # bytes a parameter that an optimizer moves: reads weight, gradient, two moments, writes all but the gradient
+    28  # bytes per parameter that an optimizer moves: reads weight, gradient, two moments, writes all but the gradient
 )
 
 

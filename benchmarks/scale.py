@@ -5,7 +5,7 @@
 
 The plan takes `full` on H100s; its output states the rate and the links that it assumes. The check interleaves, in one
 run, what the model of time in `benchmarks.cost` is made of (the forward and backward pass alone, the gradients'
-exchange alone, AdamW alone) and whole steps, which it predicts from them. It takes one worker a GPU, or CPU processes
+exchange alone, AdamW alone) and whole steps, which it predicts from them. It takes one worker per GPU, or CPU processes
 of one thread each, whose communication hides behind nothing.
 """
 
@@ -31,8 +31,8 @@ H100 = {"flops": SHARE * 989e12, "memory": 0.8 * 3.35e12}
 # Bytes/s that a worker passes on in a ring: 80% of NVLink within a node, of what leaves a node between nodes.
 LINKS = {
     "8, NVLink": (8, 0.8 * 450e9),
-    "64, 8 x 400 Gb/s a node": (64, 0.8 * 400e9),
-    "64, 100 Gb/s a node": (64, 0.8 * 12.5e9),
+    "64, 8 x 400 Gb/s per node": (64, 0.8 * 400e9),
+    "64, 100 Gb/s per node": (64, 0.8 * 12.5e9),
 }
 CHECKED = ModelConfig(n_layer=4, d_model=256, n_head=4, d_ff=768, context=256, vocab_size=2048)
 
@@ -47,19 +47,19 @@ def plan() -> None:
     a_token = beside + config.n_layer * each
     rows = [
         ("parameters", f"{model.parameters:,}"),
-        ("GFLOP a token, 6N", f"{6 * model.parameters / 1e9:.3f}"),
-        ("GFLOP a token, matrices and attention", f"{model.flops_a_token / 1e9:.3f}"),
-        ("bytes a token on the disk", "2"),
-        ("bytes a token kept for the backward pass, eager (measured)", f"{a_token:,.0f}"),
-        ("tokens a step", f"{tokens:,}"),
+        ("GFLOP per token, 6N", f"{6 * model.parameters / 1e9:.3f}"),
+        ("GFLOP per token, matrices and attention", f"{model.flops_a_token / 1e9:.3f}"),
+        ("bytes per token on the disk", "2"),
+        ("bytes per token kept for the backward pass, eager (measured)", f"{a_token:,.0f}"),
+        ("tokens per step", f"{tokens:,}"),
         (
             "GB kept for a micro-batch's backward pass, eager",
             f"{a_token * micro_tokens / 1e9:.1f}",
         ),
-        ("bytes a token moved by the update", f"{cost.UPDATE * model.parameters / tokens:,.0f}"),
+        ("bytes per token moved by the update", f"{cost.UPDATE * model.parameters / tokens:,.0f}"),
         ("GB of weights, gradients and AdamW's states", f"{distributed.BYTES * model.parameters / 1e9:.2f}"),
-        ("GFLOP a token of Muon's iterations", f"{model.muon_flops() / tokens / 1e9:.3f}"),
-        ("bytes of gradients each of 8 workers sends a step", f"{cost.ring_bytes(model.gradient_bytes, 8):,.0f}"),
+        ("GFLOP per token of Muon's iterations", f"{model.muon_flops() / tokens / 1e9:.3f}"),
+        ("bytes of gradients each of 8 workers sends per step", f"{cost.ring_bytes(model.gradient_bytes, 8):,.0f}"),
     ]
     print("| full | |\n|---|---:|")
     print("\n".join(f"| {name} | {value} |" for name, value in rows))
@@ -67,7 +67,7 @@ def plan() -> None:
         f"\nPredicted for H100s at {SHARE:.0%} of 989 TFLOP/s, 80% of 3.35 TB/s memory and of each link; "
         f"{preset.pretrain.tokens:,} tokens.\n"
     )
-    columns = ("GPUs", "tokens a step", "compute, ms", "exchange, ms", "exposed", "Muon", "update", "step", "tokens/s")
+    columns = ("GPUs", "tokens/step", "compute, ms", "exchange, ms", "exposed", "Muon", "update", "step", "tokens/s")
     print("| " + " | ".join((*columns, "efficiency", "minutes")) + " |")
     print("|---|" + "---:|" * (len(columns) + 1))
     one = None

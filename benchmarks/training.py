@@ -85,7 +85,7 @@ class OurFineTuning(_Ours):
         batch = math.ceil(len(self.rows) / self.size.steps)
         self.steps = math.ceil(len(self.rows) / batch)
         self.batch = batch
-        self.settings |= {"rows a step": batch, "examples a row": round(len(self.examples) / len(self.rows), 2)}
+        self.settings |= {"rows per step": batch, "examples a row": round(len(self.examples) / len(self.rows), 2)}
 
     def check(self) -> dict[str, list[float]]:
         setup = self.setup
