@@ -5,6 +5,7 @@ by `parse_overrides`; from there on overrides are a mapping of dotted keys to va
 """
 
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
@@ -162,8 +163,22 @@ def load_preset(name_or_path: str | Path, overrides: Mapping[str, Any] | None = 
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # no file, no UTF-8, no TOML, brackets without end
         raise ConfigError(f"{path.name}: cannot be read as TOML: {error}") from error
-    preset = from_dict({**table, "name": table.get("name") or path.stem}, path.name)
+    preset = from_dict(_located({**table, "name": table.get("name") or path.stem}, path.parent), path.name)
     return override(preset, overrides or {}, origin=f"{path.name} with overrides" if overrides else path.name)
+
+
+def _located(values: Any, folder: Path) -> Any:
+    """The values of a preset's file in which a relative path that is there in the file's folder is made absolute."""
+    if isinstance(values, list):
+        return [_located(value, folder) for value in values]
+    if not isinstance(values, dict):
+        return values
+    found = {key: _located(value, folder) for key, value in values.items()}
+    for key in ("path", "location", "gpt2", "distilgpt2"):
+        given = found.get(key)
+        if isinstance(given, str) and given not in ("", "train") and os.path.exists(folder / given):
+            found[key] = str((folder / given).absolute())
+    return found
 
 
 def from_dict(table: Mapping[str, Any], origin: str) -> Preset:

@@ -30,12 +30,14 @@ from dataclasses import asdict, fields
 import pandas as pd
 
 from papertrail import records
+from study import checks
 from study.preset import evaluation_sources, lineage, measured_on
 from study.run import open_stage
 from threefold.data import corpus, exclusion
 from threefold.data.tokenizer import build_tokenizer, tokenizer_hash
 
 stage = open_stage("data", preset=preset, run=run, data_dir=data_dir, overrides=overrides, overwrite=overwrite)
+checks.check(stage.preset, stage.run.data_dir)
 folder = stage.begin()
 model_config, sources = stage.preset.model, stage.config
 
@@ -89,6 +91,7 @@ tokenizer = build_tokenizer(
     data_dir=stage.run.data_dir,
     context=model_config.context,
 )
+checks.check_evaluations(stage.preset, tokenizer, stage.run.data_dir)  # before the hours of training
 tokenizer.save_pretrained(folder / "tokenizer")
 
 heldout = [corpus.describe(source, stage.run.data_dir, tokenizer) for source in sources.pretrain_heldout]

@@ -29,6 +29,13 @@ d_ff = 32
 context = 32
 [tokenizer]
 vocab_size = 265
+[data]
+pretrain = [{source = "sample-text"}]
+pretrain_heldout = [{source = "sample-text", split = "validation"}]
+sft = [{source = "sample-instructions"}]
+sft_heldout = [{source = "sample-instructions", split = "test"}]
+dpo = [{source = "sample-preferences"}]
+dpo_heldout = [{source = "sample-preferences", split = "test"}]
 """
     + ONE_STEP
 )

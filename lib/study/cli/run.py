@@ -7,7 +7,7 @@ from typing import NoReturn
 from basics import files, names, paths
 from papertrail import scheduler
 from papertrail.plan import dependents
-from study import stages
+from study import checks, stages
 from study.cli.common import fail, say
 from study.preset import load_preset, parse_overrides
 from study.run import data_dir_of, open_run
@@ -28,7 +28,8 @@ def run(options: argparse.Namespace) -> int:
     elif options.start:
         first = stages.select(opened.preset, options.start)
         selected = set(first).union(*(dependents(opened.plan, stage) for stage in first))
-    scheduler.check(opened, selected)  # before anything is written
+    checks.check(opened.preset, opened.data_dir)  # before anything is written
+    scheduler.check(opened, selected)
     opened.create()
     if opened.data_dir:
         files.atomic_write(opened.path / ".data_dir", opened.data_dir + "\n")
