@@ -1,5 +1,6 @@
 """The checker, which runs before either renderer: can this report folder be rendered? Each problem is one line."""
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from basics.errors import RecordError, ReportError
 from papertrail import scrub
 from papertrail.notebook_files import Cell, errors, labelled_cells, read_notebook
+from papertrail.records import Record
 from papertrail.records import read as read_records
 from papertrail.report import sources
 
@@ -28,34 +30,37 @@ def check(folder: Path) -> list[str]:
         f"index.qmd line {item.line}: {item.key} is not an embed alone on its line or a var" for item in source.unknown
     ]
     cells: dict[str, list[Cell]] = {}
-    first_lines: dict[str, int] = {}
-    for embed in source.embeds:
-        first_lines.setdefault(embed.notebook, embed.line)
-    for name, line in first_lines.items():
+    first_lines = {embed.notebook: embed.line for embed in reversed(source.embeds)}
+    for name, line in sorted(first_lines.items(), key=lambda item: item[1]):
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()):
             problems.append(f"index.qmd line {line}: {name} lies outside the report folder")
-            continue
-        if not path.is_file():
+        elif not path.is_file():
             problems.append(f"index.qmd line {line}: {name} does not exist; `threefold run` makes it")
-            continue
+        else:
+            try:
+                notebook = read_notebook(path, schema=True)
+                for error in errors(notebook):
+                    message = " ".join(error["evalue"].split())[:160]
+                    problems.append(f"{name} cell {error['cell'] + 1}: holds the error {error['ename']}: {message}")
+                problems += [f"{name} {leak}" for leak in scrub.leaks(notebook)]
+                cells[name] = []
+                cells[name] = labelled_cells(notebook, name)
+            except (RecordError, ReportError) as error:
+                problems.append(str(error))
+    published: dict[str, dict[str, Record]] = {}
+    for path in sorted((folder / "executed").glob("*.ipynb")):
         try:
-            notebook = read_notebook(path, schema=True)
-            for error in errors(notebook):
-                message = " ".join(error["evalue"].split())[:160]
-                problems.append(f"{name} cell {error['cell'] + 1}: holds the error {error['ename']}: {message}")
-            problems += [f"{name} {leak}" for leak in scrub.leaks(notebook)]
-            cells[name] = []
-            cells[name] = labelled_cells(notebook, name)
-        except (RecordError, ReportError) as error:
+            published[path.name] = read_records(path)
+        except RecordError as error:
             problems.append(str(error))
     return [
-        *problems,
+        *dict.fromkeys(problems),
         *_check_labels(cells),
         *_check_embeds(source, cells),
         *_check_references(folder, source),
-        *_check_variables(folder, source),
-        *_check_weights(folder),
+        *_check_variables(folder, source, published),
+        *_check_weights(published),
     ]
 
 
@@ -70,16 +75,15 @@ def _duplicates(values: Iterable[str]) -> Iterator[tuple[str, int]]:
 
 
 def _check_labels(cells: dict[str, list[Cell]]) -> Iterator[str]:
-    labelled = [cell for group in cells.values() for cell in group]
-    for cell in labelled:
+    places: dict[str, list[str]] = {}
+    for cell in itertools.chain(*cells.values()):
+        place = f"{cell.notebook} cell {cell.index}"
+        places.setdefault(cell.label, []).append(place)
         if not LABEL.match(cell.label):
-            yield (
-                f"{cell.notebook} cell {cell.index}: label {cell.label!r} must be tbl-, fig- or txt- and lower-case "
-                "words"
-            )
-    for label, _ in _duplicates(cell.label for cell in labelled):
-        places = ", ".join(f"{cell.notebook} cell {cell.index}" for cell in labelled if cell.label == label)
-        yield f"label {label!r} stands more than once: {places}"
+            yield f"{place}: label {cell.label!r} must be tbl-, fig- or txt- and lower-case words"
+    for label, found in places.items():
+        if len(found) > 1:
+            yield f"label {label!r} stands more than once: {', '.join(found)}"
 
 
 def _check_embeds(source: sources.Source, cells: dict[str, list[Cell]]) -> Iterator[str]:
@@ -124,7 +128,7 @@ def _check_references(folder: Path, source: sources.Source) -> Iterator[str]:
             yield f"index.qmd line {reference.line}: citation @{reference.key} is not in references.bib"
 
 
-def _check_variables(folder: Path, source: sources.Source) -> Iterator[str]:
+def _check_variables(folder: Path, source: sources.Source, published: dict[str, dict[str, Record]]) -> Iterator[str]:
     """Every quoted variable exists, and `_variables.yml` holds exactly what the record says."""
     try:
         variables = sources.read_variables(folder)
@@ -134,48 +138,34 @@ def _check_variables(folder: Path, source: sources.Source) -> Iterator[str]:
     for reference in source.variables:
         if reference.key not in variables:
             yield f"index.qmd line {reference.line}: variable {reference.key} is not in _variables.yml"
-    for path, records in _records(folder):
-        if isinstance(records, dict) and VARIABLES in records:
-            recorded = {name: str(value) for name, value in records[VARIABLES].values.items()}
-            for name in {**recorded, **variables}:
-                if variables.get(name) != recorded.get(name):
-                    yield (
-                        f"_variables.yml: {name} is {variables.get(name)!r}, but the record in executed/{path.name} "
-                        f"says {recorded.get(name)!r}"
-                    )
+    for notebook, records in published.items():
+        if VARIABLES not in records:
+            continue
+        recorded = {name: str(value) for name, value in records[VARIABLES].values.items()}
+        for name in {**recorded, **variables}:
+            if variables.get(name) != recorded.get(name):
+                yield (
+                    f"_variables.yml: {name} is {variables.get(name)!r}, but the record in executed/{notebook} says "
+                    f"{recorded.get(name)!r}"
+                )
 
 
-def _check_weights(folder: Path) -> Iterator[str]:
+def _check_weights(published: dict[str, dict[str, Record]]) -> Iterator[str]:
     """All evaluations of a model ran the same weights: those of the stage of that name, where there is one."""
     trained: dict[str, tuple[str, str]] = {}
     evaluated: dict[str, tuple[str, str]] = {}
-    for path, records in _records(folder):
-        if isinstance(records, RecordError):
-            yield str(records)
-            continue
+    for notebook, records in published.items():
         for name, record in records.items():
             kind, _, rest = name.partition("/")
             weights = record.values.get("weights_sha256")
             if weights and kind == "stage":
-                trained[rest] = (weights, path.name)
+                trained[rest] = (weights, notebook)
             elif weights and kind == "evaluation":
                 model = rest.partition("/")[0]
-                first, where = evaluated.setdefault(model, (weights, path.name))
+                first, where = evaluated.setdefault(model, (weights, notebook))
                 if first != weights:
-                    yield (
-                        f"{path.name} {name}: evaluated weights {weights}, but {where} evaluated {model} with weights "
-                        f"{first}"
-                    )
+                    yield f"{notebook} {name}: evaluated weights {weights}, but {where} evaluated {model} with {first}"
     for model, (weights, where) in evaluated.items():
         made, made_in = trained.get(model, (weights, ""))
         if made != weights:
             yield f"{where}: evaluated {model} with weights {weights}, but {made_in} made weights {made}"
-
-
-def _records(folder: Path) -> Iterator[tuple[Path, dict | RecordError]]:
-    """(notebook, its records, or the error that reading them raised) of every executed notebook."""
-    for path in sorted((folder / "executed").glob("*.ipynb")):
-        try:
-            yield path, read_records(path)
-        except RecordError as error:
-            yield path, error

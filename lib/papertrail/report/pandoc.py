@@ -33,19 +33,13 @@ def numbers(source: sources.Source) -> dict[str, str]:
     return names
 
 
-def _caption(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _block(cell: Cell, named: str) -> str:
-    kind = cell.label.partition("-")[0]
-    if kind == "tbl":
-        caption = f": {named}: {_caption(cell.caption)}"
-        return f"::: {{#{cell.label} .float-table}}\n\n{cell.markdown.strip()}\n\n{caption}\n\n:::"
+def _block(cell: Cell, name: str) -> str:
+    kind, caption = cell.label.partition("-")[0], f"{name}: {' '.join(cell.caption.split())}"
     if kind == "fig":
-        alt = _caption(cell.alternative_text).replace("\\", "").replace('"', "'")
-        return f'![{named}: {_caption(cell.caption)}](data:image/png;base64,{cell.image}){{#{cell.label} alt="{alt}"}}'
-    return f"::: {{#{cell.label} .generated}}\n\n{cell.markdown.strip()}\n\n:::"
+        alt = " ".join(cell.alternative_text.split()).replace("\\", "").replace('"', "'")
+        return f'![{caption}](data:image/png;base64,{cell.image}){{#{cell.label} alt="{alt}"}}'
+    style, end = ("float-table", f"\n\n: {caption}") if kind == "tbl" else ("generated", "")
+    return f"::: {{#{cell.label} .{style}}}\n\n{cell.markdown.strip()}{end}\n\n:::"
 
 
 def expand(folder: Path) -> str:
@@ -53,35 +47,29 @@ def expand(folder: Path) -> str:
     source = sources.read(folder)
     variables = sources.read_variables(folder)
     names = numbers(source)
-    cells: dict[tuple[str, str], Cell] = {}
-    for name in {embed.notebook for embed in source.embeds}:
-        for cell in labelled_cells(read_notebook(folder / name), name):
-            cells[name, cell.label] = cell
+    notebooks = {embed.notebook for embed in source.embeds}
+    cells = {
+        (name, cell.label): cell for name in notebooks for cell in labelled_cells(read_notebook(folder / name), name)
+    }
 
-    def fill(text: str) -> str:
-        return sources.VARIABLE.sub(lambda match: variables[match.group(1)], text)
-
-    def deep(value):
+    def fill(value):
         if isinstance(value, str):
-            return fill(value)
+            return sources.VARIABLE.sub(lambda match: variables[match[1]], value)
         if isinstance(value, list):
-            return [deep(part) for part in value]
-        return {key: deep(part) for key, part in value.items()} if isinstance(value, dict) else value
+            return [fill(part) for part in value]
+        return {key: fill(part) for key, part in value.items()} if isinstance(value, dict) else value
 
-    lines = source.text.split("\n")
-    front = yaml.safe_load("\n".join(lines[1 : source.body_start - 1])) or {} if source.body_start else {}
-    metadata = {key: deep(value) for key, value in front.items() if key not in ("format", "bibliography", "execute")}
+    lines, start = source.text.split("\n"), source.body_start
+    front = yaml.safe_load("\n".join(lines[1 : start - 1])) or {} if start else {}
+    metadata = {key: fill(value) for key, value in front.items() if key not in ("format", "bibliography", "execute")}
     body = []
-    shown = sources.prose(lines)
-    for line, plain in list(zip(lines, shown, strict=True))[source.body_start :]:
+    for line, plain in zip(lines[start:], sources.prose(source.text)[start:], strict=True):
         if embed := sources.EMBED.match(plain):
-            cell = cells[embed.group(1), embed.group(2)]
-            body.append(_block(cell, names.get(cell.label, "")))
+            cell = cells[embed[1], embed[2]]
+            line = _block(cell, names.get(cell.label, ""))
         elif plain:
-            linked = sources.CROSSREF.sub(lambda match: f"[{names[match.group(1)]}](#{match.group(1)})", line)
-            body.append(fill(linked))
-        else:
-            body.append(line)
+            line = fill(sources.CROSSREF.sub(lambda match: f"[{names[match[1]]}](#{match[1]})", line))
+        body.append(line)
     return "---\n" + yaml.safe_dump(metadata, allow_unicode=True, sort_keys=False) + "---\n\n" + "\n".join(body) + "\n"
 
 

@@ -23,10 +23,12 @@ STYLE_LOADS = re.compile(r"""(?:@import\s+(?:url\()?|url\(\s*)["']?(?!data:|#)([
 class _Loads(HTMLParser):
     """Collect what a page would fetch when it opens; the target of a link in the text (`<a href>`) is not."""
 
-    def __init__(self) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.found: list[str] = []
         self._in_style = False
+        self.feed(page)
+        self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._in_style = tag == "style"
@@ -35,15 +37,11 @@ class _Loads(HTMLParser):
             loaded = name in LOADED or (name == "href" and tag not in ("a", "area"))
             if loaded and address and not address.lower().startswith(("data:", "#")):
                 self.found.append(f"<{tag} {name}={address[:100]!r}>")
-            elif name == "style":
-                self.found += [f"<{tag} {name}: {found[:100]}>" for found in STYLE_LOADS.findall(address)]
-            elif name == "srcdoc":  # a page in the page
-                inside = _Loads()
-                inside.feed(address)
-                inside.close()
-                self.found += [f"<{tag} {name}: {found}>" for found in inside.found]
-        if tag == "meta" and any(name == "http-equiv" and (value or "").lower() == "refresh" for name, value in attrs):
-            self.found.append("<meta http-equiv=refresh>")
+            inside = STYLE_LOADS.findall(address) if name == "style" else []
+            inside += _Loads(address).found if name == "srcdoc" else []  # a page in the page
+            self.found += [f"<{tag} {name}: {found[:100]}>" for found in inside]
+            if (tag, name, address.lower()) == ("meta", "http-equiv", "refresh"):
+                self.found.append("<meta http-equiv=refresh>")
 
     def handle_endtag(self, tag: str) -> None:
         self._in_style = self._in_style and tag != "style"
@@ -87,39 +85,27 @@ def render_folder(folder: Path, *, say: Callable[[str], None] = print) -> Path:
     page = folder / PAGE
     page.unlink(missing_ok=True)
     require(folder)
-    quarto = shutil.which("quarto")
-    if quarto:
-        text = _render_with_quarto(quarto, folder)
+    if quarto := shutil.which("quarto"):
+        result = subprocess.run([quarto, "render", str(folder)], capture_output=True, text=True, encoding="utf-8")
+        shutil.rmtree(folder / ".quarto", ignore_errors=True)
+        text = page.read_text(encoding="utf-8") if page.is_file() else ""
+        page.unlink(missing_ok=True)
+        if result.returncode or not text:
+            message = " ".join((result.stderr or result.stdout).split())[-800:]
+            raise ReportError(f"quarto render failed ({result.returncode}): {message}")
     else:
         say("Quarto is not on the PATH: rendering the same sources with Pandoc.")
         text = pandoc.render(folder)
     if problems := inspect(text):
-        page.unlink(missing_ok=True)
         raise ReportError("the rendered page is not whole:\n" + "\n".join(f"- {line}" for line in problems))
-    if not quarto:
-        atomic_write(page, text)
+    atomic_write(page, text)
     return page
-
-
-def _render_with_quarto(quarto: str, folder: Path) -> str:
-    """Run `quarto render` and return the page it wrote; remove what Quarto leaves behind on a failure."""
-    page = folder / PAGE
-    result = subprocess.run([quarto, "render", str(folder)], capture_output=True, text=True, encoding="utf-8")
-    shutil.rmtree(folder / ".quarto", ignore_errors=True)
-    if result.returncode or not page.is_file():
-        page.unlink(missing_ok=True)
-        message = " ".join((result.stderr or result.stdout).split())[-800:]
-        raise ReportError(f"quarto render failed ({result.returncode}): {message}")
-    return page.read_text(encoding="utf-8")
 
 
 def inspect(html: str) -> list[str]:
     """Problems of a rendered page that its renderer does not report, one line each."""
     text = re.sub(r"<(script|style)\b.*?</\1>", "", html, flags=re.DOTALL | re.IGNORECASE)
-    loads = _Loads()
-    loads.feed(html)
-    loads.close()
-    found = [f"would fetch {what}" for what in loads.found]
+    found = [f"would fetch {what}" for what in _Loads(html).found]
     found += [f"unresolved cross-reference {name}" for name in sorted(set(re.findall(r"\?@[\w-]+", text)))]
     found += [f"unexpanded shortcode {code}" for code in sorted(set(re.findall(r"\{\{(?:<|&lt;).{0,80}", text)))]
     return found

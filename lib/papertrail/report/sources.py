@@ -20,7 +20,8 @@ CROSSREF = re.compile(r"(?<![\w@\\/.])@((?:tbl|fig|sec)-\w(?:[\w-]*\w)?)")
 CITATION = re.compile(r"(?<![\w@\\/.])-?@(?!(?:tbl|fig|sec)-)([A-Za-z]\w*(?:[-:.]\w+)*)")
 HEADING = re.compile(r"^(#{1,6})\s+(.*?)\s*(?:\{([^}]*)\})?\s*$")
 BIB_KEY = re.compile(r"^\s*@\w+\s*\{\s*([^,\s]+)\s*,", re.MULTILINE)
-FENCE = re.compile(r"^\s*(`{3,}|~{3,})")
+# Code blocks, comments and inline code, in which nothing counts as a reference; open ones reach to the end.
+HIDDEN = re.compile(r"^[ \t]*(`{3,}|~{3,}).*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)|<!--.*?(?:-->|\Z)|`[^`\n]*`", re.M | re.S)
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,6 @@ class Section:
     title: str
     identifier: str  # "" for a heading without one
     number: str  # "2.1"; "" for unnumbered headings
-    line: int
 
 
 @dataclass(frozen=True)
@@ -63,41 +63,22 @@ class Source:
     unknown: list[Reference] = field(default_factory=list)  # other shortcodes, and embeds that share their line
 
 
-def prose(lines: list[str]) -> list[str]:
-    """The lines with code blocks, inline code and HTML comments blanked, in which nothing counts as a reference."""
-    kept, fence, in_comment = [], "", False
-    for line in lines:
-        marker = FENCE.match(line)
-        if fence:
-            if marker and line.strip().startswith(fence) and not line.strip().strip(fence[0]):
-                fence = ""
-            kept.append("")
-            continue
-        if marker and not in_comment:
-            fence = marker.group(1)
-            kept.append("")
-            continue
-        shown = ""
-        while line:
-            text, mark, line = line.partition("-->" if in_comment else "<!--")
-            shown += "" if in_comment else text
-            in_comment ^= bool(mark)
-        kept.append(re.sub(r"`[^`]*`", "", shown))
-    return kept
+def prose(text: str) -> list[str]:
+    """The lines of the text with code blocks, inline code and HTML comments blanked."""
+    return HIDDEN.sub(lambda match: "\n" * match.group().count("\n"), text).split("\n")
 
 
 def parse(text: str) -> Source:
     """Parse the text of `index.qmd`. Raises ReportError for front matter that is never closed."""
-    lines = text.split("\n")
-    body_start = 0
+    lines, body_start = text.split("\n"), 0
     if lines[0].strip() == "---":
-        closing = next((index for index, line in enumerate(lines[1:], 1) if line.strip() == "---"), None)
-        if closing is None:
+        closing = [index for index, line in enumerate(lines) if line.strip() == "---"]
+        if len(closing) < 2:
             raise ReportError("index.qmd: the front matter opened on line 1 is never closed with `---`")
-        body_start = closing + 1
+        body_start = closing[1] + 1
     source = Source(text, body_start)
     counts: list[int] = []
-    for number, line in enumerate(prose(lines), 1):
+    for number, line in enumerate(prose(text), 1):
         source.variables += [Reference(name, number) for name in VARIABLE.findall(line)]
         rest = VARIABLE.sub("", line)
         if embed := EMBED.match(rest):
@@ -117,7 +98,7 @@ def parse(text: str) -> Source:
                 top = next(index for index, count in enumerate(counts) if count)
                 section_number = ".".join(map(str, counts[top:]))
             identifier = next((word[1:] for word in attributes if word.startswith("#")), "")
-            source.sections.append(Section(title, identifier, section_number, number))
+            source.sections.append(Section(title, identifier, section_number))
     return source
 
 
