@@ -334,7 +334,7 @@ def _check_source(key: str, source: SourceConfig) -> None:
     if source.path and not source.reader:
         raise ConfigError(
             f"{key}: a path needs a reader: text, wikitext, wikitext-raw, stories, reviews, instructions, preferences, "
-            "sentiment or problems"
+            "sentiment, problems or minimal-pairs"
         )
 
 

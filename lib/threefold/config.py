@@ -224,6 +224,8 @@ class EvaluationConfig:
     window: AtLeastTwo = 1024  # positions of a disjoint window
     stride: Positive = 512
     strided_documents: PositiveOrOff = -1  # documents the strided protocol covers
+    blimp: SourceConfig = SourceConfig()
+    blimp_pairs: PositiveOrOff = -1  # minimal pairs of each phenomenon, drawn by the seed; -1: all
     sentiment: SourceConfig = SourceConfig()
     sentiment_demonstrations: SourceConfig = SourceConfig()
     sentiment_shots: tuple[Natural, ...] = (0, 3)

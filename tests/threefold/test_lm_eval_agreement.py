@@ -1,5 +1,6 @@
 """Ours against lm-evaluation-harness on the same checkpoint in fp32, offline: its own task files over local data."""
 
+import gzip
 import importlib.util
 import json
 import random
@@ -31,7 +32,7 @@ from basics.errors import SourceError
 from basics.files import sha256_file
 from threefold.config import SourceConfig
 from threefold.data import sources
-from threefold.evaluation import LanguageModel, perplexity, problems, sentiment
+from threefold.evaluation import LanguageModel, minimal_pairs, perplexity, problems, sentiment
 from threefold.evaluation.results import Dataset, Scoring
 from threefold.model import Decoder, save_checkpoint, to_transformers
 
@@ -129,6 +130,48 @@ def test_sst2(kind, shots, tmp_path):
     items = [{"sentence": text(3 + i % 9, i), "label": i % 2} for i in range(40)]
     shown = [{"sentence": text(5, 300 + i), "label": i % 2} for i in range(3)]
     check_sst2(theirs, ours, items, shown, shots, tmp_path)
+
+
+def check_blimp(theirs, ours, rows, folder):
+    """Every pair of every phenomenon, each one a task of lm-eval's."""
+    (folder / "blimp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    items = sources.load(SourceConfig(path=str(folder / "blimp.jsonl"), reader="minimal-pairs"))
+    got = minimal_pairs.blimp(ours, Dataset("blimp", items), scoring=QUICK)
+    for phenomenon in {row["UID"] for row in rows}:
+        part = [row for row in rows if row["UID"] == phenomenon]
+        expected = harness(theirs, f"blimp/{phenomenon}.yaml", {"train": part}, folder)
+        (metrics,), (samples,) = expected["results"].values(), expected["samples"].values()
+        assert got.metrics[f"accuracy_{phenomenon}"]["value"] == pytest.approx(metrics["acc,none"])
+        ours_of_part = got.items[got.items["phenomenon"] == phenomenon]
+        samples = sorted(samples, key=lambda sample: sample["doc_id"])
+        for row, sample in zip(ours_of_part.itertuples(), samples, strict=True):
+            scores = tuple(float(response[0][0]) for response in sample["resps"])
+            assert (row.logp_good, row.logp_bad) == pytest.approx(scores, abs=2e-3)
+            assert row.correct == sample["acc"]
+
+
+def blimp_rows(n: int) -> list[dict]:
+    return [
+        {"sentence_good": f"{text(4, i)}.", "sentence_bad": f"{text(4, i + 500)}.", "UID": phenomenon}
+        for phenomenon in ("adjunct_island", "wh_island")
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_blimp(kind, tmp_path):
+    original = llama(context=512) if kind == "llama" else gpt2(context=512)
+    theirs, ours = pair(original, tokenizer() if kind == "llama" else gpt2_style_tokenizer())
+    check_blimp(theirs, ours, blimp_rows(20), tmp_path)
+
+
+def test_blimp_on_its_own_pairs(tmp_path):
+    """The first pairs of three phenomena of the published data."""
+    file = real_data() / "blimp" / "blimp.jsonl.gz"
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for number, line in enumerate(lines) if number % 1000 < 15 and number < 3000]
+    theirs, ours = pair(llama(context=128), tokenizer())
+    check_blimp(theirs, ours, rows, tmp_path)
 
 
 @pytest.mark.parametrize("shots", [0, 2])

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from basics.errors import SourceError
@@ -52,7 +53,8 @@ def cached(repository: str, config: str, commit: str = "") -> Any | None:
 
 
 def load(location: str, config: str, split: str, revision: str, label: str, builder: Any | None = None) -> Any:
-    """The rows of a split: of a hub repository at a revision, of a local clone of one, or of a cached builder.
+    """The rows of a split: of a hub repository at a revision, of a local clone of one, or of a cached builder. The
+    config "*" stands for all configs of the repository, one after the other.
 
     Raises SourceError, which starts with `label`, if they cannot be loaded or the files are not of an allowed format.
     """
@@ -60,6 +62,9 @@ def load(location: str, config: str, split: str, revision: str, label: str, buil
 
     with _quiet():
         try:
+            if config == "*":
+                names = datasets.get_dataset_config_names(location, revision=revision or None)
+                return chain.from_iterable(load(location, name, split, revision, label) for name in names)
             if builder is None:
                 builder = datasets.load_dataset_builder(location, config or None, revision=revision or None)
                 form = type(builder).__module__.rpartition(".")[2]

@@ -146,6 +146,8 @@ def pieces(reader: str, item: str | Mapping) -> tuple[list[str], int]:
         return [item["sentence"]], 1
     if reader == "preferences":
         return [item["prompt"] + item["chosen"], item["prompt"] + item["rejected"]], 2
+    if reader == "minimal-pairs":
+        return [item["good"], item["bad"]], 2
     if reader in BLOCKS:
         sentences = [block.partition("\nQuestion:")[0] for block in item.split("\n\n")]
         return sentences, len(sentences)

@@ -247,6 +247,16 @@ def _problems(rows: Iterable[Row]) -> Iterator[dict]:
         yield {"question": _string(row, "question").strip(), "answer": _string(row, "answer").strip()}
 
 
+def _minimal_pairs(rows: Iterable[Row]) -> Iterator[dict]:
+    for row in rows:
+        yield {
+            "good": _string(row, "sentence_good"),
+            "bad": _string(row, "sentence_bad"),
+            "phenomenon": _string(row, "UID", "file"),
+            "group": _string(row, "linguistics_term", default=""),
+        }
+
+
 READERS: dict[str, Callable[[Iterable[Row]], Iterator]] = {
     "text": _text,
     "stories": _text,
@@ -257,6 +267,7 @@ READERS: dict[str, Callable[[Iterable[Row]], Iterator]] = {
     "sentiment": _sentiment,
     "reviews": _sentiment,  # regrouped by `reviews` once the examples are chosen
     "problems": _problems,
+    "minimal-pairs": _minimal_pairs,
 }
 
 

@@ -8,6 +8,7 @@ Readers and their items:
 | instructions | {"instruction", "input", "output"} |
 | problems | {"question", "answer"} |
 | sentiment | {"sentence", "label"}: 0 negative, 1 positive |
+| minimal-pairs | {"good", "bad", "phenomenon", "group"}: an acceptable sentence and one that is not |
 | preferences | {"prompt", "chosen", "rejected"}: prompt + chosen and prompt + rejected are the dialogues verbatim |
 """
 
@@ -72,4 +73,6 @@ def as_document(reader: str, item: str | Mapping) -> str:
         return without_holes(item)
     if reader in TEXT_READERS:
         return item
+    if reader == "minimal-pairs":
+        return item["good"]
     return "".join(as_prompt_response(reader, item))

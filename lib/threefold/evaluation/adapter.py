@@ -86,6 +86,12 @@ class LanguageModel:
         return self.backend.device
 
     @property
+    def start_ids(self) -> list[int]:
+        """What lm-eval puts before a text that nothing else precedes: the prefix, or without one BOS or EOS."""
+        bos = self.tokenizer.bos_token_id
+        return self.prefix_ids or [self.tokenizer.eos_token_id if bos is None else bos]
+
+    @property
     def decoder(self) -> Decoder:
         """The Decoder that runs. Raises EvaluationError where transformers' own model does."""
         if not isinstance(self.backend, DecoderBackend):

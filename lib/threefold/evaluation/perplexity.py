@@ -148,8 +148,7 @@ def lm_eval(model: LanguageModel, data: Dataset, *, scoring: Scoring = SCORING) 
         raise EvaluationError(f"{name}: the text is empty")
     documents, originals = zip(*cut, strict=True)
     context = LM_EVAL_CONTEXT if model.context == UNLIMITED else model.context
-    bos = model.tokenizer.bos_token_id
-    start = model.prefix_ids or [model.tokenizer.eos_token_id if bos is None else bos]
+    start = model.start_ids
     requests: list[Request] = []
     owners: list[int] = []  # page of each request
     tokens = []

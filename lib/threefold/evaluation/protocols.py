@@ -12,7 +12,16 @@ from typing import Any
 from basics.errors import EvaluationError
 from threefold.config import EvaluationConfig, SourceConfig
 from threefold.data import sources
-from threefold.evaluation import instructions, length, perplexity, preferences, problems, sentiment, speed
+from threefold.evaluation import (
+    instructions,
+    length,
+    minimal_pairs,
+    perplexity,
+    preferences,
+    problems,
+    sentiment,
+    speed,
+)
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import Dataset, Evaluation, Progress, Scoring, quiet
 
@@ -56,6 +65,7 @@ PROTOCOLS = {
         Protocol("stride", "Perplexity, strided windows", perplexity.strided, "perplexity"),
         Protocol("lm-eval", "Perplexity, lm-eval's definition", perplexity.lm_eval, "perplexity"),
         Protocol("lines", "Perplexity, the precedent's 100 lines", perplexity.lines, "lines"),
+        Protocol("blimp", "Minimal pairs", minimal_pairs.blimp, "blimp"),
         Protocol("zero-shot", "Sentiment, zero-shot", sentiment.zero_shot, "sentiment"),
         Protocol("few-shot", "Sentiment, few-shot", sentiment.few_shot, *_SENTIMENT),
         Protocol("grid", "Sentiment, every template and draw", sentiment.grid, *_SENTIMENT),
@@ -163,6 +173,7 @@ def _plan(
         ("stride", {"window": config.window, "stride": config.stride, "documents": config.strided_documents}),
         ("lm-eval", {}),
         ("lines", {}),
+        ("blimp", {"per_phenomenon": config.blimp_pairs}),
     ]
     if 0 in config.sentiment_shots:
         rows.append(("zero-shot", prompts))
