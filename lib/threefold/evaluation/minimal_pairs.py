@@ -13,7 +13,7 @@ from threefold.evaluation.results import SCORING, Dataset, Evaluation, Scoring, 
 def blimp(model: LanguageModel, data: Dataset, *, per_phenomenon: int = -1, scoring: Scoring = SCORING) -> Evaluation:
     """`{source}/minimal-pairs`: an acceptable sentence against one that a small change makes unacceptable.
 
-    - Data: `evaluation.blimp` (BLiMP, 67 phenomena of 1,000 pairs each; Warstadt et al. 2020, arXiv 1912.00582, call them
+    - Data: `evaluation.blimp` (BLiMP, 67 phenomena of 1,000 pairs; Warstadt et al. 2020, arXiv 1912.00582, call them
       paradigms); where `evaluation.blimp_pairs` is set, so many pairs of each phenomenon, drawn by the seed. All models
       see the same pairs, and the settings say how many.
     - Tokens: the model's own, of a space and the sentence, after the model's prefix tokens (BOS; for a model without a
