@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from basics import files, names, paths
-from basics.errors import ConfigError
+from basics.errors import DISK_FULL, ConfigError
 from basics.names import did_you_mean, shown
 from papertrail import run as papertrail_run
 from papertrail.project import Project
@@ -71,11 +71,20 @@ class Run(papertrail_run.Run):
         return cls(name=name, path=path, preset=preset, plan=stages.plan(preset), project=project(), **options)
 
     def create(self) -> None:
-        """Make the run's folders and write its config.toml if absent or changed."""
+        """Make the run's folders and write its config.toml if absent or changed. Raises ConfigError where the runs
+        folder cannot be written."""
         text, file = to_toml(self.preset), self.path / "config.toml"
-        if not file.is_file() or file.read_text(encoding="utf-8") != text:
-            files.atomic_write(file, text)
-        self.notebook("").parent.mkdir(exist_ok=True)  # papermill does not make its output's folder
+        try:
+            if not file.is_file() or file.read_text(encoding="utf-8") != text:
+                files.atomic_write(file, text)
+            self.notebook("").parent.mkdir(exist_ok=True)  # papermill does not make its output's folder
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+            raise ConfigError(
+                f"run {self.name} cannot be written to {self.path.parent} ({error.strerror}): set THREEFOLD_RUNS to a "
+                "folder that can be"
+            ) from error
 
     def config_of(self, stage: str) -> dict[str, Any]:
         return stages.sections(self.preset, stage)

@@ -1,10 +1,12 @@
 """The command line: what it answers, what it refuses, and with which exit status."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -295,6 +297,59 @@ def test_a_full_disk_is_one_line(project, capsys, monkeypatch):
         2,
         "threefold: No space left on device: runs/tiny/config.toml\n",
     )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_runs_folder_that_cannot_be_written_is_one_line(project, capsys, monkeypatch):
+    (project / "runs").mkdir(mode=0o500)
+    status, out, err = call(capsys, "run", "--preset", "tiny.toml")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "(Permission denied): set THREEFOLD_RUNS" in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", "--preset", "tiny.toml"], ["run", "--preset", "tiny.toml", "--run", "x"]]
+)
+def test_a_runs_folder_that_can_never_be_one_is_one_line(project, capsys, monkeypatch, arguments):
+    (project / "file").write_text("x")
+    for place in (project / "file", project / "file" / "runs", Path("/proc/runs"), Path("/dev/null/runs")):
+        monkeypatch.setattr(paths, "RUNS", place)
+        status, out, err = call(capsys, *arguments)
+        assert (status, out) == (2, "") and err.count("\n") == 1, err
+        assert "THREEFOLD_RUNS" in err and str(place) in err
+
+
+def test_every_command_prints_what_the_terminals_encoding_cannot_hold(project):
+    """In an ASCII terminal other characters are question marks; no command ends in a traceback."""
+    run = make("data")
+    (run.path / "notebooks" / "größe.failed.ipynb").write_text("x")
+    (project / "größe.toml").write_text("sft = 'ü'")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "THREEFOLD_RUNS": str(paths.RUNS), "PYTHONUTF8": "0"}
+    environment["PYTHONPATH"] = str(paths.PACKAGES)
+    for arguments, said in (
+        (["clean", "--run", "tiny", "--keep-results"], "gr??e.failed.ipynb"),
+        (["run", "--preset", "größe.toml"], "gr??e.toml: sft = '?'"),
+        (["status", "--run", "größe"], "run 'gr??e'"),
+        (["train", "größe", "--run", "tiny"], "gr??e: allowed are"),
+        (["--help"], "usage"),
+    ):
+        command = [sys.executable, "-m", "study", *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert said in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_generate_replaces_what_the_terminals_encoding_cannot_hold(checkpoint):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "THREEFOLD_RUNS": str(paths.RUNS), "PYTHONUTF8": "0"}
+    environment["PYTHONPATH"] = str(paths.PACKAGES)
+    command = [sys.executable, "-m", "study", "generate", "--run", "tiny", "--stage", "pretrain", "Thé old", "--stream"]
+    done = subprocess.run([*command, "--max-new-tokens", "2"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("Th? old")
+
+
+def test_world_size_alone_is_one_line(project, capsys, monkeypatch):
+    make("data")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, out, err = call(capsys, "train", "pretrain", "--run", "tiny")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "RANK, MASTER_ADDR, MASTER_PORT are not set" in err
 
 
 @pytest.fixture

@@ -22,9 +22,11 @@ def train(options: argparse.Namespace) -> int:
     run, stage = open_existing(options.run, options.data_dir), options.stage
     if names.replicate_of(stage)[0] not in TRAINED:
         raise ConfigError(f"{stage}: allowed are {', '.join(TRAINED)} and their replicates, as in sft-seed2")
+    from threefold.training import rendezvous  # late: torch takes seconds
+
+    rank, size = rendezvous.rank_and_size()
     if options.begun:
         threading.Thread(target=_leave_with_stdin, daemon=True).start()
-    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
         _train(run, stage, options.begun)
     except Exception as error:
@@ -45,7 +47,7 @@ def _train(run: Run, stage: str, begun: bool) -> None:
     fingerprint = run.fingerprint(stage)
     for need in run.plan[stage].needs:
         run.require(need)
-    with distributed.joined() as workers, contextlib.ExitStack() as held:
+    with distributed.joined(say) as workers, contextlib.ExitStack() as held:
         opened = open_stage(stage, preset="", run=run.name, data_dir=run.data_dir, nproc=1)
         if workers.first and not begun:
             held.enter_context(scheduler.lock(run.path))

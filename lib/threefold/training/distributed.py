@@ -7,7 +7,7 @@ single process everything here does nothing.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from basics.errors import ConfigError
 from threefold.model.decoder import Decoder
+from threefold.training import rendezvous
 
 TIMEOUT = timedelta(hours=1)  # for waiting for another worker: the first one may have a corpus to tokenise
 BYTES = 16  # per parameter in training: fp32 weight, gradient and AdamW's two moments
@@ -93,23 +94,25 @@ def current() -> Workers:
 
 
 @contextmanager
-def joined() -> Iterator[Workers]:
+def joined(say: Callable[[str], None] = print) -> Iterator[Workers]:
     """Connects the processes that torchrun started with this one, if any: one per GPU over NCCL, or on CPUs over gloo.
 
-    Tensors in host memory go over gloo in both cases. Raises ConfigError for more workers than GPUs.
+    Tensors in host memory go over gloo in both cases. say: is told which worker is awaited.
+    Raises ConfigError for more workers than GPUs, and what `rendezvous` raises.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    rank, size = rendezvous.rank_and_size()
+    if size == 1:
         yield Workers()
         return
+    backend, device = "gloo", None
     if torch.cuda.is_available():
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        local, gpus = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
         if local >= gpus:
             raise ConfigError(f"worker {local} of this machine has no GPU, there are {gpus}: start one worker a GPU")
-        device = torch.device("cuda", local)
+        backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", local)
         torch.cuda.set_device(device)  # "cuda" means this device from here on
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+    store = rendezvous.meet(rank, size, say)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device)
     yield current()
     dist.destroy_process_group()  # not after an error: the others may never reach it
 
