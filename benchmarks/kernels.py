@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 import torch
 
-from study.comparison import tables
+from study.comparison import components
 from threefold.training import time_kernels
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     timings = [time_kernels(part, options.rounds, device=options.device) for part in ("norm", "ffn")]
     print(f"{timings[0].note}\n")
-    print(tables.kernels([asdict(timing) for timing in timings]).markdown)
+    print(components.kernels([asdict(timing) for timing in timings]).markdown)
 
 
 if __name__ == "__main__":

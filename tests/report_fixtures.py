@@ -366,8 +366,8 @@ def execute_compare(run: Path, script: Path) -> Path:
 
     namespace = {"comparison": Comparison.load(run), "stage": Stage}
     exec(
-        "from study.comparison import ablations, attention, claims, figures, insights, length, precedent, tables, "
-        "variance",
+        "from study.comparison import claims, components, figures, insights, length, limits, precedent, tables\n"
+        "from study.comparison import variance",
         namespace,
     )
     original, comparison_results.records.publish = comparison_results.records.publish, publish

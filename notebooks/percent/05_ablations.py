@@ -34,7 +34,7 @@ seeds = None
 from dataclasses import asdict, replace
 
 from papertrail import records
-from study.comparison import figures, tables
+from study.comparison import components, figures
 from study.preset import ablation_base, measured_on
 from study.run import open_stage
 from threefold.data.tokenizer import load_tokenizer, sink_ids, with_sinks
@@ -103,7 +103,7 @@ if small != whole:
         small, variants, training, rows, stage.config.rounds, file=folder / "steps-ablation.json"
     )
 for size, timing in timings.items():
-    print(f"{tables.SIZES[size]}: {timing.note}; {stage.config.rounds} rounds")
+    print(f"{components.SIZES[size]}: {timing.note}; {stage.config.rounds} rounds")
 
 # %% [markdown]
 # ## Results
@@ -142,10 +142,10 @@ for result in results:
 # under their learning-rate schedule. *Step time* is the variant's over the base's, round by round.
 
 # %%
-replace(tables.ablation_effects(found), name="ablation-effects").publish()
+replace(components.ablation_effects(found), name="ablation-effects").publish()
 
 # %%
-replace(tables.ablation_resolution(found), name="ablation-resolution").publish()
+replace(components.ablation_resolution(found), name="ablation-resolution").publish()
 
 # %%
 replace(figures.ablation_curves(found), name="ablation-curves").publish()
@@ -157,7 +157,7 @@ replace(figures.ablation_curves(found), name="ablation-curves").publish()
 # apart. The batch is as small as seconds allow.
 
 # %%
-kernels = tables.kernels([asdict(time_kernels(part, stage.config.rounds)) for part in ("norm", "ffn")])
+kernels = components.kernels([asdict(time_kernels(part, stage.config.rounds)) for part in ("norm", "ffn")])
 replace(kernels, name="kernels").publish()
 
 # %% [markdown]
@@ -189,7 +189,7 @@ for name in read:
 replace(figures.length_curves(curves), name="length-curves").publish()
 
 # %%
-replace(tables.length_losses(curves), name="length-losses").publish()
+replace(components.length_losses(curves), name="length-losses").publish()
 
 # %% [markdown]
 # ## Attention

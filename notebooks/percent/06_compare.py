@@ -33,12 +33,12 @@ overwrite = False  # True: other parameters than those of a finished run replace
 from papertrail import records
 from study.comparison import (
     Comparison,
-    ablations,
-    attention,
     claims,
+    components,
     figures,
     insights,
     length,
+    limits,
     precedent,
     tables,
     variance,
@@ -80,12 +80,12 @@ tables.architecture(comparison).publish()
 # %%
 #| label: tbl-ablations
 #| tbl-cap: "Components replaced one by one. Held-out loss in nats per token, mean and standard deviation over seeds. Difference and tokens to equal loss (variant against base): means over seeds with Student's interval. Step time (variant over base): median over rounds with the interval of order statistics. Intervals are 95% each; p is Holm-adjusted over its column, that of the time at the preset's size."
-variants = ablations.found(comparison)
-tables.ablation_effects(variants).publish()
+variants = comparison.by_variant("ablation")
+components.ablation_effects(variants).publish()
 
 # %%
 #| label: txt-ablations
-tables.ablation_resolution(variants).publish()
+components.ablation_resolution(variants).publish()
 
 # %%
 #| label: fig-ablations
@@ -96,7 +96,7 @@ figures.ablation_curves(variants).publish()
 # %%
 #| label: tbl-kernels
 #| tbl-cap: "Components alone at the shapes of the 253M model (width 1024, SwiGLU 4096 wide, GELU at equal parameters), forward and backward, interleaved, not compiled. Ratios: median over rounds with the 95% interval of order statistics."
-tables.kernels((comparison.values("kernels") or {}).get("timings", ())).publish()
+components.kernels((comparison.values("kernels") or {}).get("timings", ())).publish()
 
 # %% [markdown]
 # ## Training
@@ -160,17 +160,17 @@ tables.sentiment(comparison).publish()
 # %%
 #| label: tbl-variance
 #| tbl-cap: "What a right or wrong sentiment answer varies with, over all trained models: variance components of single answers, in squared percentage points. A factor run at one level has none to estimate; what it contributes lies in the other components. The last column: the standard error that sampling that factor leaves in one model's accuracy."
-variance.table(comparison).publish()
+variance.components(comparison).publish()
 
 # %%
 #| label: tbl-tasks
 #| tbl-cap: "Word problems and instructions. Strict takes the number after `####`, the second column any last number."
-tables.tasks(comparison).publish()
+tables.metrics(comparison, "tasks", "problems", "instructions").publish()
 
 # %%
 #| label: tbl-preferences
 #| tbl-cap: "Preferences: how often the chosen answer is the likelier one, by its sum of log-probabilities and by its mean per token. Rewards and KL are against the SFT checkpoint."
-tables.preferences(comparison).publish()
+tables.metrics(comparison, "preferences", "preferences").publish()
 
 # %% [markdown]
 # ## From stage to stage
@@ -268,13 +268,13 @@ figures.length_curves(length.found(comparison)).publish()
 # %%
 #| label: tbl-length
 #| tbl-cap: "Held-out loss in nats per token by position, in training contexts; means over seeds and streams. Past less within: all positions past the training length less the second half of it, with a 95% interval over seeds and streams, both taken as samples."
-tables.length_losses(length.found(comparison)).publish()
+components.length_losses(length.found(comparison)).publish()
 
 # %%
 #| label: fig-attention-sinks
 #| fig-alt: "Heat maps of the share of attention on the sinks, layers by heads, one for each number of sinks."
 #| fig-cap: "Share of attention on the sinks by layer and head, in percent (first seed; in brackets the mean over all heads): mean probability over the positions of held-out rows of one context, the first 16 left out. Of the model without sinks: the share of the text's first token."
-figures.attention_sinks(attention.found(comparison)).publish()
+figures.attention_sinks(length.attention(comparison)).publish()
 
 # %% [markdown]
 # ## The precedent, rerun
@@ -285,7 +285,7 @@ figures.attention_sinks(attention.found(comparison)).publish()
 # %%
 #| label: tbl-precedent
 #| tbl-cap: "The precedent's figures as claimed, its protocols on this run's models (first 100 lines; one 3-shot prompt, first 200 items; first 50 word problems), and this report's protocols, with 95% intervals. The claims are about other models; only the widths of the intervals carry over."
-precedent.table(comparison).publish()
+precedent.figures(comparison).publish()
 
 # %%
 #| label: txt-precedent
@@ -309,7 +309,7 @@ claims.ledger(comparison).publish()
 
 # %%
 #| label: txt-limitations
-insights.bullets("limitations", insights.confounds(comparison), "The records show no confound.", comparison).publish()
+insights.bullets("limitations", limits.limitations(comparison), "The records show no confound.", comparison).publish()
 
 # %%
 #| label: tbl-provenance
@@ -320,7 +320,7 @@ tables.provenance(comparison).publish()
 # The numbers that the report's sentences quote:
 
 # %%
-insights.publishable_variables(comparison, stage.run.name, stage.preset.name).publish()
+limits.publishable_variables(comparison, stage.run.name, stage.preset.name).publish()
 
 # %%
 records.publish("stage/compare", stage.finish(records=len(comparison.records)))

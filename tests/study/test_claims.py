@@ -9,7 +9,7 @@ import pytest
 from report_fixtures import SKILL, cell, length_curves, make_run, notebook, output, sha, stage_values
 
 from papertrail.records import Record, escape
-from study.comparison import Comparison, claims
+from study.comparison import Comparison, claims, variance
 from study.comparison.claims import CONTRADICTED, NOT_MEASURED, NOT_RESOLVED, SUPPORTED, Claim, Finding
 from threefold.evaluation.statistics import wilson
 
@@ -382,11 +382,11 @@ def test_variances_are_unbiased_and_their_interval_covers():
     for i, j in itertools.permutations(range(6), 2):
         by_pairs[0].append(np.mean([np.cov(small[i, m], small[j, m])[0, 1] for m in range(3)]))
         by_pairs[1].append(np.cov(small[i].mean(axis=1), small[j].mean(axis=1))[0, 1])
-    assert claims.variances(small)[:2] == pytest.approx([np.mean(by_pairs[0]), np.mean(by_pairs[1])])
+    assert variance.method_against_model(small)[:2] == pytest.approx([np.mean(by_pairs[0]), np.mean(by_pairs[1])])
     found = []
     for seed in range(200):
         noise = 100.0 * (np.random.default_rng(seed).random((60, 4, 3)) < 0.6)
-        found.append(claims.variances(noise))
+        found.append(variance.method_against_model(noise))
     method, model, low, high = np.array(found).T
     assert abs((method - model).mean()) < 2 * (method - model).std() / math.sqrt(200)
     assert ((low > 0) | (high < 0)).mean() <= 0.05

@@ -14,7 +14,7 @@ from papertrail import records
 from study import cli
 from study.cli.compare import differing_keys, side_by_side
 from study.comparison import Comparison, tables
-from study.comparison.measures import HEADLINE
+from study.comparison.measures import MEASURES
 from study.comparison.results import NBSP
 from study.preset import load_preset, parse_overrides, to_toml
 from study.run import Run
@@ -150,7 +150,7 @@ def test_json_holds_the_figures_that_the_table_shows(world, monkeypatch, capsys)
     for run in world[:2]:
         comparison = Comparison.load(run)
         for one in (one for one in told["figures"] if one["run"] == run.name):
-            measure = next(known for known in HEADLINE if known.key == one["measure"])
+            measure = MEASURES[one["measure"]]
             own = comparison.metric(one["model"], one["protocol"], measure.metric)
             assert (one["value"], one["low"], one["high"]) == (own.value, own.low, own.high)
             assert one["conditions"]["n"] == str(own.n)

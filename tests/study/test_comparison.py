@@ -15,18 +15,9 @@ from scipy import stats
 from basics import paths
 from basics.errors import MissingInput, RecordError
 from papertrail import records
-from study.comparison import Comparison, ablations, figures, models, tables, training
-from study.comparison.differences import EQUIVALENT, UNRESOLVED, Difference, adjust, difference
-from study.comparison.measures import (
-    BITS_PER_BYTE,
-    COMPARED,
-    INSTRUCTIONS,
-    PERPLEXITY,
-    PREFERENCES,
-    PROBLEMS,
-    SENTIMENT,
-    STAGED,
-)
+from study.comparison import Comparison, ablations, components, figures, models, tables, training
+from study.comparison.differences import EQUIVALENT, UNRESOLVED, Difference, adjust, compared, difference
+from study.comparison.measures import MEASURES, SHARED, STAGED
 from study.preset import Preset
 from study.run import Run
 
@@ -116,7 +107,7 @@ def test_items_that_are_not_those_of_the_record_are_refused(copy):
     path.write_bytes((copy / "evaluation" / "dpo" / "items" / path.name).read_bytes() + b" ")
     loaded = Comparison.load(copy)
     with pytest.raises(RecordError, match=hashlib.sha256(path.read_bytes()).hexdigest()):
-        difference(loaded, INSTRUCTIONS, "pretrain", "sft")
+        difference(loaded, "instructions", "pretrain", "sft")
 
 
 def test_a_notebook_that_was_not_run_is_named_with_the_command(copy, monkeypatch):
@@ -155,41 +146,41 @@ def test_every_model_has_a_colour_of_its_own_that_others_do_not_change():
 
 
 def test_measures_find_their_protocols(comparison):
-    assert PERPLEXITY.protocol(comparison) == "sample-text/disjoint-256"
-    assert SENTIMENT.protocol(comparison) == "sample-sentiment/3-shot"  # not 0-shot, not the precedent's
-    assert PROBLEMS.protocol(comparison) == "sample-problems/5-shot"
-    assert INSTRUCTIONS.protocol(comparison) == "sample-instructions/responses"
-    assert PREFERENCES.protocol(comparison) == "sample-preferences/preferences"
+    assert comparison.protocol("perplexity") == "sample-text/disjoint-256"
+    assert comparison.protocol("sentiment") == "sample-sentiment/3-shot"  # not 0-shot, not the precedent's
+    assert comparison.protocol("problems") == "sample-problems/5-shot"
+    assert comparison.protocol("instructions") == "sample-instructions/responses"
+    assert comparison.protocol("preferences") == "sample-preferences/preferences"
 
 
 def test_paired_perplexity_is_the_ratio_of_the_two_values(comparison):
-    one = difference(comparison, PERPLEXITY, "pretrain", "sft")
-    values = [PERPLEXITY.value(comparison, model).value for model in ("pretrain", "sft")]
+    one = difference(comparison, "perplexity", "pretrain", "sft")
+    values = [comparison.value("perplexity", model).value for model in ("pretrain", "sft")]
     assert one.change == pytest.approx(values[1] / values[0] - 1, rel=1e-9)
     assert one.low < one.change < one.high and one.verdict == "worse"
-    bits = difference(comparison, BITS_PER_BYTE, "gpt2", "pretrain")
-    values = [BITS_PER_BYTE.value(comparison, model).value for model in ("gpt2", "pretrain")]
+    bits = difference(comparison, "bits_per_byte", "gpt2", "pretrain")
+    values = [comparison.value("bits_per_byte", model).value for model in ("gpt2", "pretrain")]
     assert bits.change == pytest.approx(values[1] - values[0], rel=1e-9) and bits.verdict == "better"
 
 
 def test_right_and_wrong_go_by_mcnemar_and_only_over_generated_items(comparison):
-    one = difference(comparison, PROBLEMS, "pretrain", "sft")
+    one = difference(comparison, "problems", "pretrain", "sft")
     assert one.method == "McNemar, exact" and one.n == 300
-    answered = difference(comparison, INSTRUCTIONS, "pretrain", "sft")
+    answered = difference(comparison, "instructions", "pretrain", "sft")
     assert answered.n == 100  # the other 200 items were not generated
 
 
 def test_few_shot_sentiment_resamples_items_not_rows(comparison):
-    one = difference(comparison, SENTIMENT, "gpt2", "pretrain")
+    one = difference(comparison, "sentiment", "gpt2", "pretrain")
     assert one.n == 300 and one.method == "bootstrap over items"  # two draws of the first template
-    values = [SENTIMENT.value(comparison, model).value for model in ("gpt2", "pretrain")]
+    values = [comparison.value("sentiment", model).value for model in ("gpt2", "pretrain")]
     assert one.change == pytest.approx(values[1] - values[0])
 
 
 def test_perplexities_of_different_tokenizers_do_not_compare(tmp_path):
     loaded = Comparison.load(make_run(tmp_path / "fake", tokenizers={"gpt2": "another"}))
-    assert difference(loaded, PERPLEXITY, "gpt2", "pretrain") is None
-    assert difference(loaded, BITS_PER_BYTE, "gpt2", "pretrain") is not None
+    assert difference(loaded, "perplexity", "gpt2", "pretrain") is None
+    assert difference(loaded, "bits_per_byte", "gpt2", "pretrain") is not None
     markdown = tables.headline(loaded).markdown
     row = next(line for line in markdown.split("\n") if "GPT-2 (trained here)" in line and "Distil" not in line)
     assert row.split("|")[2].strip() == "–" and row.split("|")[3].strip() != "–"
@@ -198,14 +189,14 @@ def test_perplexities_of_different_tokenizers_do_not_compare(tmp_path):
 def test_the_same_weights_differ_by_exactly_nothing(tmp_path):
     same = {"sft": (2.1, 0.9, 0.03, 0.01, 0.56)}
     loaded = Comparison.load(make_run(tmp_path / "fake", skills=same, seeds={"pretrain": 3, "sft": 3}))
-    for measure in (*STAGED, *COMPARED):
+    for measure in (*STAGED, *SHARED):
         one = difference(loaded, measure, "pretrain", "sft")
         assert one.change == 0 and one.p == 1 and one.verdict in (EQUIVALENT, UNRESOLVED)
 
 
 def test_a_difference_needs_both_the_adjusted_p_and_the_interval():
     def made(low, high, p):
-        return Difference(SENTIMENT, "a", "b", (low + high) / 2, low, high, p, 100, "test")
+        return Difference(MEASURES["sentiment"], "a", "b", (low + high) / 2, low, high, p, 100, "test")
 
     assert made(0.01, 0.05, 0.04).verdict == "better"
     weak = adjust([made(0.01, 0.05, 0.04), made(-0.1, 0.1, 0.5)])[0]
@@ -226,8 +217,8 @@ def test_every_table_is_one_markdown_table_with_finite_values(comparison):
         tables.headline(comparison),
         tables.protocols(comparison),
         tables.sentiment(comparison),
-        tables.tasks(comparison),
-        tables.preferences(comparison),
+        tables.metrics(comparison, "tasks", "problems", "instructions"),
+        tables.metrics(comparison, "preferences", "preferences"),
         tables.stage_evolution(comparison),
         tables.standing(comparison),
         tables.standing(comparison, "distilgpt2"),
@@ -271,7 +262,7 @@ def test_architecture_sets_the_measured_effect_beside_the_claimed_one(comparison
     assert "training speed +2.4%" in rows["Normalisation"]["Measured here"]
     assert rows["Positions"]["Measured here"] == "not measured here"
     assert rows["QK normalisation"]["Measured here"] == "same as GPT-2"
-    effect = ablations.effect(comparison, "ffn=gelu", "heldout_loss")
+    effect = ablations.effect(comparison.by_variant("ablation"), "ffn=gelu", "heldout_loss")
     logs = np.array([2.10, 2.12, 2.11]) - np.array([2.18, 2.205, 2.19])
     assert effect.change == pytest.approx(np.exp(logs.mean()) - 1) and effect.low < effect.change < effect.high
 
@@ -286,8 +277,8 @@ def test_architecture_tells_what_an_unused_component_would_bring(copy):
 
 
 def test_ablation_table_sets_every_variant_against_the_base(comparison):
-    found = ablations.found(comparison)
-    result = tables.ablation_effects(found)
+    found = comparison.by_variant("ablation")
+    result = components.ablation_effects(found)
     rows = {row["Variant"]: row for row in result.values["rows"]}
     assert rows["base"]["Difference"] is None and rows["base"]["Held-out loss"] == "2.1100 ± 0.0100"
     gelu = rows["ffn=gelu"]
@@ -301,14 +292,14 @@ def test_ablation_table_sets_every_variant_against_the_base(comparison):
     assert contrast.detected
     assert math.exp(contrast.steps["preset"].difference) == pytest.approx(1 / 1.03, abs=0.001)
     assert contrast.steps["preset"].low < math.log(1 / 1.03) + 0.001 and contrast.step_p["preset"] < 0.05
-    said = tables.ablation_resolution(found).markdown
+    said = components.ablation_resolution(found).markdown
     assert "With 3 seeds" in said and "1 differ detectably from the base in held-out loss (ffn=gelu)" in said
     assert figures.ablation_curves(found).values["drawn"] == ["base", "norm=layer", "ffn=gelu"]
 
 
 def test_without_ablations_their_table_and_figure_say_so():
-    assert "Not measured" in tables.ablation_effects({}).markdown
-    assert "No ablation" in tables.ablation_resolution({}).markdown
+    assert "Not measured" in components.ablation_effects({}).markdown
+    assert "No ablation" in components.ablation_resolution({}).markdown
     assert figures.ablation_curves({}).values == {"drawn": []}
 
 
@@ -330,7 +321,7 @@ def test_kernel_table_pairs_the_rounds():
     taken = [0.010, 0.020, 0.030, 0.011, 0.012, 0.013, 0.5]  # slow rounds are slow for both
     seconds = {"SwiGLU": taken, "GELU": [0.9 * x for x in taken]}
     timing = {"part": "ffn", "positions": 8, "parameters": dict.fromkeys(seconds, 12), "seconds": seconds}
-    rows = tables.kernels([timing]).values["rows"]
+    rows = components.kernels([timing]).values["rows"]
     assert rows[0]["Time against the first"] is None and rows[0]["Median"] == "13.000\u00a0ms"
     assert rows[1]["Time against the first"].replace("\u00a0", " ") == "0.900× [0.900, 0.900]"
 
@@ -341,7 +332,7 @@ def test_one_seed_has_no_interval(tmp_path):
     other = {"variant": "norm=layer", "heldout_loss": [2.1], "tokens_per_second": 90.0}
     cells = [cell("x", output(f"ablation/{i}", values, "x")) for i, values in enumerate((base, other))]
     notebook(folder / "05_ablations.ipynb", *cells)
-    effect = ablations.effect(Comparison.load(tmp_path), "norm=layer", "tokens_per_second")
+    effect = ablations.effect(Comparison.load(tmp_path).by_variant("ablation"), "norm=layer", "tokens_per_second")
     assert effect.change == pytest.approx(100 / 90 - 1) and effect.low is None and effect.basis == "1 round"
 
 
@@ -411,6 +402,6 @@ def test_a_model_keeps_its_colour_in_every_figure(comparison):
 
 def test_sentences_and_table_adjust_over_the_same_family(comparison):
     told = {one["p_adjusted"] for one in tables.standing(comparison, "distilgpt2").values["differences"]}
-    assert {one.adjusted for one in tables.against(comparison, "distilgpt2")} == told
-    assert {one.a for one in tables.against(comparison, "distilgpt2")} == {"distilgpt2"}
-    assert {one.b for one in tables.against(comparison, "distilgpt2")} == {"gpt2", "pretrain", "sft", "dpo"}
+    assert {one.adjusted for one in compared(comparison, "distilgpt2")} == told
+    assert {one.a for one in compared(comparison, "distilgpt2")} == {"distilgpt2"}
+    assert {one.b for one in compared(comparison, "distilgpt2")} == {"gpt2", "pretrain", "sft", "dpo"}

@@ -11,7 +11,8 @@ from scipy.stats import binomtest
 
 from basics import paths
 from papertrail.report import sources
-from study.comparison import Comparison, insights, precedent, tables
+from study.comparison import Comparison, insights, limits, precedent, tables
+from study.comparison.differences import compared
 from study.comparison.results import compact, duration, listed, percent, plain, probability, signed
 
 
@@ -27,7 +28,7 @@ def all_insights(comparison):
         *insights.stability(comparison),
         *insights.standing(comparison, "gpt2"),
         *insights.standing(comparison, "distilgpt2"),
-        *insights.confounds(comparison),
+        *limits.limitations(comparison),
     ]
 
 
@@ -123,7 +124,7 @@ def test_shuffled_results_yield_false_sentences_in_at_most_a_twentieth_of_report
     false, unadjusted = 0, 0
     for seed in range(RUNS):
         world = shuffled(small, seed)
-        every = tables.compared(world)
+        every = compared(world)
         claimed = [one for one in every if one.detected]
         said = [one for one in insights.key_insights(world) if one.differs] if claimed else []
         assert bool(said) <= bool(claimed)
@@ -132,7 +133,7 @@ def test_shuffled_results_yield_false_sentences_in_at_most_a_twentieth_of_report
     assert len(every) > 40
     assert binomtest(false, RUNS, 0.05, alternative="greater").pvalue > 0.05, f"{false} of {RUNS} reports"
     assert unadjusted > 5 * max(false, 1)
-    assert any(one.detected for one in tables.compared(small))
+    assert any(one.detected for one in compared(small))
 
 
 def test_shuffled_reports_hold_no_sentence_that_claims(comparison):
@@ -148,7 +149,7 @@ def test_equivalence_is_claimed_falsely_at_most_in_a_fortieth(comparison):
     """A true difference of exactly the margin (2 points of 4,000 items, half of them discordant by chance): the 95%
     interval lies within the margin in at most 2.5% of samples; with no true difference it mostly does."""
     from study.comparison.differences import Difference
-    from study.comparison.measures import SENTIMENT
+    from study.comparison.measures import MEASURES
     from threefold.evaluation.statistics import paired_proportions
 
     def equivalent(gain, trials=400, n=4000):
@@ -156,11 +157,11 @@ def test_equivalence_is_claimed_falsely_at_most_in_a_fortieth(comparison):
         for _ in range(trials):
             kind = generator.choice(3, n, p=[0.05 + gain, 0.05, 0.90 - gain])  # only b, only a, both
             one = paired_proportions(kind != 0, kind != 1)
-            found = Difference(SENTIMENT, "a", "b", one.difference, one.low, one.high, one.p, n, "x")
+            found = Difference(MEASURES["sentiment"], "a", "b", one.difference, one.low, one.high, one.p, n, "x")
             count += found.verdict == "equivalent"
         return count / trials
 
-    assert equivalent(SENTIMENT.margin) <= 0.04
+    assert equivalent(MEASURES["sentiment"].margin) <= 0.04
     assert equivalent(0.0) > 0.95
 
 
@@ -211,7 +212,7 @@ def test_two_names_of_the_same_weights_are_said_to_be_the_same(tmp_path):
         make_run(tmp_path / "fake", skills={"sft": SKILL["pretrain"]}, seeds={"pretrain": 3, "sft": 3})
     )
     for record in loaded.evaluations("sft").values():
-        record["weights_sha256"] = loaded.weights("pretrain")
+        record["weights_sha256"] = loaded.stage("pretrain")["weights_sha256"]
     (one,) = [one for one in insights.stage_changes(loaded) if one.key.startswith("sft")]
     assert one.confounds == ("same-weights",) and "the two are the same weights" in one.sentence
 
@@ -230,9 +231,10 @@ def test_the_last_stage_is_set_against_the_first(comparison):
 
 
 def test_the_control_is_compared_with_chance(tmp_path):
-    loaded = Comparison.load(make_run(tmp_path / "fake"))
-    (chance,) = insights.control(loaded)
+    run = make_run(tmp_path / "fake")
+    (chance,) = insights.control(Comparison.load(run))
     assert "at chance" in chance.sentence and not chance.differs
+    loaded = Comparison.load(run)
     metrics = loaded.evaluations("random")["sample-sentiment/3-shot"]["metrics"]
     metrics["accuracy"] |= {"value": 0.9, "low": 0.86, "high": 0.93}
     (biased,) = insights.control(loaded)
@@ -241,13 +243,13 @@ def test_the_control_is_compared_with_chance(tmp_path):
 
 def test_confounds_come_with_the_records_that_show_them(tmp_path):
     run = make_run(tmp_path / "one", source="wikitext-2", tokenizers={"gpt2": "another"}, hub=("distilgpt2",))
-    found = {one.key: one.sentence for one in insights.confounds(Comparison.load(run))}
+    found = {one.key: one.sentence for one in limits.limitations(Comparison.load(run))}
     assert "GPT-2 (trained here) carries" in found["baseline"] and "DistilGPT-2" not in found["baseline"]
     assert "GPT-2 (trained here)" in found["tokenizer"] and "bits per byte" in found["tokenizer"]
     assert "n = 300" in found["subsampled"]
     assert "40 documents" in found["documents"] and "once" in found["seeds"]
     assert "speed" not in found  # timed by turns
-    plain_run = {one.key for one in insights.confounds(Comparison.load(make_run(tmp_path / "two")))}
+    plain_run = {one.key for one in limits.limitations(Comparison.load(make_run(tmp_path / "two")))}
     assert "tokenizer" not in plain_run and "subsampled" not in plain_run and "in-domain" in plain_run
 
 
@@ -259,7 +261,7 @@ def test_definitions_and_prompts_give_spans(comparison):
 
 
 def test_variables_are_text_and_cover_what_the_report_quotes(comparison):
-    values = insights.variables(comparison, "fake", "smoke")
+    values = limits.variables(comparison, "fake", "smoke")
     assert all(isinstance(value, str) and value for value in values.values())
     quoted = {reference.key for reference in sources.read(paths.REPORT).variables}
     assert quoted <= set(values)
@@ -271,7 +273,7 @@ def test_a_run_with_nothing_measured_still_has_every_variable(tmp_path):
     for path in (run / "notebooks").glob("04_*.ipynb"):
         path.unlink()
     loaded = Comparison.load(run)
-    values = insights.variables(loaded)
+    values = limits.variables(loaded)
     assert values["perplexity_gap"] == "not measured" and values["n_models"] == "0"
     assert insights.standing(loaded) == [] and insights.stage_changes(loaded) == []
     assert insights.bullets("x", [], "Nothing.").markdown == "Nothing."
@@ -289,12 +291,12 @@ def test_numbers_for_prose():
 
 def test_what_adjustment_took_away_and_what_is_at_zero_is_said(comparison):
     from study.comparison.differences import Difference
-    from study.comparison.measures import INSTRUCTIONS, SENTIMENT
+    from study.comparison.measures import MEASURES
 
-    lost = Difference(SENTIMENT, "gpt2", "dpo", 0.05, 0.01, 0.09, 0.03, 300, "x", adjusted=0.12, family=15)
+    lost = Difference(MEASURES["sentiment"], "gpt2", "dpo", 0.05, 0.01, 0.09, 0.03, 300, "x", adjusted=0.12, family=15)
     (one,) = insights.in_short(comparison, "x", [lost])
     sentence = one.sentence.replace("\u00a0", " ")
     assert "no detectable difference in sentiment (+5.0 pp [+1.0, +9.0], yet p = 0.120 adjusted for 15" in sentence
     assert not one.differs
-    floor = Difference(INSTRUCTIONS, "gpt2", "distilgpt2", 0.0, -0.03, 0.03, 1.0, 100, "x")
+    floor = Difference(MEASURES["instructions"], "gpt2", "distilgpt2", 0.0, -0.03, 0.03, 1.0, 100, "x")
     assert "both 0.0%" in insights.in_short(comparison, "x", [floor])[0].sentence

@@ -6,7 +6,6 @@ from report_fixtures import make_run
 
 from study.comparison import Comparison, precedent, variance
 from study.comparison.differences import difference
-from study.comparison.measures import LINES, ONE_PROMPT
 from threefold.evaluation import statistics
 
 
@@ -16,16 +15,16 @@ def comparison(tmp_path_factory):
 
 
 def test_claimed_rerun_and_sound_stand_side_by_side(comparison):
-    result = precedent.table(comparison)
+    result = precedent.figures(comparison)
     figures = result.values["figures"]
     assert [one["claimed"] for one in figures.values()] == ["−33%", "+26%", "+0.5%", "+4 pp", "−4 pp", "0.0%", "–"]
-    lines = difference(comparison, LINES, "pretrain", "sft")
+    lines = difference(comparison, "perplexity_lines", "pretrain", "sft")
     assert figures["perplexity-sft"]["rerun"]["value"] == lines.change != figures["perplexity-sft"]["sound"]["value"]
     assert lines.method == "bootstrap over documents"
-    prompt = difference(comparison, ONE_PROMPT, "pretrain", "sft")
+    prompt = difference(comparison, "sentiment_prompt", "pretrain", "sft")
     assert figures["sentiment-sft"]["rerun"]["n"] == prompt.n == 200 and figures["sentiment-sft"]["sound"]["n"] == 300
     assert figures["control"]["rerun"]["n"] == 200 and "random control" in result.markdown
-    protocols = {comparison.evaluations("dpo").get(ONE_PROMPT.protocol(comparison), {}).get("protocol")}
+    protocols = {comparison.evaluations("dpo").get(comparison.protocol("sentiment_prompt"), {}).get("protocol")}
     assert protocols == {"sample-sentiment/precedent-3-shot"}
 
 
@@ -39,11 +38,11 @@ def test_fifty_problems_are_the_first_fifty(comparison):
 
 def test_what_was_not_measured_is_said(comparison):
     bare = Comparison(comparison.records)  # no per-item results
-    rows = precedent.table(bare).values["rows"]
+    rows = precedent.figures(bare).values["rows"]
     assert [row["Its protocol, rerun here"] for row in rows][:6] == ["not measured"] * 6
     assert rows[6]["Its protocol, rerun here"].endswith("n\u00a0=\u00a0200")
     empty = Comparison({})
-    assert len(precedent.table(empty).values["rows"]) == 5
+    assert len(precedent.figures(empty).values["rows"]) == 5
     assert [one.key for one in precedent.sentences(empty)] == ["precedent-widths"]
 
 
@@ -79,7 +78,7 @@ def test_incomplete_cells_are_not_compared(comparison):
 def test_components_are_those_of_the_scores_and_one_level_is_said(comparison):
     from threefold.evaluation.statistics import variance_components
 
-    result = variance.table(comparison)
+    result = variance.components(comparison)
     assert set(result.values["protocols"]) == {"sample-sentiment/0-shot", "sample-sentiment/3-shot"}
     told = result.values["protocols"]["sample-sentiment/3-shot"]["components"]
     stacked, _ = variance.scores(comparison, "sample-sentiment/3-shot")
@@ -88,4 +87,4 @@ def test_components_are_those_of_the_scores_and_one_level_is_said(comparison):
     assert zero["components"]["draw"] is None and zero["levels"]["draw"] == 1
     lines = [line for line in result.markdown.split("\n") if "demonstration draw" in line]
     assert ["one level: not estimated" in line for line in lines] == [True, False]
-    assert "not at hand" in variance.table(Comparison(comparison.records)).markdown
+    assert "not at hand" in variance.components(Comparison(comparison.records)).markdown

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from basics.errors import ConfigError, MissingInput, RecordError
 from papertrail import records
 from papertrail.plan import dependents
 from study import stages
-from study.comparison import Comparison, claims, insights, seeds, tables
-from study.comparison.measures import HEADLINE, PERPLEXITY, SENTIMENT
+from study.comparison import Comparison, claims, insights, limits, seeds, tables
+from study.comparison.measures import HEADLINE
 from study.preset import Preset, load_preset, parse_overrides
 from study.run import Run, open_run, open_stage
 from threefold.config import EvaluationConfig, SourceConfig
@@ -243,8 +244,8 @@ def test_replicates_are_comparisons_of_their_own_and_leak_into_no_table(comparis
     for table in (
         tables.headline,
         tables.sentiment,
-        tables.tasks,
-        tables.preferences,
+        partial(tables.metrics, name="tasks"),
+        partial(tables.metrics, name="preferences"),
         tables.stability,
         tables.efficiency,
     ):
@@ -289,26 +290,26 @@ def test_every_replicate_the_preset_asks_for_must_be_there(run, tmp_path, monkey
 
 
 def test_spreads_are_those_of_the_records(comparison):
-    found = {(one.measure, one.stage): one for one in seeds.spreads(comparison)}
+    found = {(one.measure.key, one.stage): one for one in seeds.spreads(comparison)}
     assert set(found) == {(measure, stage) for measure in HEADLINE for stage in LINEAGE}
-    one = found[PERPLEXITY, "sft"]
-    values = [PERPLEXITY.value(each, "sft") for each in seeds.trainings(comparison)]
+    one = found["perplexity", "sft"]
+    values = [each.value("perplexity", "sft") for each in comparison.trainings.values()]
     assert one.values == tuple(value.value for value in values) and len(set(one.values)) == 3
     assert one.mean == pytest.approx(np.mean(one.values))
     assert one.deviation.value == pytest.approx(np.std(one.values, ddof=1))
     assert one.error == pytest.approx((values[0].high - values[0].low) / (2 * 1.959964), rel=1e-6)
     assert one.p == pytest.approx(2 * math.exp(-((one.deviation.value / one.error) ** 2)))
     assert one.larger == seeds.OVER_SEEDS  # e^0.6 apart, a hundredth of a nat a document
-    assert found[SENTIMENT, "sft"].larger != seeds.OVER_SEEDS
+    assert found["sentiment", "sft"].larger != seeds.OVER_SEEDS
     adjusted = statistics.holm([each.p for each in found.values()])
     assert [each.adjusted for each in found.values()] == adjusted
 
 
 def test_changes_are_paired_by_seed_and_compare_logarithms_of_perplexity(comparison):
-    found = {(one.measure, one.b): (one, each) for one, each in seeds.changes(comparison)}
-    one, each = found[PERPLEXITY, "sft"]
-    trained = seeds.trainings(comparison)
-    logs = [math.log(PERPLEXITY.value(t, "sft").value / PERPLEXITY.value(t, "pretrain").value) for t in trained]
+    found = {(one.measure.key, one.b): (one, each) for one, each in seeds.changes(comparison)}
+    one, each = found["perplexity", "sft"]
+    trained = comparison.trainings.values()
+    logs = [math.log(t.value("perplexity", "sft").value / t.value("perplexity", "pretrain").value) for t in trained]
     assert each == pytest.approx([math.expm1(x) for x in logs])
     assert one.n == 3 and one.change == pytest.approx(math.expm1(np.mean(logs)))
     half = scipy_stats.t.ppf(0.975, 2) * np.std(logs, ddof=1) / math.sqrt(3)
@@ -332,10 +333,10 @@ def test_tables_and_sentences_of_three_seeds(comparison):
     assert "3 seeds only" in said["seeds-sft"].sentence and "items only" not in said["seeds-sft"].sentence
     known = {name for one in said.values() for name in one.evidence}
     assert known and known <= set(comparison.records)
-    limits = " ".join(one.sentence for one in insights.confounds(comparison))
-    assert "first of 3 trainings" in limits and "trained once" not in limits
+    limited = " ".join(one.sentence for one in limits.limitations(comparison))
+    assert "first of 3 trainings" in limited and "trained once" not in limited
     assert all("the first of 3 training seeds" in one.sentence for one in insights.stage_changes(comparison))
-    assert insights.variables(comparison)["trained"] == "3 times"
+    assert limits.variables(comparison)["trained"] == "3 times"
 
 
 def test_seeds_that_differ_by_noise_alone_are_not_said_to_vary_more(tmp_path):
@@ -352,7 +353,7 @@ def test_one_seed_is_said_to_be_one(tmp_path):
         assert table.values["rows"] == [] and table.values["trainings"] == 1
         assert "not measured" in table.markdown and table.markdown == tables.ONE_SEED
     assert [one.sentence for one in insights.seed_spread(once)] == [insights.ONCE]
-    assert insights.ONCE in [one.sentence for one in insights.confounds(once)]
+    assert insights.ONCE in [one.sentence for one in limits.limitations(once)]
     assert all("one training seed" in one.sentence for one in insights.stage_changes(once))
     measured = {key: one.measured for key, one in claims.judge(once).items()}
     assert "one training seed" in measured["sft-perplexity"] and "training seed" not in measured["gpt2-perplexity"]

@@ -8,9 +8,9 @@ from typing import Any
 from basics.errors import ConfigError
 from study.cli.common import columns, open_intact, say, say_json, warn_if_behind
 from study.comparison import Comparison, tables
-from study.comparison.load import Value
-from study.comparison.measures import HEADLINE, PERPLEXITY, Measure
+from study.comparison.measures import HEADLINE, MEASURES, Measure
 from study.comparison.models import ordered
+from study.comparison.results import value_text
 from study.preset import to_dict
 from study.run import Run
 
@@ -45,7 +45,7 @@ def side_by_side(runs: Sequence[Run]) -> str:
     ] = {}  # the figures of one measure, model and protocol, by conditions
     for measure, name, protocol, value, figure in _figures(runs):
         group = groups.setdefault((measure, name, protocol), {})
-        group.setdefault(tuple(figure["conditions"].items()), {})[figure["run"]] = measure.text(value)
+        group.setdefault(tuple(figure["conditions"].items()), {})[figure["run"]] = value_text(value)
     figures = [
         [
             f"{measure.title} {'↓' if measure.better == 'lower' else '↑'}",
@@ -81,15 +81,17 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
     return {"runs": [run.name for run in runs], "figures": figures, "differing": differing}
 
 
-def _figures(runs: Sequence[Run]) -> Iterator[tuple[Measure, str, str, Value, dict[str, Any]]]:
-    """(measure, the model's name for a reader, protocol, value, all of it as JSON) of the runs' headline figures.
+def _figures(runs: Sequence[Run]) -> Iterator[tuple[Measure, str, str, Any, dict[str, Any]]]:
+    """(measure, the model's name for a reader, protocol, row of the long table, all of it as JSON) of the runs' headline figures.
 
     Conditions are what was measured on what, as in {"n": "872", "data": "fc8ff935"}.
     """
     comparisons = {run.name: Comparison.load(run) for run in runs}
     headlines = {run: tables.headline(comparison).values for run, comparison in comparisons.items()}
     models = ordered(model for comparison in comparisons.values() for model in comparison.models)
-    for measure, model, run in ((m, model, run) for m in HEADLINE for model in models for run in comparisons):
+    for measure, model, run in (
+        (MEASURES[key], model, run) for key in HEADLINE for model in models for run in comparisons
+    ):
         protocol = headlines[run]["protocols"].get(measure.key)
         entry = headlines[run]["models"].get(model, {}).get(measure.key)
         if protocol is None or entry is None:
@@ -98,12 +100,12 @@ def _figures(runs: Sequence[Run]) -> Iterator[tuple[Measure, str, str, Value, di
         data = settings.get("data") or {}
         source = str(data.get("fingerprint") or data.get("source"))[:8]
         conditions = {"version": str(settings.get("version")), "data": source, "n": str(entry["n"])}
-        if measure is PERPLEXITY:  # without a tokenizer's hash nothing is known to be the same
+        if measure.key == "perplexity":  # without a tokenizer's hash nothing is known to be the same
             conditions["tokenizer"] = (settings.get("tokenizer_sha256") or f"of run {run}")[:8]
         figure = {"run": run, "measure": measure.key, "model": model, "protocol": protocol, "conditions": conditions}
         figure |= {key: entry[key] for key in ("value", "low", "high")}
-        value = Value(**entry, protocol=protocol, metric=measure.metric)
-        yield measure, comparisons[run].name(model), protocol, value, figure
+        row = comparisons[run].value(measure.key, model)
+        yield measure, comparisons[run].name(model), protocol, row, figure
 
 
 def differing_keys(presets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str | None]]:

@@ -3,6 +3,8 @@
 Loss: both were trained from the same seeds on the same rows in the same order; the mean of their differences carries
 Student's interval. Time: in each round both took one step; the median of the ratios carries the interval of order
 statistics, which no single slow round can move. Tokens to equal loss are read off the curves of held-out loss.
+
+Variants are the values of the records `ablation/<variant>`, by variant (`Comparison.by_variant`).
 """
 
 import math
@@ -13,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from study.comparison.differences import ALPHA
-from study.comparison.load import Comparison
+from study.comparison.results import bounds, count, estimate
 from threefold.evaluation import statistics
 from threefold.evaluation.statistics import PairedDifference, paired_median, paired_student
 
 BASE = "base"
-QUANTITIES = {"heldout_loss": "perplexity", "tokens_per_second": "training speed"}  # and what a reader is told
+QUANTITIES = {"heldout_loss": "perplexity", "tokens_per_second": "training speed"}  # and the words for them
+Variants = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,6 @@ class Effect:
     change, low, high: e.g. -0.03 is 3% less perplexity. low and high are None where too few values leave no interval.
     """
 
-    variant: str
     quantity: str
     change: float
     low: float | None
@@ -38,41 +40,32 @@ class Effect:
     @property
     def basis(self) -> str:
         """What the effect rests on: "3 seeds", "15 rounds"."""
-        what = "round" if self.quantity == "tokens_per_second" else "seed"
-        return f"{self.values} {what}{'s' if self.values > 1 else ''}"
+        return count(self.values, "round" if self.quantity == "tokens_per_second" else "seed")
+
+    @property
+    def text(self) -> str:
+        """ "−2.1% [−3.0, −1.2]"."""
+        return estimate(self.change, self.low, self.high, scale=100, decimals=1, unit="%", sign=True)
 
     @property
     def turned(self) -> "Effect":
         """The variant against the base: what comes of switching on what the base is without."""
-        low, high = (None if bound is None else 1 / (1 + bound) - 1 for bound in (self.high, self.low))
-        return Effect(self.variant, self.quantity, 1 / (1 + self.change) - 1, low, high, self.values)
+        change, high, low = bounds(lambda x: 1 / (1 + x) - 1, self.change, self.low, self.high)
+        return Effect(self.quantity, change, low, high, self.values)
 
 
-def found(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """Variant -> values of its record. The variant is the override it stands for ("norm=layer") or "base"."""
-    result = {}
-    for name, record in comparison.records.items():
-        if name.startswith("ablation/"):
-            result[str(record.values.get("variant", name.partition("/")[2]))] = record.values
-    return result
-
-
-def effect(comparison: Comparison, variant: str, quantity: str) -> Effect | None:
+def effect(variants: Variants, variant: str, quantity: str) -> Effect | None:
     """What the base gains over a variant in `heldout_loss` (as perplexity) or `tokens_per_second`.
 
     Both records hold one value a seed, or one a round of timing, under that name, in the same order.
     """
-    variants = found(comparison)
-    if BASE not in variants or variant not in variants:
-        return None
-    base, other = (_series(variants[name], quantity) for name in (BASE, variant))
+    base, other = (_series(variants.get(name, {}), quantity) for name in (BASE, variant))
     n = min(len(base), len(other))
     if n == 0:
         return None
     base, other = base[:n], other[:n]
-    one = paired_student(other, base) if quantity == "heldout_loss" else paired_median(np.log(other), np.log(base))
-    bounds = (None if bound is None else math.expm1(bound) for bound in (one.low, one.high))
-    return Effect(variant, quantity, math.expm1(one.difference), *bounds, one.n)
+    found = paired_student(other, base) if quantity == "heldout_loss" else paired_median(np.log(other), np.log(base))
+    return Effect(quantity, *bounds(math.expm1, *found[:3]), found.n)
 
 
 def _series(values: Mapping[str, Any], quantity: str) -> np.ndarray:
@@ -122,32 +115,31 @@ class Contrast:
         return self.loss.low is not None and (self.loss.low > 0 or self.loss.high < 0) and self.loss_p < ALPHA
 
     def as_record(self) -> dict[str, Any]:
-        tokens = None if self.tokens is None else self.tokens._asdict()
-        steps = {size: one._asdict() | {"p_adjusted": self.step_p[size]} for size, one in self.steps.items()}
         return {
             "variant": self.variant,
             "loss": self.loss._asdict() | {"p_adjusted": self.loss_p},
-            "log_tokens": tokens,
-            "log_step_seconds": steps,
+            "log_tokens": self.tokens and self.tokens._asdict(),
+            "log_step_seconds": {
+                size: one._asdict() | {"p_adjusted": self.step_p[size]} for size, one in self.steps.items()
+            },
         }
 
 
-def contrasts(variants: Mapping[str, Mapping[str, Any]]) -> list[Contrast]:
-    """Every variant against the base, from their records' values (`found`)."""
-    if BASE not in variants:
+def contrasts(variants: Variants) -> list[Contrast]:
+    """Every variant against the base."""
+    others = {name: values for name, values in variants.items() if name != BASE}
+    if BASE not in variants or not others:
         return []
     base, made = variants[BASE], {}
-    for name, values in variants.items():
-        if name == BASE:
-            continue
+    timed = base["step_seconds"]
+    for name, values in others.items():
         loss = paired_student(_series(base, "heldout_loss"), _series(values, "heldout_loss"))
         needed = [equal_loss(*pair) for pair in zip(base["curves"], values["curves"], strict=True)]
         tokens = None if None in needed else paired_student(*np.log(needed).T)
-        timed = base["step_seconds"]
         steps = {size: paired_median(*np.log([timed[size], values["step_seconds"][size]])) for size in timed}
         made[name] = (loss, tokens, steps)
-    loss_p = statistics.holm([loss.p for loss, _, _ in made.values()])
-    step_p = {size: statistics.holm([steps[size].p for *_, steps in made.values()]) for size in base["step_seconds"]}
+    loss_p = statistics.holm([loss.p for loss, *_ in made.values()])
+    step_p = {size: statistics.holm([steps[size].p for *_, steps in made.values()]) for size in timed}
     return [
         Contrast(name, *parts, loss_p[place], {size: adjusted[place] for size, adjusted in step_p.items()})
         for place, (name, parts) in enumerate(made.items())

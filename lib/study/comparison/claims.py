@@ -14,20 +14,18 @@ supported, contradicted or not measured, never unresolved.
 import math
 import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from study.comparison import ablations, length, seeds, training, variance
-from study.comparison.differences import difference
+from study.comparison.differences import comparable, difference
 from study.comparison.load import Comparison
-from study.comparison.measures import PERPLEXITY, PROBLEMS, SENTIMENT, fuller
-from study.comparison.results import NBSP, Result, compact, duration, interval, plain, signed
-from study.comparison.tables import markdown_table, measured_by_turns
+from study.comparison.results import Result, bounds, compact, duration, estimate, number_of, plain, table, value_text
 from study.preset import LINEAGE
+from threefold.evaluation.statistics import student_half_width
 
 SUPPORTED, CONTRADICTED = "supported", "contradicted"
 NOT_RESOLVED, NOT_MEASURED = "not resolved", "not measured here"
@@ -38,7 +36,7 @@ PARAMETERS, TOKENS = 253e6, 600e6  # of the model that the precedent's page is a
 class Finding:
     """What a claim's test found: an effect with its interval, the words for it, and why it may not count."""
 
-    text: str
+    text: str = "–"
     low: float | None = None
     high: float | None = None
     instead: str = ""  # not the claim's own data, baseline or device: what it is instead
@@ -60,25 +58,26 @@ class Claim:
         """The claim's verdict from a run's records."""
         finding = self.test(comparison)
         if finding is None:
-            return Verdict(self, NOT_MEASURED, "–")
-        if finding.instead:
-            return Verdict(self, NOT_MEASURED, f"{finding.text} ({finding.instead})", finding)
-        if finding.unresolved or finding.low is None or finding.high is None:
-            return Verdict(self, NOT_RESOLVED, f"{finding.text} ({finding.unresolved or 'no interval'})", finding)
-        least, most = self.band
-        if least < finding.low and finding.high < most:
-            return Verdict(self, SUPPORTED, finding.text, finding)
-        if finding.high <= least or finding.low >= most:
-            return Verdict(self, CONTRADICTED, finding.text, finding)
-        return Verdict(self, NOT_RESOLVED, finding.text, finding)
+            return Verdict(self, NOT_MEASURED, Finding())
+        text, low, high, instead, unresolved = (getattr(finding, name) for name in Finding.__dataclass_fields__)
+        if instead:
+            return Verdict(self, NOT_MEASURED, replace(finding, text=f"{text} ({instead})"))
+        if unresolved or low is None or high is None:
+            return Verdict(self, NOT_RESOLVED, replace(finding, text=f"{text} ({unresolved or 'no interval'})"))
+        inside, outside = self.band[0] < low and high < self.band[1], high <= self.band[0] or low >= self.band[1]
+        return Verdict(self, SUPPORTED if inside else CONTRADICTED if outside else NOT_RESOLVED, finding)
 
 
 @dataclass(frozen=True)
 class Verdict:
     claim: Claim
     verdict: str
-    measured: str
-    finding: Finding | None = None
+    finding: Finding
+
+    @property
+    def measured(self) -> str:
+        """What was measured, and why it does not count where it does not."""
+        return self.finding.text
 
 
 # Tests ---------------------------------------------------------------------------------------------------------------
@@ -86,12 +85,8 @@ class Verdict:
 
 def _ablation(comparison: Comparison, variant: str, quantity: str) -> Finding | None:
     """What a component brings against the variant without it, in percent."""
-    effect = ablations.effect(comparison, variant, quantity)
-    if effect is None:
-        return None
-    bounds = _times_100(effect.low, effect.high)
-    text = interval(signed(100 * effect.change, 1, "%"), *(None if x is None else signed(x, 1) for x in bounds))
-    return Finding(f"{text}, {effect.basis}", *bounds)
+    effect = ablations.effect(comparison.by_variant("ablation"), variant, quantity)
+    return effect and Finding(f"{effect.text}, {effect.basis}", *_times_100(effect.low, effect.high))
 
 
 def _length(comparison: Comparison, effect: str) -> Finding | None:
@@ -102,23 +97,20 @@ def _length(comparison: Comparison, effect: str) -> Finding | None:
 
 def _change(comparison: Comparison, measure: str, a: str, b: str, data: str) -> Finding | None:
     """Change of a measure from one model to another, in percent or points; it counts on the claim's data set only."""
-    by = {"perplexity": PERPLEXITY, "sentiment": SENTIMENT}[measure]
-    change = difference(comparison, by, a, b)
+    change = difference(comparison, measure, a, b)
     if change is None:
-        measured = all(by.value(comparison, model) for model in (a, b))
-        if measured and not by.comparable(comparison, a, b):
-            return Finding("no common unit", instead="perplexities of different tokenizers")
-        return None
-    instead = _other_set(by.protocol(comparison), data)
-    if not instead and a == "gpt2" and comparison.is_trained_here("gpt2"):
+        measured = all(comparison.value(measure, model) for model in (a, b))
+        apart = measured and not comparable(comparison, measure, a, b)
+        return Finding("no common unit", instead="perplexities of different tokenizers") if apart else None
+    instead = _other_set(comparison.protocol(measure), data)
+    if not instead and a == "gpt2" and comparison.stage("gpt2") is not None:
         instead = "against a GPT-2 trained here on this run's text, not the published one"
     trained = f", {seeds.basis(comparison)}" if {a, b} <= {*LINEAGE} else ""
-    text = f"{change.text}, n{NBSP}={NBSP}{change.n:,}{trained}"
+    text = f"{change.text}, {number_of(change.n)}{trained}"
     return Finding(text, *_times_100(change.low, change.high), instead=instead)
 
 
-def _times_100(*bounds: float | None) -> list[float | None]:
-    return [None if x is None else 100 * x for x in bounds]
+_times_100 = partial(bounds, lambda x: 100 * x)
 
 
 def _other_set(protocol: str | None, source: str) -> str:
@@ -128,13 +120,12 @@ def _other_set(protocol: str | None, source: str) -> str:
 
 def _problems(comparison: Comparison, data: str) -> Finding | None:
     """Word problems solved by the last stage evaluated on them, in percent."""
-    model = next((name for name in reversed(LINEAGE) if PROBLEMS.value(comparison, name)), None)
+    model = next((name for name in reversed(LINEAGE) if comparison.value("problems", name)), None)
     if model is None:
         return None
-    value = PROBLEMS.value(comparison, model)
-    size = training.total_parameters(comparison, model)
+    value, size = comparison.value("problems", model), training.total_parameters(comparison, model)
     scale = f", {compact(size)} parameters" if size else ""
-    text = f"{PROBLEMS.text(value)} ({comparison.name(model)}{scale}, n{NBSP}={NBSP}{value.n:,})"
+    text = f"{value_text(value)} ({comparison.name(model)}{scale}, {number_of(value.n)})"
     return Finding(text, *_times_100(value.low, value.high), instead=_other_set(value.protocol, data))
 
 
@@ -142,49 +133,44 @@ def _speed(comparison: Comparison, a: str, b: str) -> Finding | None:
     """Decoding speed of b over a at batch 1, Student's interval of the log-ratio over the repeats."""
     series = []
     for model in (a, b):
-        value = comparison.metric(model, "speed", "decode_b1")
+        value, items = comparison.metric(model, "speed", "decode_b1"), comparison.items(model, "speed")
         if value is None:
             return None
-        items = comparison.items(model, "speed")
-        if items is None:
-            series.append(np.log([value.value]))
-        else:
-            rows = items[(items["phase"] == "decode") & (items["batch"] == 1)].sort_values("repeat")
-            series.append(np.log(rows["tokens_per_second"].to_numpy(float)))
-    n = min(len(logs) for logs in series)
+        rates = np.array([value.value])
+        if items is not None:
+            single = items[(items["phase"] == "decode") & (items["batch"] == 1)]
+            rates = single.sort_values("repeat")["tokens_per_second"].to_numpy(float)
+        series.append(np.log(rates))
+    n = min(map(len, series))
     logs = series[1][:n] - series[0][:n]
     ratio = math.exp(float(logs.mean()))
-    if not measured_by_turns(comparison):
+    if not comparison.timed_together:
         return Finding(f"{ratio:.2f}×", unresolved="timed in separate processes")
     if n < 3:
         return Finding(f"{ratio:.2f}×", unresolved=f"{n} repeats")
-    half = float(stats.t.ppf(0.975, n - 1) * logs.std(ddof=1) / math.sqrt(n))
+    half = student_half_width(float(logs.std(ddof=1) / math.sqrt(n)), n - 1)
     low, high = ratio * math.exp(-half), ratio * math.exp(half)
-    text = interval(f"{ratio:.2f}×", f"{low:.2f}", f"{high:.2f}")
-    instead = "GPT-2's architecture at this run's size" if comparison.is_trained_here("gpt2") else ""
-    return Finding(f"{text}, {n} repeats", low, high, instead=instead)
+    instead = "GPT-2's architecture at this run's size" if comparison.stage("gpt2") is not None else ""
+    return Finding(f"{estimate(ratio, low, high, decimals=2, unit='×')}, {n} repeats", low, high, instead=instead)
 
 
 def _tokens_per_hour(comparison: Comparison) -> Finding | None:
     """Millions of tokens an hour of pretraining."""
-    stage = next((one for one in training.trainings(comparison) if one.stage == "pretrain"), None)
-    if stage is None:
-        return None
-    rate = stage.tokens_per_hour / 1e6
-    text = f"{compact(stage.tokens_per_hour)} tokens/hour on {stage.device}"
-    return Finding(text, rate, rate, instead=_elsewhere([stage.device], stage.parameters))
+    for stage in training.trainings(comparison, "pretrain"):
+        rate = stage.tokens_per_hour / 1e6
+        text = f"{compact(stage.tokens_per_hour)} tokens/hour on {stage.device}"
+        return Finding(text, rate, rate, instead=_elsewhere([stage.device], stage.parameters))
+    return None
 
 
 def _hours(comparison: Comparison) -> Finding | None:
     """Hours of all three stages together."""
-    stages = [one for one in training.trainings(comparison) if one.stage in LINEAGE]
+    stages = training.trainings(comparison, *LINEAGE)
     if len(stages) < 3:
         return None
-    seconds = sum(one.seconds for one in stages)
-    devices = sorted({one.device for one in stages})
-    tokens = next(one.tokens for one in stages if one.stage == "pretrain")
+    seconds, devices = sum(one.seconds for one in stages), sorted({one.device for one in stages})
     text = f"{duration(seconds)} on {', '.join(devices)}"
-    instead = _elsewhere(devices, stages[0].parameters, tokens)
+    instead = _elsewhere(devices, stages[0].parameters, stages[0].tokens)
     return Finding(text, seconds / 3600, seconds / 3600, instead=instead)
 
 
@@ -205,56 +191,25 @@ def _unsteady_curves(comparison: Comparison) -> Finding | None:
     curves = [one for one in training.curves(comparison) if one.stage in ("gpt2", "pretrain")]
     if len(curves) < 2:
         return None
-    worst = max(curves, key=lambda one: one.setback / one.start)
-    unsteady = [comparison.name(one.stage) for one in curves if not one.stable]
+    worst, unsteady = training.worst(curves), [comparison.name(one.stage) for one in curves if not one.stable]
     text = f"largest setback {plain(worst.setback, 3)} nats ({comparison.name(worst.stage)})"
-    share = float(len(unsteady))
-    return Finding(text if not unsteady else f"{text}; unsteady: {', '.join(unsteady)}", share, share)
+    text += f"; unsteady: {', '.join(unsteady)}" if unsteady else ""
+    return Finding(text, float(len(unsteady)), float(len(unsteady)))
 
 
-def method_against_model(comparison: Comparison) -> Finding | None:
+def _variances(comparison: Comparison) -> Finding | None:
     """Variance of sentiment accuracy over templates, less its variance over trained models, in squared points."""
-    protocol = fuller(comparison, SENTIMENT.protocol(comparison))
+    protocol = variance.fuller(comparison, comparison.protocol("sentiment"))
     found = variance.scores(comparison, protocol) if protocol else None
-    if found is None:
+    if found is None or found[0].shape[1] < 2 or found[0].shape[3] < 3:
         return None
-    correct_MTDI, levels = found
-    if len(levels["template"]) < 2 or len(levels["item"]) < 3:
-        return None
-    points_NMT = 100 * correct_MTDI.mean(axis=2).transpose(2, 0, 1)
-    method, model, low, high = variances(points_NMT)
+    method, model, low, high = variance.method_against_model(100 * found[0].mean(axis=2).transpose(2, 0, 1))
+    over = [math.sqrt(max(part, 0)) for part in (method, model)]
     text = (
-        f"sentiment: sd {math.sqrt(max(method, 0)):.1f} pp over templates, {math.sqrt(max(model, 0)):.1f} pp over "
-        f"models; difference of variances {interval(signed(method - model, 1), signed(low, 1), signed(high, 1))}"
+        f"sentiment: sd {over[0]:.1f} pp over templates, {over[1]:.1f} pp over models; difference of variances "
+        f"{estimate(method - model, low, high, decimals=1, sign=True)}"
     )
     return Finding(text, low, high)
-
-
-def variances(scores_NMT: np.ndarray) -> tuple[float, float, float, float]:
-    """Variance over templates (within models, averaged), over models (of their means), and the 95% interval of the
-    first less the second. scores_NMT: items x models x templates.
-
-    Means over few items differ by chance alone, which variances of observed means would count as spread, more of it
-    over templates than over models. Both are therefore averaged over pairs of *distinct* items, which is unbiased
-    (Hoeffding 1948: a U-statistic of degree two), and may come out below zero. Interval: jackknife over items with
-    Student's t; models and templates are taken as they are.
-    """
-    n, models_, templates = scores_NMT.shape
-    within_NMT = scores_NMT - scores_NMT.mean(axis=2, keepdims=True)
-    means_NM = scores_NMT.mean(axis=2)
-    between_NM = means_NM - means_NM.mean(axis=1, keepdims=True)
-    parts = []  # either variance is a sum of squares of linear scores of the items
-    for scores_NC, freedom in ((within_NMT.reshape(n, -1), models_ * (templates - 1)), (between_NM, models_ - 1)):
-        scaled_NC = scores_NC / math.sqrt(freedom)
-        total_C, own_N = scaled_NC.sum(axis=0), (scaled_NC**2).sum(axis=1)
-        whole = float((total_C**2).sum() - own_N.sum()) / (n * (n - 1))
-        rest_N = ((total_C - scaled_NC) ** 2).sum(axis=1) - (own_N.sum() - own_N)
-        parts.append((whole, rest_N / ((n - 1) * (n - 2))))
-    (method, method_N), (model, model_N) = parts
-    left_out_N = method_N - model_N
-    error = math.sqrt((n - 1) / n * float(((left_out_N - left_out_N.mean()) ** 2).sum()))
-    half = float(stats.t.ppf(0.975, n - 1)) * error
-    return method, model, method - model - half, method - model + half
 
 
 TESTS: dict[str, Callable[..., Finding | None]] = {
@@ -266,7 +221,7 @@ TESTS: dict[str, Callable[..., Finding | None]] = {
     "speed": _speed,
     "tokens_per_hour": _tokens_per_hour,
     "unsteady_curves": _unsteady_curves,
-    "variances": method_against_model,
+    "variances": _variances,
 }
 
 
@@ -291,30 +246,14 @@ def judge(comparison: Comparison, *keys: str) -> dict[str, Verdict]:
 
 def ledger(comparison: Comparison) -> Result:
     """The claims ledger as a table."""
-    verdicts = judge(comparison).values()
-    rows = [
-        {
-            "As asserted": f"“{one.claim.source}”",
-            "Claim": one.claim.claimed,
-            "Read as": one.claim.reading,
-            "Measured here": one.measured,
-            "Verdict": one.verdict,
-        }
-        for one in verdicts
-    ]
+    verdicts = judge(comparison)
     values = {
-        one.claim.key: {
-            "source": one.claim.source,
-            "claimed": one.claim.claimed,
-            "reading": one.claim.reading,
-            "verdict": one.verdict,
-            "measured": one.measured,
-            "low": one.finding.low if one.finding else None,
-            "high": one.finding.high if one.finding else None,
-        }
-        for one in verdicts
+        key: {name: getattr(one.claim, name) for name in ("source", "claimed", "reading")}
+        | {"verdict": one.verdict, "measured": one.measured, "low": one.finding.low, "high": one.finding.high}
+        for key, one in verdicts.items()
     }
-    return Result("comparison/claims", {"claims": values}, markdown=markdown_table(rows))
+    rows = ({"claim": one.claim, "measured": one.measured, "verdict": one.verdict} for one in verdicts.values())
+    return replace(table("claims", rows), values={"claims": values})
 
 
 def counts(verdicts: Iterable[Verdict]) -> dict[str, int]:

@@ -3,28 +3,34 @@
 Right/wrong on single items: McNemar's exact test with Bonett and Price's interval. Everything else: the paired
 bootstrap over documents or items beside Student's t of the clustered standard error, the wider interval of the two,
 because a percentile bootstrap over a handful of documents rejects far too often. All p-values of a report are adjusted
-together (Holm, `tables.compared`), so that the chance of *any* false sentence is at most 5%. A difference is claimed
-only when its adjusted p is below 0.05 *and* its interval leaves out zero. Two models are called equivalent only when
-the whole 95% interval lies within the measure's stated margin: two one-sided tests at 2.5% each (Schuirmann 1987;
-Lakens 2017 customarily takes the 90% interval, 5% each; the stricter one is the interval that is printed). Models
-whose results are the same on every unit, and anything else, are "no detectable difference".
+together (Holm, `compared`), so that the chance of *any* false sentence is at most 5%. A difference is claimed only when
+its adjusted p is below 0.05 *and* its interval leaves out zero. Two models are called equivalent only when the whole
+95% interval lies within the measure's stated margin: two one-sided tests at 2.5% each (Schuirmann 1987; Lakens 2017
+customarily takes the 90% interval, 5% each; the stricter one is the interval that is printed). Models whose results are
+the same on every unit, and anything else, are "no detectable difference".
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
+from study.comparison import models
 from study.comparison.load import Comparison
-from study.comparison.measures import Measure, Pair
-from study.comparison.results import probability
+from study.comparison.measures import KEYS, MEASURES, SHARED, STAGED, Measure
+from study.comparison.results import NBSP, probability
+from study.preset import LINEAGE
 from threefold.evaluation import statistics
 
 ALPHA = 0.05
 POWER = 0.8
-BETTER, WORSE, EQUIVALENT, UNRESOLVED = "better", "worse", "equivalent", "no detectable difference"
+BETTER, WORSE, EQUIVALENT, UNRESOLVED = VERDICTS = ("better", "worse", "equivalent", "no detectable difference")
+STAGES, SINCE = "stages", "since-pretraining"  # families beside those of the baselines
 
 
 @dataclass(frozen=True)
@@ -44,16 +50,27 @@ class Difference:
     n: int
     method: str
     discordant: float | None = None  # share of items that exactly one of the two has right
-    adjusted: float | None = None  # Holm's, within the table it stands in
+    adjusted: float | None = None  # Holm's, over the report
     family: int = 1  # comparisons adjusted together
     error: float | None = None  # standard error in the unit of change, where the method has one
     identical: bool = False  # the same result on every single unit
+    question: str = ""  # which of the report's questions it answers: STAGES, SINCE or a baseline
+
+    @property
+    def leaves_out_zero(self) -> bool:
+        """Whether there is an interval and it lies on one side of zero."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
     @property
     def detected(self) -> bool:
         """Whether a difference may be claimed at all."""
-        p = self.p if self.adjusted is None else self.adjusted
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0) and p < ALPHA
+        return self.leaves_out_zero and (self.p if self.adjusted is None else self.adjusted) < ALPHA
+
+    @property
+    def within_margin(self) -> bool:
+        """Whether the whole interval lies within the measure's margin of equivalence."""
+        bounded = self.low is not None and self.high is not None
+        return bounded and max(abs(self.low), abs(self.high)) <= self.measure.margin
 
     @property
     def verdict(self) -> str:
@@ -61,12 +78,6 @@ class Difference:
         if self.detected:
             return BETTER if (self.change > 0) == (self.measure.better == "higher") else WORSE
         return EQUIVALENT if self.within_margin and not self.identical else UNRESOLVED
-
-    @property
-    def within_margin(self) -> bool:
-        """Whether the whole interval lies within the measure's margin of equivalence."""
-        bounded = self.low is not None and self.high is not None
-        return bounded and max(abs(self.low), abs(self.high)) <= self.measure.margin
 
     @property
     def text(self) -> str:
@@ -77,74 +88,152 @@ class Difference:
     def p_text(self) -> str:
         return probability(self.p if self.adjusted is None else self.adjusted)
 
+    @property
+    def detectable(self) -> float | None:
+        """Minimum detectable effect: the smallest true difference that a single test over this many units detects with
+        80% power, in the unit of change.
+
+        Proportions of single items: Connor (1987) from the discordance seen, at least one item taken as discordant.
+        The rest: (z for 5% two-sided + z for 80%) standard errors (Miller 2024, section 5). None where one unit, or no
+        spread at all, leaves nothing to reckon with.
+        """
+        if self.discordant is not None:
+            return statistics.detectable_difference(self.n, max(self.discordant, 1 / self.n), power=POWER, alpha=ALPHA)
+        return float(stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(POWER)) * self.error if self.error else None
+
+    @property
+    def detectable_text(self) -> str | None:
+        """The minimum detectable effect and the number of units."""
+        least = self.detectable
+        return f"{self.measure.size_text(least)} (n = {self.n:,})".replace(" ", NBSP) if least is not None else None
+
     def values(self) -> dict:
         """As JSON for a record."""
-        return {
+        own = ("a", "b", "change", "low", "high", "p", "n", "method", "identical", "verdict")
+        return {name: getattr(self, name) for name in own} | {
             "measure": self.measure.key,
-            "a": self.a,
-            "b": self.b,
-            "change": self.change,
-            "low": self.low,
-            "high": self.high,
-            "p": self.p,
             "p_adjusted": self.adjusted,
-            "n": self.n,
-            "method": self.method,
             "margin": self.measure.margin,
-            "smallest_detectable": minimum_detectable_effect(self),
-            "identical": self.identical,
-            "verdict": self.verdict,
+            "smallest_detectable": self.detectable,
         }
 
 
-def difference(comparison: Comparison, measure: Measure, a: str, b: str) -> Difference | None:
+# What the report compares --------------------------------------------------------------------------------------------
+
+
+def compared(comparison: Comparison, *questions: str) -> list[Difference]:
+    """Every difference between models that the report puts into words, adjusted together (Holm); or those that answer
+    certain questions, STAGES, SINCE or a baseline, adjusted over all of them nevertheless.
+
+    The family is the whole report, not a table: stage from stage, stages since pretraining, and the stages against
+    either baseline. In a run whose differences are all noise the chance of any false claim is thus at most 5%.
+    """
+    every = []
+    for question, measure, a, b in _questions(comparison):
+        found = difference(comparison, measure, a, b)
+        every.append(found and replace(found, question=question))
+    return [one for one in adjust(every) if one is not None and (not questions or one.question in questions)]
+
+
+def _questions(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
+    """(question, measure, a, b) of every comparison between models that the report makes."""
+    present = models.lineage(comparison.models)
+    yield from ((STAGES, measure, a, b) for measure in STAGED for a, b in pairwise(present))
+    yield from ((SINCE, measure, present[0], stage) for measure in STAGED for stage in present[2:])
+    for baseline in models.BASELINES:
+        subjects = LINEAGE if baseline == "gpt2" else ("gpt2", *LINEAGE)  # DistilGPT-2's teacher too
+        if baseline in comparison.models:
+            others = [model for model in subjects if model in comparison.models]
+            yield from ((baseline, measure, baseline, model) for measure in SHARED for model in others)
+
+
+def adjust(differences: Iterable[Difference | None]) -> list[Difference | None]:
+    """The same differences with Holm's adjustment over all of them; absent ones stay absent."""
+    every = list(differences)
+    present = [one for one in every if one is not None]
+    adjusted = iter(statistics.holm([one.p for one in present]) if present else ())
+    return [one and replace(one, adjusted=next(adjusted), family=len(present)) for one in every]
+
+
+# Two models on one measure -------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """Two models' per-item results, aligned: scores, and what they are divided by where it is not 1."""
+
+    a: np.ndarray
+    b: np.ndarray
+    weights_a: np.ndarray | None
+    weights_b: np.ndarray | None
+    clusters: np.ndarray | None  # the unit of each row, where units have several
+    unit: str
+
+    @property
+    def identical(self) -> bool:
+        """Whether not a single result tells the two models apart."""
+        same = self.weights_a is None or np.array_equal(self.weights_a, self.weights_b)
+        return bool(same and np.array_equal(self.a, self.b))
+
+    @property
+    def proportions(self) -> bool:
+        """Whether each unit is one answer, right or wrong."""
+        single = self.clusters is None and self.weights_a is None
+        return single and bool(np.isin(self.a, (0, 1)).all() and np.isin(self.b, (0, 1)).all())
+
+
+def paired(comparison: Comparison, measure: Measure, a: str, b: str) -> Pair | None:
+    """Per-item results of both models on the items they share; None without items.
+
+    Of several templates the first counts: the metric that carries the headline is over that one.
+    """
+    protocol = comparison.protocol(measure.key)
+    frames = [comparison.items(model, protocol) for model in (a, b)] if protocol else [None]
+    if any(frame is None or not set(measure.items) <= set(frame.columns) for frame in frames):
+        return None
+    frames = [f[f["template"] == f["template"].iloc[0]] if "template" in f and len(f) else f for f in frames]
+    keys = [key for key in KEYS if key in frames[0].columns and key in frames[1].columns]
+    if not keys:
+        return None
+    both = pd.merge(*frames, on=keys, suffixes=("_a", "_b"), validate="one_to_one")
+    both = both.dropna(subset=[f"{column}_{side}" for column in measure.items for side in "ab"])  # not generated
+    if both.empty:
+        return None
+    scores = [both[f"{measure.items[0]}_{side}"].to_numpy(float) for side in "ab"]
+    weights = [both[f"{measure.items[1]}_{side}"].to_numpy(float) if measure.items[1:] else None for side in "ab"]
+    clusters = both[keys[0]].to_numpy() if both[keys[0]].duplicated().any() else None
+    return Pair(*scores, *weights, clusters, f"{keys[0]}s" if keys[0] in ("item", "document", "pair") else "items")
+
+
+def comparable(comparison: Comparison, measure: str, a: str, b: str) -> bool:
+    """Figures per token compare only where the tokens are the same."""
+    return MEASURES[measure].unit not in ("perplexity", "nats") or comparison.share_tokenizer(a, b)
+
+
+def difference(comparison: Comparison, measure: str, a: str, b: str) -> Difference | None:
     """`b` against `a`; None where either was not measured, per-item results are not at hand, or they do not compare."""
-    key = (measure.key, a, b)
+    key = (measure, a, b)
     if key not in comparison.differences:
-        comparison.differences[key] = _difference(comparison, measure, a, b)
+        pair = paired(comparison, MEASURES[measure], a, b) if comparable(comparison, measure, a, b) else None
+        found = pair and _difference(pair, MEASURES[measure], a, b, comparison.resamples)
+        comparison.differences[key] = found
     return comparison.differences[key]
 
 
-def _difference(comparison: Comparison, measure: Measure, a: str, b: str) -> Difference | None:
-    protocol = measure.protocol(comparison)
-    if protocol is None or not measure.comparable(comparison, a, b):
-        return None
-    pair = measure.paired(comparison, protocol, a, b)
-    if pair is None or len(pair.a) == 0:
-        return None
-    identical = pair.identical
-    if pair.clusters is None and pair.weights_a is None and pair.binary:
-        found = statistics.paired_proportions(pair.a.astype(bool), pair.b.astype(bool))
-        discordant = (found.only_a + found.only_b) / found.n
-        interval = (found.difference, found.low, found.high)
-        return Difference(measure, a, b, *interval, found.p, found.n, "McNemar, exact", discordant, identical=identical)
-    found = statistics.paired_bootstrap(
-        pair.a,
-        pair.b,
-        pair.weights_a,
-        pair.weights_b,
-        clusters=pair.clusters,
-        resamples=comparison.resamples,
-    )
-    convert = measure.convert
-    method = f"bootstrap over {pair.unit}"
+def _difference(pair: Pair, measure: Measure, a: str, b: str, resamples: int) -> Difference:
+    if pair.proportions:
+        n, _, only_a, only_b, _, *estimate, p = statistics.paired_proportions(pair.a, pair.b)
+        discordant = (only_a + only_b) / n
+        return Difference(measure, a, b, *estimate, p, n, "McNemar, exact", discordant, identical=pair.identical)
+    found = statistics.paired_bootstrap(*pair[:4], clusters=pair.clusters, resamples=resamples)
+    change, method = measure.change(found.difference), f"bootstrap over {pair.unit}"
     if found.low is None or found.high is None:  # one unit: nothing to judge by
-        return Difference(measure, a, b, convert(found.difference), None, None, 1.0, found.n, method)
+        return Difference(measure, a, b, change, None, None, 1.0, found.n, method)
     error, p = clustered_t(pair)
-    half = float(stats.t.ppf(0.5 + statistics.CONFIDENCE / 2, found.n - 1)) * error
-    bounds = (min(found.low, found.difference - half), max(found.high, found.difference + half))
-    return Difference(
-        measure,
-        a,
-        b,
-        convert(found.difference),
-        *(convert(bound) for bound in bounds),
-        p,
-        found.n,
-        method,
-        error=convert(error),
-        identical=identical,
-    )
+    half = statistics.student_half_width(error, found.n - 1)
+    low = measure.change(min(found.low, found.difference - half))
+    high = measure.change(max(found.high, found.difference + half))
+    error = measure.change(error)
+    return Difference(measure, a, b, change, low, high, p, found.n, method, error=error, identical=pair.identical)
 
 
 def clustered_t(pair: Pair) -> tuple[float, float]:
@@ -174,27 +263,3 @@ def clustered_t(pair: Pair) -> tuple[float, float]:
     if change == 0:
         return error, 1.0
     return error, float(2 * stats.t.sf(abs(change) / error, n - 1)) if error else 0.0
-
-
-def adjust(differences: Iterable[Difference | None]) -> list[Difference | None]:
-    """The same differences with Holm's adjustment over all of them; absent ones stay absent."""
-    every = list(differences)
-    present = [one for one in every if one is not None]
-    if not present:
-        return every
-    adjusted = iter(statistics.holm([one.p for one in present]))
-    return [one and replace(one, adjusted=next(adjusted), family=len(present)) for one in every]
-
-
-def minimum_detectable_effect(one: Difference) -> float | None:
-    """Smallest true difference that a single test over this many units detects with 80% power, in the unit of change.
-
-    Proportions of single items: Connor (1987) from the discordance seen, at least one item taken as discordant. The
-    rest: (z for 5% two-sided + z for 80%) standard errors (Miller 2024, section 5). None where one unit, or no spread
-    at all, leaves nothing to reckon with.
-    """
-    if one.discordant is not None:
-        return statistics.detectable_difference(one.n, max(one.discordant, 1 / one.n), power=POWER, alpha=ALPHA)
-    if not one.error:
-        return None
-    return float(stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(POWER)) * one.error

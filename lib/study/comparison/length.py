@@ -1,19 +1,20 @@
-"""Loss past the training length: what each way of reading on costs, and the two claims about it.
+"""Loss past the training length: what each way of reading on costs, and how much attention the sinks get.
 
 Curves are the values of the records `length/<variant>` (`evaluation.length.by_position`), by variant: mean nats per
 token of each stream in buckets of position, for each mode and seed. Seeds and streams are both samples; intervals are
-`statistics.crossed_mean`'s.
+`statistics.crossed_mean`'s. Shares of attention are the variants of the record `attention/sinks`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from study.comparison.ablations import BASE
 from study.comparison.load import Comparison
-from study.comparison.results import interval, signed
+from study.comparison.results import count, estimate, percent
 from threefold.evaluation.statistics import Interval, crossed_mean
 
 Curves = Mapping[str, Mapping[str, Any]]  # variant -> values of its record
@@ -26,22 +27,18 @@ MODES = {
 }
 POSITIONS = {"rope": "RoPE", "learned": "learned positions", "none": "no positions"}
 LEARNED = "position=learned"
+in_nats = partial(estimate, decimals=3, unit=" nats", sign=True)
 
 
 def found(comparison: Comparison) -> dict[str, dict[str, Any]]:
     """The curves that a run's records hold, the base's first."""
-    curves = {
-        str(record.values["variant"]): record.values
-        for name, record in comparison.records.items()
-        if name.startswith("length/") and "nats" in record.values
-    }
-    return {name: curves[name] for name in sorted(curves, key=lambda one: one != BASE)}
+    curves = {name: values for name, values in comparison.by_variant("length").items() if "nats" in values}
+    return {name: curves[name] for name in sorted(curves, key=lambda name: name != BASE)}
 
 
 def title(values: Mapping[str, Any]) -> str:
     """ "RoPE, 1 sink": what a variant is among these curves."""
-    sinks = values["sinks"]
-    return f"{POSITIONS[values['position']]}, {sinks or 'no'} sink{'' if sinks == 1 else 's'}"
+    return f"{POSITIONS[values['position']]}, {count(values['sinks'], 'sink') if values['sinks'] else 'no sinks'}"
 
 
 def present(values: Mapping[str, Any]) -> list[str]:
@@ -49,11 +46,13 @@ def present(values: Mapping[str, Any]) -> list[str]:
     return [mode for mode in MODES if mode in values["nats"]]
 
 
-def mean_nats(values: Mapping[str, Any], mode: str, low: float, high: float) -> np.ndarray | None:
+def mean_nats(
+    values: Mapping[str, Any], mode: str, low: float, high: float, seeds: list[str] | None = None
+) -> np.ndarray | None:
     """Mean nats per token in positions from `low` to `high` contexts, [seeds, streams]; None where the mode has none
-    there. `low` and `high`: edges of buckets."""
-    marks = np.asarray(values["edges"])
-    nats_SNB = np.asarray([values["nats"][mode][seed] for seed in sorted(values["nats"].get(mode, {}), key=int)])
+    there. `low` and `high`: edges of buckets. seeds: those to take, all by default."""
+    marks, by_seed = np.asarray(values["edges"]), values["nats"].get(mode, {})
+    nats_SNB = np.asarray([by_seed[seed] for seed in sorted(by_seed, key=int) if seeds is None or seed in seeds])
     first, last = (round(edge * values["context"]) for edge in (low, high))
     if nats_SNB.size == 0 or marks[nats_SNB.shape[2]] < last:
         return None
@@ -61,12 +60,12 @@ def mean_nats(values: Mapping[str, Any], mode: str, low: float, high: float) -> 
     return np.average(nats_SNB[:, :, chosen], axis=2, weights=np.diff(marks)[chosen])
 
 
-def rise(values: Mapping[str, Any], mode: str) -> np.ndarray | None:
+def rise(values: Mapping[str, Any], mode: str, seeds: list[str] | None = None) -> np.ndarray | None:
     """Nats per token past the training length less those within it, [seeds, streams].
 
     Within: the second half of the context, where a token has as much before it as in the scored half of a window.
     """
-    past, within = mean_nats(values, mode, 1, values["factor"]), mean_nats(values, mode, 0.5, 1)
+    past, within = mean_nats(values, mode, 1, values["factor"], seeds), mean_nats(values, mode, 0.5, 1, seeds)
     return None if past is None or within is None else past - within
 
 
@@ -77,26 +76,18 @@ def rise(values: Mapping[str, Any], mode: str) -> np.ndarray | None:
 class Effect:
     """A difference in nats per token, from seeds x streams."""
 
-    interval: Interval
-    seeds: int
-    streams: int
+    values_SN: np.ndarray
     what: str
 
-    @classmethod
-    def of(cls, values_SN: np.ndarray, what: str) -> "Effect":
-        return cls(crossed_mean(values_SN), *values_SN.shape, what)
+    @property
+    def interval(self) -> Interval:
+        return crossed_mean(self.values_SN)
 
     @property
     def text(self) -> str:
         """ "+0.120 nats [+0.080, +0.160], what; 3 seeds × 8 streams"."""
-        seeds, streams = (
-            f"{n} {one}{'' if n == 1 else 's'}" for n, one in ((self.seeds, "seed"), (self.streams, "stream"))
-        )
-        return f"{self.short}, {self.what}; {seeds} × {streams}"
-
-    @property
-    def short(self) -> str:
-        return in_nats(self.interval)
+        seeds, streams = self.values_SN.shape
+        return f"{in_nats(*self.interval[:3])}, {self.what}; {count(seeds, 'seed')} × {count(streams, 'stream')}"
 
 
 def rope(curves: Curves) -> Effect | None:
@@ -107,15 +98,14 @@ def rope(curves: Curves) -> Effect | None:
     model's in recomputed windows: same seeds, same streams. Differences of two rises leave out how good the two models
     are within their training length. None without both curves.
     """
-    one, other = curves.get(BASE), curves.get(LEARNED)
-    if one is None or other is None or one["position"] != "rope":
+    base, learned = curves.get(BASE), curves.get(LEARNED)
+    if base is None or learned is None or base["position"] != "rope":
         return None
-    both = sorted(set(one["nats"]["full"]) & set(other["nats"]["anew"]), key=int)
+    both = sorted(set(base["nats"]["full"]) & set(learned["nats"]["anew"]), key=int)
     if not both:
         return None
-    rises = [rise(_of_seeds(values, both), mode) for values, mode in ((one, "full"), (other, "anew"))]
-    return Effect.of(
-        rises[0] - rises[1],
+    return Effect(
+        rise(base, "full", both) - rise(learned, "anew", both),
         "rise of the loss past the training length: RoPE under full attention less learned positions in windows read "
         "anew (past their table they predict nothing)",
     )
@@ -124,21 +114,11 @@ def rope(curves: Curves) -> Effect | None:
 def sinks(curves: Curves) -> Effect | None:
     """Loss of the base past the training length with sinks + window less that with the window alone, on the same
     seeds and streams. None without the base's curve in both modes."""
-    values = curves.get(BASE, {"nats": {}})
-    if not {"sinks", "window"} <= set(values["nats"]):
+    base = curves.get(BASE, {"nats": {}})
+    if not {"sinks", "window"} <= set(base["nats"]):
         return None
-    with_sinks, without = (mean_nats(values, mode, 1, values["factor"]) for mode in ("sinks", "window"))
-    return Effect.of(with_sinks - without, "loss past the training length: sinks + window less the window alone")
-
-
-def _of_seeds(values: Mapping[str, Any], seeds: list[str]) -> dict[str, Any]:
-    nats = {mode: {seed: by_seed[seed] for seed in seeds} for mode, by_seed in values["nats"].items()}
-    return {**values, "nats": nats}
-
-
-def in_nats(effect: Interval) -> str:
-    bounds = [None if bound is None else signed(bound, 3) for bound in (effect.low, effect.high)]
-    return f"{interval(signed(effect.value, 3, ' nats'), *bounds)}"
+    with_sinks, without = (mean_nats(base, mode, 1, base["factor"]) for mode in ("sinks", "window"))
+    return Effect(with_sinks - without, "loss past the training length: sinks + window less the window alone")
 
 
 # For the report ------------------------------------------------------------------------------------------------------
@@ -150,18 +130,31 @@ def octaves(factor: int) -> list[tuple[float, float]]:
     return [(start, min(2 * start, factor)) for start in starts]
 
 
+def attention(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """The sinks' shares of attention by layer and head that a run's records hold, by variant."""
+    return (comparison.values("attention/sinks") or {}).get("variants", {})
+
+
+def sinks_title(values: Mapping[str, Any]) -> str:
+    """ "4 sinks", "1 sink", "no sink: first token"."""
+    return count(values["sinks"], "sink") if values["sinks"] else "no sink: first token"
+
+
 def variables(comparison: Comparison) -> dict[str, str]:
-    """What the report's sentences on length quote."""
-    curves = found(comparison)
+    """What the report's sentences on length and on the sinks' attention quote."""
+    curves, shares = found(comparison), attention(comparison)
     base = curves.get(BASE, {"nats": {}})
-    values = {
-        "length_factor": str(base.get("factor", "–")),
-        "length_context": str(base.get("context", "–")),
-        "length_streams": str(base.get("streams", "–")),
-    }
-    for mode in MODES:
-        effect = rise(base, mode) if mode in base["nats"] else None
-        values[f"length_rise_{mode}"] = "not measured" if effect is None else in_nats(crossed_mean(effect))
-    for claim, effect in (("rope", rope(curves)), ("sinks", sinks(curves))):
-        values[f"length_{claim}"] = effect.short if effect else "not measured"
-    return values
+    values = {f"length_{key}": str(base.get(key, "–")) for key in ("factor", "context", "streams")}
+    effects = {f"rise_{mode}": rise(base, mode) if mode in base["nats"] else None for mode in MODES}
+    effects |= {key: effect and effect.values_SN for key, effect in (("rope", rope(curves)), ("sinks", sinks(curves)))}
+    for key, nats_SN in effects.items():
+        values[f"length_{key}"] = "not measured" if nats_SN is None else in_nats(*crossed_mean(nats_SN)[:3])
+    share_LH = {name: np.asarray(one["share"]) for name, one in shares.items()}
+    numbers = {key: share_LH[name].mean() for key, name in (("base", BASE), ("four", "sinks=4"), ("none", "sinks=0"))
+               if name in shares}  # fmt: skip
+    if BASE in shares:
+        numbers |= {"least": share_LH[BASE].min(), "most": share_LH[BASE].max()}
+        values["sink_share_uniform"] = percent(shares[BASE]["uniform"], 1)
+    missing = dict.fromkeys([f"sink_share_{key}" for key in ("base", "least", "most", "uniform", "four", "none")],
+                            "not measured")  # fmt: skip
+    return missing | values | {f"sink_share_{key}": percent(float(x), 0) for key, x in numbers.items()}

@@ -1,6 +1,9 @@
-"""All records of a run in one place, and the refusal of any evaluation that ran other weights than the stage's."""
+"""All records of a run in one place: one long table of what was measured, and the refusal of any evaluation that ran
+other weights than the stage's."""
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,27 +17,19 @@ from papertrail import records
 from papertrail.records import Record
 from papertrail.run import read_run_file
 from study.comparison import models
+from study.comparison.measures import MEASURES, unit_of
 from study.preset import LINEAGE, OWN_MODELS
 from study.run import Run
 from study.stages import replicate_folder
 
 OWN_NOTEBOOK = "06_compare"
 FACTS = ("parameters", "precision", "backend", "context", "vocabulary", "tokenizer_sha256", "revision", "location")
+COLUMNS = (
+    "replicate", "model", "protocol", "form", "size", "metric", "measure", "value", "low", "high", "n", "unit", "record"
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Value:
-    """One measured figure with its 95% interval, in the metric's own unit."""
-
-    value: float
-    low: float | None
-    high: float | None
-    n: int | None
-    protocol: str
-    metric: str
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """What the notebooks of one run measured. Everything the report says is a function of this."""
 
@@ -44,8 +39,8 @@ class Comparison:
     # From 2 on: the other trainings of the lineage, each a comparison of its own under the first's names ("sft", not
     # "sft-seed2"), so that whatever reads a figure of the first reads it of these, and no table shows them unasked.
     replicates: dict[int, "Comparison"] = field(default_factory=dict)
-    differences: dict[tuple[str, str, str], Any] = field(default_factory=dict, repr=False, compare=False)  # computed
-    _items: dict[tuple[str, str], pd.DataFrame | None] = field(default_factory=dict, repr=False, compare=False)
+    differences: dict[tuple[str, str, str], Any] = field(default_factory=dict, repr=False)  # computed
+    _items: dict[tuple[str, str], pd.DataFrame | None] = field(default_factory=dict, repr=False)
 
     # Reading --------------------------------------------------------------------------------------------------------
 
@@ -61,29 +56,22 @@ class Comparison:
             RecordError: an error output, a record that stands twice, weights that are not the stage's, or two
                 replicates of a stage with the same weights.
         """
+        resamples = 10_000
         if isinstance(location, Run):
-            plan = [stage for stage in location.plan if stage != "compare"]
-            paths = []
-            for stage in plan:
-                path = location.notebook(location.plan[stage].executed)
-                if not path.is_file():
-                    raise MissingInput(f"{path.name} has not been run: `{location.command(stage)}`")
-                location.check_notebook(stage)
-                paths.append(path)
-            folder: Path | None = location.path
-            resamples = location.preset.evaluation.bootstrap
+            paths, folder, resamples = _planned(location), location.path, location.preset.evaluation.bootstrap
         else:
             base = Path(location)
-            inside = (base / "notebooks").is_dir()
-            folder, resamples = (base if inside else None), 10_000
-            found = sorted((base / "notebooks" if inside else base).glob("*.ipynb"))
-            paths = [p for p in found if p.stem != OWN_NOTEBOOK and not p.name.endswith(".failed.ipynb")]
+            folder = base if (base / "notebooks").is_dir() else None
+            found = sorted((base / "notebooks" if folder else base).glob("*.ipynb"))
+            paths = [path for path in found if path.stem != OWN_NOTEBOOK and not path.name.endswith(".failed.ipynb")]
             if not paths:
                 raise MissingInput(f"{base.name}: no executed notebooks; `threefold run` makes them")
         collected: dict[int, dict[str, Record]] = {1: {}}
         for path in paths:
             for full, record in records.read(path).items():
-                name, replicate = _first_name(full)
+                kind, *rest = full.split("/")  # "stage/sft-seed2" is "stage/sft" of replicate 2
+                subject, replicate = names.replicate_of(rest[0]) if rest else ("", 1)
+                name = "/".join([kind, subject, *rest[1:]]) if rest else kind
                 known = collected.setdefault(replicate, {})
                 if name in known:
                     raise RecordError(f"record {full} stands in {known[name].notebook} and in {record.notebook}")
@@ -98,54 +86,96 @@ class Comparison:
     def verify(self) -> None:
         """Every evaluation ran the weights that its stage made, and they still lie there, of every replicate; and no
         replicate is another one's copy. Raises RecordError."""
-        for place, replicate in self.replicates.items():
-            try:
-                replicate.verify()
-            except RecordError as error:
-                raise RecordError(f"replicate {place}: {error}") from error
-        for model in LINEAGE:
-            made: dict[str, int] = {}
-            for place, replicate in {1: self, **self.replicates}.items():
-                weights = (replicate.stage(model) or {}).get("weights_sha256")
-                if weights and made.setdefault(weights, place) != place:
+        made: dict[tuple[str, str], int] = {}
+        for replicate, comparison in self.trainings.items():
+            prefix = f"replicate {replicate}: " if replicate > 1 else ""
+            for model in comparison.models:
+                known = None
+                for place, weights, way in comparison._hashes(model):
+                    known = known or (place, weights)
+                    if weights != known[1]:
+                        raise RecordError(
+                            f"{prefix}{place} has weights {weights}, but {known[0]} has weights {known[1]}: {way}"
+                        )
+            for model in LINEAGE:
+                weights = (comparison.stage(model) or {}).get("weights_sha256")
+                if weights and (earlier := made.setdefault((model, weights), replicate)) != replicate:
                     raise RecordError(
-                        f"replicates {made[weights]} and {place} of {model} have the same weights {weights}: they are "
-                        f"one training; run {names.replicate_name(model, place)} again"
-                    )
-        for model in self.models:
-            made = self._made(model)
-            for protocol, values in self.evaluations(model).items():
-                ran = values.get("weights_sha256")
-                if made is None:  # an external or the random control: its evaluations must at least agree
-                    made = (ran, f"evaluation {protocol}")
-                if ran != made[0]:
-                    raise RecordError(
-                        f"evaluation {protocol} of {model} ran weights {ran}, but {made[1]} has weights {made[0]}: "
-                        f"evaluate {model} again"
+                        f"replicates {earlier} and {replicate} of {model} have the same weights {weights}: they are "
+                        f"one training; run {names.replicate_name(model, replicate)} again"
                     )
 
-    def _made(self, model: str) -> tuple[str, str] | None:
-        """(hash of the weights of the stage of that name, where it is from); None where no stage made the model."""
-        stage = self.stage(model)
-        told = (stage["weights_sha256"], f"stage {model}") if stage and stage.get("weights_sha256") else None
-        if self.folder is None:
-            return told
-        facts = read_run_file(self.folder / model)
-        on_disk = (facts or {}).get("weights_sha256")
-        if not on_disk:
-            return told
-        if told and told[0] != on_disk:
-            raise RecordError(
-                f"notebook of stage {model} made weights {told[0]}, but its run.json says {on_disk}: run the stage "
-                f"again"
-            )
-        weights = self.folder / model / "model.safetensors"
-        if weights.is_file() and (actual := files.sha256_file(weights)) != on_disk:
-            raise RecordError(
-                f"{model}/model.safetensors has hash {actual}, but its run.json says {on_disk}: "
-                f"the weights were replaced after stage {model}; run it again"
-            )
-        return on_disk, f"run.json of stage {model}"
+    def _hashes(self, model: str) -> Iterator[tuple[str, str | None, str]]:
+        """(place, SHA-256 of the model's weights there, what to do where it is not that of the places before)."""
+        if weights := (self.stage(model) or {}).get("weights_sha256"):
+            yield f"stage {model} by its notebook", weights, ""
+        if self.folder is not None and (weights := (read_run_file(self.folder / model) or {}).get("weights_sha256")):
+            yield f"run.json of stage {model}", weights, f"run stage {model} again"
+            file = self.folder / model / "model.safetensors"
+            if file.is_file():
+                way = f"the weights were replaced after stage {model}; run it again"
+                yield f"{model}/{file.name}", files.sha256_file(file), way
+        for protocol, values in self.evaluations(model).items():
+            yield f"evaluation {protocol} of {model}", values.get("weights_sha256"), f"evaluate {model} again"
+
+    # Records --------------------------------------------------------------------------------------------------------
+
+    @property
+    def trainings(self) -> dict[int, "Comparison"]:
+        """The first training and its replicates, in the order of their seeds."""
+        return {1: self, **self.replicates}
+
+    def values(self, name: str) -> dict[str, Any] | None:
+        """The values of a record, None when there is none of that name."""
+        record = self.records.get(name)
+        return record.values if record else None
+
+    def by_variant(self, kind: str) -> dict[str, dict[str, Any]]:
+        """Variant -> values of the records "ablation/..." or "length/...". The variant is the override that it stands
+        for ("norm=layer") or "base"."""
+        found = {name: record.values for name, record in self.records.items() if name.startswith(f"{kind}/")}
+        return {str(values.get("variant", name.partition("/")[2])): values for name, values in found.items()}
+
+    def stage(self, name: str) -> dict[str, Any] | None:
+        """run.json of a stage as its notebook published it; None where none of this run's stages made the model."""
+        return self.values(f"stage/{name}")
+
+    def model(self, name: str) -> dict[str, Any]:
+        """Configuration and parameter counts of a model; later stages and the random control share pretraining's."""
+        own = self.values(f"model/{name}")
+        shared = self.values("model/pretrain") if name in ("random", "sft", "dpo") else None
+        return own or shared or {}
+
+    @cached_property
+    def models(self) -> list[str]:
+        """Evaluated models in the fixed order."""
+        return models.ordered(name.split("/")[1] for name in self.records if name.startswith("evaluation/"))
+
+    @cached_property
+    def trained(self) -> list[str]:
+        """Stages with a loss curve or tokens, in the fixed order."""
+        stages_ = [name.split("/")[1] for name in self.records if name.startswith(("stage/", "curve/"))]
+        return [name for name in models.ordered(stages_) if name in OWN_MODELS]
+
+    def name(self, model: str) -> str:
+        """The model's name for a reader."""
+        return models.name(model, trained_here=self.stage(model) is not None)
+
+    def evaluations(self, model: str) -> dict[str, dict[str, Any]]:
+        """Protocol -> values of the model's evaluation record."""
+        prefix = f"evaluation/{model}/"
+        found = {name.removeprefix(prefix): r.values for name, r in self.records.items() if name.startswith(prefix)}
+        timed = self.values(f"speed/{model}")  # of all models, interleaved, in a notebook of its own
+        return found | ({"speed": timed} if timed else {})
+
+    def record(self, model: str, protocol: str | None) -> str:
+        """Name of the record of an evaluation."""
+        timed = protocol == "speed" and f"speed/{model}" in self.records
+        return f"speed/{model}" if timed else f"evaluation/{model}/{protocol}"
+
+    def settings(self, model: str, protocol: str | None) -> dict[str, Any]:
+        """The settings of an evaluation; none where there is no such evaluation."""
+        return self.evaluations(model).get(protocol or "", {}).get("settings", {})
 
     def facts(self, model: str) -> dict[str, Any]:
         """What its evaluations say of the model itself: parameters, precision, context, vocabulary, tokenizer hash."""
@@ -162,70 +192,87 @@ class Comparison:
         one, other = (self.facts(model).get("tokenizer_sha256") for model in (a, b))
         return a == b or (one is not None and one == other)
 
-    def weights(self, model: str) -> str | None:
-        """SHA-256 of the weights that the model's evaluations ran; one for all of them (`verify`)."""
-        return next((values.get("weights_sha256") for values in self.evaluations(model).values()), None)
-
     def same_weights(self, a: str, b: str) -> bool:
-        """Whether two models are one."""
-        return self.weights(a) is not None and self.weights(a) == self.weights(b)
+        """Whether two models are one. All evaluations of a model ran the same weights (`verify`)."""
+        one, other = (next((v.get("weights_sha256") for v in self.evaluations(m).values()), None) for m in (a, b))
+        return one is not None and one == other
 
-    # Looking up -----------------------------------------------------------------------------------------------------
+    @property
+    def majority(self) -> float | None:
+        """Accuracy of always answering the more frequent label of the sentiment set."""
+        found = (self.settings(model, self.protocol("sentiment")) for model in self.models)
+        return next((float(one["majority_accuracy"]) for one in found if "majority_accuracy" in one), None)
 
-    def values(self, name: str) -> dict[str, Any] | None:
-        """The values of a record, None when there is none of that name."""
-        record = self.records.get(name)
-        return record.values if record else None
+    @property
+    def timed_together(self) -> bool:
+        """Whether the models' timings alternated in one process; only then do their speeds compare."""
+        timed = [values["speed"] for model in self.models if "speed" in (values := self.evaluations(model))]
+        return bool(timed) and all(one["settings"].get("measured_by_turns_with") for one in timed)
 
-    def stage(self, name: str) -> dict[str, Any] | None:
-        """run.json of a stage as its notebook published it."""
-        return self.values(f"stage/{name}")
+    def dumps(self) -> str:
+        """Record names and their values as JSON, for hashing what a comparison was made from."""
+        every = {
+            f"{place}/{name}": record.values
+            for place, comparison in self.trainings.items()
+            for name, record in comparison.records.items()
+        }
+        return json.dumps(every, sort_keys=True)
 
-    def curve(self, name: str) -> dict[str, Any] | None:
-        return self.values(f"curve/{name}")
-
-    def model(self, name: str) -> dict[str, Any] | None:
-        """Configuration and parameter counts of a model; later stages and the random control share pretraining's."""
-        own = self.values(f"model/{name}")
-        return own if own or name not in ("random", "sft", "dpo") else self.values("model/pretrain")
+    # What was measured ----------------------------------------------------------------------------------------------
 
     @cached_property
-    def models(self) -> list[str]:
-        """Evaluated models in the fixed order."""
-        return models.ordered(name.split("/")[1] for name in self.records if name.startswith("evaluation/"))
+    def table(self) -> pd.DataFrame:
+        """One row a measured metric of a model under a protocol, of this training and its replicates (COLUMNS).
+
+        form and size: the protocol's name after its data set, "3-shot" as "#-shot" and 3. measure: key of the measure
+        whose figure it is, "" otherwise. low, high and n are None where there is no interval.
+        """
+        rows = [
+            (replicate, model, protocol, *_form(protocol), metric, "", *map(entry.get, ("value", "low", "high", "n")),
+             unit_of(entry.get("unit")), comparison.record(model, protocol))
+            for replicate, comparison in self.trainings.items()
+            for model in comparison.models
+            for protocol, values in comparison.evaluations(model).items()
+            for metric, entry in values.get("metrics", {}).items()
+            if entry.get("value") is not None
+        ]  # fmt: skip
+        frame = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
+        for measure in MEASURES.values():
+            candidates = frame[(frame["form"] == measure.form) & (frame["metric"] == measure.metric)]
+            first = candidates[candidates["replicate"] == 1]
+            if not first.empty:
+                protocol = max(zip(first["size"], first["protocol"], strict=True))[1]
+                chosen = candidates.index[candidates["protocol"] == protocol]
+                frame.loc[chosen, ["measure", "unit"]] = [measure.key, measure.unit]
+        return frame
 
     @cached_property
-    def trained(self) -> list[str]:
-        """Stages with a loss curve or tokens, in the fixed order."""
-        stages_ = [name.split("/")[1] for name in self.records if name.startswith(("stage/", "curve/"))]
-        return [name for name in models.ordered(stages_) if name in OWN_MODELS]
+    def _rows(self) -> dict[tuple, Any]:
+        rows = list(self.table.itertuples(index=False, name="Row"))
+        by_metric = {(row.protocol, row.metric, row.model, row.replicate): row for row in rows}
+        return by_metric | {(row.measure, row.model, row.replicate): row for row in rows if row.measure}
 
-    def evaluations(self, model: str) -> dict[str, dict[str, Any]]:
-        """Protocol -> values of the model's evaluation record."""
-        prefix = f"evaluation/{model}/"
-        found = {name[len(prefix) :]: r.values for name, r in self.records.items() if name.startswith(prefix)}
-        timed = self.values(f"speed/{model}")  # of all models, interleaved, in a notebook of its own
-        return found | ({"speed": timed} if timed else {})
+    @cached_property
+    def _protocols(self) -> dict[str, str]:
+        measured = self.table[self.table["measure"] != ""]
+        return dict(zip(measured["measure"], measured["protocol"], strict=True))
 
     @cached_property
     def protocols(self) -> list[str]:
         """All protocols that any model was measured by, in the order of the records."""
         return list(dict.fromkeys(protocol for model in self.models for protocol in self.evaluations(model)))
 
-    def is_trained_here(self, model: str) -> bool:
-        """Whether one of this run's stages made the model."""
-        return self.stage(model) is not None
+    def protocol(self, measure: str) -> str | None:
+        """The protocol whose figures are the measure's in this run."""
+        return self._protocols.get(measure)
 
-    def name(self, model: str) -> str:
-        """The model's name for a reader."""
-        return models.name(model, trained_here=self.is_trained_here(model))
+    def value(self, measure: str, model: str, replicate: int = 1) -> Any | None:
+        """The measure's row of the table for a model; None when it was not measured."""
+        return self._rows.get((measure, model, replicate))
 
-    def metric(self, model: str, protocol: str, metric: str) -> Value | None:
-        """One metric of one protocol; None when it was not measured."""
-        entry = self.evaluations(model).get(protocol, {}).get("metrics", {}).get(metric)
-        if entry is None or entry.get("value") is None:
-            return None
-        return Value(entry["value"], entry.get("low"), entry.get("high"), entry.get("n"), protocol, metric)
+    def metric(self, model: str, protocol: str | None, metric: str) -> Any | None:
+        """One metric's row of the table; None when it was not measured."""
+        return self._rows.get((protocol, metric, model, 1))
 
     def items(self, model: str, protocol: str) -> pd.DataFrame | None:
         """Per-item results, None when they are not at hand. Raises RecordError when they are not those of the
@@ -241,26 +288,29 @@ class Comparison:
         path = self.folder / folder / f"{protocol.replace('/', '_')}.parquet"
         if not path.is_file():
             return None
-        told = (self.evaluations(model).get(protocol, {}).get("items") or {}).get("sha256")
-        if told and (actual := files.sha256_file(path)) != told:
+        recorded = (self.evaluations(model).get(protocol, {}).get("items") or {}).get("sha256")
+        if recorded and (actual := files.sha256_file(path)) != recorded:
             raise RecordError(
-                f"{path.name} of {model} has hash {actual}, but the record says {told}: evaluate {model} again"
+                f"{path.name} of {model} has hash {actual}, but the record says {recorded}: evaluate {model} again"
             )
         return pd.read_parquet(path)
 
-    def dumps(self) -> str:
-        """Record names and their values as JSON, for hashing what a comparison was made from."""
-        every = {
-            f"{place}/{name}": record.values
-            for place, one in {1: self, **self.replicates}.items()
-            for name, record in one.records.items()
-        }
-        return json.dumps(every, sort_keys=True)
+
+def _planned(run: Run) -> list[Path]:
+    """The notebooks that a run's preset asks for. Raises MissingInput, RecordError."""
+    paths = []
+    for stage in run.plan:
+        if stage == "compare":
+            continue
+        paths.append(run.notebook(run.plan[stage].executed))
+        if not paths[-1].is_file():
+            raise MissingInput(f"{paths[-1].name} has not been run: `{run.command(stage)}`")
+        run.check_notebook(stage)
+    return paths
 
 
-def _first_name(name: str) -> tuple[str, int]:
-    """A record's name in the first training, and the replicate it is of: "stage/sft-seed2" -> ("stage/sft", 2)."""
-    kind, slash, rest = name.partition("/")
-    subject, *protocol = rest.split("/")
-    base, replicate = names.replicate_of(subject)
-    return "/".join([f"{kind}{slash}{base}", *protocol]), replicate
+def _form(protocol: str) -> tuple[str, int]:
+    """ "sst2/3-shot-grid" -> ("#-shot-grid", 3)."""
+    form = protocol.partition("/")[2]
+    number = re.search(r"\d+", form)
+    return re.sub(r"\d+", "#", form, count=1), int(number.group()) if number else 0

@@ -1,35 +1,20 @@
-"""The models of a comparison: their order, names and colours, the same in every table and figure."""
+"""The models of a comparison: their order, names and colours, the same in every table and figure (plan.toml)."""
 
+import tomllib
 from collections.abc import Iterable
+from pathlib import Path
 
 from study.preset import LINEAGE, OWN_MODELS
 
-BASELINES = ("gpt2", "distilgpt2")
-
-# Okabe & Ito's palette (2008), safe for colour-blind readers.
-_COLOURS = {
-    "random": "#7F7F7F",
-    "gpt2": "#0072B2",
-    "distilgpt2": "#56B4E9",
-    "pretrain": "#E69F00",
-    "sft": "#009E73",
-    "dpo": "#D55E00",
-}
+PLAN = tomllib.loads(Path(__file__).with_name("plan.toml").read_text(encoding="utf-8"))
+MODELS = PLAN["model"]
+BASELINES = tuple(key for key, model in MODELS.items() if model.get("baseline"))
 _EXTERNAL_COLOURS = ("#CC79A7", "#000000", "#B8A700")
-MARKERS = {"random": "x", "gpt2": "s", "distilgpt2": "D", "pretrain": "o", "sft": "^", "dpo": "v"}
-
-_NAMES = {
-    "random": "random control",
-    "pretrain": "Threefold pretrain",
-    "sft": "Threefold SFT",
-    "dpo": "Threefold DPO",
-}
-_BASELINE_NAMES = {"gpt2": "GPT-2", "distilgpt2": "DistilGPT-2"}
 
 
 def ordered(models: Iterable[str]) -> list[str]:
     """Known models in the fixed order, then externals as they come."""
-    present = list(dict.fromkeys(models))
+    present = dict.fromkeys(models)
     return [name for name in OWN_MODELS if name in present] + [name for name in present if name not in OWN_MODELS]
 
 
@@ -41,15 +26,18 @@ def lineage(models: Iterable[str]) -> list[str]:
 
 def name(model: str, *, trained_here: bool = False) -> str:
     """What a reader is shown. A baseline says where its weights come from."""
-    if model in _BASELINE_NAMES:
-        return f"{_BASELINE_NAMES[model]} ({'trained here' if trained_here else 'hub'})"
-    return _NAMES.get(model, model)
+    shown = MODELS.get(model, {}).get("name", model)
+    return f"{shown} ({'trained here' if trained_here else 'hub'})" if model in BASELINES else shown
+
+
+def marker(model: str) -> str:
+    """The model's marker in figures; externals share one."""
+    return MODELS.get(model, {}).get("marker", "P")
 
 
 def colour(model: str, models: Iterable[str] = ()) -> str:
     """The model's colour; externals take theirs in the order in which they stand among `models`."""
-    if model in _COLOURS:
-        return _COLOURS[model]
-    externals = [one for one in ordered(models) if one not in OWN_MODELS]
-    place = externals.index(model) if model in externals else 0
-    return _EXTERNAL_COLOURS[place % len(_EXTERNAL_COLOURS)]
+    if model in MODELS:
+        return MODELS[model]["colour"]
+    externals = [name for name in ordered(models) if name not in OWN_MODELS]
+    return _EXTERNAL_COLOURS[(externals.index(model) if model in externals else 0) % len(_EXTERNAL_COLOURS)]

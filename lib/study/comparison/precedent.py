@@ -10,9 +10,18 @@ from papertrail.records import escape
 from study.comparison.differences import difference
 from study.comparison.insights import Insight
 from study.comparison.load import Comparison
-from study.comparison.measures import LINES, ONE_PROMPT, PERPLEXITY, PROBLEMS, SENTIMENT, Measure
-from study.comparison.results import NBSP, Result, interval, listed, percent
-from study.comparison.tables import majority_class, markdown_table
+from study.comparison.measures import MEASURES
+from study.comparison.results import (
+    UNITS,
+    Result,
+    estimate,
+    listed,
+    markdown_table,
+    number_of,
+    percent,
+    say,
+    value_text,
+)
 from study.preset import LINEAGE
 from threefold.evaluation import statistics
 from threefold.evaluation.results import PRECEDENT_ITEMS
@@ -22,15 +31,15 @@ POINTS = 0.04  # the change in sentiment that its page tells a story about
 
 # What was claimed, between which models, by which of its protocols, and by which of ours.
 _CHANGES = (
-    ("−33%", "gpt2", "pretrain", LINES, PERPLEXITY),
-    ("+26%", "pretrain", "sft", LINES, PERPLEXITY),
-    ("+0.5%", "sft", "dpo", LINES, PERPLEXITY),
-    ("+4 pp", "pretrain", "sft", ONE_PROMPT, SENTIMENT),
-    ("−4 pp", "sft", "dpo", ONE_PROMPT, SENTIMENT),
+    ("−33%", "gpt2", "pretrain", "perplexity_lines", "perplexity"),
+    ("+26%", "pretrain", "sft", "perplexity_lines", "perplexity"),
+    ("+0.5%", "sft", "dpo", "perplexity_lines", "perplexity"),
+    ("+4 pp", "pretrain", "sft", "sentiment_prompt", "sentiment"),
+    ("−4 pp", "sft", "dpo", "sentiment_prompt", "sentiment"),
 )
 
 
-def table(comparison: Comparison) -> Result:
+def figures(comparison: Comparison) -> Result:
     """The precedent's figures as claimed, by its protocols rerun here, and by this report's."""
     rows: list[dict[str, Any]] = []
     values: dict[str, Any] = {}
@@ -41,52 +50,46 @@ def table(comparison: Comparison) -> Result:
         shown = {title: one["text"] if one else "not measured" for title, one in cells.items()}
         rows.append({"Figure": what, "Claimed": claimed} | shown)
 
-    for claimed, a, b, theirs, ours in _CHANGES:
-        what = f"{ours.title}, {comparison.name(b)} against {comparison.name(a)}"
-        add(f"{ours.key}-{b}", what, claimed, _change(comparison, theirs, a, b), _change(comparison, ours, a, b))
+    for claimed, a, b, *measures in _CHANGES:
+        what = f"{MEASURES[measures[1]].title}, {comparison.name(b)} against {comparison.name(a)}"
+        add(f"{measures[1]}-{b}", what, claimed, *(_change(comparison, measure, a, b) for measure in measures))
     last = next((model for model in reversed(LINEAGE) if model in comparison.models), "")
     if last:
-        what = f"{PROBLEMS.title}, {comparison.name(last)}"
-        add("problems", what, percent(0), first_problems(comparison, last), _value(comparison, PROBLEMS, last))
+        what = f"{MEASURES['problems'].title}, {comparison.name(last)}"
+        add("problems", what, percent(0), first_problems(comparison, last), _value(comparison, "problems", last))
     if "random" in comparison.models:
-        here, sound = (_value(comparison, measure, "random") for measure in (ONE_PROMPT, SENTIMENT))
-        add("control", f"{SENTIMENT.title}, {comparison.name('random')}", "–", here, sound)
+        what = f"{MEASURES['sentiment'].title}, {comparison.name('random')}"
+        add("control", what, "–", *(_value(comparison, key, "random") for key in ("sentiment_prompt", "sentiment")))
     return Result("comparison/precedent", {"rows": rows, "figures": values}, markdown=markdown_table(rows))
 
 
-def _change(comparison: Comparison, measure: Measure, a: str, b: str) -> dict[str, Any] | None:
+def _change(comparison: Comparison, measure: str, a: str, b: str) -> dict[str, Any] | None:
     one = difference(comparison, measure, a, b)
-    if one is None:
-        return None
-    return {"value": one.change, "low": one.low, "high": one.high, "n": one.n, "text": f"{one.text}, {_n(one.n)}"}
+    return one and _figure(one.change, one.low, one.high, one.n, one.text)
 
 
-def _value(comparison: Comparison, measure: Measure, model: str) -> dict[str, Any] | None:
-    value = measure.value(comparison, model)
-    if value is None:
-        return None
-    text = f"{measure.text(value)}, {_n(value.n)}"
-    return {"value": value.value, "low": value.low, "high": value.high, "n": value.n, "text": text}
+def _value(comparison: Comparison, measure: str, model: str) -> dict[str, Any] | None:
+    row = comparison.value(measure, model)
+    return row and _figure(row.value, row.low, row.high, row.n, value_text(row))
+
+
+def _figure(value: float, low: float | None, high: float | None, n: int | None, text: str | None) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high, "n": n, "text": f"{text}, {number_of(n)}"}
 
 
 def first_problems(comparison: Comparison, model: str, count: int = PROBLEM_ITEMS) -> dict[str, Any] | None:
     """Strict matches among the first `count` word problems, with Wilson's interval; None without per-item results."""
-    protocol = PROBLEMS.protocol(comparison)
+    protocol = comparison.protocol("problems")
     items = comparison.items(model, protocol) if protocol else None
     if items is None:
         return None
     first = items.sort_values("item")["correct"].to_numpy(float)[:count]
     found = statistics.wilson(float(first.sum()), len(first))
-    text = f"{_share(found)}, {_n(found.n)}"
-    return {"value": found.value, "low": found.low, "high": found.high, "n": found.n, "text": text}
+    return _figure(*found, _share(found))
 
 
 def _share(found: statistics.Interval) -> str:
-    return interval(percent(found.value), f"{100 * found.low:.1f}", f"{100 * found.high:.1f}")
-
-
-def _n(count: int | None) -> str:
-    return f"n{NBSP}={NBSP}{count:,}" if count is not None else "n not recorded"
+    return estimate(*found[:3], **UNITS["share"]["value"])
 
 
 def sentences(comparison: Comparison) -> list[Insight]:
@@ -95,38 +98,33 @@ def sentences(comparison: Comparison) -> list[Insight]:
     none = statistics.wilson(0, PROBLEM_ITEMS)
     # Two models that disagree on a fifth of the items: the usual assumption of `detectable_difference`.
     least = statistics.detectable_difference(PRECEDENT_ITEMS)
-    widths = (
-        f"At n{NBSP}={NBSP}{PRECEDENT_ITEMS}, an accuracy of one half has the interval {_share(half)}, and two models "
-        f"that disagree on a fifth of the items must differ by {100 * least:.1f} points for a chance of four in five "
-        f"to show it; the changes claimed are {100 * POINTS:.0f} points. None right of {PROBLEM_ITEMS} word "
-        f"problems is compatible with up to {percent(none.high)}."
+    widths = say(
+        "precedent-widths",
+        n=number_of(PRECEDENT_ITEMS),
+        half=_share(half),
+        least=100 * least,
+        points=100 * POINTS,
+        problems=PROBLEM_ITEMS,
+        most=none.high,
     )
-    figures = {"accuracy": half._asdict(), "smallest_detectable": least, "none_right": none._asdict()}
-    found = [Insight("precedent-widths", widths, (), values=(figures,))]
-    control = ONE_PROMPT.value(comparison, "random") if "random" in comparison.models else None
-    if control is not None:
-        majority = majority_class(comparison)
-        beside = f", where always giving the commoner label of the whole set is {percent(majority)}" if majority else ""
-        chance = (
-            f"Chance looks like this: random weights answer {ONE_PROMPT.text(control)} of the same "
-            f"{control.n:,} items{beside}. The precedent's task scores were those of untrained random weights."
-        )
-        evidence = f"evaluation/random/{control.protocol}"
-        found.append(Insight("precedent-chance", chance, (evidence,)))
-        trained = [model for model in comparison.models if model != "random" and ONE_PROMPT.value(comparison, model)]
-        beside_it = [
-            model
-            for model in trained
-            if (value := ONE_PROMPT.value(comparison, model)).low is not None
-            and value.low <= control.high
-            and value.high >= control.low
-        ]
-        if trained:
-            names = f" ({listed([escape(comparison.name(model)) for model in beside_it])})" if beside_it else ""
-            overlap = (
-                f"On those items the intervals of {len(beside_it)} of {len(trained)} trained models overlap the random "
-                f"control's{names}."
-            )
-            every = tuple(f"evaluation/{model}/{control.protocol}" for model in ("random", *trained))
-            found.append(Insight("precedent-overlap", overlap, every))
+    values = {"accuracy": half._asdict(), "smallest_detectable": least, "none_right": none._asdict()}
+    found = [Insight("precedent-widths", widths, (), values=(values,))]
+    rows = {model: comparison.value("sentiment_prompt", model) for model in comparison.models}
+    rows = {model: row for model, row in rows.items() if row is not None}
+    control = rows.pop("random", None)
+    if control is None:
+        return found
+    majority = comparison.majority
+    beside = f", where always giving the commoner label of the whole set is {percent(majority)}" if majority else ""
+    chance = say("precedent-chance", shown=value_text(control), n=control.n, beside=beside)
+    found.append(Insight("precedent-chance", chance, (control.record,)))
+    overlapping = [
+        escape(comparison.name(model))
+        for model, row in rows.items()
+        if row.low is not None and row.low <= control.high and row.high >= control.low
+    ]
+    if rows:
+        named = f" ({listed(overlapping)})" if overlapping else ""
+        overlap = say("precedent-overlap", overlapping=len(overlapping), every=len(rows), names=named)
+        found.append(Insight("precedent-overlap", overlap, (control.record, *(row.record for row in rows.values()))))
     return found

@@ -13,8 +13,8 @@ from itertools import pairwise
 from typing import Any
 
 from study.comparison.differences import ALPHA, Difference, adjust
-from study.comparison.load import Comparison, Value
-from study.comparison.measures import HEADLINE, STAGED, Measure
+from study.comparison.load import Comparison
+from study.comparison.measures import HEADLINE, MEASURES, STAGED, Measure
 from study.preset import LINEAGE
 from threefold.evaluation import statistics
 
@@ -29,7 +29,7 @@ class Spread:
     measure: Measure
     stage: str
     values: tuple[float, ...]  # one a seed, the first training's first
-    first: Value
+    first: Any  # the first training's row of the long table
     mean: float
     deviation: statistics.Interval  # standard deviation over seeds
     error: float | None  # standard error over items, of the first training
@@ -39,13 +39,10 @@ class Spread:
     @property
     def larger(self) -> str:
         """Which spread is the larger one, where the interval and the adjusted p-value tell."""
-        low, high = self.deviation.low, self.deviation.high
-        if low is not None and self.error and self.adjusted < ALPHA:
-            if low > self.error:
-                return OVER_SEEDS
-            if high < self.error:
-                return OVER_ITEMS
-        return UNRESOLVED
+        _, low, high, _ = self.deviation
+        if low is None or not self.error or self.adjusted >= ALPHA:
+            return UNRESOLVED
+        return OVER_SEEDS if low > self.error else OVER_ITEMS if high < self.error else UNRESOLVED
 
     def as_record(self) -> dict[str, Any]:
         """As JSON for a record."""
@@ -64,40 +61,36 @@ class Spread:
         }
 
 
-def trainings(comparison: Comparison) -> list[Comparison]:
-    """The first training and its replicates, in the order of their seeds."""
-    return [comparison, *comparison.replicates.values()]
-
-
 def seeds(comparison: Comparison) -> list[int]:
     """The seed each training of the lineage began from, as its first stage's fingerprint says; where none does, no
     seed is named."""
-    stages = [next((facts for name in LINEAGE if (facts := one.stage(name))), {}) for one in trainings(comparison)]
+    every = comparison.trainings.values()
+    stages = [next((facts for name in LINEAGE if (facts := one.stage(name))), {}) for one in every]
     found = [(facts.get("fingerprint") or {}).get("seed") for facts in stages]
     return [seed for seed in found if isinstance(seed, int)]
 
 
 def basis(comparison: Comparison) -> str:
     """How many trainings a figure of one stage rests on, for a sentence that states what the stage did."""
-    count = len(trainings(comparison))
+    count = len(comparison.trainings)
     return "one training seed" if count == 1 else f"the first of {count} training seeds"
 
 
 def spreads(comparison: Comparison) -> list[Spread]:
     """Every headline measure of every stage that two trainings or more were measured by, adjusted together."""
     found = []
-    for measure in HEADLINE:
+    for measure in map(MEASURES.get, HEADLINE):
         for stage in LINEAGE:
             values = _values(comparison, measure, stage)
             if len(values) < 2:
                 continue
-            numbers = tuple(value.value for value in values)
-            first, deviation = values[0], statistics.deviation(numbers)
+            first, deviation = comparison.value(measure.key, stage), statistics.deviation(values)
             bounded = first.low is not None and first.high is not None
             error = statistics.standard_error(first.low, first.high) if bounded else None
             known = error and deviation.low is not None
-            p = statistics.deviation_p(deviation.value, len(numbers), error) if known else 1.0
-            found.append(Spread(measure, stage, numbers, first, sum(numbers) / len(numbers), deviation, error, p))
+            p = statistics.deviation_p(deviation.value, len(values), error) if known else 1.0
+            mean = sum(values) / len(values)
+            found.append(Spread(measure, stage, tuple(values), first, mean, deviation, error, p))
     adjusted = statistics.holm([one.p for one in found]) if found else []
     return [replace(one, adjusted=p) for one, p in zip(found, adjusted, strict=True)]
 
@@ -108,28 +101,22 @@ def changes(comparison: Comparison) -> list[tuple[Difference, tuple[float, ...]]
     In the measure's unit of change; perplexities are compared as logarithms. Adjusted together.
     """
     found, single = [], []
-    for measure in STAGED:
+    for measure in map(MEASURES.get, STAGED):
+        relative = measure.unit == "perplexity"
+        back = math.expm1 if relative else float
         for a, b in pairwise(LINEAGE):
-            pairs = [
-                (_logged(measure, before.value), _logged(measure, after.value))
-                for before, after in zip(_values(comparison, measure, a), _values(comparison, measure, b), strict=False)
-            ]
-            if len(pairs) < 2:
+            series = [_values(comparison, measure, stage) for stage in (a, b)]
+            before, after = ([math.log(value) for value in values] if relative else values for values in series)
+            if min(len(before), len(after)) < 2:
                 continue
-            test = statistics.paired_student(*zip(*pairs, strict=True))
-            back = math.expm1 if measure.kind == "perplexity" else float
+            test = statistics.paired_student(before, after)
             bounds = [None if x is None else back(x) for x in (test.low, test.high)]
             found.append(Difference(measure, a, b, back(test.difference), *bounds, test.p, test.n, METHOD))
-            single.append(tuple(back(after - before) for before, after in pairs))
-    return [(one, each) for one, each in zip(adjust(found), single, strict=True) if one is not None]
+            single.append(tuple(back(y - x) for x, y in zip(before, after, strict=True)))
+    return list(zip(adjust(found), single, strict=True))
 
 
-def _values(comparison: Comparison, measure: Measure, stage: str) -> list[Value]:
+def _values(comparison: Comparison, measure: Measure, stage: str) -> list[float]:
     """The measure's value of every training, in order; empty unless all of them have it under the same protocol."""
-    protocol = measure.protocol(comparison)
-    found = [one.metric(stage, protocol, measure.metric) if protocol else None for one in trainings(comparison)]
-    return [] if None in found else found
-
-
-def _logged(measure: Measure, value: float) -> float:
-    return math.log(value) if measure.kind == "perplexity" else value
+    found = [comparison.value(measure.key, stage, replicate) for replicate in comparison.trainings]
+    return [] if None in found else [row.value for row in found]

@@ -9,15 +9,9 @@ from study.comparison.load import Comparison
 
 # Dense bf16 matmul peak in FLOP/s, from the vendor's data sheets; a device not listed has no share of a peak.
 PEAKS = {
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-}
+    "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "A10G": 70e12, "RTX 4090": 165e12,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,10 +37,10 @@ class Training:
 
     @property
     def device(self) -> str:
-        hardware = self.facts.get("hardware") or {}
+        cores = (self.facts.get("hardware") or {}).get("cores")
         if gpus := self.gpus:
             return f"{len(gpus)} × {gpus[0]}" if len(gpus) > 1 else gpus[0]
-        return f"CPU, {hardware['cores']} cores" if hardware.get("cores") else "CPU"
+        return f"CPU, {cores} cores" if cores else "CPU"
 
     @property
     def limit(self) -> tuple[float, str] | None:
@@ -54,10 +48,8 @@ class Training:
         the training, in the format and with the threads it trained with; a GPU's "data sheet"."""
         if measured := (self.facts.get("training") or {}).get("matmul_flops"):
             return float(measured), "measured"
-        gpus = self.gpus
-        return next(
-            ((len(gpus) * peak, "data sheet") for name, peak in PEAKS.items() if gpus and name in gpus[0]), None
-        )
+        peaks = [peak for name, peak in PEAKS.items() if self.gpus and name in self.gpus[0]]
+        return (len(self.gpus) * peaks[0], "data sheet") if peaks else None
 
     @property
     def flops_per_second(self) -> float | None:
@@ -73,27 +65,22 @@ class Training:
 
 def total_parameters(comparison: Comparison, model: str) -> int | None:
     """Parameters of a model, from its own record or what its evaluations say."""
-    record = comparison.model(model)
-    if record:
-        counts = record.get("parameters")
-        return counts.get("total") if isinstance(counts, dict) else counts
-    return comparison.facts(model).get("parameters")
+    if not (record := comparison.model(model)):
+        return comparison.facts(model).get("parameters")
+    counts = record.get("parameters")
+    return counts.get("total") if isinstance(counts, dict) else counts
 
 
-def trainings(comparison: Comparison) -> list[Training]:
-    """Every stage that trained on tokens, in the fixed order."""
+def trainings(comparison: Comparison, *stages: str) -> list[Training]:
+    """Every stage that trained on tokens, in the fixed order; or those of `stages`."""
     found = []
     for stage in comparison.trained:
-        facts = comparison.stage(stage)
-        if not facts or not facts.get("tokens"):
-            continue
-        seconds, timed = facts.get("device_seconds"), "device"
-        if not seconds:
-            seconds, timed = facts.get("wall_seconds"), "wall"
-        if seconds:
-            found.append(
-                Training(stage, int(facts["tokens"]), float(seconds), timed, total_parameters(comparison, stage), facts)
-            )
+        facts = comparison.stage(stage) or {}
+        timed = "device" if facts.get("device_seconds") else "wall"
+        seconds, tokens = facts.get(f"{timed}_seconds"), facts.get("tokens")
+        if tokens and seconds and stage in (stages or comparison.trained):
+            size = total_parameters(comparison, stage)
+            found.append(Training(stage, int(tokens), float(seconds), timed, size, facts))
     return found
 
 
@@ -106,8 +93,7 @@ class Curve:
     steps: int
     start: float
     end: float
-    heldout_start: float | None
-    heldout_end: float | None
+    heldout: tuple[float, float] | None  # at start and end
     setback: float  # largest rise of the smoothed loss above the least it had been, in nats
 
     @property
@@ -128,24 +114,19 @@ def curves(comparison: Comparison) -> list[Curve]:
     """Every stage with a recorded loss curve."""
     found = []
     for stage in comparison.trained:
-        curve = comparison.curve(stage)
-        loss = np.asarray((curve or {}).get("loss") or [], float)
+        curve = comparison.values(f"curve/{stage}") or {}
+        loss, step = np.asarray(curve.get("loss") or [], float), curve.get("step") or []
         if not len(loss):
             continue
-        tenth = max(1, len(loss) // 10)
-        heldout = (curve.get("heldout") or {}).get("loss") or []
-        smoothed = smooth(loss)
+        tenth, smoothed = max(1, len(loss) // 10), smooth(loss)
         setback = float(np.max(smoothed - np.minimum.accumulate(smoothed)))
-        step = curve.get("step") or []
-        found.append(
-            Curve(
-                stage,
-                int(step[-1]) if step else len(loss),
-                float(loss[:tenth].mean()),
-                float(loss[-tenth:].mean()),
-                float(heldout[0]) if heldout else None,
-                float(heldout[-1]) if heldout else None,
-                setback,
-            )
-        )
+        heldout = (curve.get("heldout") or {}).get("loss")
+        ends = (float(heldout[0]), float(heldout[-1])) if heldout else None
+        first, last = float(loss[:tenth].mean()), float(loss[-tenth:].mean())
+        found.append(Curve(stage, int(step[-1]) if step else len(loss), first, last, ends, setback))
     return found
+
+
+def worst(found: list[Curve]) -> Curve:
+    """The curve with the largest setback for what it started from."""
+    return max(found, key=lambda curve: curve.setback / curve.start)

@@ -3,19 +3,19 @@
 Each caveat names its cause only; `clause` says which measures of a sentence it touches.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from papertrail.records import escape
 from study.comparison import models, seeds
 from study.comparison.differences import Difference
 from study.comparison.load import Comparison
+from study.comparison.results import count
 from study.preset import LINEAGE
 
 FEW = 30  # units below which an interval rests on its t distribution more than on its units
 
 
-@dataclass(frozen=True)
-class Caveat:
+class Caveat(NamedTuple):
     """One confound of one comparison. Plain Markdown."""
 
     key: str
@@ -24,23 +24,10 @@ class Caveat:
 
 def sources(comparison: Comparison, *stages: str) -> set[str]:
     """Names of the sources that stages trained on, from the configuration in their fingerprints."""
-    names: set[str] = set()
-    for stage in stages:
-        data = ((comparison.stage(stage) or {}).get("fingerprint") or {}).get("config", {}).get("data", {})
-        for part, entries in data.items() if isinstance(data, dict) else ():
-            if not part.endswith("heldout"):
-                names |= {entry.get("source") or "" for entry in entries}
-    return names - {""}
-
-
-def history(comparison: Comparison, model: str) -> set[str] | None:
-    """Sources in a model's weights: none of the random control's, None where it was trained elsewhere."""
-    if model == "random":
-        return set()
-    if not comparison.is_trained_here(model):
-        return None
-    earlier = LINEAGE[: LINEAGE.index(model)] if model in LINEAGE else ()
-    return sources(comparison, *earlier, model)
+    configs = [((comparison.stage(stage) or {}).get("fingerprint") or {}).get("config", {}) for stage in stages]
+    parts = [item for config in configs if isinstance(data := config.get("data"), dict) for item in data.items()]
+    entries = [entry for part, found in parts if not part.endswith("heldout") for entry in found]
+    return {entry["source"] for entry in entries if entry.get("source")}
 
 
 def family(source: str) -> str:
@@ -49,9 +36,14 @@ def family(source: str) -> str:
 
 
 def seen(comparison: Comparison, model: str, source: str) -> list[str] | None:
-    """Sources of the family of `source` that the model trained on; None where that is not known."""
-    trained = history(comparison, model)
-    return None if trained is None else sorted(one for one in trained if family(one) == family(source))
+    """Sources of the family of `source` in a model's weights: none in the random control's, None where it was trained
+    elsewhere."""
+    if model == "random":
+        return []
+    if comparison.stage(model) is None:
+        return None
+    stages = LINEAGE[: LINEAGE.index(model) + 1] if model in LINEAGE else (model,)
+    return sorted(one for one in sources(comparison, *stages) if family(one) == family(source))
 
 
 def of(comparison: Comparison, one: Difference) -> list[Caveat]:
@@ -59,45 +51,38 @@ def of(comparison: Comparison, one: Difference) -> list[Caveat]:
     if comparison.same_weights(one.a, one.b):
         return [Caveat("same-weights", "the two are the same weights")]
     found = []
-    if one.a in models.BASELINES and comparison.is_trained_here(one.a):
+    if one.a in models.BASELINES and comparison.stage(one.a) is not None:
         name = escape(comparison.name(one.a))
         found.append(Caveat("baseline", f"{name} is the architecture at this run's budget, not the published model"))
     if not comparison.share_tokenizer(one.a, one.b):
         found.append(Caveat("tokenizer", "different tokenizers"))
-    protocol = one.measure.protocol(comparison) or ""
-    data = comparison.evaluations(one.b).get(protocol, {}).get("settings", {}).get("data") or {}
+    data = comparison.settings(one.b, comparison.protocol(one.measure.key)).get("data") or {}
     source = data.get("source") or ""
     if source:
-        found += _trained_on(comparison, one, source, task=one.measure.kind == "share")
+        found += _trained_on(comparison, one, source)
     if data.get("subsampled"):
         found.append(Caveat("subsampled", f"a sub-sample of {escape(source)}"))
-    over_seeds = one.method == seeds.METHOD
-    if {one.a, one.b} <= {*LINEAGE} and not over_seeds:
+    if {one.a, one.b} <= {*LINEAGE} and one.method != seeds.METHOD:
         found.append(Caveat("seeds", seeds.basis(comparison)))
     if one.n < FEW:
         units = one.method.rpartition(" ")[2] if " over " in one.method else "items"
-        found.append(Caveat("units", f"{one.n} {units.removesuffix('s') if one.n == 1 else units} only"))
+        found.append(Caveat("units", f"{count(one.n, units.removesuffix('s'))} only"))
     return found
 
 
-def _trained_on(comparison: Comparison, one: Difference, source: str, *, task: bool) -> list[Caveat]:
+def _trained_on(comparison: Comparison, one: Difference, source: str) -> list[Caveat]:
     """In-domain text against zero-shot use, or training on the task's own training split."""
     a, b = (seen(comparison, model, source) for model in (one.a, one.b))
-    key = "train-split" if task else "in-domain"
-    what = listed_sources(a, b)
-    if not what:
+    if not a and not b:
         return []
-    trained = f"trained on {'other items' if task else 'other text'} of {what}"
+    task = one.measure.unit == "share"
+    key, what = ("train-split", "other items") if task else ("in-domain", "other text")
+    trained = f"trained on {what} of {', '.join(map(escape, sorted({*(a or ()), *(b or ())})))}"
     if a and b:
         return [Caveat(key, f"both {trained}")]
     subject, other, known = (one.b, one.a, a is not None) if b else (one.a, one.b, b is not None)
-    names = [escape(comparison.name(model)) for model in (subject, other)]
-    return [Caveat(key, f"{names[0]} {trained}, {names[1]} did not{'' if known else ' as far as is known'}")]
-
-
-def listed_sources(*lists: list[str] | None) -> str:
-    """Names of sources for a sentence, each once."""
-    return ", ".join(escape(name) for name in sorted({name for one in lists for name in one or ()}))
+    subject, other = (escape(comparison.name(model)) for model in (subject, other))
+    return [Caveat(key, f"{subject} {trained}, {other} did not{'' if known else ' as far as is known'}")]
 
 
 def clause(comparison: Comparison, found: list[Difference]) -> tuple[tuple[str, ...], str]:
