@@ -20,6 +20,7 @@ from study.comparison.differences import EQUIVALENT, UNRESOLVED, Difference, adj
 from study.comparison.measures import MEASURES, SHARED, STAGED
 from study.preset import Preset
 from study.run import Run
+from threefold.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_items_that_are_not_those_of_the_record_are_refused(copy):
 
 def test_a_notebook_that_was_not_run_is_named_with_the_command(copy, monkeypatch):
     monkeypatch.setattr(paths, "RUNS", copy.parent)
-    opened = Run.of("fake", copy, Preset(name="fake"))
+    opened = Run.of("fake", copy, Preset(name="fake", dpo=TrainConfig(steps=1)))
     Comparison.load(opened)
     (copy / "notebooks" / "04_evaluate-dpo.ipynb").unlink()
     with pytest.raises(MissingInput, match=r"04_evaluate-dpo\.ipynb.*papermill notebooks/04_evaluate\.ipynb"):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,7 +21,7 @@ from study.comparison import Comparison, claims, insights, limits, seeds, tables
 from study.comparison.measures import HEADLINE
 from study.preset import Preset, load_preset, parse_overrides
 from study.run import Run, open_run, open_stage
-from threefold.config import EvaluationConfig, SourceConfig
+from threefold.config import EvaluationConfig, SourceConfig, TrainConfig
 from threefold.evaluation import evaluate, headline, statistics
 
 LINEAGE = ("pretrain", "sft", "dpo")
@@ -283,10 +284,11 @@ def test_a_copy_is_no_second_training(run, tmp_path):
 def test_every_replicate_the_preset_asks_for_must_be_there(run, tmp_path, monkeypatch):
     copied = shutil.copytree(run, tmp_path / "fake")
     monkeypatch.setattr(paths, "RUNS", tmp_path)
-    assert len(Comparison.load(Run.of("fake", copied, Preset(name="fake", seeds=2))).replicates) == 1
-    assert Comparison.load(Run.of("fake", copied, Preset(name="fake"))).replicates == {}
+    preset = Preset(name="fake", dpo=TrainConfig(steps=1))
+    assert len(Comparison.load(Run.of("fake", copied, replace(preset, seeds=2))).replicates) == 1
+    assert Comparison.load(Run.of("fake", copied, preset)).replicates == {}
     with pytest.raises(MissingInput, match=r"01_pretrain-seed4\.ipynb has not been run.*-p replicate 4"):
-        Comparison.load(Run.of("fake", copied, Preset(name="fake", seeds=4)))
+        Comparison.load(Run.of("fake", copied, replace(preset, seeds=4)))
 
 
 def test_spreads_are_those_of_the_records(comparison):

@@ -1,6 +1,7 @@
 """`threefold compare`: the headline figures of two or more runs side by side, and where their presets differ."""
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -82,16 +83,15 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _figures(runs: Sequence[Run]) -> Iterator[tuple[Measure, str, str, Any, dict[str, Any]]]:
-    """(measure, the model's name for a reader, protocol, row of the long table, all of it as JSON) of the runs' headline figures.
+    """(measure, the model's name, protocol, row of the long table, all of it as JSON) of the headline figures.
 
     Conditions are what was measured on what, as in {"n": "872", "data": "fc8ff935"}.
     """
     comparisons = {run.name: Comparison.load(run) for run in runs}
     headlines = {run: tables.headline(comparison).values for run, comparison in comparisons.items()}
     models = ordered(model for comparison in comparisons.values() for model in comparison.models)
-    for measure, model, run in (
-        (MEASURES[key], model, run) for key in HEADLINE for model in models for run in comparisons
-    ):
+    for key, model, run in itertools.product(HEADLINE, models, comparisons):
+        measure = MEASURES[key]
         protocol = headlines[run]["protocols"].get(measure.key)
         entry = headlines[run]["models"].get(model, {}).get(measure.key)
         if protocol is None or entry is None:

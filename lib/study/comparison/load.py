@@ -151,6 +151,11 @@ class Comparison:
         """Evaluated models in the fixed order."""
         return models.ordered(name.split("/")[1] for name in self.records if name.startswith("evaluation/"))
 
+    @property
+    def timed(self) -> list[str]:
+        """Models with a record of their speed."""
+        return [name.removeprefix("speed/") for name in self.records if name.startswith("speed/")]
+
     @cached_property
     def trained(self) -> list[str]:
         """Stages with a loss curve or tokens, in the fixed order."""
@@ -231,7 +236,7 @@ class Comparison:
             (replicate, model, protocol, *_form(protocol), metric, "", *map(entry.get, ("value", "low", "high", "n")),
              unit_of(entry.get("unit")), comparison.record(model, protocol))
             for replicate, comparison in self.trainings.items()
-            for model in comparison.models
+            for model in dict.fromkeys([*comparison.models, *comparison.timed])
             for protocol, values in comparison.evaluations(model).items()
             for metric, entry in values.get("metrics", {}).items()
             if entry.get("value") is not None
