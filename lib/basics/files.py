@@ -127,6 +127,14 @@ def try_lock(path: Path, *, shared: bool = False) -> int | None:
     return opened
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process, this one or another, holds the lock on a file or folder."""
+    opened = try_lock(path, shared=True)
+    if opened is not None:
+        os.close(opened)
+    return opened is None
+
+
 # Notes --------------------------------------------------------------------------------------------------------------
 
 

@@ -172,15 +172,15 @@ def threads() -> int:
     return torch.get_num_threads() if torch is not None else 1
 
 
-def determinism(used_threads: Iterable[int], used_workers: Iterable[int] = (1,)) -> dict[str, Any]:
-    """What repeating this process's work on the same machine gives: {"device", "threads", "workers" (if several were
-    used), "level"}.
+def determinism(begun: Mapping[str, Any]) -> dict[str, Any]:
+    """What repeating the work that this process completes gives on the same machine: {"device", "threads", "workers"
+    (if several were used), "level"}.
 
-    used_threads, used_workers: one number for each attempt that the work took. fp32 sums are split over threads and
-    over the processes that train together, so another number changes the last bits. Nothing here enables torch's
-    deterministic algorithms: on a GPU the record says whether they were on. level: "bit-identical", or why not.
+    begun: run.json of the stage in progress, with the threads and workers of each attempt. fp32 sums are split over
+    threads and over the processes that train together, so another number changes the last bits. Nothing here enables
+    torch's deterministic algorithms: on a GPU the record says whether they were on. level: "bit-identical", or why not.
     """
-    used, together = sorted(set(used_threads)), sorted(set(used_workers))
+    used, together = sorted(set(begun.get("threads", [threads()]))), sorted(set(begun.get("workers", [1])))
     made = {"device": "cpu", "threads": used, **({"workers": together} if together != [1] else {})}
     changed = [
         f"other {what} ({', '.join(map(str, numbers))})"

@@ -1,27 +1,21 @@
 """The folder of a run and its stages.
 
-    runs/<run>/config.toml              the resolved configuration
-    runs/<run>/<stage>/                 what a finished stage made, with its run.json (the place is `StageSpec.folder`)
-    runs/<run>/.<stage>.partial/        the work folder of a stage in progress, kept for resuming
-    runs/<run>/notebooks/               executed notebooks
-
-A notebook opens its stage, takes inputs with `stage.require("pretrain")`, works in `folder = stage.begin()` and ends
-with `stage.finish(tokens=...)`.
+runs/<run>/config.toml              the resolved configuration
+runs/<run>/<stage>/                 what a finished stage made, with its run.json (the place is `StageSpec.folder`)
+runs/<run>/.<stage>.partial/        the work folder of a stage in progress, kept for resuming
+runs/<run>/notebooks/               executed notebooks
 """
 
 import json
 import os
 import shlex
-import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from basics import files
-from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
+from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError
 from basics.names import did_you_mean
 from basics.source_code import code_hashes
 from papertrail import provenance, records
@@ -30,11 +24,7 @@ from papertrail.project import Project
 from papertrail.provenance import Fingerprint
 
 RUN_FILE = "run.json"
-PATIENCE = 5.0  # seconds to wait until a killed process that worked on the same stage is gone
 EXECUTION = ("stage", "started", "finished", "wall_seconds", "outputs")  # what tells one execution from another
-RESERVED = (  # facts of run.json that `finish` finds itself
-    *("stage", "fingerprint", "git", "hardware", "determinism", "outputs", "attempts", "started", "finished"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +152,7 @@ class Run:
         """Add the executed notebook's hash, which its own record cannot hold, to the stage's run.json."""
         notebook = self.notebook(self.spec(stage).executed)
         facts = {**self.require(stage), "notebook_sha256": files.sha256_file(notebook)}
-        _write_run_file(self.stage_folder(stage), facts)
+        write_run_file(self.stage_folder(stage), facts)
 
     def take_up(self, stage: str, digest: str) -> None:
         """Turn a stage that is finished, but whose executed notebook was never put into place, back into an interrupted
@@ -173,7 +163,7 @@ class Run:
             return
         if facts["fingerprint"].get("digest") == digest and not any(damage(folder, facts)):
             used = facts.get("determinism", {})
-            _write_run_file(folder, {**facts, "threads": used.get("threads", []), "workers": used.get("workers", [1])})
+            write_run_file(folder, {**facts, "threads": used.get("threads", []), "workers": used.get("workers", [1])})
             os.rename(folder, partial)
 
     def notebook_problem(self, stage: str, digest: Callable[[Path], str] = files.sha256_file) -> str:
@@ -211,7 +201,7 @@ GONE, CHANGED, STRAY = "missing", "changed since the stage wrote it", "not writt
 def damage(folder: Path, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(path in the folder, problem) of everything in a finished stage's folder that differs from its run.json; every
     byte is read."""
-    have = _outputs(folder)
+    have = written_files(folder)
     for path, digest in facts["outputs"].items():
         if path not in have:
             yield path, GONE
@@ -220,7 +210,8 @@ def damage(folder: Path, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from ((path, STRAY) for path in have if path not in facts["outputs"])
 
 
-def _outputs(folder: Path) -> dict[str, str]:
+def written_files(folder: Path) -> dict[str, str]:
+    """{path: SHA-256} of everything in a stage's folder except its run.json."""
     return {path: digest for path, digest in files.sha256_tree(folder).items() if path != RUN_FILE}
 
 
@@ -242,162 +233,5 @@ def read_run_file(folder: Path) -> dict[str, Any] | None:
     return facts
 
 
-def _write_run_file(folder: Path, facts: Mapping[str, Any]) -> None:
+def write_run_file(folder: Path, facts: Mapping[str, Any]) -> None:
     files.write_note(folder / RUN_FILE, facts, indent=2)
-
-
-# Work folders -------------------------------------------------------------------------------------------------------
-
-_HELD: dict[Path, int] = {}  # work folder that this process began -> descriptor that holds its lock
-
-
-def hold(folder: Path) -> None:
-    """Make a work folder and lock it for this process; the lock ends with the process, however that ends.
-
-    Raises ThreefoldError while another process holds it.
-    """
-    release(folder)
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        opened = files.try_lock(folder)
-        if opened is not None and os.path.samestat(os.fstat(opened), os.stat(folder)):
-            _HELD[folder] = opened
-            return
-        if opened is not None:  # in between the other process moved it into its stage's place
-            os.close(opened)
-        elif time.monotonic() > deadline:
-            raise ThreefoldError(f"{'/'.join(folder.parts[-2:])}: another process works on this stage; wait for it")
-        time.sleep(0.05)
-
-
-def release(folder: Path) -> None:
-    """Unlock a work folder if this process holds it."""
-    if folder in _HELD:
-        os.close(_HELD.pop(folder))
-
-
-def at_work(run: Path) -> str:
-    """Name of a work folder of the run that a process holds, "" where there is none."""
-    return next((folder.name for folder in sorted(run.glob(".*.partial")) if is_locked(folder)), "")
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process, this one or another, holds the lock on a file or folder."""
-    opened = files.try_lock(path, shared=True)
-    if opened is not None:
-        os.close(opened)
-    return opened is None
-
-
-def attempts_determinism(begun: Mapping[str, Any]) -> dict[str, Any]:
-    """`provenance.determinism` of work that this process completes, after the attempts that a run.json lists."""
-    return provenance.determinism(begun.get("threads", [provenance.threads()]), begun.get("workers", [1]))
-
-
-# Stages -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class Stage:
-    """One stage of a run, as a notebook works on it."""
-
-    name: str
-    run: Run
-    determinism: dict[str, Any] | None = None  # of the processes that did the work; None: this one did all of it
-    _fingerprint: Fingerprint | None = None
-    _clock: float = 0.0
-
-    def __post_init__(self) -> None:
-        files.recover_folder(self.folder)
-
-    @property
-    def folder(self) -> Path:
-        """Where the stage lies once it is finished."""
-        return self.run.stage_folder(self.name)
-
-    @property
-    def partial(self) -> Path:
-        return self.run.partial_folder(self.name)
-
-    @property
-    def seed(self) -> int:
-        return self.run.seed(self.name)
-
-    def require(self, stage: str) -> Path:
-        """Folder of a finished stage that this one builds on. Raises MissingInput, with the command that makes it;
-        CheckpointError for a file in it that is not what that stage wrote."""
-        return self.run.intact(stage)
-
-    def begin(self, fingerprint: Fingerprint | None = None) -> Path:
-        """The folder to work in. What an interrupted attempt with the same fingerprint left there is kept, so that the
-        work can be resumed; anything else is removed. Until `finish` the folder is locked.
-
-        fingerprint: default: the run's, now. Raises ThreefoldError while another process works in the folder.
-        """
-        fingerprint = fingerprint or self.run.fingerprint(self.name)
-        if fingerprint.stage != self.name:
-            raise ValueError(f"fingerprint of stage {fingerprint.stage} given to stage {self.name}")
-        folder = self.partial
-        hold(folder)
-        try:
-            begun = read_run_file(folder)
-        except RecordError:  # nothing to resume from
-            begun = None
-        if begun is None or begun["fingerprint"].get("digest") != fingerprint.digest:
-            for entry in folder.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            begun = {"stage": self.name, "fingerprint": fingerprint.to_dict(), "outputs": {}, "started": _now()}
-        for leftover in folder.rglob(".*.tmp"):  # of an atomic write that was interrupted
-            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
-        begun["attempts"] = begun.get("attempts", 0) + 1
-        begun["threads"] = [*begun.get("threads", []), provenance.threads()]
-        _write_run_file(folder, begun)
-        self._fingerprint = fingerprint
-        self._clock = time.monotonic()
-        return folder
-
-    def count_workers(self, number: int) -> None:
-        """Note in the run.json of a stage in progress that this many processes train it from here on."""
-        begun = read_run_file(self.partial) or {}
-        if number not in begun.get("workers", []):
-            _write_run_file(self.partial, {**begun, "workers": [*begun.get("workers", []), number]})
-
-    def finish(self, **facts: Any) -> dict[str, Any]:
-        """Write run.json, move the work folder into place (an earlier one is replaced at once), return run.json.
-
-        Facts: `tokens` trained on, `device_seconds`, and any more that are finite JSON. `wall_seconds` is the time
-        since `begin` unless given; `weights_sha256` the hash of model.safetensors unless given.
-        """
-        if self._fingerprint is None:
-            raise RuntimeError(f"stage {self.name}: finish without begin")
-        if reserved := [name for name in RESERVED if name in facts]:
-            raise ValueError(f"finish() finds {', '.join(reserved)} itself")
-        folder = self.partial
-        begun = read_run_file(folder) or {}
-        outputs = _outputs(folder)
-        content = {
-            "stage": self.name,
-            "fingerprint": self._fingerprint.to_dict(),
-            "git": provenance.git_state(self.run.project.root),
-            "hardware": provenance.hardware(),
-            "determinism": self.determinism or attempts_determinism(begun),
-            "wall_seconds": round(time.monotonic() - self._clock, 3),
-            "device_seconds": None,
-            "tokens": None,
-            "weights_sha256": outputs.get("model.safetensors"),
-            "outputs": outputs,
-            "attempts": begun.get("attempts", 1),  # above 1 the stage was resumed, and wall_seconds is the last one's
-            "started": begun.get("started"),
-            "finished": _now(),
-            **facts,
-        }
-        _write_run_file(folder, content)
-        files.replace_folder(folder, self.folder)
-        release(folder)
-        self._fingerprint = None
-        return read_run_file(self.folder)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

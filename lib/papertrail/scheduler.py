@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -32,7 +32,7 @@ from basics.errors import MissingInput, RecordError, ThreefoldError
 from basics.processes import cores, has_gpu
 from basics.source_code import module_files
 from papertrail import notebook_files
-from papertrail import run as run_folder
+from papertrail import stage as stage_folder
 from papertrail.kernel_forkserver import ForkServer
 from papertrail.plan import Plan, StageSpec, ancestors, dependents
 from papertrail.run import Run
@@ -82,14 +82,13 @@ def execute(
     jobs: int = 0,
     nproc: int | None = None,
     threads: int = 0,
-    environment: Mapping[str, str] | None = None,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Execute the selected stages (default: all) that are not fresh, each after what it needs.
 
     force: execute fresh ones too. jobs: at most so many notebooks at a time, 0 for the default.
     nproc: processes that train a stage together, None for one per GPU; with several, one notebook at a time.
-    threads: of each notebook, 0 for `threads_for`. environment: further variables of the kernels.
+    threads: of each notebook, 0 for `threads_for`.
     Raises StageFailed after stopping the others, MissingInput when a stage outside the selection is needed and not
     there, ThreefoldError when another process works on the same run.
     """
@@ -101,7 +100,7 @@ def execute(
     order = TopologicalSorter({name: [need for need in plan[name].needs if need in wanted] for name in wanted})
     order.prepare()
     ready: list[StageSpec] = []
-    with lock(run.path), _Notebooks(run, jobs, nproc, environment or {}, say) as notebooks:
+    with lock(run.path), _Notebooks(run, jobs, nproc, say) as notebooks:
         check(run, wanted, say)
         while order.is_active():
             while names := order.get_ready():  # skipping a fresh stage makes others ready
@@ -193,7 +192,7 @@ def lock(folder: Path) -> Iterator[None]:
 def at_work(folder: Path) -> bool:
     """Whether `threefold run` works in a run's folder, or a notebook by itself on one of its stages."""
     file = folder / LOCK
-    return (file.exists() and run_folder.is_locked(file)) or run_folder.at_work(folder) != ""
+    return (file.exists() and files.is_locked(file)) or stage_folder.at_work(folder) != ""
 
 
 # Notebooks ----------------------------------------------------------------------------------------------------------
@@ -202,10 +201,8 @@ def at_work(folder: Path) -> bool:
 class _Notebooks:
     """The notebooks of one run that are being executed. Leaving the context ends them and everything they started."""
 
-    def __init__(
-        self, run: Run, jobs: int, nproc: int | None, environment: Mapping[str, str], say: Callable[[str], None]
-    ):
-        self.run, self.jobs, self.nproc, self.environment, self.say = run, jobs, nproc, environment, say
+    def __init__(self, run: Run, jobs: int, nproc: int | None, say: Callable[[str], None]):
+        self.run, self.jobs, self.nproc, self.say = run, jobs, nproc, say
         self.began: dict[str, float] = {}  # running stage -> its start
         self._executing = run.path / ".executing"  # apart from the executed ones, none of which is ever incomplete
         self._server: ForkServer | None = None
@@ -322,7 +319,6 @@ class _Notebooks:
             **dict.fromkeys(limits, str(threads)),
             **self.run.environment(),
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # debugpy's hint on frozen modules, in every notebook
-            **self.environment,
         }
 
 

@@ -14,6 +14,7 @@ from basics import files, names, paths
 from basics.errors import DISK_FULL, ConfigError
 from basics.names import did_you_mean, shown
 from papertrail import run as papertrail_run
+from papertrail import stage as papertrail_stage
 from papertrail.project import Project
 from papertrail.provenance import Fingerprint
 from study import stages
@@ -212,7 +213,7 @@ def _data_folder(given: str) -> str:
 
 
 @dataclass(kw_only=True)
-class Stage(papertrail_run.Stage):
+class Stage(papertrail_stage.Stage):
     """One stage of a run, as its notebook works on it."""
 
     run: Run

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from basics.names import replicate_of
-from papertrail.run import attempts_determinism, read_run_file
+from papertrail import provenance
+from papertrail.run import read_run_file
 from study import launch
 from study.preset import measured_on
 from study.run import Stage
@@ -98,7 +99,7 @@ def train_stage(stage: Stage, inputs: Inputs, folder: Path, progress: Progress |
             launch.launch(stage, nproc, progress or print)  # leaves the finished training that is loaded below
 
     def notes() -> dict[str, Any]:
-        return {"determinism": attempts_determinism(read_run_file(folder) or {"workers": [workers.size]})}
+        return {"determinism": provenance.determinism(read_run_file(folder) or {"workers": [workers.size]})}
 
     trained = train(
         inputs.model,

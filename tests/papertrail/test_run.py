@@ -8,7 +8,8 @@ from shared import flip
 
 from basics import files, paths
 from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
-from papertrail import provenance, run
+from papertrail import provenance
+from papertrail import stage as papertrail_stage
 from papertrail.provenance import Fingerprint
 from papertrail.run import read_run_file
 from study.preset import TRAINED, Preset, load_preset, to_toml
@@ -229,25 +230,25 @@ def test_a_stage_set_aside_by_a_crash_is_back_when_it_is_opened_again():
 def test_two_processes_do_not_work_on_one_stage(monkeypatch):
     stage = open_stage("sft")
     script = (
-        "import sys; from pathlib import Path; from papertrail import run\n"
-        "run.hold(Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from papertrail import stage\n"
+        "stage.hold(Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(stage.partial)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        monkeypatch.setattr(run, "PATIENCE", 0.1)
+        monkeypatch.setattr(papertrail_stage, "PATIENCE", 0.1)
         with pytest.raises(ThreefoldError, match=r"smoke/\.sft\.partial: another process works on this stage"):
             stage.begin(of("sft"))
-        assert run.at_work(stage.run.path) == ".sft.partial"
+        assert papertrail_stage.at_work(stage.run.path) == ".sft.partial"
         other.kill()
         other.wait()
-        monkeypatch.setattr(run, "PATIENCE", 10.0)  # a process that is killed is gone a moment later
+        monkeypatch.setattr(papertrail_stage, "PATIENCE", 10.0)  # a process that is killed is gone a moment later
         folder = stage.begin(of("sft"))
         open_stage("sft").begin(of("sft"))  # a notebook's first cell again, in the same kernel
         (folder / "x").write_text("1")
-        assert run.at_work(stage.run.path) == ".sft.partial"
+        assert papertrail_stage.at_work(stage.run.path) == ".sft.partial"
         stage.finish()
-    assert run.at_work(stage.run.path) == "" and (stage.folder / "x").exists()
+    assert papertrail_stage.at_work(stage.run.path) == "" and (stage.folder / "x").exists()
 
 
 def test_what_a_stage_refuses():

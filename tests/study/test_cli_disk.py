@@ -8,8 +8,8 @@ import pytest
 from shared import call
 
 from basics import paths
-from papertrail import run as run_folder
 from papertrail import scheduler
+from papertrail import stage as run_folder
 from study.cli import disk
 from study.preset import load_preset, to_toml
 from study.run import open_run

@@ -17,7 +17,7 @@ from shared import flip
 
 from basics import files
 from basics.errors import ConfigError, MissingInput
-from papertrail.run import hold, release
+from papertrail.stage import hold, release
 from study.explore import Show, controls, display, open_run, read, results, view
 from threefold.config import SourceConfig
 from threefold.data import sources

@@ -11,7 +11,7 @@ from pathlib import Path
 from basics import paths
 from basics.errors import ConfigError, ThreefoldError
 from papertrail import scheduler
-from papertrail.run import at_work
+from papertrail.stage import at_work
 from study.cli.common import columns, from_here, run_folder, say
 from study.run import run_names
 

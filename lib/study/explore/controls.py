@@ -12,7 +12,7 @@ import ipywidgets
 from IPython.display import display
 
 from basics.errors import ThreefoldError
-from papertrail.run import at_work
+from papertrail.stage import at_work
 from study.explore import read, results, view
 from study.explore.display import Shown, note
 from study.preset import LINEAGE

@@ -16,7 +16,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from basics.errors import ConfigError, DataError
 from basics.names import replicate_of
-from papertrail.run import at_work
+from papertrail.stage import at_work
 from study.comparison import models as naming
 from study.comparison.training import smooth
 from study.explore import display, read
