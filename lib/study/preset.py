@@ -19,6 +19,7 @@ from pydantic_core import to_jsonable_python
 from basics import paths
 from basics.errors import ConfigError
 from basics.names import check_name, did_you_mean, replicate_of, shown
+from study import sizes
 from threefold.config import (
     LENGTHS,
     AtLeastTwo,
@@ -291,6 +292,7 @@ def _inline_toml(value: Any) -> str:
 def validate(preset: Preset, origin: str = "preset") -> Preset:
     """The same preset, if its sections fit together; else ConfigError with the key and what is allowed."""
     try:
+        sizes.check(to_dict(preset), (*TRAINED, "ablations.train"))
         _check_whole(preset)
         for key, source in _sources(preset).items():
             _check_source(key, source)
@@ -359,11 +361,18 @@ def _check_ablations(preset: Preset) -> None:
         raise ConfigError(
             f"ablations.train: leave out steps, tokens and epochs, ablations.steps = {ablations.steps} says how long"
         )
-    try:
-        for variant in ablations.variants:
-            apply_variant(base, ablations.train, variant)
-    except ConfigError as error:
-        raise ConfigError(f"ablations.variants: {error}") from None
+    trainings = {"ablations.base": (base, ablations.train)}
+    for variant in ablations.variants:
+        try:
+            trainings[f"ablations.variants: {variant!r}"] = apply_variant(base, ablations.train, variant)
+        except ConfigError as error:
+            raise ConfigError(f"ablations.variants: {error}") from None
+    for key, (model, train) in trainings.items():
+        changed = {"model": to_dict(model), "ablations": {**to_dict(ablations), "train": to_dict(train)}}
+        try:
+            sizes.check(to_dict(preset) | changed, ("ablations.train",))
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
 
 
 # What a preset says -------------------------------------------------------------------------------------------------
