@@ -4,6 +4,7 @@ It is made from what the run recorded of this stage and its ancestors and from t
 no time and no path, so that the same training writes the same bytes.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +17,10 @@ from basics.files import atomic_write, sha256_file
 from papertrail import records
 from papertrail.plan import ancestors
 from papertrail.run import read_run_file
+from study.chat import forms
 from study.run import Stage
 from threefold.data.sources import registry
+from threefold.data.templates import FORMS
 from threefold.model import hf
 from threefold.training.loop import TrainResult
 
@@ -87,8 +90,18 @@ def _card(stage: Stage, result: TrainResult, lineage: list[Mapping[str, Any]]) -
         warning=warning if restricted else "",
         overlap="searched for and left out" if cleaned else "not left out everywhere",
         sections=tomli_w.dumps(sections),
+        prompts=_prompts(stage),
         use=LOAD_OWN if own else LOAD_STANDARD,
     )
+
+
+def _prompts(stage: Stage) -> str:
+    """How to ask the model, as it stands in its training data."""
+    taught = forms(stage.preset, stage.name)
+    if taught == ["text"]:
+        return "It continues text; it was not taught to answer.\n"
+    shown = "".join(f"- {form}: `{json.dumps(FORMS[form].prompt('MESSAGE'))}`\n" for form in taught)
+    return f"What you ask stands in the place of MESSAGE; the answer follows. `\\n` is the end of a line.\n\n{shown}"
 
 
 def _front(stage: Stage, kind: str, used: list[dict[str, str]]) -> str:

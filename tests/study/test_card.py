@@ -13,6 +13,7 @@ from study import stages
 from study.card import write_card
 from study.run import open_stage
 from threefold.config import ModelConfig
+from threefold.data.templates import dialogue_prompt, instruction_prompt
 from threefold.model import Decoder, export, save_checkpoint
 from threefold.training import TrainResult
 
@@ -78,6 +79,14 @@ def test_the_card_tells_the_whole_lineage_and_the_hub_reads_it(make):
     assert "beta = 0.1" in card.text and "5,678 parameters" in card.text
     for told in (facts["started"], facts["finished"], facts["started"][:10]):
         assert told not in card.text  # or the same training would not write the same bytes
+
+
+def test_the_card_shows_the_prompts_that_the_stage_was_taught(make):
+    cards = {name: (make(name) / "README.md").read_text() for name in ("pretrain", "sft", "dpo")}
+    instruction, dialogue = json.dumps(instruction_prompt("MESSAGE")), json.dumps(dialogue_prompt("MESSAGE"))
+    assert "not taught to answer" in cards["pretrain"]
+    assert f"- instruction: `{instruction}`" in cards["sft"] and dialogue not in cards["sft"]
+    assert f"- instruction: `{instruction}`\n- dialogue: `{dialogue}`\n" in cards["dpo"]
 
 
 def test_a_restricted_source_is_named_as_such(make):

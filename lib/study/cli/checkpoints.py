@@ -5,6 +5,7 @@ from itertools import chain
 from pathlib import Path
 
 from basics.errors import ConfigError
+from study.chat import Speaker
 from study.cli import common
 
 
@@ -13,6 +14,8 @@ def generate(options: argparse.Namespace) -> int:
     with Ctrl-C, which is a good end."""
     if not options.stream and (options.window or options.stop_at_eos):
         raise ConfigError(f"{'--window' if options.window else '--stop-at-eos'} goes with --stream")
+    if options.stream and options.form != "text":
+        raise ConfigError(f"--form {options.form} asks for an answer, which ends; --stream continues a text")
     folder = common.checkpoint(options)
     if any("\ud800" <= char <= "\udfff" for char in options.prompt):
         raise ConfigError("the prompt is not UTF-8: the shell handed over bytes that are no text")
@@ -23,10 +26,15 @@ def generate(options: argparse.Namespace) -> int:
 
     tokenizer = load_tokenizer(folder)
     model = models.load_checkpoint(folder, device=models.pick_device())
-    prompt = tokenizer(options.prompt, verbose=False)["input_ids"]  # verbose: a warning about the length, ours to judge
-    eos, most = tokenizer.eos_token_id, options.max_new_tokens
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     sampling["generator"] = torch.Generator().manual_seed(options.seed)
+    if options.form != "text":
+        answer = Speaker(options.stage, options.form, model, tokenizer).answer
+        for piece in chain(answer(options.prompt, options.max_new_tokens or 64, **sampling), ["\n"]):
+            print(piece, end="", flush=True)
+        return 0
+    prompt = tokenizer(options.prompt, verbose=False)["input_ids"]  # verbose: a warning about the length, ours to judge
+    eos, most = tokenizer.eos_token_id, options.max_new_tokens
     if not options.stream:
         (new,) = models.generate(model, [prompt], most or 64, eos_id=eos, **sampling)
         print(tokenizer.decode([*prompt, *new], skip_special_tokens=True))

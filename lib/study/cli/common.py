@@ -12,6 +12,7 @@ from tabulate import tabulate
 from basics import names, paths
 from basics.errors import ConfigError, MissingInput
 from papertrail.staleness import survey
+from study.preset import lineage
 from study.run import Run, data_dir_of, open_run, run_names
 
 
@@ -67,8 +68,12 @@ def open_intact(name: str, data_dir: str = "") -> Run:
 
 
 def checkpoint(options: argparse.Namespace) -> Path:
-    """The folder of a stage's finished checkpoint, if its files are those the stage wrote."""
+    """The folder of a stage's finished checkpoint, if its files are those the stage wrote. Without a stage: of
+    the last one that the run trains, which is noted in the options."""
     run = open_existing(options.run)
+    options.stage = options.stage or lineage(run.preset)[-1]
+    if options.stage not in run.plan:
+        raise ConfigError(f"run {run.name} trains no {options.stage}; it has {', '.join(lineage(run.preset))}")
     if "model.safetensors" not in run.require(options.stage)["outputs"]:
         raise MissingInput(f"stage {options.stage} of run {run.name} holds no checkpoint")
     return run.intact(options.stage)

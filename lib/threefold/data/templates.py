@@ -12,7 +12,8 @@ Readers and their items:
 | preferences | {"prompt", "chosen", "rejected"}: prompt + chosen and prompt + rejected are the dialogues verbatim |
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from basics.errors import DataError
 from threefold.data.wikitext import natural_text, without_holes
@@ -41,6 +42,32 @@ def review_prompt(sentence: str) -> str:
 def review(item: Mapping) -> str:
     """One labelled review, in the form of a few-shot demonstration of sst2."""
     return f"{review_prompt(item['sentence'])} {LABELS[item['label']]}"
+
+
+def dialogue_prompt(message: str, turns: Sequence[tuple[str, str]] = ()) -> str:
+    """HH-RLHF's form. turns: what was said before, as (message, answer). The answer follows as ` {answer}`."""
+    before = "".join(f"\n\nHuman: {asked}\n\nAssistant: {said}" for asked, said in turns)
+    return f"{before}\n\nHuman: {message}\n\nAssistant:"
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to ask a model. stops: texts that begin something new, at which an answer ends if EOS does not end it.
+    turns: whether `prompt` also takes the turns before."""
+
+    prompt: Callable[..., str]
+    stops: tuple[str, ...] = ()
+    turns: bool = False
+
+
+FORMS = {
+    "dialogue": Form(dialogue_prompt, ("\n\nHuman:",), turns=True),
+    # "Give the last word. ### Words: pie hen net": what stands behind ### is the input
+    "instruction": Form(lambda message: instruction_prompt(*message.split(" ### ", 1)), ("\n###",)),
+    "question": Form(problem_prompt, ("Question:",)),
+    "text": Form(lambda message: message),
+}
+FORM_OF_READER = {"preferences": "dialogue", "instructions": "instruction", "problems": "question"}  # others: text
 
 
 def as_prompt_response(reader: str, item: Mapping) -> tuple[str, str]:
