@@ -22,7 +22,7 @@ from study.preset import load_preset
 from threefold.config import ModelConfig, TrainConfig
 from threefold.model import Decoder
 from threefold.training import distributed
-from threefold.training import optimizers as optim
+from threefold.training.loop import build_optimizers
 from threefold.training.numerics import choose
 
 VOCABULARY = 50258  # GPT-2's and a sink
@@ -126,7 +126,7 @@ def check(workers: distributed.Workers, rounds: int, rows: int) -> None:
     for copy in copies:
         copy.grad = torch.full_like(copy, 1e-6)
     adamw = torch.optim.AdamW(copies, fused=True)
-    optimizers = optim.build(decoder, TrainConfig(optimizer="muon"))
+    optimizers = build_optimizers(decoder, TrainConfig(optimizer="muon"))
     buffer = torch.zeros(model.gradient_bytes // 4, device=device)
 
     def alone(n: int) -> None:

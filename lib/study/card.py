@@ -22,7 +22,7 @@ from study.run import Stage
 from threefold.data.sources import registry
 from threefold.data.templates import FORMS
 from threefold.model import hf
-from threefold.training.loop import TrainResult
+from threefold.training import TrainResult
 
 # The hub's names of the licences in data/sources.toml; any other licence is "other" there.
 LICENCES = {"CC0 1.0": "cc0-1.0", "CC BY-SA 3.0": "cc-by-sa-3.0", "CC BY-NC 4.0": "cc-by-nc-4.0", "MIT": "mit"}

@@ -22,7 +22,8 @@ from threefold.data.tokenizer import load_tokenizer, with_sinks
 from threefold.model.decoder import Decoder
 from threefold.model.hf import load_checkpoint
 from threefold.training import distributed
-from threefold.training.loop import RESULT, Progress, Trained, train
+from threefold.training.loop import RESULT, Trained, train
+from threefold.training.monitor import Progress
 from threefold.training.objectives import Distillation, NextToken, Objective, Preference, half_depth
 
 

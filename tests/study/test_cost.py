@@ -12,6 +12,7 @@ from study.preset import load_preset
 from threefold.config import ModelConfig, TrainConfig
 from threefold.model.decoder import Decoder
 from threefold.training import optimizers
+from threefold.training.loop import build_optimizers
 
 SMALL = ModelConfig(n_layer=2, d_model=32, n_head=4, n_kv_head=2, d_ff=48, context=24, vocab_size=61)
 
@@ -38,7 +39,7 @@ def test_operations_of_newton_schulz_are_those_that_torch_counts(shape):
 
 
 def test_muon_trains_the_matrices_that_are_counted_and_workers_share_them():
-    muon = next(o for o in optimizers.build(Decoder(SMALL), TrainConfig()) if isinstance(o, optimizers.Muon))
+    muon = next(o for o in build_optimizers(Decoder(SMALL), TrainConfig()) if isinstance(o, optimizers.Muon))
     shapes = [tuple(p.shape) for group in muon.param_groups for p in group["params"]]
     model = cost.Model.of(SMALL)
     assert {shape: shapes.count(shape) for shape in shapes} == model.hidden

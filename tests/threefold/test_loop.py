@@ -16,12 +16,11 @@ from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import IGNORE, pack_documents, pack_examples, pack_pairs
 from threefold.model.decoder import Decoder
 from threefold.model.hf import load_checkpoint
-from threefold.training import half_depth, loop, numerics
+from threefold.training import half_depth, held_out_loss, loop, monitor, numerics
 from threefold.training.feed import Feed
 from threefold.training.loop import Trained, train
 from threefold.training.objectives import Distillation, Loss, NextToken, Preference
 from threefold.training.state import curve, read_metrics
-from threefold.training.step import held_out_loss
 
 EOS, SINK, VOCABULARY = 0, 1, 37
 TINY = ModelConfig(n_layer=2, d_model=16, n_head=2, d_ff=24, context=24, vocab_size=VOCABULARY)
@@ -228,14 +227,14 @@ def test_resumed_preferences_are_bit_identical(pairs, tmp_path, monkeypatch):
     straight = preferred(tmp_path / "a")
     saves = []
 
-    def interrupt(folder, state, values, save=loop.save_state):
+    def interrupt(folder, state, values, save=monitor.save_state):
         save(folder, state, values)
         saves.append(state.step)
         if len(saves) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "save_state", interrupt)
+        patch.setattr(monitor, "save_state", interrupt)
         preferred(tmp_path / "b")
     assert saves == [2, 4]
     resumed = preferred(tmp_path / "b")
@@ -445,7 +444,7 @@ def test_no_memory_names_the_settings_to_change(text, tmp_path):
 def test_progress_comes_in_few_messages(text, tmp_path, monkeypatch):
     said = []
     clock = iter(range(10**6))  # every look at the clock is a second later
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: float(next(clock)))
     config = TrainConfig(steps=300, batch_size=1, evaluate_every=-1)
     run(model(), text, config, tmp_path, progress=said.append, name="pretrain")
     assert "300 steps of 1 rows" in said[0] and "fp32" in said[0]

@@ -10,7 +10,8 @@ from basics.errors import TrainingError
 from threefold.config import ModelConfig, TrainConfig
 from threefold.model.decoder import Decoder
 from threefold.training import optimizers
-from threefold.training.optimizers import Muon, build, learning_rate_factor, orthogonalise, set_learning_rate
+from threefold.training.loop import build_optimizers
+from threefold.training.optimizers import Muon, learning_rate_factor, orthogonalise, set_learning_rate
 
 TINY = ModelConfig(n_layer=2, d_model=16, n_head=2, d_ff=24, context=16, vocab_size=31, tie_embeddings=False, bias=True)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -53,7 +54,7 @@ def test_orthogonalise_brings_singular_values_near_one():
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_only_matrices_decay(kind):
     model = Decoder(TINY)
-    made = build(model, TrainConfig(optimizer=kind, weight_decay=0.1))
+    made = build_optimizers(model, TrainConfig(optimizer=kind, weight_decay=0.1))
     decay = {id(p): group["weight_decay"] for o in made for group in o.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))  # each one once
     for name, parameter in model.named_parameters():
@@ -67,7 +68,7 @@ def test_only_matrices_decay(kind):
 
 def test_learned_positions_are_embeddings():
     model = Decoder(replace(TINY, position="learned"))
-    made = build(model, TrainConfig(optimizer="muon", weight_decay=0.1))
+    made = build_optimizers(model, TrainConfig(optimizer="muon", weight_decay=0.1))
     group = next(g for g in made[0].param_groups if any(p is model.position.weight for p in g["params"]))
     assert group["weight_decay"] == 0
 
@@ -75,7 +76,9 @@ def test_learned_positions_are_embeddings():
 def test_adamw_takes_the_step_of_the_paper():
     model = torch.nn.Module()
     model.matrix = torch.nn.Parameter(torch.full((2, 2), 3.0))
-    (adamw,) = build(model, TrainConfig(optimizer="adamw", learning_rate=0.1, weight_decay=0.5, beta1=0.9, beta2=0.95))
+    (adamw,) = build_optimizers(
+        model, TrainConfig(optimizer="adamw", learning_rate=0.1, weight_decay=0.5, beta1=0.9, beta2=0.95)
+    )
     value, first, second = 3.0, 0.0, 0.0
     for step, gradient in enumerate((0.5, -2.0, 1.0), start=1):
         model.matrix.grad = torch.full((2, 2), gradient)
@@ -89,7 +92,7 @@ def test_adamw_takes_the_step_of_the_paper():
 def test_nothing_to_train():
     model = Decoder(TINY).requires_grad_(False)
     with pytest.raises(TrainingError, match="frozen"):
-        build(model, TrainConfig())
+        build_optimizers(model, TrainConfig())
 
 
 def factors(steps: int = 100, **settings) -> list[float]:
@@ -112,7 +115,7 @@ def test_schedules_warm_up_and_end_where_they_say():
 
 
 def test_a_factor_scales_every_groups_own_rate():
-    made = build(Decoder(TINY), TrainConfig(optimizer="muon", learning_rate=1e-3, muon_learning_rate=0.02))
+    made = build_optimizers(Decoder(TINY), TrainConfig(optimizer="muon", learning_rate=1e-3, muon_learning_rate=0.02))
     set_learning_rate(made, 0.5)
     set_learning_rate(made, 0.25)  # of the full rate, not of the last one
     assert {group["lr"] for o in made for group in o.param_groups} == {0.25e-3, 0.005}

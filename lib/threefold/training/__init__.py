@@ -1,6 +1,8 @@
 """Training: one loop, three objectives, two optimizers."""
 
-from threefold.training.loop import Trained, TrainResult, train
+from threefold.training.forward import held_out_loss
+from threefold.training.loop import Trained, train
+from threefold.training.monitor import TrainResult
 from threefold.training.objectives import (
     Distillation,
     Loss,
@@ -11,31 +13,18 @@ from threefold.training.objectives import (
     reference_logprobs,
 )
 from threefold.training.state import curve, read_metrics
-from threefold.training.step import held_out_loss
-from threefold.training.timing import KernelTiming, Timing, time_kernels
-from threefold.training.variants import (
-    SourceRows,
-    VariantResult,
-    VariantRun,
-    load_variant,
-    run_variants,
-    time_variants,
-    variant_configs,
-)
+from threefold.training.timing import time_kernels
+from threefold.training.variants import SourceRows, load_variant, run_variants, time_variants
 
 __all__ = [
     "Distillation",
-    "KernelTiming",
     "Loss",
     "NextToken",
     "Objective",
     "Preference",
     "SourceRows",
-    "Timing",
     "TrainResult",
     "Trained",
-    "VariantResult",
-    "VariantRun",
     "curve",
     "half_depth",
     "held_out_loss",
@@ -46,5 +35,4 @@ __all__ = [
     "time_kernels",
     "time_variants",
     "train",
-    "variant_configs",
 ]

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from basics.errors import ConfigError
@@ -137,12 +139,9 @@ def split(model: nn.Module, root: nn.Module, device: str, workers: Workers) -> N
     Each block is gathered when it is computed and freed afterwards. Weights are gathered in fp32 and cast by autocast,
     as in one process: exact, at twice the traffic of gathering them in bf16.
     """
-    from torch.distributed.fsdp import fully_shard
-
     mesh = dist.init_device_mesh(device, (workers.size,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(root, mesh=mesh)
+    for module in (*model.blocks, root):
+        fully_shard(module, mesh=mesh)
 
 
 def replicated(module: nn.Module) -> DistributedDataParallel:
@@ -152,36 +151,29 @@ def replicated(module: nn.Module) -> DistributedDataParallel:
 
 def synchronised(module: nn.Module, last: bool) -> AbstractContextManager:
     """The context of one of a step's micro-batches: gradients are exchanged with the last one only."""
-    if isinstance(module, DistributedDataParallel):
-        return nullcontext() if last else module.no_sync()
-    if hasattr(module, "set_requires_gradient_sync"):  # FSDP2's
+    if isinstance(module, DistributedDataParallel) and not last:
+        return module.no_sync()
+    if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
     return nullcontext()
 
 
-def is_split(value: Any) -> bool:
-    """Whether this is a tensor that is split over the workers."""
-    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
-
-
 def whole(tensor: Tensor) -> Tensor:
     """The complete tensor; itself if it is not split. All workers must call this together."""
-    return tensor.full_tensor() if is_split(tensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def split_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A complete tensor, equal on all workers, split as another one of its shape; itself if that is not split."""
-    if not is_split(like):
+    if not isinstance(like, DTensor):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole_model(model: Decoder) -> Decoder:
     """The model with all its weights; where it is split over workers a new one in host memory, on each of them."""
-    if not any(map(is_split, model.parameters())):
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return model
-    whole = Decoder(model.config, model.attention)
-    whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
-    return whole
+    complete = Decoder(model.config, model.attention)
+    complete.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    return complete

@@ -18,8 +18,8 @@ class Feed:
     Packed rows are shuffled for each epoch by (seed, epoch). A step may span two epochs, so every batch is full.
     `replay`: other rows that make up `config.replay` of the rows of all steps, in a seeded order of their own.
 
-    Worker `rank` takes every `workers`-th of each step's rows, so that all workers together take the rows that one
-    process would, each of them long and short ones alike. Its micro-batches hold at most `batch_size` of them.
+    Worker `rank` takes every `workers`-th of each step's rows: together the workers take the rows that one process
+    would, and each gets long and short ones. A worker's micro-batches hold at most `batch_size` rows.
 
     Raises ConfigError for a training without a length, a replay without rows or a batch that the workers cannot share
     evenly, DataError for no rows at all.
@@ -47,15 +47,13 @@ class Feed:
             )
         self.micro_batch = next(n for n in range(min(each, config.batch_size), 0, -1) if each % n == 0)
         self.accumulate = each // self.micro_batch
-        self.share = config.replay
         self.replay = replay if config.replay > 0 else None
-        own = self.batch_size * (1 - self.share)
         if config.steps > 0:
             self.steps = config.steps
         elif config.tokens > 0:
             self.steps = rows.steps(self.batch_size, tokens=config.tokens)
         else:
-            self.steps = rows.steps(own, epochs=config.epochs)
+            self.steps = rows.steps(self.batch_size * (1 - config.replay), epochs=config.epochs)
 
     @property
     def positions(self) -> int:
@@ -77,13 +75,12 @@ class Feed:
             for pairs_P in pairs_SP[start:]:
                 yield [next(batches) for _ in range(self.accumulate)], pairs_P.tolist()
             return
-        orders = [EpochOrder(len(self.rows), (self.seed, 0))]
-        if self.replay is not None:
-            orders.append(EpochOrder(len(self.replay), (self.seed, 1)))
+        own_order = EpochOrder(len(self.rows), (self.seed, 0))
+        replay_order = EpochOrder(len(self.replay), (self.seed, 1)) if self.replay is not None else None
         for step in range(start, self.steps):
-            before, after = (math.floor(s * self.batch_size * self.share + 1e-9) for s in (step, step + 1))
-            own = orders[0].take(step * self.batch_size - before, (step + 1) * self.batch_size - after)
-            replayed = orders[1].take(before, after) if self.replay is not None else own[:0]
+            before, after = (math.floor(s * self.batch_size * self.config.replay + 1e-9) for s in (step, step + 1))
+            own = own_order.take(step * self.batch_size - before, (step + 1) * self.batch_size - after)
+            replayed = replay_order.take(before, after) if replay_order is not None else own[:0]
             mine = np.concatenate([own, replayed])[self.rank :: self.workers]
             n_own = len(own[self.rank :: self.workers])
             yield [self._batch(mine[i : i + size], n_own - i) for i in range(0, len(mine), size)], own.tolist()

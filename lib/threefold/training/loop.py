@@ -4,18 +4,16 @@ The loop waits for the device only when it writes metrics. An interrupted traini
 CPU).
 """
 
-import contextlib
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from basics.errors import DISK_FULL, TrainingError
+from basics.errors import TrainingError
 from basics.files import damaged, read_note, sha256_tree, write_note
 from threefold.config import TrainConfig
 from threefold.data.packing import PackedRows, PairedRows
@@ -24,57 +22,16 @@ from threefold.model.decoder import Decoder
 from threefold.model.hf import WEIGHTS, load_checkpoint, save_checkpoint
 from threefold.training import distributed
 from threefold.training.feed import Feed
-from threefold.training.numerics import choose, matmul_flops
-from threefold.training.objectives import MicroBatch, Objective
-from threefold.training.optimizers import learning_rate_factor
-from threefold.training.progress import Console, duration
-from threefold.training.state import (
-    STATE,
-    Metrics,
-    State,
-    collect,
-    different,
-    load_state,
-    restore,
-    save_state,
-    system_errors,
-    tensors_digest,
-)
-from threefold.training.step import TrainStep, memory_errors
-
-Progress = Callable[[str], None]
+from threefold.training.forward import CompiledForward, ForwardPass, mean_loss
+from threefold.training.monitor import Monitor, Progress, TrainResult
+from threefold.training.numerics import Numerics, choose
+from threefold.training.objectives import HiddenStates, MicroBatch, Objective
+from threefold.training.optimizers import Muon, learning_rate_factor, set_learning_rate
+from threefold.training.state import STATE, State, different, load_state, restore, system_errors, tensors_digest
 
 RESULT = "training.json"  # written last: result, identity and file hashes of a finished training
-CHECKPOINT_SECONDS = 60.0  # between resumable states unless the config says
-FLUSH_SECONDS = 2.0  # between metrics on a GPU: each time the host waits for it
 # Settings that do not change what is trained: a training may be resumed with other values of these.
 _NOT_IDENTITY = ("precision", "compile", "shard", "checkpoint_every", "evaluate_every")
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Summary of a training. Losses are nats per token (preferences: per pair)."""
-
-    name: str
-    steps: int
-    tokens: int  # trained on, without padding and sinks
-    padding: int  # positions computed in vain
-    seconds: float  # wall-clock, in training steps
-    evaluation_seconds: float  # in held-out losses
-    tokens_per_second: float
-    loss_first: float  # of the first step
-    loss_last: float  # mean of the last tenth of the steps
-    parameters: int
-    note: str  # device, precision, compiler
-    workers: int = 1  # processes that trained together
-    matmul_flops: float | None = None  # CPUs only: FLOP/s of matrix products (`numerics.matmul_flops`) at the end
-    heldout: list[dict[str, float]] = field(default_factory=list)  # {"step", "tokens", "loss", ...}, first to last
-    spikes: list[dict[str, float]] = field(default_factory=list)  # of the loss, see `State.spike`
-
-    @property
-    def heldout_loss(self) -> float | None:
-        """The held-out loss after the last step."""
-        return self.heldout[-1]["loss"] if self.heldout else None
 
 
 @dataclass(frozen=True)
@@ -150,21 +107,30 @@ def train(
         return Trained(model, TrainResult(**done["result"]), folder, done["notes"])
     folder.mkdir(parents=True, exist_ok=True)
     objective.prepare(model, rows, heldout, config, folder, device)
-    training = _Training(model, objective, feed, config, folder, identity, heldout, device, progress, name)
-    with training.running() as step:
-        for batches, numbers in feed.run(training.state.step):
+    keep_freed_memory()
+    numerics = choose(config, sum(p.numel() for p in model.parameters()), feed.positions, device)
+    step = TrainStep(model, objective, config, numerics)
+    state, restored = load_state(folder, identity) or (State(identity), {})
+    if restored:
+        restore(restored, model, step.optimizers)
+        restored.clear()  # a second copy of the weights and the optimizers' states
+    evaluate = None
+    if heldout is not None:
+        evaluate = partial(mean_loss, step.module, objective.for_heldout(), heldout, feed.micro_batch, numerics)
+    monitor = Monitor(name, step, feed, config, folder, state, evaluate, progress)
+    with monitor.running():
+        for batches, numbers in feed.run(state.step):
             batches = [MicroBatch.of(batch) for batch in batches]
             counts = [(batch.weight, batch.tokens, batch.padding) for batch in batches]
             weight, tokens, padding = workers.totals(*map(sum, zip(*counts, strict=True)))
-            taken, shape = training.state.step, " x ".join(map(str, batches[0].tokens_BT.shape))
-            with memory_errors(f"{name}: out of memory in step {taken + 1} with {shape} positions at a time", config):
+            factor, shape = learning_rate_factor(state.step, feed.steps, config), batches[0].tokens_BT.shape
+            with monitor.memory_errors(f"in step {state.step + 1} with {shape[0]} x {shape[1]} positions at a time"):
                 names, values = step.gradients(batches, max(1, weight))
-                if step.numerics.synchronous:  # stop before the weights are spoilt
-                    training.check(values.tolist(), taken + 1, numbers)
-                factor = learning_rate_factor(taken, feed.steps, config)
+                if numerics.synchronous:  # stop before the weights are spoilt
+                    monitor.check(values.tolist(), state.step + 1, numbers)
                 step.update(factor)
-            training.after_step(numbers, tokens, padding, config.learning_rate * factor, names, values)
-    result, model, noted = training.result(), distributed.whole_model(model), dict(notes())
+            monitor.after_step(numbers, tokens, padding, config.learning_rate * factor, names, values)
+    result, model, noted = monitor.result(), distributed.whole_model(model), dict(notes())
     if workers.first:
         with system_errors(f"{folder.name}/{WEIGHTS}"):
             save_checkpoint(folder, model, tokenizer)
@@ -195,186 +161,106 @@ def _is_note(path: Path) -> bool:
     return path.suffix == ".json" and read_note(path) is not None
 
 
-class _Training:
-    """What surrounds the steps of one call of `train`: metrics, held-out losses, states and messages."""
+class TrainStep:
+    """A model on its device with its optimizers. `gradients` and `update` together are one training step.
 
-    def __init__(self, model, objective, feed, config, folder, identity, heldout, device, progress, name):
-        self.model, self.objective, self.feed, self.config = model, objective, feed, config
-        self.folder, self.heldout, self.name = folder, heldout, name
-        self.workers = distributed.current()
-        self.say = Console(progress if self.workers.first else lambda message: None)
+    In a process that has joined others, each worker holds a copy of the model (DDP) or a part of it (FSDP2), and
+    gradients are summed over the workers: a step equals that of one process.
+
+    Args:
+        model, objective, config: as in `train`.
+        numerics: device, precision and compiler.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective, config: TrainConfig, numerics: Numerics):
+        self.model, self.objective, self.numerics, self.clip = model, objective, numerics, config.clip
         self.n_parameters = sum(p.numel() for p in model.parameters())
-        self.numerics = choose(config, self.n_parameters, feed.positions, device)
-        self.evaluator = objective.for_heldout() if heldout is not None else objective
-        self.unit = "pairs" if isinstance(feed.rows, PairedRows) else "rows"
-        self.split = distributed.to_be_split(config.shard, self.n_parameters, self.numerics.device, self.workers)
-        many = f"{self.workers.size} workers {'that split the model' if self.split else 'with a copy each'}; "
-        self.note = (many if self.workers.size > 1 else "") + self.numerics.note
-        self.state, self.restored = load_state(folder, identity) or (State(identity), {})
-        self.saved_step = self.first_step = self.state.step
-        # of steps whose metrics are not yet written: what the host knows, their rows, names and values on the device
-        self.pending: list[tuple[dict[str, Any], list[int], list[str], Tensor]] = []
+        self.workers = distributed.current()
+        split = distributed.to_be_split(config.shard, self.n_parameters, numerics.device, self.workers)
+        many = f"{self.workers.size} workers {'that split the model' if split else 'with a copy each'}; "
+        self.note = (many if self.workers.size > 1 else "") + numerics.note
+        self.module = self.trained = ForwardPass(model)
+        self.forward: HiddenStates = model
+        objective.to(numerics.device)
+        if split:
+            distributed.split(model, self.module, numerics.device, self.workers)
+        else:
+            model.to(numerics.device)
+            if self.workers.size > 1:
+                self.trained = distributed.replicated(self.module)
+        if numerics.compile:
+            if split:  # block by block, as they are gathered
+                for block in model.blocks:
+                    block.forward = torch.compile(block.forward, dynamic=False)
+            else:
+                self.forward = CompiledForward(model)
+            objective.compile(CompiledForward)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizers = build_optimizers(model, config)
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[TrainStep]:
-        """The model and the optimizers are ready for steps inside the block."""
-        keep_freed_memory()
-        self.step = TrainStep(self.model, self.objective, self.config, self.numerics, self.split)
-        if self.restored:
-            restore(self.restored, self.model, self.step.optimizers)
-            self.restored = {}
-        resumed = f", resumed after step {self.state.step}" if self.state.step else ""
-        self.say(
-            f"{self.name}: {self.feed.steps} steps of {self.feed.batch_size} {self.unit}{resumed}; "
-            f"{self.n_parameters:,} parameters; {self.note}"
-        )
-        self.metrics = Metrics(self.folder, self.state.step) if self.workers.first else None
-        was_training = self.model.training
-        self.model.train()
-        try:
-            if self.heldout is not None and not self.state.heldout:
-                self._evaluate()
-            self.begun = self.mark = self.saved_at = time.perf_counter()
-            self.next_message = self.begun + self.say.pause(0) / 2
-            yield self.step
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            raise TrainingError(
-                f"{self.name}: {error.strerror} after step {self.state.step}; {self._last_state()}. Free some space: "
-                "the same command resumes from there"
-            ) from error
-        finally:
-            self.say.close()
-            with contextlib.suppress(OSError):  # of a full disk, which is reported already
-                if self.metrics:
-                    self.metrics.close()
-            self.model.train(was_training)
-            self.model.zero_grad(set_to_none=True)
+    def gradients(self, batches: Sequence[MicroBatch], weight: int) -> tuple[list[str], Tensor]:
+        """Compute the gradients of a step and clip their norm.
 
-    def after_step(self, rows, tokens: int, padding: int, rate: float, names: list[str], values: Tensor) -> None:
-        """Count a step. Write metrics, evaluate, save the state and report progress, each when it is due."""
-        state, steps, every = self.state, self.feed.steps, self.config.evaluate_every
-        state.step += 1
-        state.tokens += tokens
-        state.padding += padding
-        self.pending.append(({"step": state.step, "tokens": state.tokens, "lr": rate}, rows, names, values))
-        now = time.perf_counter()
-        if self.numerics.synchronous or now - self.mark >= FLUSH_SECONDS or state.step == steps:
-            self._flush()
-        if self.heldout is not None and (state.step == steps or (every > 0 and state.step % every == 0)):
-            self._flush()
-            self._evaluate()
-        if self._checkpoint_due():
-            self._flush()
-            self._save()
-        if now >= self.next_message and state.step < steps:
-            self._flush()
-            left = (now - self.begun) / (state.step - self.first_step) * (steps - state.step)
-            message = f"{self.name} {state.step}/{steps}: {self.latest}, {duration(left)} left"
-            self.say.state(message, state.step / steps)
-            self.next_message = now + self.say.pause(now - self.begun)
+        Args:
+            batches: this worker's micro-batches.
+            weight: what the sum of all workers' losses is divided by: their targets, or pairs.
 
-    def _flush(self) -> None:
-        """Write the metrics of the steps since the last time; the host waits for the device here."""
-        if not self.pending:
-            return
-        table = torch.stack([values for *_, values in self.pending]).tolist()
-        for (line, rows, _, _), values in zip(self.pending, table, strict=True):
-            self.check(values, line["step"], rows)
-        state, now, lines = self.state, time.perf_counter(), []
-        speed, seconds = (state.tokens - state.metered) / max(1e-9, now - self.mark), (now - self.mark) / len(table)
-        state.metered, self.mark = state.tokens, now
-        for (line, _, names, _), values in zip(self.pending, table, strict=True):
-            state.seconds += seconds
-            spike = state.add_loss(line["step"], values[0], self.feed.steps)
-            if spike:
-                self.say(
-                    f"{self.name}: the loss rose to {spike['loss']:.4f} in step {spike['step']} "
-                    f"(median before {spike['median']:.4f})"
-                )
-            timing = {"tokens_per_second": round(speed, 1), "seconds": round(state.seconds, 4)}
-            lines.append(
-                {**line, **dict(zip(names, values, strict=True)), **timing, **({"spike": True} if spike else {})}
-            )
-        if self.metrics:
-            self.metrics.write(lines)
-        self.pending.clear()
-        more = "".join(f", {name.replace('_', ' ')} {lines[-1][name]:.3f}" for name in names[2:])
-        self.latest = f"loss {lines[-1]['loss']:.4f}{more}, {speed:,.0f} tokens/s"
+        Returns:
+            Names and values [k], on the device: "loss", "grad_norm" (before clipping) and the objective's metrics.
+        """
+        sums: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches, 1):
+            with distributed.synchronised(self.trained, number == len(batches)):
+                with self.numerics.autocast():
+                    loss, metrics = self.trained(self.objective, self.forward, batch.to(self.numerics.device))
+                # gradients are averaged over the workers; multiplied by their number that is the sum
+                (loss * self.workers.size / weight).backward()
+            for key, value in {"loss": loss.detach(), **metrics}.items():
+                sums[key] = sums[key] + value if key in sums else value
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = distributed.whole(torch.nn.utils.get_total_norm(gradients, foreach=True))
+        if self.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm, foreach=True)
+        means = self.workers.sum(torch.stack(list(sums.values()))) / weight
+        return ["loss", "grad_norm", *list(sums)[1:]], torch.cat([means[:1], norm.unsqueeze(0), means[1:]])
 
-    def _evaluate(self) -> None:
-        state, started = self.state, time.perf_counter()
-        with memory_errors(f"{self.name}: out of memory in the held-out loss after step {state.step}", self.config):
-            values = self.step.evaluate(self.evaluator, self.heldout, self.feed.micro_batch)
-        self.model.train()
-        if not math.isfinite(values["loss"]):
-            raise TrainingError(
-                f"{self.name}: the held-out loss is {values['loss']} after step {state.step}; {self._last_state()}"
-            )
-        state.heldout.append({"step": state.step, "tokens": state.tokens, **values})
-        if self.metrics:
-            line = {f"heldout_{key}": value for key, value in values.items()}
-            self.metrics.write([{"step": state.step, "tokens": state.tokens, **line}])
-        self.mark = time.perf_counter()
-        state.evaluation_seconds += self.mark - started
+    def update(self, learning_rate_factor: float = 1.0) -> None:
+        """Change the weights by the gradients, and clear these."""
+        set_learning_rate(self.optimizers, learning_rate_factor)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-    def _checkpoint_due(self) -> bool:
-        step, every = self.state.step, self.config.checkpoint_every
-        if step == self.feed.steps or every > 0:
-            return step == self.feed.steps or step % every == 0
-        return self.workers.agreed(time.perf_counter() - self.saved_at >= CHECKPOINT_SECONDS)
 
-    def _save(self) -> None:
-        values = collect(self.model, self.step.optimizers)
-        if self.workers.first:
-            save_state(self.folder, self.state, values)
-        self.saved_step = self.state.step
-        self.mark = self.saved_at = time.perf_counter()
+def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of a model: AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
 
-    def check(self, values: list[float], step: int, rows: list[int]) -> None:
-        """Raise TrainingError if the loss or the gradient norm of a step is not finite."""
-        loss, norm = values[:2]
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        what, other = f"loss is {loss}", f"gradient norm {norm:.4g}"
-        if math.isfinite(loss):
-            what, other = f"gradient norm is {norm}", f"loss {loss:.4f}"
-        shown = ", ".join(map(str, rows[:32])) + (f" and {len(rows) - 32} more" if len(rows) > 32 else "")
-        rate = "learning_rate" if self.config.optimizer == "adamw" else "learning_rate and muon_learning_rate"
-        raise TrainingError(
-            f"{self.name}: the {what} in step {step} ({self.unit} {shown}), {other}; "
-            f"{self._last_state()}. Lower {rate}, or look at these {self.unit}"
-        )
+    Hidden matrices are the 2-D weights inside the blocks. They and an untied output head decay; embeddings, norms and
+    biases do not. Every parameter group keeps its full learning rate as `base_lr`; `set_learning_rate` scales it.
 
-    def _last_state(self) -> str:
-        if self.saved_step:
-            return f"the last good state is that of step {self.saved_step}, in {self.folder.name}/{STATE}"
-        return "no state was saved before it"
-
-    def result(self) -> TrainResult:
-        state, numerics = self.state, self.numerics
-        rate = matmul_flops(torch.bfloat16 if numerics.bf16 else torch.float32) if numerics.device == "cpu" else None
-        result = TrainResult(
-            name=self.name,
-            steps=state.step,
-            tokens=state.tokens,
-            padding=state.padding,
-            seconds=round(state.seconds, 3),
-            evaluation_seconds=round(state.evaluation_seconds, 3),
-            tokens_per_second=round(state.tokens / max(1e-9, state.seconds), 1),
-            loss_first=state.loss_first,
-            loss_last=state.loss_end[0] / state.loss_end[1],
-            parameters=self.n_parameters,
-            note=self.note,
-            workers=self.workers.size,
-            matmul_flops=self.workers.sum(torch.tensor(rate)).item() if rate else None,
-            heldout=state.heldout,
-            spikes=state.spikes,
-        )
-        heldout = f", held-out {result.heldout[0]['loss']:.4f} -> {result.heldout_loss:.4f}" if result.heldout else ""
-        self.say(
-            f"{self.name}: done, loss {result.loss_first:.4f} -> {result.loss_last:.4f}{heldout}; "
-            f"{result.tokens:,} tokens in {duration(result.seconds)} ({result.tokens_per_second:,.0f}/s)"
-        )
-        return result
+    Raises TrainingError for a model whose parameters are all frozen.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = {name: p for name, p in parameters.items() if p.ndim == 2 and id(p) not in embeddings}
+    plain = [parameter for name, parameter in parameters.items() if name not in matrices]
+    # `unembed`: an untied output head, as the decoder names it
+    hidden = [parameter for name, parameter in matrices.items() if not name.startswith("unembed.")]
+    head = [parameter for name, parameter in matrices.items() if name.startswith("unembed.")]
+    muon, decay = config.optimizer == "muon", config.weight_decay
+    groups = [
+        {"params": head if muon else hidden + head, "weight_decay": decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups := [group for group in groups if group["params"]]:
+        settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": 1e-8}
+        optimizers.append(torch.optim.AdamW(groups, fused=True, **settings))
+    if muon and hidden:
+        settings = {"lr": config.muon_learning_rate, "weight_decay": decay, "momentum": 0.95}
+        optimizers.append(Muon(hidden, fp32=config.precision == "fp32", **settings))
+    if not optimizers:
+        raise TrainingError("the model has no parameter to train: every one of them is frozen")
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["base_lr"] = group["lr"]
+    return optimizers

@@ -1,8 +1,8 @@
-"""Which device, number format and compiler a stage uses, and one line that says so.
+"""The device, number format and compiler that a stage uses, and one line that reports them.
 
-bf16 is chosen only where the hardware multiplies it fast: NVIDIA GPUs that have it, CPUs with AMX or AVX512-BF16.
-Elsewhere it is emulated and slower than fp32. Flags decide and not a probe: a run on a busy machine must take the same
-steps as one on an idle one.
+bf16 is chosen only where the hardware multiplies it fast: on NVIDIA GPUs that have it and on CPUs with AMX or
+AVX512-BF16. Elsewhere it is emulated and slower than fp32. Hardware flags decide, not a measurement, so that a run on a
+busy machine takes the same steps as one on an idle machine.
 """
 
 import os
@@ -18,15 +18,15 @@ from basics.errors import ConfigError
 from threefold.config import TrainConfig
 from threefold.model.device import pick_device
 
-# Compiling costs up to a minute with a cold cache and saves about a third of a step: it pays from a few minutes of
-# training on. What a device trains at is only needed to within a factor of two.
+# Compiling takes up to a minute with a cold cache and saves about a third of a step, so it pays off after a few minutes
+# of training. The FLOP/s that a device trains at are only needed to within a factor of two.
 FLOPS = {"cpu": 1.5e11, "cuda": 1.5e14}
 COMPILE_FROM_SECONDS = 240
 
 
 @dataclass(frozen=True)
 class Numerics:
-    """The choices, fixed for a stage and kept over a resume."""
+    """The choices for one stage."""
 
     device: str
     bf16: bool
@@ -35,11 +35,11 @@ class Numerics:
 
     @property
     def synchronous(self) -> bool:
-        """Whether reading a result makes nothing wait: a CPU has computed it by then, a GPU has not."""
+        """Whether a result is there as soon as its operation returns: on a CPU, not on a GPU."""
         return self.device == "cpu"
 
     def autocast(self) -> AbstractContextManager:
-        """The context a forward pass runs in: weights stay fp32, matrix products are bf16 where chosen."""
+        """The context of a forward pass: weights stay fp32; matrix products are bf16 if that was chosen."""
         return torch.autocast(self.device, torch.bfloat16) if self.bf16 else nullcontext()
 
 
@@ -57,13 +57,13 @@ def fast_bf16(device: str | torch.device) -> bool:
     return _fast_bf16(torch.device(device).type)
 
 
-# Rows, inner size and columns of products that keep a CPU busy; which is fastest differs between libraries.
+# Rows, inner size and columns of products that keep a CPU busy. Which is fastest differs between libraries.
 SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 704, 256), (4096, 256, 1024))
 
 
 def matmul_flops(dtype: torch.dtype, seconds: float = 0.1) -> float:
-    """FLOP/s that the CPU multiplies matrices of this format with, now and with this process's threads: the fastest of
-    `SHAPES`, each timed for so many seconds. Results are written in place; nothing is allocated."""
+    """FLOP/s at which the CPU multiplies matrices of this format with this process's threads: the fastest of `SHAPES`,
+    each timed for so many seconds. Results are written in place; nothing is allocated."""
     best = 0.0
     for m, k, n in SHAPES:
         a, b_t, out = torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype).T, torch.empty(m, n, dtype=dtype)
@@ -77,12 +77,10 @@ def matmul_flops(dtype: torch.dtype, seconds: float = 0.1) -> float:
 
 
 def compiler(device: str) -> str | None:
-    """What torch.compile would build kernels with on this device; None if it is not there."""
-    cxx = shutil.which(os.environ.get("CXX", "")) or next(
-        filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None
-    )
+    """The compiler that torch.compile would build kernels with on this device; None if it is missing."""
     if device == "cpu":
-        return cxx
+        names = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
+        return next(filter(None, map(shutil.which, names)), None)
     from torch.utils._triton import has_triton
 
     return "triton" if has_triton() and shutil.which(os.environ.get("CC", "") or "gcc") else None
@@ -93,7 +91,7 @@ def choose(config: TrainConfig, parameters: int, positions: int, device: str | N
 
     Args:
         config: the stage's.
-        parameters: of the model, for the cost of a position (6 FLOPs a parameter, forward and backward).
+        parameters: of the model, for the cost of a position (6 FLOPs per parameter, forward and backward).
         positions: that the whole stage computes, padding included.
         device: as in `pick_device`.
 
@@ -101,29 +99,23 @@ def choose(config: TrainConfig, parameters: int, positions: int, device: str | N
         ConfigError: compile = "on" without a compiler.
     """
     device = pick_device(device)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16(device))
-    found = compiler(device)
+    fast, found = fast_bf16(device), compiler(device)
     if config.compile == "on" and found is None:
         needed = "a C++ compiler (g++ or clang++)" if device == "cpu" else "Triton and a C compiler"
         raise ConfigError(f'compile = "on" needs {needed}, and none is found; "auto" or "off" runs without')
-    seconds = 6 * parameters * positions / FLOPS[device]
-    compiled = config.compile == "on" or (
-        config.compile == "auto" and found is not None and seconds >= COMPILE_FROM_SECONDS
-    )
-    if bf16:
-        reason = "" if fast_bf16(device) else ", as asked for, though this machine only emulates it"
-        precision = f"bf16 autocast{reason}"
-    elif config.precision == "fp32":
-        precision = "fp32, as asked for"
-    else:
-        precision = "fp32 (no fast bf16 on this machine)"
-    if compiled:
-        compiling = "compiled"
-    elif config.compile == "off":
+    precision = {
+        "fp32": "fp32, as asked for",
+        "bf16": "bf16 autocast" + ("" if fast else ", as asked for, though this machine only emulates it"),
+        "auto": "bf16 autocast" if fast else "fp32 (no fast bf16 on this machine)",
+    }[config.precision]
+    if config.compile == "off":
         compiling = "not compiled, as asked for"
     elif found is None:
         compiling = "not compiled (no compiler found)"
+    elif config.compile == "on" or 6 * parameters * positions / FLOPS[device] >= COMPILE_FROM_SECONDS:
+        compiling = "compiled"
     else:
         compiling = "not compiled (too few steps to pay for it)"
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return Numerics(device, bf16, compiled, f"{where}; {precision}; {compiling}")
+    note = f"{where}; {precision}; {compiling}"
+    return Numerics(device, precision.startswith("bf16"), compiling == "compiled", note)

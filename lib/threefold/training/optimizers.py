@@ -1,7 +1,7 @@
 """AdamW and Muon with warm-up and cosine, warm-up-stable-decay or constant learning rates.
 
 AdamW: Loshchilov and Hutter 2019 (1711.05101). Muon: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/),
-as `torch.optim.Muon` has it, with equal matrices orthogonalised in one batch. Warm-up-stable-decay: Hu et al. 2024
+as in `torch.optim.Muon`, with matrices of equal shape orthogonalised in one batch. Warm-up-stable-decay: Hu et al. 2024
 (2404.06395).
 """
 
@@ -12,18 +12,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from basics.errors import TrainingError
 from threefold.config import TrainConfig
 from threefold.training import distributed
 from threefold.training.numerics import fast_bf16
 
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon`, same states and same update, but matrices of one shape go through the Newton-Schulz iteration
-    together, in bf16 only where the hardware multiplies it fast (torch's own always uses bf16).
+    """`torch.optim.Muon` with the same states and the same update, but matrices of equal shape go through the
+    Newton-Schulz iteration together, in bf16 only where the hardware multiplies it fast (torch always uses bf16).
 
-    Of several workers each orthogonalises its share of the matrices and gets the others' from them. Split matrices are
-    put together for it: an update's rows hang on the whole matrix.
+    With several workers, each orthogonalises a part of the matrices and receives the others. Split matrices are
+    gathered first, because every row of an update depends on the whole matrix.
 
     fp32: keep the iteration in fp32 whatever the hardware can do.
     """
@@ -35,10 +34,8 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure=None):
         """One update of every parameter that has a gradient. `closure` as in every torch optimizer."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             params, grads, momenta = [], [], []
             self._init_group(group, params, grads, momenta)
@@ -51,11 +48,13 @@ class Muon(torch.optim.Muon):
             by_shape: dict[torch.Size, list[int]] = defaultdict(list)
             for index, param in enumerate(params):
                 by_shape[param.shape].append(index)
+            dtype = torch.bfloat16 if not self.fp32 and fast_bf16(params[0].device) else torch.float32
             for shape, indices in by_shape.items():
-                dtype = torch.bfloat16 if not self.fp32 and fast_bf16(params[0].device) else torch.float32
                 stack = torch.stack([distributed.whole(updates[index].to(dtype)) for index in indices])
                 directions = _shared_orthogonalise(stack, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                rate = lr * math.sqrt(max(1, shape[0] / shape[1]))  # an update's size is not to depend on the shape
+                rate = lr * math.sqrt(
+                    max(1, shape[0] / shape[1])
+                )  # so that an update's size is the same for all shapes
                 changed = [params[index] for index in indices]
                 steps = directions.to(params[0].dtype).unbind()
                 torch._foreach_add_(changed, list(map(distributed.split_like, steps, changed)), alpha=-rate)
@@ -63,10 +62,10 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalise(matrices_NAB: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """The nearest half-orthogonal matrix to each of N, roughly: the quintic Newton-Schulz iteration of Muon.
+    """Approximate the nearest semi-orthogonal matrix to each of N matrices by Muon's quintic Newton-Schulz iteration.
 
     Args:
-        matrices_NAB: N matrices of one shape; the result has the same shape and dtype.
+        matrices_NAB: N matrices; the result has the same shape and dtype.
         coefficients, steps, eps: of the iteration, as in `torch.optim.Muon`.
     """
     a, b, c = coefficients
@@ -81,66 +80,25 @@ def orthogonalise(matrices_NAB: Tensor, coefficients: tuple[float, float, float]
 
 
 def _shared_orthogonalise(matrices_NAB: Tensor, *iteration) -> Tensor:
-    """`orthogonalise` of matrices that all workers hold: each computes a share of them and gets the others'."""
+    """`orthogonalise` of matrices that all workers hold: each worker computes a part and receives the others."""
     workers = distributed.current()
     if workers.size == 1:
         return orthogonalise(matrices_NAB, *iteration)
     each = -(-len(matrices_NAB) // workers.size)
     own_NAB = matrices_NAB[workers.rank * each :][:each]
-    part_NAB = torch.zeros_like(matrices_NAB[:1]).repeat(each, 1, 1)  # the last shares may be short, or empty
+    part_NAB = torch.zeros_like(matrices_NAB[:1]).repeat(each, 1, 1)  # the last parts may be short, or empty
     if len(own_NAB):
         part_NAB[: len(own_NAB)] = orthogonalise(own_NAB, *iteration)
     return workers.gather(part_NAB)[: len(matrices_NAB)]
 
 
-def build(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of a model: AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
-
-    Hidden matrices are the 2-D weights inside the blocks. They and an untied output head decay; embeddings, norms and
-    biases do not. Every parameter group keeps its full learning rate as `base_lr`; `set_learning_rate` scales it.
-    """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    hidden, head, plain = [], [], []  # `unembed`: an untied output head, as the decoder names it
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim != 2 or id(parameter) in embeddings:
-            plain.append(parameter)
-        elif name.split(".")[0] == "unembed":
-            head.append(parameter)
-        else:
-            hidden.append(parameter)
-
-    decay, rate = config.weight_decay, config.learning_rate
-    betas = (config.beta1, config.beta2)
-    muon = config.optimizer == "muon"
-    groups = [
-        {"params": head if muon else hidden + head, "weight_decay": decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = []
-    groups = [group for group in groups if group["params"]]
-    if groups:
-        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"])
-        optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, eps=1e-8, fused=fused))
-    if muon and hidden:
-        settings = {"lr": config.muon_learning_rate, "weight_decay": decay, "momentum": 0.95}
-        optimizers.append(Muon(hidden, fp32=config.precision == "fp32", **settings))
-    if not optimizers:
-        raise TrainingError("the model has no parameter to train: every one of them is frozen")
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
-    return optimizers
-
-
 def learning_rate_factor(step: int, steps: int, config: TrainConfig) -> float:
-    """What the learning rates are multiplied with in one step.
+    """The factor that the schedule multiplies the learning rates by in one step.
 
     Args:
         step: the step about to be taken, from 0.
-        steps: how many there are in all.
-        config: `schedule`, `warmup` and `decay` (shares of the steps), `final_lr_ratio` (the factor of the last step).
+        steps: the number of all steps.
+        config: `schedule`, `warmup` and `decay` (fractions of the steps), `final_lr_ratio` (the last step's factor).
     """
     warmup = round(config.warmup * steps)
     if step < warmup:
@@ -158,6 +116,5 @@ def learning_rate_factor(step: int, steps: int, config: TrainConfig) -> float:
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
     """Give every parameter group its full learning rate times the factor."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["base_lr"] * factor

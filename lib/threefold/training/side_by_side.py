@@ -1,15 +1,12 @@
 """Independent tasks in worker processes: one CPU thread each, or one GPU.
 
 Workers are spawned, so they share nothing with the calling process and its CUDA context does not matter. Each computes
-with one thread however many there are, so a result does not depend on their number. A worker exits when the calling
-process is gone, for whatever reason.
+with one thread however many there are, so a result does not depend on their number. A worker ends with the calling
+process.
 """
 
-import contextlib
 import multiprocessing
-import os
 import signal
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -18,6 +15,7 @@ from typing import Any
 import torch
 
 from basics.errors import ThreefoldError, TrainingError
+from basics.processes import end_with_parent
 from threefold.model.device import pick_device
 
 
@@ -42,9 +40,13 @@ def side_by_side(
     """
     gpu = pick_device(device) == "cuda"
     if min(workers, len(tasks)) <= 1:
+        threads = torch.get_num_threads()
         for task in tasks:
-            with _named(task), contextlib.nullcontext() if gpu else _one_thread():
-                result = work(task)
+            torch.set_num_threads(threads if gpu else 1)
+            try:
+                result = _run(work, task)
+            finally:
+                torch.set_num_threads(threads)
             yield task, result
         return
     context = multiprocessing.get_context("spawn")
@@ -65,8 +67,7 @@ def side_by_side(
                 except (EOFError, ConnectionError):
                     raise _died(task, processes[connection]) from None
                 if error is not None:
-                    with _named(task):
-                        raise error
+                    raise error
                 if waiting:
                     busy[connection] = waiting.pop()
                     connection.send(busy[connection])
@@ -80,8 +81,8 @@ def side_by_side(
 
 def _serve(connection: Connection, work: Callable[[Any], Any], gpu: int | None) -> None:
     """The loop of a worker: receives tasks, sends (result, error)."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the workers too: the parent kills them
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
     if gpu is None:
         torch.set_num_threads(1)
     else:
@@ -89,16 +90,22 @@ def _serve(connection: Connection, work: Callable[[Any], Any], gpu: int | None) 
     while True:
         task = connection.recv()
         try:
-            answer = work(task), None
+            answer = _run(work, task), None
         except Exception as error:  # raised again in the calling process
             error.add_note(f"In the worker:\n{''.join(traceback.format_tb(error.__traceback__))}")
             answer = None, error
         connection.send(answer)
 
 
-def _exit_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+def _run(work: Callable[[Any], Any], task: Any) -> Any:
+    """The task's result. An error gets the task's name: in the message where a notebook shows nothing else."""
+    try:
+        return work(task)
+    except ThreefoldError as error:
+        raise (error if str(task) in str(error) else type(error)(f"{task}: {error}")) from error.__cause__
+    except Exception as error:
+        error.add_note(f"In {task}")
+        raise
 
 
 def _died(task: Any, process: multiprocessing.Process) -> TrainingError:
@@ -109,24 +116,3 @@ def _died(task: Any, process: multiprocessing.Process) -> TrainingError:
         f"{task}: its worker ended {how}; the others were stopped. What is finished is kept: run it again to continue "
         "(where memory ran short, with fewer workers)"
     )
-
-
-@contextlib.contextmanager
-def _named(task: Any) -> Iterator[None]:
-    try:
-        yield
-    except ThreefoldError as error:  # a notebook shows the message of one and nothing else
-        raise (error if str(task) in str(error) else type(error)(f"{task}: {error}")) from error.__cause__
-    except Exception as error:
-        error.add_note(f"In {task}")
-        raise
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -17,9 +17,9 @@ from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import PackedRows
 from threefold.model.decoder import Decoder, FeedForward, make_norm
 from threefold.training.feed import Feed
+from threefold.training.loop import TrainStep
 from threefold.training.numerics import Numerics, choose
 from threefold.training.objectives import MicroBatch, NextToken
-from threefold.training.step import TrainStep
 
 WARM_UP = 2  # untimed rounds: the first allocates, and compiles if configured
 

@@ -23,7 +23,8 @@ from threefold.data.packing import PackedRows
 from threefold.data.tokenizer import load_tokenizer, with_sinks
 from threefold.model.decoder import Decoder, parameter_counts
 from threefold.model.hf import load_checkpoint
-from threefold.training.loop import RESULT, Progress, TrainResult, train
+from threefold.training.loop import RESULT, train
+from threefold.training.monitor import Progress, TrainResult
 from threefold.training.objectives import NextToken
 from threefold.training.progress import duration
 from threefold.training.side_by_side import default_workers, side_by_side
@@ -170,19 +171,16 @@ def run_variants(
         if name not in configs:
             progress(f"variant {name} is what the base has already: left out")
     tasks = [_Task(name, seed, *configs[name]) for seed in seeds for name in configs]
-    runs = {task: task.finished(folder, packed) for task in tasks}
     for task in tasks:
-        if reuse is not None and runs[task] is None:
-            runs[task] = task.finished(Path(reuse), packed)
-            if runs[task] is not None:
-                here, there = (variant_folder(home, task.variant, task.seed) for home in (folder, reuse))
-                shutil.rmtree(here, ignore_errors=True)
-                shutil.copytree(there, here)
-    waiting = [task for task in tasks if runs[task] is None]
+        if reuse is not None and not task.finished(folder, packed) and task.finished(Path(reuse), packed):
+            here, there = (variant_folder(parent, task.variant, task.seed) for parent in (folder, reuse))
+            shutil.rmtree(here, ignore_errors=True)
+            shutil.copytree(there, here)
+    runs = {task: task.finished(folder, packed) for task in tasks}
+    waiting = [task for task, run in runs.items() if run is None]
     if len(waiting) < len(tasks):
         progress(f"{len(tasks) - len(waiting)} of {len(tasks)} trainings are done already")
-    workers = default_workers(device) if workers is None else workers
-    begun = time.perf_counter()
+    workers, begun = default_workers(device) if workers is None else workers, time.perf_counter()
     work = partial(_train, folder=folder, packed=packed, device=device)
     for done, (task, run) in enumerate(side_by_side(work, waiting, workers, device), start=1):
         runs[task] = run
@@ -210,14 +208,13 @@ def time_variants(
         file: keeps them, so that an interrupted notebook does not measure again.
         The rest as in `run_variants`.
     """
-    configs, file = all_configs(base, config, variants), Path(file)
-    inputs = {"configs": {name: [asdict(part) for part in parts] for name, parts in configs.items()}, "rounds": rounds}
-    kept = read_note(file)
-    if kept is not None and kept["inputs"] == sha256_json(inputs):
+    configs, packed = all_configs(base, config, variants), _Packed(rows, base.sinks)
+    inputs = sha256_json([rounds, {name: [asdict(part) for part in parts] for name, parts in configs.items()}])
+    kept = read_note(Path(file)) or {}
+    if kept.get("inputs") == inputs:
         return Timing(**kept["result"])
-    packed = _Packed(rows, base.sinks)
     timing = time_steps(configs, lambda model: packed(model)[0], rounds, device)
-    write_note(file, {"inputs": sha256_json(inputs), "result": asdict(timing)})
+    write_note(Path(file), {"inputs": inputs, "result": asdict(timing)})
     return timing
 
 
@@ -267,29 +264,28 @@ class _Task:
     variant: str
     seed: int
     model: ModelConfig
-    train: TrainConfig
+    config: TrainConfig
 
     def __str__(self) -> str:
         return f"{self.variant}, seed {self.seed}"
 
-    def inputs(self, packed: _Packed) -> str:
+    def inputs(self, packed: _Packed) -> dict[str, str]:
         """Hash of what the training depends on; its seed is in its folder's name."""
         inputs = {
             "model": asdict(self.model),
-            "train": asdict(self.train),
+            "train": asdict(self.config),
             "rows": [_digest(rows) for rows in packed(self.model)],
             "code": code_fingerprint(__name__),
             "torch": torch.__version__,
         }
-        return sha256_json(inputs)
+        return {"inputs": sha256_json(inputs)}
 
-    def finished(self, folder: Path, packed: _Packed) -> VariantRun | None:
+    def finished(self, parent: Path, packed: _Packed) -> VariantRun | None:
         """The training's result, if it has finished from the same inputs and no byte of its files has changed."""
-        home = variant_folder(folder, self.variant, self.seed)
-        begun = read_note(home / INPUTS)
-        if begun is None or begun["inputs"] != self.inputs(packed) or damaged(home / RESULT):
+        folder = variant_folder(parent, self.variant, self.seed)
+        if read_note(folder / INPUTS) != self.inputs(packed) or damaged(folder / RESULT):
             return None
-        return self.run(TrainResult(**read_note(home / RESULT)["result"]))
+        return self.run(TrainResult(**read_note(folder / RESULT)["result"]))
 
     def run(self, result: TrainResult) -> VariantRun:
         return VariantRun(
@@ -312,14 +308,13 @@ def _digest(rows: PackedRows) -> list[Any]:
 
 def _train(task: _Task, *, folder: Path, packed: _Packed, device: str | None) -> VariantRun:
     """One training, started or resumed."""
-    home, inputs = variant_folder(folder, task.variant, task.seed), {"inputs": task.inputs(packed)}
-    begun = read_note(home / INPUTS)
-    if begun is None or begun["inputs"] != inputs["inputs"] or (home / RESULT).exists():  # another's, or damaged
-        shutil.rmtree(home, ignore_errors=True)
-        write_note(home / INPUTS, inputs)
+    own, inputs = variant_folder(folder, task.variant, task.seed), task.inputs(packed)
+    if read_note(own / INPUTS) != inputs or (own / RESULT).exists():  # another's, or damaged
+        shutil.rmtree(own, ignore_errors=True)
+        write_note(own / INPUTS, inputs)
     torch.compiler.reset()  # drop the graphs of earlier trainings: torch compiles no more than eight
     model = Decoder(task.model)
     model.initialise(torch.Generator().manual_seed(task.seed))
     rows, heldout = packed(task.model)
     settings = {"heldout": heldout, "device": device, "progress": lambda message: None, "name": str(task)}
-    return task.run(train(model, NextToken(), rows, task.train, home, seed=task.seed, **settings).result)
+    return task.run(train(model, NextToken(), rows, task.config, own, seed=task.seed, **settings).result)
