@@ -1,9 +1,9 @@
-"""Several processes that train one model: how they connect, share the work and combine their results.
+"""Several processes that train one model: how they connect, divide the work and combine their results.
 
-`torchrun` starts them and `joined` connects them. Every worker computes its share of a step's rows; gradients are
-summed over the workers, so that a step equals that of one process. Weights and optimizer states are the same on every
-worker (DistributedDataParallel), or split over them (FSDP2, `fully_shard`) where one device could not hold them. In a
-single process everything here does nothing.
+`torchrun` starts them and `joined` connects them. Every worker computes a part of each step's rows; gradients are
+summed over the workers, so that a step equals that of one process. Every worker holds all weights and optimizer states
+(DistributedDataParallel), or a part of them (FSDP2, `fully_shard`) where one device could not hold them all. In a
+single process these functions do nothing.
 """
 
 import os
@@ -28,7 +28,7 @@ from threefold.training import rendezvous
 
 TIMEOUT = timedelta(hours=1)  # for waiting for another worker: the first one may have a corpus to tokenise
 BYTES = 16  # per parameter in training: fp32 weight, gradient and AdamW's two moments
-SHARE = 0.6  # of a device's memory that these may take; the rest is for activations and buffers
+SHARE = 0.6  # of a device's memory for these; the rest is for activations and buffers
 
 Item = TypeVar("Item")
 
@@ -60,7 +60,7 @@ class Workers:
         return values
 
     def agreed(self, answer: bool) -> bool:
-        """The first worker's answer, for questions of time or files that workers may answer differently."""
+        """The first worker's answer to a question about time or files, which workers may answer differently."""
         if self.size == 1:
             return answer
         shared = torch.tensor([int(answer)])

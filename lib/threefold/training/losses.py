@@ -1,7 +1,7 @@
 """Losses at the output head, computed in pieces so that the logits of a whole batch are never in memory at once.
 
-A piece's gradient is formed right after its loss, while its logits are still in cache: on a CPU that takes about 40%
-off the time of the head against `F.cross_entropy` over all logits; on a GPU it saves the largest tensors of a step.
+The gradient of a piece is computed right after its loss, while its logits are still in cache. On a CPU the head takes
+about 40% less time than with `F.cross_entropy` over all logits; on a GPU this saves the largest tensors of a step.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of the logits in one piece: what a core's cache holds on a CPU, 1 GiB of fp32 on a GPU.
+# Elements of the logits in one piece: as many as the cache of a CPU core holds; 1 GiB of fp32 on a GPU.
 PIECE = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
@@ -34,12 +34,12 @@ def distillation_sums(
         h_ND, weight_VD: the student's last hidden states and output weights.
         targets_N: next tokens.
         teacher_h_NE, teacher_weight_VE: the teacher's, over the same vocabulary; no gradient flows to them.
-        temperature: T that softens both distributions.
-        share: of the soft loss in the total.
+        temperature: T, which softens both distributions.
+        share: the weight of the soft loss in the total.
 
     Returns:
         total = share * T^2 * soft + (1 - share) * hard, differentiable; soft = KL(teacher_T || student_T) and
-        hard = cross-entropy, both for reporting.
+        hard = cross-entropy, both without gradient.
     """
     loss = _SoftTargets(targets_N, teacher_h_NE, teacher_weight_VE, temperature, share)
     sums = _Pieces.apply(h_ND, weight_VD, loss, torch.is_grad_enabled())
@@ -47,7 +47,7 @@ def distillation_sums(
 
 
 def target_logprobs(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """Log-probabilities (nats, fp32) of N targets, one by one, differentiable in any weighting."""
+    """The log-probability (nats, fp32) of each of N targets, differentiable."""
     logits_NV = F.linear(h_ND, weight_VD)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     return -F.cross_entropy(logits_NV, targets_N, reduction="none")
@@ -56,9 +56,9 @@ def target_logprobs(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tenso
 class _CrossEntropy:
     """Loss and gradient of one piece.
 
-    Called with fp32 logits, which it may overwrite. Returns the sums [k], the loss first; the dense part of the logits'
-    gradient; and what its rows are still to be divided by, (N, 1) or None (cheaper on the narrow side of the products).
-    Beside the dense part the gradient is -`one_hot` at each target.
+    It is called with fp32 logits, which it may overwrite. It returns the sums [k], the loss first; the dense part of
+    the logits' gradient; and the divisor of the rows of that part, (N, 1) or None: dividing later, on the narrow side
+    of the products, is cheaper. The whole gradient is the dense part minus `one_hot` at each target.
     """
 
     n_sums = 1
@@ -77,7 +77,7 @@ class _CrossEntropy:
 
 
 class _SoftTargets:
-    """Distillation's loss and gradient of one piece, as `_CrossEntropy`."""
+    """The loss of distillation and its gradient for one piece; called as `_CrossEntropy` is."""
 
     n_sums = 3
 
@@ -101,7 +101,7 @@ class _SoftTargets:
 
 
 class _Pieces(torch.autograd.Function):
-    """sum over pieces of loss(h @ weight.T), with the gradients of h and weight formed on the way."""
+    """The sum of loss(h @ weight.T) over all pieces. The forward pass also computes the gradients of h and weight."""
 
     @staticmethod
     def forward(ctx, h_ND: Tensor, weight_VD: Tensor, loss: Callable, gradient: bool) -> Tensor:
@@ -139,6 +139,6 @@ class _Pieces(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        scale = gradients[0][0]  # the first sum is the loss; the others are only reported
+        scale = gradients[0][0]  # the first sum is the loss; the others have no gradient
         h_gradient, weight_gradient = ctx.saved_tensors
         return h_gradient * scale, weight_gradient * scale, None, None

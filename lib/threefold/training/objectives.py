@@ -1,7 +1,7 @@
-"""What a training minimises: next-token prediction, preferences (DPO), or a teacher's distribution.
+"""Training objectives: next-token prediction, preferences (DPO) and distillation.
 
 An objective is called as `objective(model, batch) -> Loss`. The loss is a *sum* with its weight (targets, or pairs), so
-that a step's loss is the same whatever micro-batches its rows are cut into.
+that the loss of a step does not depend on how its rows are divided into micro-batches.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ REFERENCE = "reference.safetensors"  # log-probabilities that a preference train
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows as a device computes them: only positions with a target reach the output head.
+    """Rows in the form that a device computes: only positions with a target reach the output head.
 
-    The counts are taken on the host, so that no step waits for the device.
+    The counts are made on the host, so that no step waits for the device.
     """
 
     tokens_BT: Tensor
@@ -77,7 +77,7 @@ class Loss:
 
 
 class HiddenStates(Protocol):
-    """What an objective needs of a model."""
+    """The part of a model that an objective uses."""
 
     head_weight: Tensor
 
@@ -85,13 +85,13 @@ class HiddenStates(Protocol):
 
 
 class Objective:
-    """Base of the objectives: see `NextToken`, `Preference`, `Distillation`."""
+    """Base class of `NextToken`, `Preference` and `Distillation`."""
 
     name = ""  # saved with the state of a training: one objective does not resume another's
     unit = "targets"  # what the weight of a micro-batch counts
 
     def prepare(self, model: nn.Module, rows, heldout, config: TrainConfig, folder: Path, device: str | None) -> None:
-        """Compute what the objective needs of the untrained model; may keep files in the folder."""
+        """Compute what the objective needs from the untrained model. May write files to the folder."""
 
     def __call__(self, model: HiddenStates, batch: MicroBatch | Batch) -> Loss:
         raise NotImplementedError
@@ -173,7 +173,7 @@ class Preference(Objective):
 
 
 class Distillation(Objective):
-    """A student follows a teacher's softened distribution and the text (Sanh et al. 2019, 1910.01108).
+    """Distillation: a student learns a teacher's softened distribution and the text (Sanh et al. 2019, 1910.01108).
 
     weight * T^2 * KL(teacher_T || student_T) + (1 - weight) * cross-entropy, averaged over tokens.
     """
@@ -221,8 +221,8 @@ class Distillation(Objective):
 
 
 def half_depth(teacher: Decoder) -> Decoder:
-    """A student of copies: every other block of the teacher, the first included, its embeddings and final norm
-    (Sanh et al. 2019, section 3).
+    """A student with copies of every other block of the teacher, beginning with the first, and of its embeddings and
+    final norm (Sanh et al. 2019, section 3).
 
     Raises ConfigError for a teacher of one block.
     """

@@ -1,8 +1,8 @@
-"""What a training says while it runs: messages, and between them how far it has come.
+"""Messages of a training while it runs, and between them its progress.
 
-In a terminal and in a notebook that is one line which rewrites itself. JupyterLab shows its last state, a pipeline
-passes on one every few seconds, and an executed notebook keeps few: states get rarer the longer the training takes. In
-a file or a pipe, where nothing can be rewritten, it is a line now and then.
+In a terminal and in a notebook the progress is one line that is rewritten. The longer a training takes, the rarer the
+updates, so that an executed notebook holds few of them. In a file or a pipe, where nothing can be rewritten, the
+progress is a new line from time to time.
 """
 
 import shutil
@@ -12,19 +12,19 @@ from typing import TextIO
 
 BAR = 20  # characters
 NOTEBOOK_COLUMNS = 110
-# (seconds between two states at least, and as a share of the time so far): an hour has about 170 states, or 50 lines
+# (least seconds between two updates, and as a share of the time so far): an hour has about 170 updates, or 50 lines
 REWRITTEN, LINES = (1.0, 1 / 30), (10.0, 1 / 10)
 
 
 class Console:
-    """Takes messages, and states that give way to the next one.
+    """Shows messages, and states that are replaced by the next one.
 
-    write: takes each as a line of its own; None: standard output.
+    write: called with each as one line; None: standard output.
     """
 
     def __init__(self, write: Callable[[str], None] | None = None):
         self.write = write
-        self._shown = 0  # characters of the state that stands on the current line
+        self._shown = 0  # characters of the state on the current line
 
     @property
     def rewrites(self) -> bool:
@@ -32,12 +32,12 @@ class Console:
         return self.write is None and (sys.stdout.isatty() or _is_notebook(sys.stdout))
 
     def pause(self, elapsed: float) -> float:
-        """Seconds until the next state, after so many since the beginning."""
+        """Seconds until the next state, given the seconds since the beginning."""
         least, share = REWRITTEN if self.rewrites else LINES
         return max(least, share * elapsed)
 
     def __call__(self, message: str) -> None:
-        """A message, which stays."""
+        """Show a message."""
         if self.write is not None:
             self.write(message)
             return
@@ -45,7 +45,7 @@ class Console:
         self._shown = 0
 
     def state(self, message: str, share: float) -> None:
-        """How it stands, and which share of it is done."""
+        """Show a state, with a bar for the share that is done."""
         if not self.rewrites:
             self(message)
             return
@@ -56,7 +56,7 @@ class Console:
         self._shown = len(line)
 
     def close(self) -> None:
-        """The state that stands there stays, and what is printed next begins a line."""
+        """Keep the last state; what is printed next begins a new line."""
         if self._shown:
             self._put("\n")
         self._shown = 0
