@@ -154,32 +154,33 @@ def collect(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> di
 
     All workers must call it together; the first one gets the result.
     """
-    optimizer = get_optimizer_state_dict(model, optimizers, options=_COMPLETE)
-    values = {"param_groups": optimizer.get("param_groups"), "rng/cpu": torch.get_rng_state()}
-    values |= {f"model/{name}": value for name, value in get_model_state_dict(model, options=_COMPLETE).items()}
-    for name, state in optimizer.get("state", {}).items():
-        values |= {f"optimizer/{name}/{key}": value for key, value in state.items()}
+    values = {f"model/{name}": value for name, value in get_model_state_dict(model, options=_COMPLETE).items()}
+    for number, optimizer in enumerate(optimizers):  # one by one: torch mixes up several of a split model
+        states = get_optimizer_state_dict(model, optimizer, options=_COMPLETE)
+        values[f"groups{number}"] = states.get("param_groups")
+        for name, state in states.get("state", {}).items():
+            values |= {f"optimizer{number}/{name}/{key}": value for key, value in state.items()}
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return values | {f"rng/cuda{number}": value for number, value in enumerate(cuda)}
+    return values | {"rng/cpu": torch.get_rng_state()} | {f"rng/cuda{i}": value for i, value in enumerate(cuda)}
 
 
 def restore(values: Mapping[str, Any], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Load what `collect` returned, split over the workers as the model is."""
-    weights, cuda, states = {}, [], defaultdict(dict)
-    for name, value in values.items():
-        match name.split("/"):
-            case "model", parameter:
-                weights[parameter] = value
-            case "optimizer", parameter, key:
-                states[parameter][key] = value
-            case "rng", device if device != "cpu":
-                cuda.append(value)
-    complete = {"state": dict(states), "param_groups": values["param_groups"]}
-    set_optimizer_state_dict(model, optimizers, complete, options=_COMPLETE)
-    set_model_state_dict(model, weights, options=_COMPLETE)
-    torch.set_rng_state(values["rng/cpu"])
-    if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(cuda)
+    parts: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, value in values.items():
+        part, _, name = key.partition("/")
+        parts[part][name] = value
+    for number, optimizer in enumerate(optimizers):
+        states: dict[str, dict[str, Any]] = defaultdict(dict)
+        for name, value in parts[f"optimizer{number}"].items():
+            parameter, _, key = name.rpartition("/")
+            states[parameter][key] = value
+        complete = {"state": dict(states), "param_groups": values[f"groups{number}"]}
+        set_optimizer_state_dict(model, optimizer, complete, options=_COMPLETE)
+    set_model_state_dict(model, parts["model"], options=_COMPLETE)
+    torch.set_rng_state(parts["rng"].pop("cpu"))
+    if parts["rng"] and torch.cuda.is_available() and len(parts["rng"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(list(parts["rng"].values()))
 
 
 def save_state(folder: Path, state: State, values: Mapping[str, Any]) -> None:
