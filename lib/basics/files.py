@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from basics import paths
+from basics.errors import SourceError
 
 # Hashes -------------------------------------------------------------------------------------------------------------
 
@@ -36,6 +37,16 @@ def sha256_json(value: Any) -> str:
     """SHA-256 of a value's canonical JSON: equal values hash equal, whatever the order of their keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return sha256_bytes(text.encode())
+
+
+POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise SourceError for a file that Git LFS has not fetched, which holds a pointer instead of its content."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise SourceError(f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned")
 
 
 # Atomic files -------------------------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@
 # Which texts a run reads, where they come from, and how they become rows of tokens. Every source is found by the same three
 # steps: a local folder, the Hugging Face cache, the hub. A source that is nowhere stops the run; nothing is left out silently.
 #
+# Of a folder of own data, the names of files and folders say which files belong to a split (data/README.md). The table of files
+# shows which were read.
+#
 # Output: `runs/<run>/data/` with the tokenizer. The tokenised text itself is cached beside the runs, keyed by its content.
 
 # %% tags=["parameters"]
@@ -144,6 +147,22 @@ columns = {
     "tokens": "tokens",
 }
 records.publish("data/sources", {"sources": described}, markdown=records.table(described, columns))
+
+# %%
+#| label: tbl-files
+#| tbl-cap: "The files that each source was read from, the files in the same folder that were not read, and the rows left out because nothing can be learned from them. A source of the Hugging Face Hub has a revision instead of files."
+read = [
+    {
+        "used for": part["use"],
+        "source": part["name"],
+        "split": part["split"],
+        "files": "; ".join(part["files"]) or f"revision {part['revision'][:12]}",
+        "files left out": "; ".join(part["left_out"]) or None,
+        "rows left out": "; ".join(f"{reason}: {count:,}" for reason, count in part["odd_rows"].items()) or None,
+    }
+    for part in described
+]
+records.publish("data/files", {"files": read}, markdown=records.table(read))
 
 # %% [markdown]
 # ## Rows

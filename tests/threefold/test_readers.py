@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import math
 import os
+import re
 from pathlib import Path
 
 import pyarrow
@@ -12,12 +14,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from basics.errors import DataError
-from threefold.data.readers import Row, read_files, read_items, read_rows, read_text, reviews, shared_prompt
+from threefold.data.readers import (
+    OddRow,
+    Row,
+    read_files,
+    read_items,
+    read_rows,
+    read_text,
+    reviews,
+    shared_prompt,
+    with_final_number,
+)
 from threefold.data.templates import LABELS, as_document, as_prompt_response, instruction_prompt, review_prompt
 from threefold.data.wikitext import articles, hub_rows, natural_text, without_holes
 
 DATA = Path(os.environ.get("THREEFOLD_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 real = pytest.mark.skipif(not DATA.is_dir(), reason="no real data: THREEFOLD_DATA or ../shared/data")
+
+
+HI = "\n\nHuman: hi\n\nAssistant:"
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -38,6 +53,9 @@ def test_each_format_gives_the_same_rows(tmp_path):
     paths = [
         write(tmp_path / "a.jsonl", jsonl),
         write(tmp_path / "a.json", json.dumps(rows)),
+        write(tmp_path / "lines.json", jsonl),
+        write(tmp_path / "a.ndjson", jsonl),
+        write(tmp_path / "a.csv", 'sentence,label\r\n"a ""quoted one",1\r\nline\u2028separator,0\r\n'),
         write(tmp_path / "a.tsv", "sentence\tlabel\n" + "".join(f"{r['sentence']}\t{r['label']}\n" for r in rows)),
         write(
             tmp_path / "crlf.tsv", "sentence\tlabel\r\n" + "".join(f"{r['sentence']}\t{r['label']}\r\n" for r in rows)
@@ -66,7 +84,10 @@ def test_each_format_gives_the_same_rows(tmp_path):
         ("latin.jsonl", '{"a": 1}\n{"a": "caf\xe9"}\n'.encode("latin-1"), r"latin\.jsonl:2: not UTF-8 \(byte 0xe9\)"),
         ("cut.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], r"cut\.jsonl\.gz: not a whole gzip file"),
         ("not.parquet", b"PAR", r"not\.parquet: not a readable Parquet file"),
-        ("table.xlsx", "x", r"no rows can be read from \.xlsx: \.jsonl, \.json, \.tsv, \.parquet"),
+        ("table.xlsx", "x", r"no rows can be read from \.xlsx: \.jsonl, \.ndjson, \.json, \.csv, \.tsv, "),
+        ("open.csv", 'text,label\n"a\nb,1\n', r"open\.csv:3: not CSV: unexpected end of data"),
+        ("short.csv", 'text,label\n"a\nb",1\nc\n', r"short\.csv:4: 1 columns, the heading has 2 \(text, label\)"),
+        ("lines.json", '{"a": 1}\n{"a": \n', r"lines\.json:2: not JSON: Expecting value"),
     ],
 )
 def test_broken_files_are_named_with_their_line(tmp_path, name, content, message):
@@ -99,7 +120,13 @@ def test_plain_text(tmp_path):
         ("sentiment", {"sentence": "s"}, "x:7: no column 'label'; expected 0 or negative, 1 or positive"),
         ("sentiment", {"sentence": "s", "label": -1}, "x:7: label -1; expected"),
         ("sentiment", {"sentence": "s", "label": True}, "x:7: label True; expected"),
-        ("preferences", {"chosen": "a", "rejected": "b"}, "x:7: chosen and rejected share no dialogue"),
+        ("problems", {"question": "q", "answer": "eighteen"}, "x:7: no number can be read from the answer 'eighteen'"),
+        ("problems", {"question": "q", "answer": "9 + 9 = 18"}, "x:7: no number can be read from the answer '9 + 9"),
+        ("instructions", {"instruction": math.nan, "output": "o"}, "x:7: column 'instruction' holds NaN, expected"),
+        ("text", {"text": None}, "x:7: column 'text' holds null, expected text"),
+        ("sentiment", {"sentence": "s", "label": math.nan}, "x:7: label nan; expected"),
+        ("preferences", {"prompt": "a", "chosen": "a b", "rejected": "c"}, "x:7: column 'prompt' is the beginning of"),
+        ("preferences", {"prompt": "other", "chosen": HI + " a", "rejected": HI + " b"}, "x:7: column 'prompt' is the"),
         ("preferences", {"chosen": [], "rejected": "b"}, "x:7: column 'chosen' holds an array"),
         ("poems", {"text": "t"}, "no reader 'poems'; there are: text, stories, wikitext"),
     ],
@@ -116,9 +143,12 @@ def test_items_have_their_shapes():
 
     instruction = {"instruction": "Add.", "input": "1 2", "output": "3"}
     assert one("instructions", **instruction, text="ignored") == instruction
-    assert one("instructions", instruction="Add.", input=None, output="3")["input"] == ""
+    for missing in (None, math.nan):
+        assert one("instructions", instruction="Add.", input=missing, output="3")["input"] == ""
+        assert one("preferences", prompt=missing, chosen=HI + " a", rejected=HI + " b")["prompt"] == HI
+    assert one("sentiment", sentence="good", label=1.0)["label"] == 1
     assert one("sentiment", sentence="good ", label="positive", idx=3) == {"sentence": "good ", "label": 1}
-    assert one("problems", question=" q\n", answer="a") == {"question": "q", "answer": "a"}
+    assert one("problems", question=" q\n", answer="4 ") == {"question": "q", "answer": "4"}
 
 
 def test_preferences_share_their_prompt():
@@ -134,6 +164,70 @@ def test_preferences_share_their_prompt():
     assert shared_prompt(prompt + " Because.", longer) == prompt
     assert shared_prompt(prompt, prompt) == prompt
     assert shared_prompt("", "x") == ""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "expected"),
+    [
+        (HI + " ", HI + " a", HI + "b", (HI, " a", "b")),  # white space of the prompt's own
+        (HI.strip(), HI + " a", HI + " b", (HI, " a", " b")),
+        ("Human: hi", HI + " a", HI + " b", (HI, " a", " b")),  # a part of the dialogue
+        ("hi", HI + " a", HI + " b", (HI, " a", " b")),
+        ("Q: hi\nA:\n", "Q: hi\nA: yes", "Q: hi\nA: no", ("Q: hi\nA:", " yes", " no")),
+        ("hi", "It is hi.", "hm", ("hi", "It is hi.", "hm")),  # responses
+        ("I", "It is.", "No.", ("I", "It is.", "No.")),
+        (HI, " a\n\nHuman: b\n\nAssistant: c", " a\n\nHuman: b\n\nAssistant: d", None),  # responses of several turns
+    ],
+)
+def test_a_prompt_that_is_no_prefix_of_both_sides(prompt, chosen, rejected, expected):
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    expected = dict(zip(row, expected or row.values(), strict=True))
+    assert list(read_items("preferences", [Row(row, "x:1")])) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [
+        (HI + " a", HI, "a response is empty"),
+        (HI + " \n", HI + " b", "a response is empty"),
+        (HI + " a", HI + " a", "chosen and rejected are equal"),
+        ("a", "b", "chosen and rejected share no dialogue"),
+    ],
+)
+def test_odd_pairs_are_set_aside(chosen, rejected, reason):
+    (odd,) = read_items("preferences", [Row({"chosen": chosen, "rejected": rejected}, "x:1")])
+    assert isinstance(odd, OddRow) and odd.reason.startswith(reason) and odd.place == "x:1"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("9+9=18\n#### 18", None),
+        ("#### 1,800", None),
+        ("18", None),
+        ("$18.", None),
+        ("The answer is 18", "The answer is 18\n#### 18"),
+        ("I have 2 bags of 9.\nAnswer: $1,800.00.", "I have 2 bags of 9.\nAnswer: $1,800.00.\n#### 1800"),
+        ("so 9+9 is \\boxed{18}.", "so 9+9 is \\boxed{18}.\n#### 18"),
+        ("9+9=18\n####18", "9+9=18\n#### 18"),
+        ("9+9=18\n#### 18 apples", "9+9=18\n#### 18"),
+        ("#### Solution\nIt is -5.", "#### Solution\nIt is -5.\n#### -5"),
+        ("It is \N{MINUS SIGN}5", "It is \N{MINUS SIGN}5\n#### -5"),
+        ("18.0", "18"),
+        ("#### 18.00", "#### 18"),
+    ],
+)
+def test_a_final_number_is_read_where_there_is_one(answer, expected):
+    assert with_final_number(answer) == (expected or answer)
+    final = (expected or answer).rpartition("#### ")[2]
+    assert re.fullmatch(r"-?[0-9.]+", re.sub(r"[,$]", "", final).removesuffix("."))  # what its scorer compares
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "x", "H2O", "1/2", "The answer is 1/2", "9+9=18", r"\boxed{\frac{1}{2}}", "1,8 km", "#### 3 or 4"]
+)
+def test_no_number_is_made_up(answer):
+    assert with_final_number(answer) is None
 
 
 @given(st.text("ab", max_size=30), st.text("ab", max_size=30))
@@ -265,15 +359,17 @@ def test_real_counts(reader, file, count):
     assert len(found) == count
     if reader == "preferences":
         raw = [json.loads(line) for line in gzip.decompress((DATA / file).read_bytes()).decode().splitlines()]
-        for item, row in zip(found, raw, strict=True):
+        pairs = [(item, row) for item, row in zip(found, raw, strict=True) if not isinstance(item, OddRow)]
+        assert (
+            len(found) - len(pairs)
+            == {"helpful-base.test.jsonl.gz": 6, "harmless-base.test.jsonl.gz": 4}[Path(file).name]
+        )
+        for item, row in pairs:
             assert item["prompt"] + item["chosen"] == row["chosen"]
             assert item["prompt"] + item["rejected"] == row["rejected"]
             assert item["prompt"].endswith("\n\nAssistant:")
-        last_turn = sum(
-            item["prompt"] == r["chosen"][: r["chosen"].rfind("\n\nAssistant:") + 12]
-            for item, r in zip(found, raw, strict=True)
-        )
-        assert len(found) - last_turn < 10
+        last_turn = sum(item["prompt"] == r["chosen"][: r["chosen"].rfind("\n\nAssistant:") + 12] for item, r in pairs)
+        assert len(pairs) - last_turn < 10
     if file == "sst2/dev.tsv":
         assert sum(item["label"] for item in found) == 444
     if reader == "problems":

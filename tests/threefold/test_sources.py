@@ -30,7 +30,7 @@ def alone(monkeypatch, tmp_path):
 
 
 def problem(number: int) -> dict:
-    return {"question": f"q{number}", "answer": f"a{number}"}
+    return {"question": f"q{number}", "answer": f"#### {number}"}
 
 
 def folder_with(tmp_path: Path, files: dict[str, str]) -> Path:
@@ -203,7 +203,7 @@ def test_real_folder():
         ("wikitext-2", "validation"): 60,
         ("wikitext-2", "test"): 60,
         ("wikitext-103", "train"): 155,
-        ("hh-rlhf", "test"): 2354 + 2312,
+        ("hh-rlhf", "test"): 2354 + 2312 - 10,  # odd rows
         ("sst2", "validation"): 872,
         ("gsm8k", "test"): 1319,
     }
@@ -211,6 +211,43 @@ def test_real_folder():
         config = SourceConfig(source=name, split=split)
         assert sources.resolve(config, DATA).kind == "local"
         assert len(sources.load(config, DATA)) == count
+    assert sources.odd_rows(SourceConfig(source="hh-rlhf", split="test"), DATA) == {
+        "a response is empty": 8,
+        "chosen and rejected are equal": 2,
+    }
+
+
+# Odd rows
+
+
+def pair(number: int, chosen: str = " yes", rejected: str = " no") -> dict:
+    prompt = f"\n\nHuman: {number}\n\nAssistant:"
+    return {"chosen": prompt + chosen, "rejected": prompt + rejected}
+
+
+def test_odd_rows_are_left_out_and_counted(tmp_path):
+    rows = [pair(i) for i in range(198)]
+    rows[7:7] = [pair(-1, chosen="")]
+    rows[99:99] = [pair(-2, rejected=" yes")]
+    data = folder_with(tmp_path, {"a.jsonl": jsonl(*rows), "hh-rlhf/harmless-base.test.jsonl": ""})
+    config = SourceConfig(path="a.jsonl", reader="preferences")
+    kept = sources.load(config, data)
+    assert [item["prompt"].split()[1] for item in kept] == [str(i) for i in range(198)]
+    assert sources.odd_rows(config, data) == {"a response is empty": 1, "chosen and rejected are equal": 1}
+    part = SourceConfig(path="a.jsonl", reader="preferences", skip_examples=8, max_examples=150)
+    assert sources.odd_rows(part, data) == {"chosen and rejected are equal": 1}
+    assert len(sources.load(part, data)) == 149
+
+
+def test_too_many_odd_rows_stop_and_the_first_is_named(tmp_path):
+    data = folder_with(
+        tmp_path,
+        {"a.jsonl": jsonl(*[pair(i) for i in range(150)], {"chosen": "a", "rejected": "b"}, pair(1, chosen=""))},
+    )
+    with pytest.raises(DataError) as raised:
+        sources.load(SourceConfig(path="a.jsonl", reader="preferences"), data)
+    assert str(raised.value).startswith(f"{data / 'a.jsonl'}:151: chosen and rejected share no dialogue up to an ")
+    assert "2 of 152 rows of a.jsonl are odd" in str(raised.value) and "a response is empty: 1" in str(raised.value)
 
 
 # Own files

@@ -26,12 +26,13 @@ from threefold.config import ModelConfig, SourceConfig
 from threefold.data.documents import Documents
 from threefold.data.exclusion import Exclusion, no_exclusion
 from threefold.data.packing import PackedRows, PairedRows, pack_documents, pack_examples, pack_pairs
-from threefold.data.sources import iterate, resolve
+from threefold.data.sources import iterate, odd_rows, resolve
 from threefold.data.templates import EXAMPLE_READERS, as_prompt_response
 from threefold.data.tokenizer import encode, sink_ids, tokenizer_hash
 
 FORMAT = 2  # of the cached files
 META = "meta.json"  # what a cached source is, with the hashes of its files
+NAMES = 20  # of files, listed as those of a source
 CODE = ("threefold.data.readers", "threefold.data.templates")  # and what they import: wikitext
 
 Form = Literal["documents", "examples", "pairs"]
@@ -67,12 +68,16 @@ def describe(
 ) -> dict[str, Any]:
     """What a source is and holds, as published: no paths.
 
-    name, split, kind, reader, licence, revision, fingerprint; documents, words (between spaces) and UTF-8 bytes of its
-    whole text as pretraining would read it; tokens, if a tokenizer is given.
+    name, split, kind, reader, licence, revision, fingerprint; files: the names of those it was read from, left_out: of
+    those in the same folder that were not, with the reason (each list at most NAMES long, then a count); odd_rows:
+    {reason: rows left out for it}; documents, words (between spaces) and UTF-8 bytes of its whole text as pretraining
+    would read it; tokens, if a tokenizer is given.
     """
     resolved = resolve(source, data_dir)
     keys = ("name", "split", "kind", "reader", "licence", "revision", "fingerprint")
-    facts = {key: getattr(resolved, key) for key in keys} | {"documents": 0, "words": 0, "bytes": 0}
+    facts = {key: getattr(resolved, key) for key in keys}
+    facts |= {"files": _shortened(resolved.names), "left_out": _shortened(resolved.left_out)}
+    facts |= {"odd_rows": odd_rows(source, data_dir), "documents": 0, "words": 0, "bytes": 0}
     for text in texts(source, data_dir, exclude):
         facts["documents"] += 1
         facts["words"] += len(text.split())
@@ -80,6 +85,11 @@ def describe(
     if tokenizer is not None:
         facts["tokens"] = tokenise(source, tokenizer, data_dir, exclude).n_tokens
     return facts
+
+
+def _shortened(names: tuple[str, ...]) -> list[str]:
+    more = [f"and {len(names) - NAMES:,} more"] if len(names) > NAMES else []
+    return [*names[:NAMES], *more]
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

@@ -1,18 +1,17 @@
-"""Files and rows read into items: one reader a kind of data, the same for own files, local folders and the hub.
+"""Files and rows read into items: one reader per kind of data, the same for own files, local folders and the hub.
 
-Reading has two steps. `read_rows` turns a file into rows, dictionaries of columns with the place they stand at (file
-and line). A reader turns rows into items, the shapes of which are in `threefold.data.templates`. Whatever a file can be
-wrong in is a DataError that names the file and the line.
-
-WikiText keeps its published form, in which perplexities are defined: documents are articles, and the lines of all
-documents end to end are the file (`hub_rows` gives the hub's rows). Its text is spaced (`1 @,@ 000 words .`) and, in
-the `.tokens` files, holed (`<unk>`); `natural_text` undoes the former for pretraining and leaves sentences with holes
-out.
+Reading has two steps. `read_rows` turns a file into rows, dictionaries of columns with their place (file and line). A
+reader turns rows into items, whose shapes are in `threefold.data.templates`. Anything wrong in a file or row raises a
+DataError that names the file and the line. An odd row, one that large collections hold a few of and no one can learn
+from, becomes an `OddRow` instead of an item; `threefold.data.sources` leaves those out, counts them, and stops if they
+are many.
 """
 
+import csv
 import gzip
 import io
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from basics.errors import DataError
+from basics.files import refuse_pointer
 from threefold.data.templates import LABELS, review
 from threefold.data.wikitext import articles, split_lines
 
@@ -31,15 +31,22 @@ ASSISTANT = "\n\nAssistant:"
 REVIEWS_A_DOCUMENT = (4, 8)
 EXPANDED = (100, 64 << 20)  # a .gz file holds at most so many times its size, or so many bytes: text packs to a tenth
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one alone; no file and no tokenizer takes it
-TABULAR = (".jsonl", ".json", ".tsv", ".parquet")
 PLAIN = (".txt", ".raw", ".tokens", ".text", ".md")
 
 
 @dataclass(frozen=True)
 class Row:
-    """The columns of one row, and where it stands, for messages."""
+    """The columns of one row, and its place, for messages."""
 
     columns: Mapping[str, Any]
+    place: str
+
+
+@dataclass(frozen=True)
+class OddRow:
+    """A row to leave out: why, and its place."""
+
+    reason: str
     place: str
 
 
@@ -59,15 +66,15 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a JSONL, JSON (an array of objects), TSV (with a heading) or Parquet file, .gz allowed but for
-    Parquet.
+    """The rows of a JSONL, JSON (an array of objects, or JSONL), CSV or TSV (with a heading) or Parquet file; all but
+    Parquet may be .gz.
 
-    Empty lines in JSONL are skipped. TSV is GLUE's: no quoting, so a quote is a character. Raises DataError.
+    Empty lines are skipped. TSV is GLUE's: no quoting, so a quote is a character. Raises DataError.
     """
-    parsers = {".jsonl": _jsonl, ".json": _json, ".tsv": _tsv, ".parquet": _parquet}
-    if suffix(path) in parsers:
-        return parsers[suffix(path)](path)
-    raise DataError(f"{path}: no rows can be read from {path.suffix or 'a file without suffix'}: {', '.join(TABULAR)}")
+    if suffix(path) not in TABULAR:
+        named = path.suffix or "a file without suffix"
+        raise DataError(f"{path}: no rows can be read from {named}: {', '.join(TABULAR)}")
+    return TABULAR[suffix(path)](path)
 
 
 def suffix(path: Path) -> str:
@@ -77,6 +84,7 @@ def suffix(path: Path) -> str:
 
 def _bytes(path: Path) -> bytes:
     try:
+        refuse_pointer(path)
         if path.suffix == ".gz":
             most = max(EXPANDED[0] * path.stat().st_size, EXPANDED[1])
             with gzip.open(path, "rb") as file:
@@ -103,7 +111,12 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    rows = _parsed(read_text(path), path, 1)
+    text = read_text(path)
+    first, _, rest = text.lstrip().partition("\n")
+    if first.startswith("{") and first.rstrip().endswith("}") and rest.strip():  # JSONL under another name
+        yield from _jsonl(path)
+        return
+    rows = _parsed(text, path, 1)
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a JSON array of objects, got {_named(rows)}")
     for number, row in enumerate(rows, start=1):
@@ -127,19 +140,33 @@ def _object(value: Any, place: str) -> dict:
 
 
 def _tsv(path: Path) -> Iterator[Row]:
-    heading: list[str] = []
-    for number, line in _lines(read_text(path)):
-        cells = line.split("\t")
-        if not heading:
-            heading = cells
-            if twice := [name for name in heading if heading.count(name) > 1]:
-                raise DataError(f"{path}:{number}: column {twice[0]!r} stands more than once in the heading")
-        elif line:
-            if len(cells) != len(heading):
-                raise DataError(
-                    f"{path}:{number}: {len(cells)} columns, the heading has {len(heading)} ({', '.join(heading)})"
-                )
-            yield Row(dict(zip(heading, cells, strict=True)), f"{path}:{number}")
+    return _with_heading(path, ((number, line.split("\t")) for number, line in _lines(read_text(path)) if line))
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(1 << 31 - 1)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+
+    def records() -> Iterator[tuple[int, list[str]]]:
+        try:
+            yield from ((reader.line_num, cells) for cells in reader if cells)
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from error
+
+    return _with_heading(path, records())
+
+
+def _with_heading(path: Path, records: Iterator[tuple[int, list[str]]]) -> Iterator[Row]:
+    """Rows from (line, cells), the first of which are the names of the columns."""
+    number, heading = next(records, (1, []))
+    if twice := [name for name in heading if heading.count(name) > 1]:
+        raise DataError(f"{path}:{number}: column {twice[0]!r} stands more than once in the heading")
+    for number, cells in records:
+        if len(cells) != len(heading):
+            raise DataError(
+                f"{path}:{number}: {len(cells)} columns, the heading has {len(heading)} ({', '.join(heading)})"
+            )
+        yield Row(dict(zip(heading, cells, strict=True)), f"{path}:{number}")
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -147,6 +174,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
+        refuse_pointer(path)
         with pyarrow.parquet.ParquetFile(path) as file:
             number, names = 0, file.schema_arrow.names
             if twice := [name for name in names if names.count(name) > 1]:
@@ -155,30 +183,42 @@ def _parquet(path: Path) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield Row(row, f"{path}: row {number}")
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        ValueError,
-        OverflowError,
-    ) as error:  # text that is not UTF-8, a time too far
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # text not UTF-8, a time too far
         raise DataError(f"{path}: not a readable Parquet file ({error})") from error
 
 
+TABULAR: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+}
+
+
 def _named(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+    if _is_null(value):
+        return "null" if value is None else "NaN"
+    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
     numbers = {int: "a number", float: "a number"}
     return (names | numbers).get(type(value), f"a {type(value).__name__}")
+
+
+def _is_null(value: Any) -> bool:
+    """Whether a value is missing: null, or the NaN that pandas writes for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 # Readers of files and rows -------------------------------------------------------------------------------------------
 
 
 def _string(row: Row, *columns: str, default: str | None = None) -> str:
-    """The first of these columns the row has, as text."""
+    """The first of these columns that the row has, as text; the default if it is missing or null."""
     for column in columns:
         if column in row.columns:
             value = row.columns[column]
-            if value is None and default is not None:
+            if _is_null(value) and default is not None:
                 return default
             if not isinstance(value, str):
                 raise DataError(f"{row.place}: column {column!r} holds {_named(value)}, expected text")
@@ -216,27 +256,57 @@ def _instructions(rows: Iterable[Row]) -> Iterator[dict]:
         yield item
 
 
-def _preferences(rows: Iterable[Row]) -> Iterator[dict]:
+def _preferences(rows: Iterable[Row]) -> Iterator[dict | OddRow]:
     for row in rows:
-        chosen, rejected = _string(row, "chosen"), _string(row, "rejected")
-        prompt = _string(row, "prompt", default="")
-        if not prompt or (chosen.startswith(prompt) and rejected.startswith(prompt)):
-            prompt = prompt or shared_prompt(chosen, rejected)
-            if not prompt:
-                raise DataError(
-                    f"{row.place}: chosen and rejected share no dialogue up to an {ASSISTANT!r}; "
-                    "expected HH-RLHF's form, or a column 'prompt' of its own"
-                )
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        prompt, chosen, rejected = _string(row, "prompt", default=""), _string(row, "chosen"), _string(row, "rejected")
+        end = _end_of_prompt(prompt, chosen, rejected)
+        if end is None and prompt.strip():
+            raise DataError(
+                f"{row.place}: column 'prompt' is the beginning of only one of chosen and rejected, or of another "
+                "dialogue: expected responses to the prompt, or whole dialogues that both begin with it"
+            )
+        if end is None:
+            yield OddRow(f"chosen and rejected share no dialogue up to an {ASSISTANT!r}", row.place)
+            continue
+        prompt = chosen[:end] if end else prompt
+        chosen, rejected = chosen[end:], rejected[end:]
+        if not chosen.strip() or not rejected.strip():
+            yield OddRow("a response is empty", row.place)
+        elif chosen == rejected:
+            yield OddRow("chosen and rejected are equal", row.place)
+        else:
+            yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _end_of_prompt(prompt: str, chosen: str, rejected: str) -> int | None:
+    """Where the prompt ends in both sides; 0 if the sides are responses to it; None if neither reading is sure.
+
+    White space may differ between a prompt and the dialogues that begin with it, and the prompt may be a part of the
+    dialogue that they share (its last question, say).
+    """
+    shared = len(shared_prompt(chosen, rejected))
+    if not prompt.strip():
+        return shared or None
+    if chosen.startswith(prompt) and rejected.startswith(prompt):
+        return len(prompt)
+    spelled = re.compile(r"\s*" + r"\s+".join(map(re.escape, prompt.split())) + r"(?:(?<!\w)|(?!\w))")
+    begins = [match.end() if (match := spelled.match(side)) else 0 for side in (chosen, rejected)]
+    if not any(begins) and not any(side.lstrip().startswith("Human:") for side in (chosen, rejected)):
+        return 0
+    if all(begins) and chosen[: begins[0]] == rejected[: begins[1]]:
+        return max(begins[0], shared)
+    asked = " ".join(prompt.removesuffix(ASSISTANT).split())
+    return shared if asked in " ".join(chosen[:shared].split()) and shared else None
 
 
 def _sentiment(rows: Iterable[Row]) -> Iterator[dict]:
-    labels = {value: number for number, name in enumerate(LABELS) for value in (number, str(number), name)}
+    labels = {
+        value: number for number, name in enumerate(LABELS) for value in (number, str(number), f"{number}.0", name)
+    }
     for row in rows:
         sentence = _string(row, "sentence", "text")  # as it is: the hub's end in a space, and lm-eval scores it
         label = row.columns.get("label")
-        if isinstance(label, bool) or not isinstance(label, int | str) or label not in labels:
+        if isinstance(label, bool) or not isinstance(label, int | float | str) or label not in labels:
             what = "no column 'label'" if "label" not in row.columns else f"label {repr(label)[:40]}"
             raise DataError(f"{row.place}: {what}; expected 0 or negative, 1 or positive")
         yield {"sentence": sentence, "label": labels[label]}
@@ -244,7 +314,42 @@ def _sentiment(rows: Iterable[Row]) -> Iterator[dict]:
 
 def _problems(rows: Iterable[Row]) -> Iterator[dict]:
     for row in rows:
-        yield {"question": _string(row, "question").strip(), "answer": _string(row, "answer").strip()}
+        question, answer = _string(row, "question").strip(), _string(row, "answer").strip()
+        marked = with_final_number(answer)
+        if marked is None:
+            raise DataError(
+                f"{row.place}: no number can be read from the answer {answer[-60:]!r}, or more than one: end it with "
+                "a line such as `#### 18`"
+            )
+        yield {"question": question, "answer": marked}
+
+
+_NUMBER = re.compile(r"(?:(?<!\w)-)?(?<!\w)(?:\$-?)?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?\.?[0-9]+")
+
+
+def with_final_number(answer: str) -> str | None:
+    """The answer of a word problem in the form that is scored: alone, or with its final number after a last `#### `.
+
+    An answer in this form is returned unchanged. Otherwise the final number is looked for after the last `####`, else
+    in the last `\\boxed{}`, else behind the last "answer is" or "answer:", else in the whole answer. None if there is
+    no number there, or more than one.
+    """
+    scored = re.sub(r"[,$]", "", answer.rpartition("#### ")[2]).removesuffix(".")
+    if re.fullmatch(r"-?[0-9]*\.?[0-9]+", scored) and not re.search(r"\.0+$", scored):
+        return answer
+    solution, mark, final = answer.rpartition("####")
+    if "\n" in final.strip():  # a heading, not a mark
+        solution = answer
+    if not mark:
+        boxed = re.findall(r"\\boxed\{([^{}]*)\}", answer)
+        said = re.findall(r"(?i)answer\s*(?:is|[:=])(.*)", answer)
+        solution, final = answer, (boxed or said or [answer])[-1]
+    found = _NUMBER.findall(final.replace("\N{MINUS SIGN}", "-"))
+    numbers = {re.sub(r"\.0+$", "", re.sub(r"[,$]", "", number)) for number in found}
+    if len(numbers) != 1:
+        return None
+    number = numbers.pop()
+    return number if _NUMBER.fullmatch(answer.removesuffix(".")) else f"{solution.rstrip()}\n#### {number}".strip()
 
 
 def _minimal_pairs(rows: Iterable[Row]) -> Iterator[dict]:
@@ -272,17 +377,18 @@ READERS: dict[str, Callable[[Iterable[Row]], Iterator]] = {
 
 
 def read_items(reader: str, rows: Iterable[Row]) -> Iterator:
-    """The items of a reader from rows. Raises DataError for an unknown reader or a row it cannot use."""
+    """The items of a reader from rows, with an `OddRow` for each row to leave out. Raises DataError for an unknown
+    reader or a row that it cannot use."""
     if reader not in READERS:
         raise DataError(f"no reader {reader!r}; there are: {', '.join(READERS)}")
     return READERS[reader](rows)
 
 
 def read_files(reader: str, paths: Iterable[Path]) -> Iterator:
-    """The items of files, one file after the other.
+    """The items of files, one file after the other, as `read_items`.
 
-    Plain text (.txt, .raw, .tokens) is what the readers of text take: for `wikitext` the file's articles, otherwise one
-    document a file, or those between lines of `<|endoftext|>`. Everything else is read by rows.
+    Only the readers of text take plain text (.txt, .raw, .tokens): `wikitext` gives the file's articles, the others one
+    document per file, or those between `<|endoftext|>`. Other files are read row by row.
     """
     for path in paths:
         if suffix(path) not in PLAIN:
@@ -297,10 +403,10 @@ def read_files(reader: str, paths: Iterable[Path]) -> Iterator:
 
 
 def shared_prompt(chosen: str, rejected: str) -> str:
-    """The dialogue both sides begin with, up to and including its last "\\n\\nAssistant:"; "" if there is none.
+    """The dialogue that both sides begin with, up to and including its last "\\n\\nAssistant:"; "" if there is none.
 
-    Mostly the sides differ in their last turn only. Where one goes on beyond a further mark (14 of 4,666 pairs of the
-    two base test files) the prompt ends where they part, and the rest of each dialogue is its response.
+    Most sides differ in their last turn only. Where one side has further turns (14 of 4,666 pairs of the two base test
+    files) the prompt ends where they part, and the rest of each dialogue is its response.
     """
     low, high = 0, min(len(chosen), len(rejected))
     while low < high:  # bisection: comparing slices is fast, comparing characters in Python is not
@@ -317,7 +423,7 @@ def shared_prompt(chosen: str, rejected: str) -> str:
 def reviews(items: list[dict], seed: int = 0) -> list[str]:
     """Documents of 4 to 8 labelled reviews each, in the form of a few-shot prompt of sst2, in seeded order.
 
-    A model learns to read demonstrations only if its pretraining text holds several labelled examples in a row.
+    A model learns to use demonstrations only if its pretraining text has several labelled examples in a row.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(items))
@@ -325,7 +431,7 @@ def reviews(items: list[dict], seed: int = 0) -> list[str]:
     documents, start = [], 0
     while left := len(order) - start:
         size = int(rng.integers(least, most + 1))
-        if left - size < least:  # the last ones: no document is left with fewer than the least
+        if left - size < least:  # so that the last document is not too short
             size = left if left <= most else left - least
         documents.append("\n\n".join(review(items[index]) for index in order[start : start + size]))
         start += size

@@ -5,8 +5,11 @@ are files of the project. If a source is in none of these places, a SourceError 
 without a network. No source is ever left out silently.
 """
 
+import glob
 import os
+import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -18,14 +21,15 @@ import numpy as np
 
 from basics import paths
 from basics.errors import DataError, SourceError
-from basics.files import sha256_cached, sha256_file, sha256_json
+from basics.files import refuse_pointer, sha256_cached, sha256_file, sha256_json
 from basics.names import did_you_mean
 from threefold.config import SourceConfig
 from threefold.data import hub, readers
+from threefold.data.data_files import files_in, select
 
 REGISTRY = paths.DATA / "sources.toml"
 SHUFFLE_SEED = 0  # of sources marked `shuffle`: the same order for every run
-SPLIT_NAMES = ("train", "validation", "valid", "dev", "test")
+MOST_ODD = 0.01  # the largest share of odd rows in a source
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Resolved:
 
     kind: "embedded", "local", "cache", "hub" or "own" (a path). files: the files to read; none for the cache and the
     hub, one folder for a local clone of the hub's repository. content: a hash over the files' contents, or the hub's
-    commit. revision: the hub's commit, "" for files.
+    commit. revision: the hub's commit, "" for files. names: the files as they are shown, without the folders above
+    them. left_out: files of an own folder that are not read, with the reason.
     """
 
     name: str
@@ -70,6 +75,8 @@ class Resolved:
     licence: str
     reader: str
     source: Source | None = None
+    names: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def shuffle(self) -> bool:
@@ -149,10 +156,11 @@ def resolve(config: SourceConfig, data_dir: str | Path = "") -> Resolved:
     reader = config.reader or source.reader
     _check_reader(reader)
 
-    def found(kind: str, files: tuple[Path, ...] = (), commit: str = "") -> Resolved:
+    def found(kind: str, files: tuple[Path, ...] = (), folder: Path = paths.DATA, commit: str = "") -> Resolved:
         on_hub = f"hub:{source.hub}@{commit}:{source.config or 'default'}:{source.splits.get(split)}"
+        names = tuple(file.relative_to(folder).as_posix() for file in files)
         content = _content(files) if files else on_hub
-        return Resolved(source.name, split, kind, files, content, commit, source.licence, reader, source)
+        return Resolved(source.name, split, kind, files, content, commit, source.licence, reader, source, names)
 
     if source.embedded:
         if files := _local_files(paths.DATA, source, split):
@@ -163,7 +171,7 @@ def resolve(config: SourceConfig, data_dir: str | Path = "") -> Resolved:
         )
     folder = local_folder(data_dir)
     if folder and (files := _local_files(folder, source, split)):
-        return found("local", files)
+        return found("local", files, folder)
     places = [_not_local(folder, source, split)]
     if split not in source.splits:
         raise _not_found(source, split, [*places, f"the hub's {source.hub} has no such split"])
@@ -232,48 +240,43 @@ def _hub_label(source: Source) -> str:
 
 
 def _resolve_path(config: SourceConfig, data_dir: str | Path) -> Resolved:
-    given = Path(os.path.expanduser(config.path))
-    folder = None if given.is_absolute() else local_folder(data_dir)
+    """Own files: a file, the files of a folder that belong to the split, or those that a pattern matches."""
+    given = os.path.expanduser(config.path)
+    folder = None if os.path.isabs(given) else local_folder(data_dir)
+    bases = [base for base in (folder, Path.cwd(), paths.PROJECT) if base]
+    places = list(dict.fromkeys(base / given for base in bases))
     try:
-        bases = [base for base in (folder, Path.cwd(), paths.PROJECT) if base]
-        places = list(dict.fromkeys((base / given).resolve() for base in bases))
-        path = next((place for place in places if place.exists()), None)
-    except (OSError, ValueError) as error:
+        path = next((place for place in places if os.path.exists(place)), None)
+        matches = ([base / name for name in glob.glob(given, root_dir=base, recursive=True)] for base in bases)
+        files = () if path else tuple(sorted(next(filter(None, matches), [])))
+    except (OSError, ValueError, re.error) as error:
         raise SourceError(f"path {config.path[:40]!r}: no file has such a name ({error})") from error
-    if path is None:
+    files = tuple(file for file in files if file.is_file())
+    if path is None and not files:
         raise SourceError(f"path {config.path!r}: no such file or folder; looked for {', '.join(map(str, places))}")
     if not config.reader:
         raise SourceError(f"path {config.path!r} needs a reader: {', '.join(readers.READERS)}")
     _check_reader(config.reader)
-    files = (path,) if path.is_file() else _files_of_split(path, config.split)
-    licence = "not stated (own files)"
-    return Resolved(given.name, config.split, "own", files, _content(files), "", licence, config.reader)
-
-
-def _files_of_split(folder: Path, split: str) -> tuple[Path, ...]:
-    """The data files of an own folder: those named after the split if any file is named after a split, else all."""
-    suffixes = (*readers.TABULAR, *readers.PLAIN)
-    files = tuple(path for path in _visible_files(folder) if readers.suffix(path) in suffixes)
-    if not files:
-        raise SourceError(f"{folder}: no data file in it ({', '.join(suffixes)}, or those with .gz)")
-    if not any(path.name.lower().startswith(SPLIT_NAMES) for path in files):
-        return files
-    chosen = tuple(path for path in files if path.name.lower().startswith(split.lower()))
-    if not chosen:
-        names = ", ".join(path.name for path in files[:8])
-        raise SourceError(f"{folder}: no file named after split {split!r}; there are {names}")
-    return chosen
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if path is not None and path.is_dir():
+        selection = select(path, config.split)
+        files, left_out = selection.files, selection.left_out
+        names = tuple(file.relative_to(path).as_posix() for file in files)
+    else:
+        files, left_out = files or (path,), ()
+        names = tuple(file.name for file in files)
+    name, licence, content = Path(given).name, "not stated (own files)", _content(files)
+    return Resolved(name, config.split, "own", files, content, "", licence, config.reader, None, names, left_out)
 
 
 def _content(files: tuple[Path, ...], digest: Callable[[Path], str] = sha256_cached) -> str:
     """SHA-256 over the contents of files, in their order, and of the files in folders; names do not count."""
-    every = [file for path in files for file in (_visible_files(path) if path.is_dir() else [path])]
-    return sha256_json([digest(file) for file in every])
+    every = [file for path in files for file in (files_in(path) if path.is_dir() else [path])]
+    try:
+        for file in every:
+            refuse_pointer(file)
+        return sha256_json([digest(file) for file in every])
+    except OSError as error:
+        raise SourceError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -282,10 +285,21 @@ def _content(files: tuple[Path, ...], digest: Callable[[Path], str] = sha256_cac
 def iterate(config: SourceConfig, data_dir: str | Path = "") -> Iterator[Any]:
     """The items of a source, one by one, in the shapes that `threefold.data.templates` lists.
 
-    `skip_examples` and `max_examples` count items; for the reader "reviews" they count the labelled reviews that the
-    documents are then made of. Raises SourceError as `resolve`, DataError for unreadable content or an empty split.
+    `skip_examples` and `max_examples` count rows, odd ones included (see `odd_rows`); for the reader "reviews" they
+    count the labelled reviews that the documents are then made of. Raises SourceError as `resolve`, DataError for
+    unreadable content, an empty split, or too many odd rows.
     """
-    return _items(resolve(config, data_dir), config)
+    resolved = resolve(config, data_dir)
+    selected = (row for row in _rows(resolved, config) if not isinstance(row, readers.OddRow))
+    if resolved.reader == "reviews":
+        selected = iter(readers.reviews(list(selected)))
+    empty = True
+    for item in selected:
+        empty = False
+        yield item
+    if empty:
+        skipped = f" after skip_examples = {config.skip_examples}" if config.skip_examples else ""
+        raise DataError(f"{resolved.name}, split {resolved.split!r}: no items{skipped}")
 
 
 def load(config: SourceConfig, data_dir: str | Path = "") -> list[Any]:
@@ -293,26 +307,44 @@ def load(config: SourceConfig, data_dir: str | Path = "") -> list[Any]:
     return list(iterate(config, data_dir))
 
 
-def _items(resolved: Resolved, config: SourceConfig) -> Iterator[Any]:
+def odd_rows(config: SourceConfig, data_dir: str | Path = "") -> dict[str, int]:
+    """{reason: rows that are left out for it} of the part of a source that is used. Reads a source of preferences; the
+    other readers leave no row out."""
+    resolved = resolve(config, data_dir)
+    if resolved.reader != "preferences":
+        return {}
+    return dict(Counter(row.reason for row in _rows(resolved, config) if isinstance(row, readers.OddRow)))
+
+
+def _rows(resolved: Resolved, config: SourceConfig) -> Iterator[Any]:
+    """The items and odd rows of the part of a source that is used."""
     if resolved.files and not resolved.files[0].is_dir():
         items = readers.read_files(resolved.reader, resolved.files)
     else:
         items = readers.read_items(resolved.reader, _dataset_rows(resolved))
-    if resolved.shuffle:
-        everything = list(items)
-        order = np.random.default_rng(SHUFFLE_SEED).permutation(len(everything))
-        items = (everything[index] for index in order)
     end = None if config.max_examples < 0 else config.skip_examples + config.max_examples
-    items = islice(items, config.skip_examples, end)
-    if resolved.reader == "reviews":
-        items = iter(readers.reviews(list(items)))
-    empty = True
+    if not resolved.shuffle:
+        return _few_odd(resolved, islice(items, config.skip_examples, end))
+    everything = list(_few_odd(resolved, items))
+    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(everything))
+    return (everything[index] for index in order[config.skip_examples : end])
+
+
+def _few_odd(resolved: Resolved, items: Iterator[Any]) -> Iterator[Any]:
+    """The same items. Raises DataError at their end if more than MOST_ODD of them are odd rows."""
+    odd: list[readers.OddRow] = []
+    number = 0
     for item in items:
-        empty = False
+        number += 1
+        if isinstance(item, readers.OddRow):
+            odd.append(item)
         yield item
-    if empty:
-        skipped = f" after skip_examples = {config.skip_examples}" if config.skip_examples else ""
-        raise DataError(f"{resolved.name}, split {resolved.split!r}: no items{skipped}")
+    if len(odd) > MOST_ODD * number:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in Counter(row.reason for row in odd).items())
+        raise DataError(
+            f"{odd[0].place}: {odd[0].reason}; {len(odd):,} of {number:,} rows of {resolved.name} are odd ({reasons}), "
+            f"more than {MOST_ODD:.0%}: correct or remove them"
+        )
 
 
 def _dataset_rows(resolved: Resolved) -> Iterator[readers.Row]:

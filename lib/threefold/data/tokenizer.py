@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from basics.errors import DataError, SourceError
-from basics.files import sha256_json
+from basics.files import refuse_pointer, sha256_json
 from threefold.config import TokenizerConfig
 from threefold.data.sources import gpt2_tokenizer_file
 
@@ -49,6 +49,7 @@ def build_tokenizer(
     """
     if config.kind == "gpt2":
         file = gpt2_tokenizer_file(data_dir)
+        refuse_pointer(file)
         backend = Tokenizer.from_file(str(file))
         if backend.get_vocab_size() != 50257 or backend.token_to_id(EOS) != 50256:
             raise DataError(f"{file}: not GPT-2's tokenizer (50,257 tokens, the last one {EOS})")
@@ -130,6 +131,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise SourceError(f"{folder}: no tokenizer.json in it")
+    refuse_pointer(file)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a file that is no tokenizer

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from basics.errors import CheckpointError
-from basics.files import atomic_folder, atomic_write, sha256_bytes, sha256_file
+from basics.files import atomic_folder, atomic_write, refuse_pointer, sha256_bytes, sha256_file
 from threefold.config import ModelConfig
 from threefold.model.decoder import Decoder
 from threefold.model.hf_config import (
@@ -259,10 +259,11 @@ def weight_files(folder: Path) -> list[Path]:
     """model.safetensors of a folder, or the shards that its index names.
 
     Raises CheckpointError where there is neither, where the index is damaged or names a file elsewhere, and where a
-    shard is missing.
+    shard is missing; SourceError for a file that Git LFS has not fetched.
     """
     index = folder / INDEX
     if (folder / WEIGHTS).is_file():
+        refuse_pointer(folder / WEIGHTS)
         return [folder / WEIGHTS]
     if not index.is_file():
         raise CheckpointError(f"no {WEIGHTS} in {folder}; other weight formats are not read")
@@ -275,6 +276,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{index}: shard {str(name)[:80]!r} is no file name that ends in .safetensors")
         if not (folder / name).is_file():
             raise CheckpointError(f"{index}: shard {name} is missing")
+        refuse_pointer(folder / name)
     return [folder / name for name in names]
 
 

@@ -1,0 +1,167 @@
+"""Which files of a folder are data, and which of them belong to a split.
+
+Names decide, in the manner of `datasets`' data_files resolution: a split is named by a word between delimiters in the
+name of a file or of a folder above it (`test/part-1.jsonl`, `my_data.train.txt`, but not `testament.txt`), or by the
+data card at the top of the folder (README.md, `configs`). Where `datasets` guesses, a SourceError names the files.
+"""
+
+import fnmatch
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from basics.errors import SourceError
+from threefold.data.readers import PLAIN, TABULAR, suffix
+
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+CACHES = ("cache", "caches")
+NOT_DATA = re.compile(  # stems of files that describe data
+    r"(readme|licen[cs]e|copying)([-_.]\w{1,12})?|notice|citation|authors|contributors|contributing|code_of_conduct|"
+    r"changelog|changes|security|acknowledge?ments|credits|disclaimer|terms|datasheet|(data|dataset|model)_?card|"
+    r"dataset_infos?|dataset_dict|state|config|metadata|croissant|datapackage|requirements|manifest|(md5|sha\d+)sums?|"
+    r"checksums?",
+    re.IGNORECASE,
+)
+WAY_OUT = "name the files by `path`, which may be a pattern such as 'books/*.txt'"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The files of a split, sorted, and the names of those left out, with the reason."""
+
+    files: tuple[Path, ...]
+    left_out: tuple[str, ...] = ()
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files under a folder, sorted; links are followed. Hidden files, caches and what begins with `__` are left
+    out, as `datasets` does. Raises SourceError for a link to nothing."""
+    found, visited = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in visited:  # a link that leads back
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")) and name not in CACHES)
+        found += [Path(root, name) for name in names if not name.startswith((".", "__"))]
+    for path in found:
+        if not path.exists():
+            raise SourceError(f"{path}: a link to a file that does not exist ({os.readlink(path)})")
+    return sorted(path for path in found if path.is_file())
+
+
+def select(folder: Path, split: str) -> Selection:
+    """The data files of a split. If no file names a split, they are all files.
+
+    Raises SourceError if there are none, or if the names leave open which are meant.
+    """
+    every = files_in(folder)
+    readable = [path for path in every if suffix(path) in (*TABULAR, *PLAIN)]
+    data = [path for path in readable if not NOT_DATA.fullmatch(path.name.partition(".")[0])]
+    data = data or [path for path in readable if suffix(path) in PLAIN]
+    if not data:
+        there = f"; there are {_names(folder, every)}" if every else ""
+        raise SourceError(f"{folder}: no data file in it ({', '.join((*TABULAR, *PLAIN))}, or those with .gz){there}")
+    reasons = {path: "no data" for path in every if path not in data}
+    chosen = _of_split(folder, data, split)
+    reasons |= {path: f"not of split {split}" for path in data if path not in chosen}
+    if any(suffix(path) in TABULAR for path in chosen):
+        reasons |= {path: "text beside tables" for path in chosen if suffix(path) in PLAIN}
+    elif any(suffix(path) != ".md" for path in chosen):
+        reasons |= {path: "Markdown beside text" for path in chosen if suffix(path) == ".md"}
+    chosen = [path for path in chosen if path not in reasons]
+    forms = sorted({suffix(path) for path in chosen})
+    if len(forms) > 1:
+        raise SourceError(f"{folder}: split {split!r} has files of several forms ({', '.join(forms)}): {WAY_OUT}")
+    packed = [path for path in chosen if path.suffix == ".gz" and path.with_suffix("") in chosen]
+    if packed:
+        raise SourceError(f"{folder}: {_names(folder, packed)} is there unpacked, too: remove one, or {WAY_OUT}")
+    left_out = [f"{_name(folder, path)} ({reason})" for path, reason in sorted(reasons.items())]
+    return Selection(tuple(chosen), tuple(left_out))
+
+
+def _of_split(folder: Path, data: list[Path], split: str) -> list[Path]:
+    """Those of the data files that the card or their names give to a split."""
+    canonical = next((name for name, words in SPLIT_WORDS.items() if split.lower() in words), split)
+    declared = _declared(folder, data)
+    if declared is not None:
+        if not (chosen := declared.get(split) or declared.get(canonical)):
+            raise SourceError(f"{folder}: its card declares no split {split!r}, only {', '.join(declared)}")
+        return chosen
+    splits = {path: _splits(path.relative_to(folder), split) for path in data}
+    if not any(splits.values()):
+        return data
+    chosen = [path for path in data if canonical in splits[path]]
+    if not chosen:
+        raise SourceError(f"{folder}: no file named after split {split!r}; there are {_names(folder, data)}")
+    if several := [path for path in chosen if len(splits[path]) > 1]:
+        names = " and ".join(sorted(splits[several[0]]))
+        raise SourceError(f"{folder}: {_names(folder, several)} is named after {names}: {WAY_OUT}")
+    forms = {suffix(path) for path in data if splits[path]}
+    if unnamed := [path for path in data if not splits[path] and suffix(path) in forms]:
+        raise SourceError(
+            f"{folder}: {_names(folder, chosen)} is named after split {split!r}, and {_names(folder, unnamed)} after "
+            f"none: {WAY_OUT}, or put each split into a folder of its name"
+        )
+    return chosen
+
+
+def _splits(path: Path, asked: str) -> set[str]:
+    """The splits that a relative path names. A part that names exactly one outweighs one that names several."""
+    of_word = {word: name for name, words in SPLIT_WORDS.items() for word in words}
+    parts = []
+    for part in path.parts:
+        named = {of_word[word] for word in re.split(r"[\W\d_]+", part.lower()) if word in of_word}
+        if asked not in of_word and re.search(rf"(?<![^\W\d_]){re.escape(asked)}(?![^\W\d_])", part, re.IGNORECASE):
+            named = {asked}
+        parts.append(named)
+    return set().union(*(named for named in parts if len(named) == 1)) or set().union(*parts)
+
+
+def _declared(folder: Path, data: list[Path]) -> dict[str, list[Path]] | None:
+    """{split: files} of the data card's one or default configuration; None if it declares none."""
+    from huggingface_hub import metadata_load
+
+    card = folder / "README.md"
+    try:
+        configs = (metadata_load(card) or {}).get("configs") if card.is_file() else None
+    except (ValueError, yaml.YAMLError):  # a README that is no card
+        return None
+    configs = [entry for entry in configs if isinstance(entry, dict)] if isinstance(configs, list) else []
+    default = [entry for entry in configs if entry.get("default") is True or entry.get("config_name") == "default"]
+    if len(configs) > 1 and not default:
+        names = ", ".join(str(entry.get("config_name")) for entry in configs)
+        raise SourceError(f"{folder}: its card has several configurations ({names}): {WAY_OUT}")
+    config = (default or configs or [{}])[0]
+    if not config.get("data_files"):
+        return None
+    from datasets.data_files import sanitize_patterns
+
+    try:
+        patterns = sanitize_patterns(config["data_files"])
+    except (ValueError, TypeError) as error:
+        raise SourceError(f"{card}: its data_files cannot be read: {error}") from error
+    return {
+        name: [path for path in data if _matches(path.relative_to(folder), parts)] for name, parts in patterns.items()
+    }
+
+
+def _matches(path: Path, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatch(path.as_posix(), pattern.removeprefix("./")) for pattern in map(str, patterns))
+
+
+def _name(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _names(folder: Path, paths: list[Path]) -> str:
+    more = f" and {len(paths) - 8:,} more" if len(paths) > 8 else ""
+    return ", ".join(_name(folder, path) for path in paths[:8]) + more
