@@ -13,12 +13,13 @@ from basics.names import replicate_of
 from papertrail import provenance
 from papertrail.run import read_run_file
 from study import launch
+from study.chat import forms
 from study.preset import measured_on
 from study.run import Stage
 from threefold.config import ModelConfig, gpt2_counterpart
 from threefold.data import corpus, exclusion
 from threefold.data.packing import PackedRows, PairedRows
-from threefold.data.tokenizer import load_tokenizer, with_sinks
+from threefold.data.tokenizer import load_tokenizer, set_chat_template, with_sinks
 from threefold.model.decoder import Decoder
 from threefold.model.hf import load_checkpoint
 from threefold.training import distributed
@@ -68,6 +69,8 @@ def prepare(stage: Stage) -> Inputs:
             model = Decoder(config)
             model.initialise(torch.Generator().manual_seed(stage.seed))
     config, replay = model.config, None
+    if (form := forms(stage.preset, kind)[0]) != "text":  # saved with the checkpoint
+        set_chat_template(tokenizer, form)
     if kind == "dpo":
         objective = Preference(stage.config.beta)
         rows = corpus.preference_rows(data.dpo, tokenizer, config, data_dir, exclude)

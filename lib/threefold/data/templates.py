@@ -12,6 +12,7 @@ Readers and their items:
 | preferences | {"prompt", "chosen", "rejected"}: prompt + chosen and prompt + rejected are the dialogues verbatim |
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -68,6 +69,45 @@ FORMS = {
     "text": Form(lambda message: message),
 }
 FORM_OF_READER = {"preferences": "dialogue", "instructions": "instruction", "problems": "question"}  # others: text
+
+
+_CHAT_TEMPLATE = """\
+{{- PREFIX -}}
+{%- if messages | length > MOST -%}
+  {{- raise_exception("this model was trained to answer one message, in the form of a FORM") -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- if message["role"] != ("assistant" if loop.index0 % 2 else "user") -%}
+    {{- raise_exception("expected messages of user and assistant in turn, the user's first") -}}
+  {%- elif message["role"] == "user" -%}
+    {{- BEFORE + message["content"] + AFTER -}}
+  {%- else -%}
+    {{- SPACE + message["content"] + (eos_token if loop.last else "") -}}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
+
+def chat_template(form: str, prefix: str = "") -> str:
+    """One of FORMS as a chat template of transformers (Jinja); `apply_chat_template` then gives the text of training.
+
+    Only a dialogue has several turns. The last message may be an answer, which EOS ends.
+
+    prefix: the text of the tokens that the tokenizer puts before every sequence, which a chat template has to include.
+    """
+    before, after = FORMS[form].prompt("\0").split("\0")
+    values = {
+        "PREFIX": json.dumps(prefix),
+        "MOST": "999999" if FORMS[form].turns else "2",
+        "FORM": form,
+        "BEFORE": json.dumps(before),
+        "AFTER": json.dumps(after),
+        "SPACE": json.dumps("" if after.endswith("\n") else " "),
+    }
+    template = _CHAT_TEMPLATE
+    for name, value in values.items():
+        template = template.replace(name, value)
+    return template
 
 
 def as_prompt_response(reader: str, item: Mapping) -> tuple[str, str]:

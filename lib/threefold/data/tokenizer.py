@@ -21,6 +21,7 @@ from basics.errors import DataError, SourceError
 from basics.files import refuse_pointer, sha256_json
 from threefold.config import TokenizerConfig
 from threefold.data.sources import gpt2_tokenizer_file
+from threefold.data.templates import chat_template
 
 BOS = "<|bos|>"
 EOS = "<|endoftext|>"
@@ -123,6 +124,11 @@ def with_sinks(tokenizer: PreTrainedTokenizerFast, sinks: int) -> PreTrainedToke
 def sink_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """The ids it puts before every sequence: one for each sink of the model, none for GPT-2's kind."""
     return list(tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids)
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerFast, form: str) -> None:
+    """Make `apply_chat_template` give the prompts of a form (see `threefold.data.templates`), sinks in front."""
+    tokenizer.chat_template = chat_template(form, "".join(tokenizer.convert_ids_to_tokens(sink_ids(tokenizer))))
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
