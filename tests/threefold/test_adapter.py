@@ -290,6 +290,23 @@ def test_added_tokens_without_a_row_in_the_model_are_text_as_any_other(tmp_path,
     assert model.same_tokenizer(bare)
 
 
+def test_tokens_that_no_merge_makes_need_no_row(tmp_path):
+    """An unused entry of a BPE's vocabulary is let pass; one that text can yield is not."""
+    gpt2_style_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    state = json.loads(file.read_text())
+    state["model"]["vocab"]["<unused>"] = 384
+    file.write_text(json.dumps(state))
+    model = LanguageModel.from_model(gpt2(), AutoTokenizer.from_pretrained(tmp_path), "unused")
+    texts = ["the <unused> baker"]
+    assert model.encode(texts) == gpt2_language_model().encode(texts)
+    state["model"]["vocab"]["qz"] = 385
+    state["model"]["merges"].append(["q", "z"])
+    file.write_text(json.dumps(state))
+    with pytest.raises(EvaluationError, match="do not belong together"):
+        LanguageModel.from_model(gpt2(), AutoTokenizer.from_pretrained(tmp_path), "used")
+
+
 def test_an_end_of_sequence_token_without_a_row_is_refused(tmp_path):
     tok = padded_tokenizer(tmp_path, "[PAD]")
     tok.eos_token = "[PAD]"
@@ -357,6 +374,17 @@ def test_a_context_without_a_limit_is_called_unlimited(tmp_path):
     tokenizer_file = tmp_path / "tokenizer_config.json"
     tokenizer_file.write_text(json.dumps(json.loads(tokenizer_file.read_text()) | {"model_max_length": 64}))
     assert LanguageModel.from_checkpoint(tmp_path).facts["context"] == 64
+
+
+@pytest.mark.parametrize("length", [None, 10**30, -1, 0])
+def test_a_model_whose_config_names_no_usable_length(length):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    original = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=384, **sizes)).eval()
+    original.config.max_position_embeddings = length
+    model = LanguageModel.from_model(original, gpt2_style_tokenizer(), "neox")
+    assert model.facts["context"] == "unlimited"
+    assert len(model.loglikelihoods([([1] * 40, [2] * 9)])[0]) == 9 and len(model.generate(["the baker"], 3)) == 1
 
 
 def test_random_control_is_hashed_and_seeded():

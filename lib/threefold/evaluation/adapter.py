@@ -357,18 +357,24 @@ def _known_to(tokenizer: Any, vocab_size: int, name: str) -> Tokenizer:
     """A copy of the tokenizer that yields only ids below `vocab_size`.
 
     A padding token and the like, added without a row in the model's embedding, are left out: their text is tokenised as
-    any other. Raises EvaluationError where other tokens or EOS have no row: tokenizer and model do not belong together.
+    any other. A BPE may also hold tokens that no merge makes. Raises EvaluationError where other tokens or EOS have no
+    row: tokenizer and model do not belong together.
     """
-    beyond = {id for id in tokenizer.get_vocab().values() if id >= vocab_size}
-    if not beyond <= tokenizer.added_tokens_decoder.keys() or tokenizer.eos_token_id in beyond:
-        raise EvaluationError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}: they do not belong "
-            "together"
-        )
+    beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= vocab_size}
     if not beyond:
         return copy.deepcopy(tokenizer.backend_tokenizer)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] not in beyond]
+    added, model = {token["id"] for token in state["added_tokens"]}, state["model"]
+    merged = {"".join(pair) if isinstance(pair, list) else pair.replace(" ", "") for pair in model.get("merges", ())}
+    unreachable = model["type"] == "BPE" and not model.get("ignore_merges")
+    for token, id in beyond.items():
+        text_may_yield = id not in added and not (unreachable and len(token) > 1 and token not in merged)
+        if text_may_yield or id == tokenizer.eos_token_id:
+            raise EvaluationError(
+                f"{name}: the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}: they do not belong "
+                "together"
+            )
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < vocab_size]
     return Tokenizer.from_str(json.dumps(state))
 
 

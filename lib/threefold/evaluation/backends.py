@@ -102,9 +102,10 @@ class TransformersBackend(Backend):
 
     def __init__(self, model: Any, tokenizer: Any):
         config = model.config.get_text_config()
-        lengths = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "n_ctx"))
-        context = next((length for length in lengths if length), tokenizer.model_max_length)
-        super().__init__(model, int(context) if 0 < context < NO_LIMIT else UNLIMITED, config.vocab_size)
+        lengths = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "n_ctx")]
+        numbers = [length for length in (*lengths, tokenizer.model_max_length) if type(length) in (int, float)]
+        context = next((length for length in numbers if length > 0), NO_LIMIT)
+        super().__init__(model, int(context) if context < NO_LIMIT else UNLIMITED, config.vocab_size)
         self._linear = self._head_is_linear()
         self.head = model.get_output_embeddings() if self._linear else torch.nn.Identity()
 

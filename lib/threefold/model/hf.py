@@ -72,7 +72,7 @@ _NAMES: dict[str, dict[str, str]] = {
         "down": "c_proj",
     },
 }
-_BUFFER = re.compile(r"\.(attn|attention|self_attn)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+_BUFFER = re.compile(r"\.(attn|attention|self_attn|crossattention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 _TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps its projections as [in, out]
 
 
