@@ -19,7 +19,7 @@ from threefold.model.hf import load_checkpoint
 from threefold.training import half_depth, held_out_loss, loop, monitor, numerics
 from threefold.training.feed import Feed
 from threefold.training.loop import Trained, train
-from threefold.training.objectives import Distillation, Loss, NextToken, Preference
+from threefold.training.objectives import Distillation, Loss, MicroBatch, NextToken, Preference
 from threefold.training.state import curve, read_metrics
 
 EOS, SINK, VOCABULARY = 0, 1, 37
@@ -427,15 +427,86 @@ def test_a_gpu_is_asked_only_now_and_then_and_tells_the_same(text, heldout, tmp_
     assert all(value.isfinite().all() for value in load_file(tmp_path / "c" / "resume.safetensors").values())
 
 
-def test_no_memory_names_the_settings_to_change(text, tmp_path):
-    out = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"
+
+
+class Fits(NextToken):
+    """A device whose memory holds some rows at a time, from some call on."""
+
+    def __init__(self, rows: int, call: int = 1, error: type[Exception] = torch.OutOfMemoryError):
+        self.rows, self.left, self.error = rows, call, error
+
+    def __call__(self, decoder, batch):
+        loss = super().__call__(decoder, batch)
+        self.left -= 1
+        if self.left <= 0 and len(MicroBatch.of(batch).tokens_BT) > self.rows:
+            raise self.error(NO_MEMORY)
+        return loss
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
+def test_a_step_that_does_not_fit_is_accumulated_from_smaller_micro_batches(examples, text, heldout, tmp_path, error):
+    """Bit for bit as if the smaller size had been configured; 6 rows at a time become 3, then 1."""
+    settings = {"heldout": heldout, "replay": text}
+    config, said = TrainConfig(steps=5, batch_size=6, accumulate=2, replay=0.3), []
+    expected, found = model(), model()
+    one = replace(config, batch_size=1, accumulate=12)
+    whole = run(expected, examples, one, tmp_path / "one", **settings)
+    parts = run(found, examples, config, tmp_path / "six", Fits(2, error=error), progress=said.append, **settings)
+    assert all(torch.equal(weights(found)[name], value) for name, value in weights(expected).items())
+    assert (parts.tokens, parts.padding, parts.steps) == (whole.tokens, whole.padding, 5)
+    assert parts.heldout_loss == pytest.approx(whole.heldout_loss, rel=1e-6)
+    assert curve(tmp_path / "one")["loss"] == curve(tmp_path / "six")["loss"]
+    halved = [line for line in said if "out of memory in step 1 with" in line]
+    assert "6 x 24 positions at a time; from here on micro-batches of 3, 4 of them a step" in halved[0]
+    assert "3 x 24 positions at a time; from here on micro-batches of 1, 12 of them a step" in halved[1]
+    assert len(halved) == 2  # found once
+
+
+def test_gradients_of_a_step_that_ran_out_of_memory_count_once(text, tmp_path):
+    """The second micro-batch of the fourth step does not fit: the first one's gradients are computed again."""
+    config = TrainConfig(steps=6, batch_size=4, accumulate=2, optimizer="adamw")
+    expected, found = model(), model()
+    run(expected, text, config, tmp_path / "a")
+    result = run(found, text, config, tmp_path / "b", Fits(3, call=8))
+    assert result.steps == 6
+    for name, value in weights(expected).items():
+        torch.testing.assert_close(weights(found)[name], value, rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_pairs_that_do_not_fit_are_accumulated(pairs, tmp_path):
+    class FewPairs(Preference):
+        def __call__(self, decoder, batch):
+            if len(batch.pairs_P) > 2:
+                raise torch.OutOfMemoryError(NO_MEMORY)
+            return super().__call__(decoder, batch)
+
+        def for_heldout(self):
+            return FewPairs(self.beta, self.heldout_reference_P2)
+
+    config = TrainConfig(steps=5, batch_size=6, optimizer="adamw")
+    expected = trained(model(1), pairs, config, tmp_path / "a", Preference(0.1), heldout=pairs)
+    found = trained(model(1), pairs, config, tmp_path / "b", FewPairs(0.1), heldout=pairs)
+    for name, value in weights(expected.model).items():
+        torch.testing.assert_close(weights(found.model)[name], value, rtol=1e-4, atol=2e-6, msg=name)
+    assert found.result.heldout_loss == pytest.approx(expected.result.heldout_loss, abs=1e-5)
+    assert found.result.tokens == expected.result.tokens
+
+
+def test_what_does_not_fit_row_by_row_names_the_settings_to_change(text, tmp_path, monkeypatch):
+    config = replace(SHORT, batch_size=4, accumulate=3)
     for error in (RuntimeError, torch.OutOfMemoryError, MemoryError):
-        with pytest.raises(TrainingError, match=r"out of memory in step 1 .*batch_size = 2 .*accumulate = 6 "):
-            run(model(), text, replace(SHORT, batch_size=4, accumulate=3), tmp_path, Stops(1, error, out))
-    with pytest.raises(TrainingError, match=r"lower model.context"):
-        run(model(), text, replace(SHORT, batch_size=1), tmp_path, Stops(1, MemoryError, out))
+        with pytest.raises(TrainingError, match=r"out of memory in step 1 with 1 x 24 .* lower model.context"):
+            run(model(), text, config, tmp_path, Fits(0, error=error))
     with pytest.raises(RuntimeError, match="something else"):
         run(model(), text, SHORT, tmp_path, Stops(1, RuntimeError, "something else"))
+
+    def update(step, factor):
+        raise MemoryError
+
+    monkeypatch.setattr(loop.TrainStep, "update", update)
+    with pytest.raises(TrainingError, match=r"memory in the update of step 1; .*batch_size = 2 .*accumulate = 6 "):
+        run(model(), text, config, tmp_path / "update")
 
 
 # What it says and chooses -------------------------------------------------------------------------------------------

@@ -55,6 +55,16 @@ class Feed:
         else:
             self.steps = rows.steps(self.batch_size * (1 - config.replay), epochs=config.epochs)
 
+    def halve(self) -> bool:
+        """Let each micro-batch hold half as many rows, or the next number that divides a step's, and accumulate more of
+        them: steps keep their rows. False if a micro-batch holds one row (or pair) already."""
+        rows = self.micro_batch * self.accumulate
+        if self.micro_batch == 1:
+            return False
+        self.micro_batch = next(n for n in range(self.micro_batch // 2, 0, -1) if rows % n == 0)
+        self.accumulate = rows // self.micro_batch
+        return True
+
     @property
     def positions(self) -> int:
         """Positions that one worker computes in all steps; for pairs an estimate."""

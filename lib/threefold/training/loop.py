@@ -116,20 +116,25 @@ def train(
         restored.clear()  # a second copy of the weights and the optimizers' states
     evaluate = None
     if heldout is not None:
-        evaluate = partial(mean_loss, step.module, objective.for_heldout(), heldout, feed.micro_batch, numerics)
+        evaluate = partial(mean_loss, step.module, objective.for_heldout(), heldout, numerics=numerics)
     monitor = Monitor(name, step, feed, config, folder, state, evaluate, progress)
     with monitor.running():
-        for batches, numbers in feed.run(state.step):
-            batches = [MicroBatch.of(batch) for batch in batches]
-            counts = [(batch.weight, batch.tokens, batch.padding) for batch in batches]
-            weight, tokens, padding = workers.totals(*map(sum, zip(*counts, strict=True)))
-            factor, shape = learning_rate_factor(state.step, feed.steps, config), batches[0].tokens_BT.shape
-            with monitor.memory_errors(f"in step {state.step + 1} with {shape[0]} x {shape[1]} positions at a time"):
-                names, values = step.gradients(batches, max(1, weight))
+        while state.step < feed.steps:
+            for batches, numbers in feed.run(state.step):
+                batches = [MicroBatch.of(batch) for batch in batches]
+                counts = [(batch.weight, batch.tokens, batch.padding) for batch in batches]
+                weight, tokens, padding = workers.totals(*map(sum, zip(*counts, strict=True)))
+                factor = learning_rate_factor(state.step, feed.steps, config)
+                try:
+                    names, values = step.gradients(batches, max(1, weight))
+                except (RuntimeError, MemoryError) as error:
+                    monitor.halve_micro_batches(error, batches[0].tokens_BT)
+                    break  # take the same step again
                 if numerics.synchronous:  # stop before the weights are spoilt
                     monitor.check(values.tolist(), state.step + 1, numbers)
-                step.update(factor)
-            monitor.after_step(numbers, tokens, padding, config.learning_rate * factor, names, values)
+                with monitor.memory_errors(f"in the update of step {state.step + 1}"):
+                    step.update(factor)
+                monitor.after_step(numbers, tokens, padding, config.learning_rate * factor, names, values)
     result, model, noted = monitor.result(), distributed.whole_model(model), dict(notes())
     if workers.first:
         with system_errors(f"{folder.name}/{WEIGHTS}"):

@@ -15,7 +15,7 @@ from basics.errors import DISK_FULL, TrainingError
 from threefold.config import TrainConfig
 from threefold.data.packing import PairedRows
 from threefold.training.feed import Feed
-from threefold.training.numerics import matmul_flops
+from threefold.training.numerics import free_memory, in_memory, matmul_flops, out_of_memory
 from threefold.training.progress import Console, duration
 from threefold.training.state import STATE, Metrics, State, collect, save_state
 
@@ -60,7 +60,7 @@ class Monitor:
     Args:
         step, feed, config, folder, name, progress: of the training.
         state: its counters, which the monitor keeps.
-        evaluate: computes the held-out loss and its metrics; None without held-out rows.
+        evaluate: computes the held-out loss and its metrics, with so many rows at a time; None without held-out rows.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Monitor:
         config: TrainConfig,
         folder: Path,
         state: State,
-        evaluate: Callable[[], dict[str, float]] | None,
+        evaluate: Callable[[int], dict[str, float]] | None,
         progress: Progress | None,
     ):
         self.name, self.step, self.feed, self.config = name, step, feed, config
@@ -169,7 +169,7 @@ class Monitor:
     def _evaluate(self) -> None:
         state, started = self.state, time.perf_counter()
         with self.memory_errors(f"in the held-out loss after step {state.step}"):
-            values = self.evaluate()
+            values = in_memory(self.evaluate, self.feed.micro_batch)
         if not math.isfinite(values["loss"]):
             raise TrainingError(
                 f"{self.name}: the held-out loss is {values['loss']} after step {state.step}; {self._last_state()}"
@@ -214,27 +214,40 @@ class Monitor:
             return f"the last good state is that of step {self.saved_step}, in {self.folder.name}/{STATE}"
         return "no state was saved before it"
 
+    def halve_micro_batches(self, error: Exception, tokens_BT: Tensor) -> None:
+        """Where memory ran out in the gradients of a step: have its rows computed in smaller micro-batches, which are
+        accumulated to the same batch. Raises the error if it is another one, TrainingError if nothing is to be halved.
+
+        The other workers wait inside the step, so several of them cannot take it again.
+        """
+        if not out_of_memory(error):
+            raise error
+        where = f"in step {self.state.step + 1} with {' x '.join(map(str, tokens_BT.shape))} positions at a time"
+        if self.step.workers.size > 1 or not self.feed.halve():
+            with self.memory_errors(where):
+                raise error
+        self.step.model.zero_grad(set_to_none=True)
+        free_memory(error)
+        size, times = self.feed.micro_batch, self.feed.accumulate
+        self.say(f"{self.name}: out of memory {where}; from here on micro-batches of {size}, {times} of them a step")
+
     @contextlib.contextmanager
     def memory_errors(self, where: str) -> Iterator[None]:
-        """Raises TrainingError with a way out if memory runs out inside the block.
-
-        torch has a type for exhausted GPU memory only; its CPU allocator raises a RuntimeError.
-        """
+        """Raises TrainingError with a way out if memory runs out inside the block."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            texts = ("DefaultCPUAllocator", "std::bad_alloc")
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(t in str(error) for t in texts):
+            if not out_of_memory(error):
                 raise
             size, accumulate = self.config.batch_size, self.config.accumulate
             smaller = next((n for n in range(size // 2, 0, -1) if size % n == 0), None)
             way = "lower model.context"
-            if smaller is not None:
+            if smaller is not None and self.feed.micro_batch > 1:
                 way = (
                     f"set batch_size = {smaller} (now {size}) and accumulate = {accumulate * size // smaller} "
                     f"(now {accumulate}) for the same result in less memory"
                 )
-            reason = str(error).splitlines()[0][:160]
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
             raise TrainingError(f"{self.name}: out of memory {where}; {way} ({reason})") from error
 
     def result(self) -> TrainResult:

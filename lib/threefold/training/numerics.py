@@ -8,15 +8,19 @@ busy machine takes the same steps as one on an idle machine.
 import os
 import shutil
 import time
+import traceback
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
 from basics.errors import ConfigError
 from threefold.config import TrainConfig
 from threefold.model.device import pick_device
+from threefold.training.distributed import current
 
 # Compiling takes up to a minute with a cold cache and saves about a third of a step, so it pays off after a few minutes
 # of training. The FLOP/s that a device trains at are only needed to within a factor of two.
@@ -55,6 +59,38 @@ def _fast_bf16(kind: str) -> bool:
 def fast_bf16(device: str | torch.device) -> bool:
     """Whether the device multiplies bf16 matrices faster than fp32 ones."""
     return _fast_bf16(torch.device(device).type)
+
+
+Result = TypeVar("Result")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. torch has a type for exhausted GPU memory only; its CPU allocator raises RuntimeError."""
+    texts = ("DefaultCPUAllocator", "std::bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
+def in_memory(compute: Callable[[int], Result], batch_size: int) -> Result:
+    """compute(batch_size). Where memory runs out, again with half the batch size, down to 1.
+
+    For computations whose result does not depend on it. Workers compute in step, so several of them do not retry.
+    """
+    try:
+        return compute(batch_size)
+    except (RuntimeError, MemoryError) as error:
+        if batch_size == 1 or current().size > 1 or not out_of_memory(error):
+            raise
+        free_memory(error)
+    return in_memory(compute, batch_size // 2)
+
+
+def free_memory(error: BaseException) -> None:
+    """Free the tensors of the computation that raised an error, also for blocks of another size on a GPU."""
+    traceback.clear_frames(error.__traceback__)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 # Rows, inner size and columns of products that keep a CPU busy. Which is fastest differs between libraries.

@@ -7,6 +7,7 @@ that the loss of a step does not depend on how its rows are divided into micro-b
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from threefold.data.packing import IGNORE, Batch, PairBatch, PairedRows
 from threefold.model.decoder import Decoder
 from threefold.training import distributed
 from threefold.training.losses import cross_entropy_sum, distillation_sums, target_logprobs
-from threefold.training.numerics import choose
+from threefold.training.numerics import choose, in_memory
 from threefold.training.state import read_tensors, tensors_digest, write_tensors
 
 REFERENCE = "reference.safetensors"  # log-probabilities that a preference training keeps in its folder
@@ -297,8 +298,10 @@ def _kept_reference(
             kept, kept_from = read_tensors(path)
     if workers.agreed(kept_from == made_from):
         return kept
-    settings = {"batch_size": config.batch_size, "device": device, "precision": config.precision}
-    logprobs = {name: reference_logprobs(model, pairs, **settings) for name, pairs in parts.items()}
+    logprobs = {}
+    for name, pairs in parts.items():
+        compute = partial(reference_logprobs, model, pairs, device=device, precision=config.precision)
+        logprobs[name] = in_memory(lambda size, compute=compute: compute(batch_size=size), config.batch_size)
     if workers.first:
         write_tensors(path, logprobs, made_from)
     return logprobs
