@@ -86,6 +86,36 @@ def test_distillation_in_pieces_equals_autograd(generator, monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(found[0], (h, weight)), torch.autograd.grad(expected, (h, weight)))
 
 
+@pytest.mark.parametrize("name", ["cross entropy", "distillation", "target log-probabilities"])
+def test_a_padded_vocabulary_changes_no_loss_and_no_gradient(generator, monkeypatch, name):
+    """7 tokens as 64 in the products. The true weights, as they are saved, get the gradients; no token beside them gets
+    any probability."""
+    h, teacher_h = (torch.randn(23, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight, teacher = (100 * torch.randn(7, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    targets = torch.randint(0, 7, (23,), generator=generator)
+    h.requires_grad_()
+    weight.requires_grad_()
+    compute = {
+        "cross entropy": lambda: (losses.cross_entropy_sum(h, weight, targets),),
+        "distillation": lambda: losses.distillation_sums(h, weight, targets, teacher_h, teacher, 2.0, 0.4),
+        "target log-probabilities": lambda: (losses.target_logprobs(h, weight, targets).square().sum(),),
+    }[name]
+    expected = compute()
+    expected_gradients = torch.autograd.grad(expected[0], (h, weight))
+    monkeypatch.setitem(losses.MULTIPLE, "cpu", 64)
+    monkeypatch.setitem(losses.PIECE, "cpu", 5 * 64)
+    shapes = []
+    linear, mm = F.linear, torch.mm
+    monkeypatch.setattr(F, "linear", lambda *a, **k: shapes.append(linear(*a, **k).shape) or linear(*a, **k))
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: shapes.append(mm(*a, **k).shape) or mm(*a, **k))
+    found = compute()
+    assert any(shape[1] == 64 for shape in shapes)
+    torch.testing.assert_close(found, expected)
+    gradients = torch.autograd.grad(found[0], (h, weight))
+    assert gradients[1].shape == weight.shape
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
 def test_cross_entropy_under_bf16_autocast_is_near_fp32(generator):
     h = torch.randn(64, 32, generator=generator, requires_grad=True)
     weight = (0.1 * torch.randn(50, 32, generator=generator)).requires_grad_()

@@ -12,6 +12,10 @@ from torch import Tensor
 
 # Elements of the logits in one piece: as many as the cache of a CPU core holds; 1 GiB of fp32 on a GPU.
 PIECE = {"cpu": 1 << 22, "cuda": 1 << 28}
+# The vocabulary is padded to a multiple of this inside the products: tensor cores are slow on odd sizes, such as
+# GPT-2's 50,257. Weights and checkpoints keep the true size.
+MULTIPLE = {"cpu": 1, "cuda": 64}
+NEVER = -1e30  # logit of a padded token: its probability is exactly 0, and differences of two such logits stay finite
 
 
 def cross_entropy_sum(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -48,9 +52,17 @@ def distillation_sums(
 
 def target_logprobs(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     """The log-probability (nats, fp32) of each of N targets, differentiable."""
-    logits_NV = F.linear(h_ND, weight_VD)
+    logits_NV = F.linear(h_ND, _padded(weight_VD))
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if logits_NV.size(1) > len(weight_VD):
+        logits_NV[:, len(weight_VD) :] = NEVER
     return -F.cross_entropy(logits_NV, targets_N, reduction="none")
+
+
+def _padded(weight_VD: Tensor) -> Tensor:
+    """The output weights with rows of zeros up to the next multiple; themselves where none are missing."""
+    missing = -len(weight_VD) % MULTIPLE[weight_VD.device.type]
+    return F.pad(weight_VD, (0, 0, 0, missing)) if missing else weight_VD
 
 
 class _CrossEntropy:
@@ -84,12 +96,15 @@ class _SoftTargets:
     def __init__(self, targets_N: Tensor, h_NE: Tensor, weight_VE: Tensor, temperature: float, share: float):
         self.targets_N, self.one_hot = targets_N, 1 - share
         self.hard = _CrossEntropy(targets_N)
-        self.h_NE, self.weight_VE = h_NE.detach(), weight_VE.detach().to(h_NE.dtype)
+        self.n_tokens, self.h_NE = len(weight_VE), h_NE.detach()
+        self.weight_VE = _padded(weight_VE.detach().to(h_NE.dtype))
         self.temperature, self.share = temperature, share
 
     def __call__(self, piece: slice, logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         T, share = self.temperature, self.share
-        teacher_NV = F.log_softmax(F.linear(self.h_NE[piece], self.weight_VE).to(logits_NV.dtype) / T, dim=1)
+        teacher_NV = F.linear(self.h_NE[piece], self.weight_VE).to(logits_NV.dtype)
+        teacher_NV[:, self.n_tokens :] = NEVER
+        teacher_NV = F.log_softmax(teacher_NV / T, dim=1)
         student_NV = F.log_softmax(logits_NV / T, dim=1)
         wanted_NV = teacher_NV.exp()
         soft = (wanted_NV * teacher_NV.sub_(student_NV)).sum().unsqueeze(0)
@@ -109,16 +124,17 @@ class _Pieces(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
         wide = torch.promote_types(dtype, torch.float32)
         with torch.autocast(device, enabled=False):
-            h, weight = h_ND.to(dtype), weight_VD.to(dtype)
+            h, weight = h_ND.to(dtype), _padded(weight_VD.to(dtype))
             total = torch.zeros(loss.n_sums, dtype=wide, device=h.device)
-            h_gradient, weight_gradient = torch.empty_like(h), torch.zeros_like(weight_VD)
+            h_gradient, weight_gradient = torch.empty_like(h), torch.zeros_like(weight, dtype=weight_VD.dtype)
             rows = min(len(h), max(1, PIECE[device] // len(weight)))
             logits = torch.empty(rows, len(weight), dtype=dtype, device=h.device)
             for start in range(0, len(h), max(1, rows)):
                 piece = slice(start, start + rows)
                 h_piece = h[piece]
-                product = torch.mm(h_piece, weight.T, out=logits[: len(h_piece)])
-                sums, dense, divisor = loss(piece, product.to(wide))
+                product = torch.mm(h_piece, weight.T, out=logits[: len(h_piece)]).to(wide)
+                product[:, len(weight_VD) :] = NEVER
+                sums, dense, divisor = loss(piece, product)
                 total += sums
                 if not gradient:
                     continue
@@ -134,7 +150,7 @@ class _Pieces(torch.autograd.Function):
                     weight_gradient += dense.T @ h_piece
             if gradient:
                 weight_gradient.index_add_(0, loss.targets_N, h.to(weight_gradient.dtype), alpha=-loss.one_hot)
-                ctx.save_for_backward(h_gradient.to(h_ND.dtype), weight_gradient)
+                ctx.save_for_backward(h_gradient.to(h_ND.dtype), weight_gradient[: len(weight_VD)])
         return total
 
     @staticmethod
