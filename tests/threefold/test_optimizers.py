@@ -44,6 +44,24 @@ def test_muon_equals_torch(monkeypatch, bf16):
     torchs.load_state_dict(mine.state_dict())  # the same states: either goes on where the other stopped
 
 
+def test_matrices_of_equal_shape_are_updated_together_as_one_by_one():
+    """The batched iteration against one optimizer for each matrix, in fp32: equal but for the order of sums."""
+    together, alone = matrices(0), matrices(0)
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "fp32": True}
+    one, many = Muon(together, **settings), [Muon([parameter], **settings) for parameter in alone]
+    for step in range(5):
+        for a, b, gradient in zip(together, alone, matrices(10 + step), strict=True):
+            a.grad, b.grad = gradient.detach().clone(), gradient.detach().clone()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            one.step()
+        for optimizer in many:
+            optimizer.step()
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    products = sum(event.count for event in profiled.key_averages() if event.key == "aten::baddbmm")
+    assert products == 3 * 2 * 5  # three shapes, two such products an iteration, not five matrices' worth
+
+
 def test_orthogonalise_brings_singular_values_near_one():
     stack = torch.randn(3, 20, 12, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalise(stack, COEFFICIENTS, 5, 1e-7))
