@@ -551,6 +551,16 @@ def test_precision_and_compiler_are_chosen_by_the_hardware(monkeypatch):
         numerics.choose(TrainConfig(), *small, "mps")
 
 
+def test_a_gpu_compiles_ablations_and_says_when_it_has_no_bf16(monkeypatch):
+    monkeypatch.setattr(numerics, "_fast_bf16", lambda kind: False)
+    monkeypatch.setattr(numerics, "compiler", lambda device: "triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    ablation = numerics.choose(TrainConfig(), 53 * 10**6, 2000 * 64 * 512, "cuda")  # those of preset full
+    assert ablation.compile and ablation.note == "Tesla T4; fp32 (no fast bf16 on this machine); compiled"
+    assert not numerics.choose(TrainConfig(), 53 * 10**6, 200 * 64 * 512, "cuda").compile
+
+
 @pytest.mark.parametrize("objective", ["text", "pairs"])
 def test_bf16_trains_like_fp32(text, pairs, objective, tmp_path):
     rows = text if objective == "text" else pairs

@@ -23,9 +23,10 @@ from threefold.model.device import pick_device
 from threefold.training.distributed import current
 
 # Compiling takes up to a minute with a cold cache and saves about a third of a step, so it pays off after a few minutes
-# of training. The FLOP/s that a device trains at are only needed to within a factor of two.
+# of training. The FLOP/s that a device trains at are only needed to within a factor of two. On a GPU shorter trainings
+# are mostly those of ablations, whose graphs are kept on the disk: only the first of several seeds waits for them.
 FLOPS = {"cpu": 1.5e11, "cuda": 1.5e14}
-COMPILE_FROM_SECONDS = 240
+COMPILE_FROM_SECONDS = {"cpu": 240, "cuda": 120}
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def choose(config: TrainConfig, parameters: int, positions: int, device: str | N
         compiling = "not compiled, as asked for"
     elif found is None:
         compiling = "not compiled (no compiler found)"
-    elif config.compile == "on" or 6 * parameters * positions / FLOPS[device] >= COMPILE_FROM_SECONDS:
+    elif config.compile == "on" or 6 * parameters * positions / FLOPS[device] >= COMPILE_FROM_SECONDS[device]:
         compiling = "compiled"
     else:
         compiling = "not compiled (too few steps to pay for it)"
