@@ -376,6 +376,28 @@ def test_a_context_without_a_limit_is_called_unlimited(tmp_path):
     assert LanguageModel.from_checkpoint(tmp_path).facts["context"] == 64
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"return_dict": False, "output_hidden_states": True, "use_cache": False}, ""),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings as 'many'"),
+    ],
+)
+def test_other_settings_of_a_foreign_config(tmp_path, settings, said):
+    """What changes the form of transformers' outputs does not count; a length that is no number is named."""
+    plain = LanguageModel.from_checkpoint(bloom(tmp_path))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    if said:
+        with pytest.raises(CheckpointError, match=said):
+            LanguageModel.from_checkpoint(tmp_path)
+        return
+    model, asked = LanguageModel.from_checkpoint(tmp_path), requests(4)
+    for span, expected in zip(model.loglikelihoods(asked), plain.loglikelihoods(asked), strict=True):
+        np.testing.assert_array_equal(span, expected)
+    assert model.generate(["the baker"], 5) == plain.generate(["the baker"], 5)
+
+
 @pytest.mark.parametrize("length", [None, 10**30, -1, 0])
 def test_a_model_whose_config_names_no_usable_length(length):
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from threefold.model.decoder import Decoder
 from threefold.model.generation import generate as generate_ids
 from threefold.model.hf_config import GPT2, LLAMA, QWEN3
 
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")  # of a config.json, the first that is set counts
 UNLIMITED = sys.maxsize  # positions of a model that names no limit
 NO_LIMIT = 10**9  # transformers writes 1e30 where a limit is not known
 PROBE_TOLERANCE = 1e-3  # a converted model's logits may differ by this share of the largest logit
@@ -102,7 +103,7 @@ class TransformersBackend(Backend):
 
     def __init__(self, model: Any, tokenizer: Any):
         config = model.config.get_text_config()
-        lengths = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "n_ctx")]
+        lengths = [getattr(config, key, None) for key in CONTEXT_KEYS]
         numbers = [length for length in (*lengths, tokenizer.model_max_length) if type(length) in (int, float)]
         context = next((length for length in numbers if length > 0), NO_LIMIT)
         super().__init__(model, int(context) if context < NO_LIMIT else UNLIMITED, config.vocab_size)

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from basics import paths
 from basics.errors import CheckpointError, SourceError
 from basics.files import sha256_file
+from threefold.data import hub
 from threefold.data.tokenizer import load_tokenizer
+from threefold.evaluation.backends import CONTEXT_KEYS
 from threefold.model import hf
 from threefold.model.device import pick_device
 
@@ -94,8 +95,8 @@ def _snapshot(location: str, revision: str, folders: list[Path]) -> Path:
         except CheckpointError:
             if not offline:
                 raise
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            reason = str(error).splitlines()[0]
+        except (*hub.network_errors(), ValueError) as error:
+            reason = hub.first_line(error)
     tried = ", ".join(map(str, folders))
     raise SourceError(
         f"no model {location!r}: no folder ({tried}), not in the Hugging Face cache, and the hub did not answer "
@@ -117,13 +118,16 @@ def _with_transformers(
             config = AutoConfig.from_pretrained(folder, **options)
             if not config.architectures:
                 raise CheckpointError(f"{name}: its config.json names no architecture")
-            layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+            config = config.get_text_config()
+            layers = getattr(config, "num_hidden_layers", 1)
             if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
                 raise CheckpointError(f"{name}: its config.json asks for {str(layers)[:40]} layers")
+            for key in CONTEXT_KEYS:
+                if not isinstance(length := getattr(config, key, None), int | float | None):
+                    raise CheckpointError(f"{name}: its config.json gives {key} as {str(length)[:40]!r}")
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "return_dict": True}
         with _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
+            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # whatever a foreign folder makes transformers, tokenizers and safetensors raise
