@@ -13,6 +13,7 @@ from basics.errors import SourceError
 from threefold.config import SourceConfig
 from threefold.data import corpus, readers, sources
 from threefold.data.data_files import select
+from threefold.data.rows import PLAIN, TABULAR, suffix
 from threefold.data.tokenizer import load_tokenizer
 from threefold.model import load_checkpoint
 
@@ -31,8 +32,8 @@ def folder_of(tmp_path: Path, *names: str) -> Path:
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         row = json.dumps({"text": name})
-        content = {".csv": f"text\n{name}\n", ".json": f"[{row}]"}.get(readers.suffix(path), row)
-        content = name if readers.suffix(path) in readers.PLAIN else content
+        content = {".csv": f"text\n{name}\n", ".json": f"[{row}]"}.get(suffix(path), row)
+        content = name if suffix(path) in PLAIN else content
         path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
     return tmp_path / "data"
 
@@ -73,6 +74,7 @@ def taken(folder: Path, split: str = "train") -> list[str]:
         ),
         (["cache/x.jsonl", "a.jsonl"], "train", ["a.jsonl"]),
         (["notes.txt", "a.csv"], "train", ["a.csv"]),
+        (["a.jsonl", "a.jsonl.zst"], "train", ["a.jsonl"]),
         (["notes.md", "a.txt"], "train", ["a.txt"]),
         (["train.csv", "test.csv", "stats.json", "labels.txt"], "train", ["train.csv"]),
         (["a.jsonl", "picture.png", "archive.zip"], "train", ["a.jsonl"]),
@@ -115,6 +117,8 @@ def test_the_files_of_a_split(tmp_path, names, split, expected):
         (["test.jsonl"], "train", "no file named after split 'train'; there are test.jsonl"),
         (["train.jsonl", "train.csv"], "train", r"split 'train' has files of several forms (.csv, .jsonl)"),
         (["a.jsonl", "a.jsonl.gz"], "train", "a.jsonl.gz is there unpacked, too"),
+        (["train-0.jsonl", "train-1.jsonl.zst", "test.jsonl"], "train", "train-1.jsonl.zst cannot be read: unpack it"),
+        (["a.txt.xz"], "train", "a.txt.xz cannot be read: unpack it, or pack it with gzip"),
         (["a.png", "b.zip"], "train", "no data file in it"),
         ([".hidden.txt"], "train", "no data file in it"),
         (["dataset_infos.json"], "train", "no data file in it"),
@@ -125,7 +129,7 @@ def test_what_the_names_leave_open_is_asked(tmp_path, names, split, message):
     with pytest.raises(SourceError) as raised:
         select(folder, split)
     assert str(raised.value).startswith(f"{folder}: ") and message in str(raised.value)
-    if "no file" not in message and "no data" not in message:
+    if not any(words in message for words in ("no file", "no data", "cannot be read")):
         assert "name the files by `path`, which may be a pattern" in str(raised.value)
 
 
@@ -182,7 +186,7 @@ def test_the_data_card_names_splits(tmp_path):
 @pytest.mark.parametrize(
     ("name", "reader"),
     [
-        *((f"a{suffix}", "text") for suffix in (*readers.TABULAR, *readers.PLAIN)),
+        *((f"a{ending}", "text") for ending in (*TABULAR, *PLAIN)),
         ("a.jsonl.gz", "text"),
         ("a.txt.gz", "stories"),
         ("train/a.tsv", "sentiment"),

@@ -16,15 +16,13 @@ from hypothesis import strategies as st
 from basics.errors import DataError
 from threefold.data.readers import (
     OddRow,
-    Row,
     read_files,
     read_items,
-    read_rows,
-    read_text,
     reviews,
     shared_prompt,
     with_final_number,
 )
+from threefold.data.rows import Row, read_rows, read_text
 from threefold.data.templates import LABELS, as_document, as_prompt_response, instruction_prompt, review_prompt
 from threefold.data.wikitext import articles, hub_rows, natural_text, without_holes
 
@@ -213,6 +211,7 @@ def test_odd_pairs_are_set_aside(chosen, rejected, reason):
         ("9+9=18\n#### 18 apples", "9+9=18\n#### 18"),
         ("#### Solution\nIt is -5.", "#### Solution\nIt is -5.\n#### -5"),
         ("It is \N{MINUS SIGN}5", "It is \N{MINUS SIGN}5\n#### -5"),
+        (r"\boxed{1,800}", "\\boxed{1,800}\n#### 1800"),
         ("18.0", "18"),
         ("#### 18.00", "#### 18"),
     ],
@@ -224,7 +223,20 @@ def test_a_final_number_is_read_where_there_is_one(answer, expected):
 
 
 @pytest.mark.parametrize(
-    "answer", ["", "x", "H2O", "1/2", "The answer is 1/2", "9+9=18", r"\boxed{\frac{1}{2}}", "1,8 km", "#### 3 or 4"]
+    "answer",
+    [
+        "",
+        "x",
+        "H2O",
+        "2e3",
+        "6:30",
+        "1/2",
+        "The answer is 1/2",
+        "9+9=18",
+        r"\boxed{\frac{1}{2}}",
+        "1,8 km",
+        "#### 3 or 4",
+    ],
 )
 def test_no_number_is_made_up(answer):
     assert with_final_number(answer) is None

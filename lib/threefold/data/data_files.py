@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from basics.errors import SourceError
-from threefold.data.readers import PLAIN, TABULAR, suffix
+from threefold.data.rows import PLAIN, TABULAR, suffix
 
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -22,6 +22,7 @@ SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 CACHES = ("cache", "caches")
+OTHER_PACKING = (".bz2", ".xz", ".zst", ".lz4")  # not read; a file packed so must not go unnoticed
 NOT_DATA = re.compile(  # stems of files that describe data
     r"(readme|licen[cs]e|copying)([-_.]\w{1,12})?|notice|citation|authors|contributors|contributing|code_of_conduct|"
     r"changelog|changes|security|acknowledge?ments|credits|disclaimer|terms|datasheet|(data|dataset|model)_?card|"
@@ -64,7 +65,9 @@ def select(folder: Path, split: str) -> Selection:
     Raises SourceError if there are none, or if the names leave open which are meant.
     """
     every = files_in(folder)
-    readable = [path for path in every if suffix(path) in (*TABULAR, *PLAIN)]
+    packed = [path for path in every if path.suffix in OTHER_PACKING and path.with_suffix("") not in every]
+    unpacked = {path: path.with_suffix("") if path in packed else path for path in every}
+    readable = [path for path in every if suffix(unpacked[path]) in (*TABULAR, *PLAIN)]
     data = [path for path in readable if not NOT_DATA.fullmatch(path.name.partition(".")[0])]
     data = data or [path for path in readable if suffix(path) in PLAIN]
     if not data:
@@ -72,6 +75,8 @@ def select(folder: Path, split: str) -> Selection:
         raise SourceError(f"{folder}: no data file in it ({', '.join((*TABULAR, *PLAIN))}, or those with .gz){there}")
     reasons = {path: "no data" for path in every if path not in data}
     chosen = _of_split(folder, data, split)
+    if unread := [path for path in chosen if path in packed]:
+        raise SourceError(f"{folder}: {_names(folder, unread)} cannot be read: unpack it, or pack it with gzip")
     reasons |= {path: f"not of split {split}" for path in data if path not in chosen}
     if any(suffix(path) in TABULAR for path in chosen):
         reasons |= {path: "text beside tables" for path in chosen if suffix(path) in PLAIN}
@@ -81,9 +86,8 @@ def select(folder: Path, split: str) -> Selection:
     forms = sorted({suffix(path) for path in chosen})
     if len(forms) > 1:
         raise SourceError(f"{folder}: split {split!r} has files of several forms ({', '.join(forms)}): {WAY_OUT}")
-    packed = [path for path in chosen if path.suffix == ".gz" and path.with_suffix("") in chosen]
-    if packed:
-        raise SourceError(f"{folder}: {_names(folder, packed)} is there unpacked, too: remove one, or {WAY_OUT}")
+    if twice := [path for path in chosen if path.suffix == ".gz" and path.with_suffix("") in chosen]:
+        raise SourceError(f"{folder}: {_names(folder, twice)} is there unpacked, too: remove one, or {WAY_OUT}")
     left_out = [f"{_name(folder, path)} ({reason})" for path, reason in sorted(reasons.items())]
     return Selection(tuple(chosen), tuple(left_out))
 

@@ -26,6 +26,7 @@ from basics.names import did_you_mean
 from threefold.config import SourceConfig
 from threefold.data import hub, readers
 from threefold.data.data_files import files_in, select
+from threefold.data.rows import Row
 
 REGISTRY = paths.DATA / "sources.toml"
 SHUFFLE_SEED = 0  # of sources marked `shuffle`: the same order for every run
@@ -347,7 +348,7 @@ def _few_odd(resolved: Resolved, items: Iterator[Any]) -> Iterator[Any]:
         )
 
 
-def _dataset_rows(resolved: Resolved) -> Iterator[readers.Row]:
+def _dataset_rows(resolved: Resolved) -> Iterator[Row]:
     """The rows of a data set on the hub, in the Hugging Face cache, or in a local clone of its repository."""
     source, commit = resolved.source, resolved.revision
     place = str(resolved.files[0]) if resolved.files else _hub_label(source)
@@ -357,7 +358,7 @@ def _dataset_rows(resolved: Resolved) -> Iterator[readers.Row]:
     rows = hub.load(location, source.config, source.splits[resolved.split], commit, label, copy)
     if commit:
         hub.record_commit(source.hub, commit)
-    return (readers.Row(row, f"{label}: row {number}") for number, row in enumerate(rows, start=1))
+    return (Row(row, f"{label}: row {number}") for number, row in enumerate(rows, start=1))
 
 
 def gpt2_tokenizer_file(data_dir: str | Path = "") -> Path:
