@@ -58,6 +58,11 @@ def test_extraction(generation, strict, flexible):
         ("3.0", "#### 3", False),
         (problems.INVALID, "#### 3", False),
         ("18..", "#### 18", False),
+        ("18", "The answer is 18", True),
+        ("18", r"so \boxed{18}", True),
+        ("18", "####18", True),
+        ("18", "18.0", True),
+        ("17", "The answer is 18", False),
     ],
 )
 def test_normalisation(extracted, answer, same):

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from basics.errors import EvaluationError
+from threefold.data.readers import with_final_number
 from threefold.data.templates import problem_prompt
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import SCORING, Dataset, Evaluation, Scoring, point, proportion, too_long
@@ -39,8 +40,9 @@ def normalize(answer: str) -> str:
 
 
 def matches(extracted: str, answer: str) -> bool:
-    """Whether an extracted answer equals the reference answer (its whole solution, `#### ` and number at the end)."""
-    return normalize(extracted) == normalize(answer)
+    """Whether an extracted answer equals the reference answer (a whole solution with its final number, see
+    `threefold.data.readers.with_final_number`)."""
+    return normalize(extracted) == normalize(with_final_number(answer) or answer)
 
 
 def few_shot(
