@@ -33,6 +33,7 @@ from basics.processes import cores, has_gpu
 from basics.source_code import module_files
 from papertrail import notebook_files
 from papertrail import stage as stage_folder
+from papertrail.estimate import duration_text, earlier_seconds, seconds_left
 from papertrail.kernel_forkserver import ForkServer
 from papertrail.plan import Plan, StageSpec, ancestors, dependents
 from papertrail.run import Run
@@ -102,6 +103,7 @@ def execute(
     ready: list[StageSpec] = []
     with lock(run.path), _Notebooks(run, jobs, nproc, say) as notebooks:
         check(run, wanted, say)
+        earlier = earlier_seconds(run)
         while order.is_active():
             while names := order.get_ready():  # skipping a fresh stage makes others ready
                 for name in names:
@@ -122,7 +124,10 @@ def execute(
                         run.take_up(spec.name, run.fingerprint(spec.name).digest)
                     ended = {spec.name, *outcome.skipped, *outcome.executed, *notebooks.began}
                     later = [name for name in wanted if name not in ended]
-                    notebooks.start(spec, threads or threads_for(plan, spec, jobs), later)
+                    left = seconds_left(plan, [*notebooks.began, spec.name, *later], earlier | outcome.executed, jobs)
+                    place = f"stage {len(ended)} of {len(wanted)}"
+                    place += f", about {duration_text(left)} left" if left else ""
+                    notebooks.start(spec, threads or threads_for(plan, spec, jobs), later, place)
             if notebooks.began:
                 name, seconds = notebooks.wait()
                 outcome.executed[name] = seconds
@@ -195,6 +200,13 @@ def at_work(folder: Path) -> bool:
     return (file.exists() and files.is_locked(file)) or stage_folder.at_work(folder) != ""
 
 
+def stage_at_work(run: Run, stage: str) -> bool:
+    """Whether a notebook works on a stage now: `threefold run` executes it, or it holds the stage's work folder."""
+    work, executing = run.partial_folder(stage), run.path / ".executing" / f"{run.plan[stage].executed}.ipynb"
+    file = run.path / LOCK
+    return (work.exists() and files.is_locked(work)) or (executing.exists() and file.exists() and files.is_locked(file))
+
+
 # Notebooks ----------------------------------------------------------------------------------------------------------
 
 
@@ -226,8 +238,8 @@ class _Notebooks:
             self._sockets.cleanup()
             shutil.rmtree(self._executing, ignore_errors=True)
 
-    def start(self, spec: StageSpec, threads: int, later: list[str]) -> None:
-        """Begin a stage. later: the stages that are still to come after it."""
+    def start(self, spec: StageSpec, threads: int, later: list[str], place: str) -> None:
+        """Begin a stage. later: the stages that are still to come after it. place: a text, where in the run it is."""
         if self._server is None:
             sources = self._sources([spec.name, *later]) if len(later) >= PRELOAD_FROM and forking_is_safe() else ()
             self._server = ForkServer(self._variables(max(1, cores() // self.jobs)), sources)
@@ -240,7 +252,7 @@ class _Notebooks:
             parameters["nproc"] = self.nproc
         self._executing.mkdir(parents=True, exist_ok=True)
         self.began[spec.name] = time.monotonic()
-        self.say(f"{spec.name}: started ({threads} {'thread' if threads == 1 else 'threads'})")
+        self.say(f"{spec.name}: started, {place} ({threads} {'thread' if threads == 1 else 'threads'})")
 
         def work() -> None:
             ended = None

@@ -18,6 +18,7 @@ from papertrail import notebooks, records
 from papertrail.plan import dependents
 from study import cli
 from study.cli.common import open_existing
+from study.preset import load_preset, preset_names
 from study.run import Run, open_run, open_stage
 
 PRESET = (
@@ -77,7 +78,7 @@ def make(stage: str, fill=lambda folder: (folder / "x.txt").write_text("x")) -> 
     ("arguments", "said"),
     [
         (["rn"], "invalid choice: 'rn'"),
-        ([], "required: COMMAND"),
+        (["--run", "x"], "unrecognized arguments: --run"),
         (["run", "--preset", "smokee"], "unknown preset 'smokee'"),
         (["run", "--preset", "missing.toml"], "no such file"),
         (["run", "--preset", "tiny.toml", "--set", "sft.learning_rte=1"], "did you mean sft.learning_rate?"),
@@ -128,6 +129,35 @@ def test_help_and_version(capsys):
     assert call(capsys, "--version")[1].startswith("threefold 0.")
     for name in COMMANDS:
         assert call(capsys, name, "--help")[0] == 0
+
+
+def test_without_a_command_it_prints_examples_presets_and_stages(project, capsys):
+    status, out, err = call(capsys)
+    assert (status, err) == (0, "") and out == call(capsys, "--help")[1]
+    examples = re.findall(r"^  (threefold .*)$", out, re.MULTILINE)
+    assert {cli.parser().parse_args(shlex.split(example)[1:]).command for example in examples} == {*COMMANDS, "new"}
+    for name in preset_names():
+        assert re.search(rf"^  {name} +\S", out, re.MULTILINE)
+    stages = re.search(r"^stages: (.*)$", out, re.MULTILINE)[1].split(", ")
+    plan = Run.of("full", project, load_preset("smoke")).plan
+    assert {re.sub("^evaluate-.*", "evaluate-MODEL", stage) for stage in plan} == set(stages)
+
+
+@pytest.mark.parametrize(
+    "command", ["generate", "export", "compare", "verify", "report", "train", "tensorboard", "clean"]
+)
+def test_a_wrong_name_is_refused_before_anything_heavy_is_imported(project, command):
+    make("data")
+    words = {"compare": ["tiny", "tinny"]}.get(command, ["--run", "tinny"])
+    words += {"generate": ["Once"], "export": ["out"], "train": ["sft"]}.get(command, [])
+    heavy = ["torch", "transformers", "datasets", "pandas", "matplotlib", "papermill", "nbformat", "scipy"]
+    script = (
+        "import sys, study.cli as cli, basics.paths as paths; from pathlib import Path;"
+        f"paths.RUNS = Path({str(paths.RUNS)!r}); status = cli.main({[command, *words]!r});"
+        f"print(status, [name for name in {heavy!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 []\n" and "no run 'tinny', did you mean tiny?" in done.stderr
 
 
 def test_the_readme_lists_every_command_and_each_line_of_it_is_understood():
@@ -232,6 +262,58 @@ def test_a_failed_stage_is_exit_1(project, capsys, monkeypatch):
     assert call(capsys, "run", "--preset", "tiny.toml") == (1, "", "threefold: sft: rows.jsonl, line 3: no JSON\n")
 
 
+def test_status_tells_a_stage_at_work_from_a_missing_one(project, capsys):
+    from papertrail import scheduler, stage
+
+    run = make("data")
+
+    def states() -> dict[str, str]:
+        lines = call(capsys, "status", "--run", "tiny")[1].splitlines()
+        told = json.loads(call(capsys, "status", "--run", "tiny", "--json")[1])["stages"]
+        assert [line.split()[0] for line in lines] == [entry["stage"] for entry in told]
+        assert [" at work" in line for line in lines] == [entry["at_work"] for entry in told]
+        return {entry["stage"]: entry["state"] for entry in told if entry["at_work"]}
+
+    assert states() == {}
+    work = run.partial_folder("pretrain")
+    stage.hold(work)  # as a notebook by itself, which may train again what is there
+    try:
+        assert states() == {"pretrain": "missing"}
+    finally:
+        stage.release(work)
+    assert states() == {}
+    executing = run.path / ".executing" / "01_pretrain-gpt2.ipynb"
+    executing.parent.mkdir()
+    executing.touch()
+    assert states() == {}, "left by a killed process"
+    with scheduler.lock(run.path):
+        assert states() == {"gpt2": "missing"}
+
+
+def test_after_ctrl_c_it_says_from_which_step_each_training_resumes(project, capsys, monkeypatch):
+    from papertrail import scheduler
+    from threefold.training.state import State, save_state
+
+    make("data")
+
+    def interrupted(run, **_):
+        for name, step in (("pretrain", 7), ("gpt2", None), ("sft", 3)):
+            folder = open_stage(name, preset="tiny.toml").begin()
+            if step is not None:
+                save_state(folder, State({}, step=step), {})
+        (open_stage("dpo", preset="tiny.toml").begin() / "training.json").write_text("{}")
+        facts = json.loads((run.partial_folder("sft") / "run.json").read_text())
+        del facts[files.SELF]
+        facts["fingerprint"]["digest"] = "of another configuration"
+        files.write_note(run.partial_folder("sft") / "run.json", facts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scheduler, "execute", interrupted)
+    status, _, err = call(capsys, "run", "--preset", "tiny.toml")
+    told = "pretrain from step 8, sft from step 1, dpo is trained, gpt2 from step 1"
+    assert (status, err) == (130, f"threefold: stopped; the same command resumes the run: {told}\n")
+
+
 def test_verify(project, capsys):
     run = make("data")
     assert call(capsys, "verify", "--run", "tiny")[:2] == (0, "run tiny: 3 files are what their run.json says\n")
@@ -260,6 +342,7 @@ def test_json_for_scripts(project, capsys):
     assert data == {
         "stage": "data",
         "state": "fresh",
+        "at_work": False,
         "reasons": [],
         "wall_seconds": facts["wall_seconds"],
         "finished": facts["finished"],

@@ -12,11 +12,13 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from basics import paths
 from basics.errors import DISK_FULL, ThreefoldError
 
 # Errors of the operating system that the environment causes, not the program.
@@ -36,12 +38,18 @@ def parser() -> argparse.ArgumentParser:
 
     table = tomllib.loads(Path(__file__).with_name("commands.toml").read_text(encoding="utf-8"))
     shared = table.pop("shared")
-    top = Parser(prog="threefold", description="A small language model through three stages, compared and written up.")
+    top = Parser(
+        prog="threefold",
+        description="A small language model through three stages, compared and written up.",
+        epilog=_epilog(table),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     top.add_argument("--version", action="version", version=f"threefold {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for name, entry in table.items():
         text = entry["help"]
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        description, example = f"{text[0].upper()}{text[1:]}.", f"example: {entry['example']}"
+        command = commands.add_parser(name, help=text, description=description, epilog=example)
         command.set_defaults(module=entry["module"])
         groups = {}
         for flag, given in entry["options"].items():
@@ -55,6 +63,23 @@ def parser() -> argparse.ArgumentParser:
                 groups[group] = command.add_mutually_exclusive_group(required=group == "needed")
             groups.get(group, command).add_argument(flag, **settings)
     return top
+
+
+def _epilog(table: Mapping[str, Any]) -> str:
+    """An example of each command, the presets and the stages."""
+    presets = []
+    for path in sorted(paths.PRESETS.glob("*.toml")):
+        preset = tomllib.loads(path.read_text(encoding="utf-8"))
+        presets.append(f"  {path.stem:<8}{textwrap.shorten(preset['description'], 100, placeholder=' ...')}")
+    return "\n".join(
+        [
+            "examples:",
+            *(f"  {entry['example']}" for entry in table.values()),
+            "\npresets:",
+            *presets,
+            "\nstages: data, pretrain, gpt2, distilgpt2, sft, dpo, evaluate-MODEL, ablations, speed, compare",
+        ]
+    )
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -75,8 +100,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what the terminal's encoding does not have becomes a question mark
-    options = parser().parse_args(arguments)
+    top = parser()
+    options = top.parse_args(arguments)
+    if options.command is None:
+        top.print_help()
+        return 0
+    from study.cli import common
+
     try:
+        if options.command != "run" and not getattr(options, "check", False):
+            for name in filter(None, [*getattr(options, "runs", []), getattr(options, "run", "")]):
+                common.run_folder(name)  # before the command's module, whose imports can take seconds
         module = importlib.import_module(f"study.cli.{options.module}")
         return getattr(module, options.command)(options)
     except ThreefoldError as error:

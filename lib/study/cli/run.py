@@ -1,16 +1,22 @@
 """`threefold run`: executes the stages of a run that are not fresh."""
 
 import argparse
+import json
 import signal
+from pathlib import Path
 from typing import NoReturn
 
+from safetensors import SafetensorError, safe_open
+
 from basics import files, names, paths
+from basics.errors import RecordError
 from papertrail import scheduler
 from papertrail.plan import dependents
+from papertrail.run import read_run_file
 from study import checks, stages
 from study.cli.common import fail, say
-from study.preset import load_preset, parse_overrides
-from study.run import data_dir_of, open_run
+from study.preset import TRAINED, load_preset, parse_overrides
+from study.run import Run, data_dir_of, open_run
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
     except scheduler.StageFailed as failure:
         return fail(str(failure), 1)
     except (KeyboardInterrupt, scheduler.Interrupted) as stopped:
-        return fail("stopped; the same command resumes the run", 128 + getattr(stopped, "number", signal.SIGINT))
+        number = getattr(stopped, "number", signal.SIGINT)
+        return fail(f"stopped; the same command resumes the run{_resumed(opened)}", 128 + number)
     finally:
         signal.signal(signal.SIGTERM, before)
     say(
@@ -53,3 +60,33 @@ def run(options: argparse.Namespace) -> int:
         f"{done.seconds:.1f} s; `threefold report --run {opened.name}` renders it"
     )
     return 0
+
+
+def _resumed(run: Run) -> str:
+    """Where each interrupted training begins again. What its work folder holds counts if the stage's fingerprint is
+    still the same."""
+    told = []
+    for stage in run.plan:
+        folder = run.partial_folder(stage)
+        if names.replicate_of(stage)[0] not in TRAINED or not folder.is_dir():
+            continue
+        try:
+            begun = read_run_file(folder) or {"fingerprint": {}}
+        except RecordError:
+            begun = {"fingerprint": {}}
+        same = begun["fingerprint"].get("digest") == run.fingerprint(stage).digest
+        if same and (folder / "training.json").is_file():
+            told.append(f"{stage} is trained")
+        else:
+            told.append(f"{stage} from step {(saved_step(folder) if same else 0) + 1}")
+    return f": {', '.join(told)}" if told else ""
+
+
+def saved_step(folder: Path) -> int:
+    """How many steps the resumable state of a training in a work folder has taken, 0 where there is none."""
+    try:
+        with safe_open(folder / "resume.safetensors", framework="numpy") as file:
+            (content,) = file.metadata().values()
+            return json.loads(content)["state"]["step"]
+    except (FileNotFoundError, SafetensorError):
+        return 0

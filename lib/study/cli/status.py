@@ -24,10 +24,10 @@ def status(options: argparse.Namespace) -> int:
         rows = [
             [
                 row["stage"],
-                row["state"],
+                "at work" if row["at_work"] else row["state"],
                 "" if row["wall_seconds"] is None else f"{row['wall_seconds']:.1f} s",
                 row["headline"] or "",
-                "; ".join(row["reasons"]),
+                "" if row["at_work"] else "; ".join(row["reasons"]),
             ]
             for row in values["stages"]
         ]
@@ -51,12 +51,13 @@ def _counts(row: dict[str, Any]) -> str:
 
 
 def of_run(run: Run) -> dict[str, Any]:
-    """{"run", "stages": [{"stage", "state", "reasons", "wall_seconds", "finished", "fingerprint", "headline"}]}, in
-    the order of the plan."""
+    """{"run", "stages": [{"stage", "state", "at_work", "reasons", "wall_seconds", "finished", "fingerprint",
+    "headline"}]}, in the order of the plan. state: of what is finished; at_work: whether a notebook makes it now."""
     stages = [
         {
             "stage": state.stage,
             "state": state.kind,
+            "at_work": scheduler.stage_at_work(run, state.stage),
             "reasons": list(state.reasons),
             "wall_seconds": state.facts.get("wall_seconds"),
             "finished": state.facts.get("finished"),

@@ -1,0 +1,49 @@
+"""How much longer a run takes, from what its stages took in earlier runs and so far in this one."""
+
+from collections.abc import Iterable, Mapping
+
+from basics.errors import RecordError
+from papertrail.plan import Plan
+from papertrail.run import Run, read_run_file
+
+RUNS = 20  # other runs in which a stage is looked up, the latest first
+
+
+def earlier_seconds(run: Run) -> dict[str, float]:
+    """{stage: seconds that it took when it was last made with the same configuration}, by this run or one beside it."""
+    seconds: dict[str, float] = {}
+    others = [path.parent for path in run.path.parent.glob("*/config.toml") if path.parent != run.path]
+    others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    for name, spec in run.plan.items():
+        config = run.config_of(name)
+        for folder in [run.path, *others[:RUNS]]:
+            try:
+                facts = read_run_file(folder / spec.folder) or {}
+            except RecordError:
+                continue
+            took = facts.get("wall_seconds")
+            if isinstance(took, int | float) and facts["fingerprint"].get("config") == config:
+                seconds[name] = took
+                break
+    return seconds
+
+
+def seconds_left(plan: Plan, left: Iterable[str], seconds: Mapping[str, float], jobs: int) -> float | None:
+    """Seconds until these stages are made, None where no stage's time is known; of other stages it is estimated by
+    their weights."""
+    left = list(left)
+    if not seconds:
+        return None
+    rate = sum(seconds.values()) / sum(plan[name].weight for name in seconds)
+    expected = {name: seconds.get(name, rate * plan[name].weight) for name in left}
+    chain: dict[str, float] = {}  # seconds of the longest chain that ends with a stage
+    for name in plan:
+        chain[name] = expected.get(name, 0.0) + max((chain[need] for need in plan[name].needs), default=0.0)
+    return max(max(chain.values()), sum(expected.values()) / jobs)
+
+
+def duration_text(seconds: float) -> str:
+    """ "40 s", "3 min", "2.5 h"."""
+    if seconds < 95:
+        return f"{max(10, round(seconds, -1)):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5700 else f"{seconds / 3600:.1f} h"
