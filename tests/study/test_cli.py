@@ -78,7 +78,7 @@ def make(stage: str, fill=lambda folder: (folder / "x.txt").write_text("x")) -> 
     ("arguments", "said"),
     [
         (["rn"], "invalid choice: 'rn'"),
-        (["--run", "x"], "unrecognized arguments: --run"),
+        (["--jobs", "x"], "invalid choice: 'x'"),
         (["run", "--preset", "smokee"], "unknown preset 'smokee'"),
         (["run", "--preset", "missing.toml"], "no such file"),
         (["run", "--preset", "tiny.toml", "--set", "sft.learning_rte=1"], "did you mean sft.learning_rate?"),
@@ -104,8 +104,6 @@ def make(stage: str, fill=lambda folder: (folder / "x.txt").write_text("x")) -> 
         (["generate", "--run", "tiny", "Once"], "no run 'tiny'"),
         (["generate", "--run", "tiny", "--stage", "sfft", "Once"], "invalid choice"),
         (["generate", "--stream", "--window", "0", "Once"], "expected a whole number of at least 1"),
-        (["generate", "--window", "9", "Once"], "--window goes with --stream"),
-        (["generate", "--stop-at-eos", "Once"], "--stop-at-eos goes with --stream"),
         (["export", "--run", "../x", "out"], "a name has only"),
     ],
 )
@@ -114,6 +112,13 @@ def test_wrong_input_is_one_line_and_exit_2(project, capsys, arguments, said):
     assert status == 2 and out == ""
     assert said in err and err.count("\n") == 1 and err.startswith("threefold")
     assert not (project / "runs").exists()  # nothing half-written
+
+
+@pytest.mark.parametrize("option", [["--window", "9"], ["--stop-at-eos"]])
+def test_an_option_of_a_stream_goes_with_it(project, capsys, option):
+    make("data")
+    status, out, err = call(capsys, "generate", "--run", "tiny", *option, "Once")
+    assert (status, out) == (2, "") and err == f"threefold: {option[0]} goes with --stream\n"
 
 
 COMMANDS = [
@@ -135,7 +140,11 @@ def test_without_a_command_it_prints_examples_presets_and_stages(project, capsys
     status, out, err = call(capsys)
     assert (status, err) == (0, "") and out == call(capsys, "--help")[1]
     examples = re.findall(r"^  (threefold .*)$", out, re.MULTILINE)
-    assert {cli.parser().parse_args(shlex.split(example)[1:]).command for example in examples} == {*COMMANDS, "new"}
+    assert {cli.parser().parse_args(shlex.split(example)[1:]).command for example in examples} == {
+        *COMMANDS,
+        "new",
+        "chat",
+    }
     for name in preset_names():
         assert re.search(rf"^  {name} +\S", out, re.MULTILINE)
     stages = re.search(r"^stages: (.*)$", out, re.MULTILINE)[1].split(", ")
