@@ -222,13 +222,13 @@ def data_fingerprints(
                 reread[resolved.content] = registry.reread(resolved).content
             resolved = replace(resolved, content=reread[resolved.content])
         found[f"{source.source or source.path}:{source.split}"] = resolved.fingerprint
-    for name, location, revision in _models_from_outside(preset, stage):
+    for name, location, revision in models_from_outside(preset, stage):
         digest = files.sha256_cached if reread is None else files.sha256_file
         found[f"model {name}"] = location_fingerprint(location, revision, data_dir, digest)
     return found
 
 
-def _models_from_outside(preset: Preset, stage: str) -> list[tuple[str, str, str]]:
+def models_from_outside(preset: Preset, stage: str) -> list[tuple[str, str, str]]:
     """(name, location, revision) of the models from outside that a stage loads."""
     baselines, (kind, _, name) = preset.baselines, replicate_of(stage)[0].partition("-")
     loaded = [(entry.name, entry.location, entry.revision) for entry in baselines.external]

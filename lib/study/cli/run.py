@@ -13,7 +13,7 @@ from basics.errors import RecordError
 from papertrail import scheduler
 from papertrail.plan import dependents
 from papertrail.run import read_run_file
-from study import checks, stages
+from study import checks, needs, stages
 from study.cli.common import fail, say
 from study.preset import TRAINED, load_preset, parse_overrides
 from study.run import Run, data_dir_of, open_run
@@ -36,6 +36,7 @@ def run(options: argparse.Namespace) -> int:
         selected = set(first).union(*(dependents(opened.plan, stage) for stage in first))
     checks.check(opened.preset, opened.data_dir)  # before anything is written
     scheduler.check(opened, selected)
+    needs.check(opened, selected)
     opened.create()
     if opened.data_dir:
         files.atomic_write(opened.path / ".data_dir", opened.data_dir + "\n")
