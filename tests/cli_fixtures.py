@@ -4,7 +4,7 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from basics import paths
+from basics import files, paths
 from study.preset import load_preset, to_toml
 from study.run import Run
 
@@ -28,6 +28,6 @@ def trained_run(folder: Path, monkeypatch) -> Run:
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
         facts = {"stage": "x", "fingerprint": {}, "outputs": {}, "started": STARTED.isoformat()}
-        (folder / "run.json").write_text(json.dumps(facts))
+        files.write_note(folder / "run.json", facts)
     (made.path / "config.toml").write_text(to_toml(made.preset))
     return made

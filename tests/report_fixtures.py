@@ -2,14 +2,15 @@
 second."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
 
+from basics import files
 from papertrail import records
+from papertrail.run import Run
 from threefold.evaluation import statistics
 
 MODELS = ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")
@@ -232,7 +233,7 @@ def make_run(
         (home / "model.safetensors").write_text(weights)
         values = stage_values(stage, sha(weights), 400_000 if model in ("sft", "dpo") else 2_500_000)
         values["fingerprint"]["seed"] = 1336 + place
-        (home / "run.json").write_text(json.dumps(values))
+        files.write_note(home / "run.json", values)
         start, end = (0.69, 0.40) if model == "dpo" else (7.5, skills[model][0])
         loss = end + (start - end) * np.exp(-steps / 15) + np.random.default_rng(3).normal(0, 0.02, 100)
         curve = {
@@ -302,6 +303,17 @@ def make_run(
         cells.append(cell("look()", output("attention/sinks", {"variants": sink_shares()}, "x")))
         notebook(notebooks / "05_ablations.ipynb", *cells)
     return folder
+
+
+def seal(run: Run) -> Run:
+    """Give every executed notebook of a fake run the run.json that vouches for it."""
+    for stage, spec in run.plan.items():
+        if run.notebook(spec.executed).is_file():
+            facts = run.finished(stage) or {"stage": stage, "fingerprint": {}, "outputs": {}}
+            run.stage_folder(stage).mkdir(parents=True, exist_ok=True)
+            files.write_note(run.stage_folder(stage) / "run.json", facts)
+            run.seal(stage)
+    return run
 
 
 LENGTH_MODES = {"full": 1.5, "window": 0.4, "sinks": 0.02, "anew": 0.05}  # rise past the training length

@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -193,5 +193,6 @@ def sha256_cached(path: Path) -> str:
     known = read_note(kept)
     if known is None or known.get("state") != state:
         known = {"state": state, "sha256": sha256_file(path)}
-        write_note(kept, known)
+        with suppress(OSError):  # a cache that cannot be written: it is hashed again next time
+            write_note(kept, known)
     return known["sha256"]

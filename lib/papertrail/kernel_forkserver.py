@@ -5,11 +5,12 @@ Linux without a GPU (a CUDA context does not survive a fork) the server imports 
 It imports only: no tensor is made and no thread started before a fork, as in torch's own DataLoader workers. It never
 imports the project's own packages: a kernel must run the code that its stage's fingerprint was computed from.
 
-    python -m papertrail.kernel_forkserver FD [SOURCE...]
+    python -m papertrail.kernel_forkserver FD SOCKETS [SOURCE...]
 
 FD: a Unix socket on which each byte comes with another socket, one per kernel, from which the server reads
 {"command", "env", "cwd"} and to which it writes the kernel's process id and later its exit status (as in subprocess),
 a line each. A client that closes its socket has its kernel killed. When FD is closed the server ends.
+SOCKETS: the folder of the kernels' own sockets, which the server removes at its end.
 SOURCE: files whose imports are made before kernels are forked; without any, a kernel is started as its own program.
 """
 
@@ -20,15 +21,17 @@ import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import NoReturn
 
-from basics.processes import adopt_orphans, end_with_parent, kill_descendants
 from basics.source_code import ROOT
+from papertrail.processes import end_with_parent, supervise
 
 # What no source names: the kernel itself, and what torch imports at an optimizer's first step.
 ALSO = ("ipykernel.kernelapp", "matplotlib_inline.backend_inline", "matplotlib.pyplot", "torch._dynamo")
@@ -69,11 +72,9 @@ def _import(module: str, names: Iterable[str]) -> None:
             getattr(imported, name)  # transformers loads its classes when they are asked for
 
 
-def serve(requests: socket.socket, sources: list[str]) -> NoReturn:
+def serve(requests: socket.socket, sockets: str, sources: list[str]) -> NoReturn:
     """Start kernels until the other end of the socket is closed."""
-    adopt_orphans()
-    signal.signal(signal.SIGTERM, leave)
-    end_with_parent(signal.SIGTERM)
+    leave = supervise(lambda: shutil.rmtree(sockets, ignore_errors=True))
     os.environ["JPY_PARENT_PID"] = str(os.getpid())  # ipykernel, too, ends with its parent
     imports = preload(sources) if sources else None
     kernels: dict[int, socket.socket] = {}
@@ -111,12 +112,6 @@ def _kill(pid: int) -> None:
     for kill in (os.killpg, os.kill):  # the latter in the moment before the kernel leads a group of its own
         with contextlib.suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)
-
-
-def leave(*_) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent's end comes as a signal and as a closed socket
-    kill_descendants()
-    os._exit(0)
 
 
 def fork_kernel(request: Mapping, in_process: bool, sockets: list[socket.socket]) -> int:
@@ -190,11 +185,11 @@ class KernelProcess:
 class ForkServer:
     """The server process, for the one that starts it."""
 
-    def __init__(self, env: Mapping[str, str], sources: Iterable[str] = ()):
+    def __init__(self, env: Mapping[str, str], sockets: Path, sources: Iterable[str] = ()):
         self._requests, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "papertrail.kernel_forkserver", str(theirs.fileno()), *sources],
+                [sys.executable, "-m", "papertrail.kernel_forkserver", str(theirs.fileno()), str(sockets), *sources],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what a kernel writes to its file descriptors does not belong between the run's lines
                 pass_fds=[theirs.fileno()],
@@ -223,4 +218,4 @@ class ForkServer:
 
 if __name__ == "__main__":
     del sys.path[0]  # the folder it was started in is no place to import from
-    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2], sys.argv[3:])

@@ -64,8 +64,13 @@ def read_notebook(path: Path, *, schema: bool = False) -> dict[str, Any]:
 
 
 def write_notebook(path: Path, notebook: dict[str, Any]) -> None:
-    """Write a notebook atomically, formatted as nbformat formats it (sorted keys, indent 1, a final newline)."""
-    atomic_write(path, json.dumps(_split(notebook), ensure_ascii=False, indent=1, sort_keys=True) + "\n")
+    """Write a notebook atomically."""
+    atomic_write(path, notebook_text(notebook))
+
+
+def notebook_text(notebook: dict[str, Any]) -> str:
+    """The content of a notebook's file, formatted as nbformat formats it (sorted keys, indent 1, a final newline)."""
+    return json.dumps(_split(notebook), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
 
 
 def outputs(notebook: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from basics import names
 from papertrail import scheduler
 from papertrail.differences import differences
 from papertrail.provenance import RESUMED
@@ -35,7 +36,8 @@ def rerun(run: Run, stage: str, say: Callable[[str], None]) -> list[str]:
 
 def _mirror(run: Run, stage: str, runs: Path) -> Run:
     """The run without this stage, in another runs folder: links to everything else that was made."""
-    copy = replace(run, path=runs / run.name, parameters={"run": run.name})
+    name = names.check_name(run.require(stage).get("run", run.name), "run")  # a copied run has another one by now
+    copy = replace(run, name=name, path=runs / name, parameters={"run": name})
     for name, spec in run.plan.items():
         if name == stage or run.finished(name) is None:
             continue

@@ -24,6 +24,8 @@ from papertrail.project import Project
 from papertrail.provenance import Fingerprint
 
 RUN_FILE = "run.json"
+CONFIG = "config.toml"
+CONFIG_HASH = "# SHA-256 of the lines above: "
 EXECUTION = ("stage", "started", "finished", "wall_seconds", "outputs")  # what tells one execution from another
 
 
@@ -189,10 +191,44 @@ class Run:
         return "" if made[0] == made[1] else f"is of another execution than {spec.folder}/run.json"
 
     def check_notebook(self, stage: str) -> None:
-        """Raise RecordError if there is an executed notebook of the stage and something is wrong with it."""
-        file = self.notebook(self.spec(stage).executed)
-        if self.finished(stage) is not None and file.exists() and (problem := self.notebook_problem(stage)):
+        """Raise RecordError if there is an executed notebook of the stage, but not the one that the finished stage
+        published: its records are not to be trusted."""
+        spec = self.spec(stage)
+        file = self.notebook(spec.executed)
+        if not file.exists():
+            return
+        finished = self.finished(stage) is not None
+        if (
+            problem := self.notebook_problem(stage)
+            if finished
+            else f"has no {spec.folder}/{RUN_FILE} that vouches for it"
+        ):
             raise RecordError(f"notebooks/{file.name} of run {self.name} {problem}: run stage {stage} again")
+
+    def config_problem(self, *, hashed: bool = True) -> str:
+        """What is wrong with config.toml, "" if nothing: its last line holds the hash of the others.
+
+        hashed: False where a file without that line is none that `threefold run` wrote, and so may be anything.
+        """
+        content, line, digest = (self.path / CONFIG).read_bytes().rpartition(CONFIG_HASH.encode())
+        same = digest.decode(errors="replace") == f"{files.sha256_bytes(content)}\n"
+        return "is not as `threefold run` wrote it" if not same and (line or hashed) else ""
+
+    def stray_notebooks(self) -> list[str]:
+        """Names of executed notebooks that no stage of the plan has written; failed ones, are not counted."""
+        known = {f"{spec.executed}.ipynb" for spec in self.plan.values()}
+        found = {path.name for path in (self.path / "notebooks").glob("*.ipynb")}
+        return sorted(name for name in found - known if not name.endswith(".failed.ipynb"))
+
+    def check_records(self) -> None:
+        """`check_notebook` of every stage; RecordError also for a changed config.toml, which says what the stages are,
+        and for a notebook that no stage has written."""
+        if problem := self.config_problem():
+            raise RecordError(f"{CONFIG} of run {self.name} {problem}: restore it, or run its preset again")
+        for stage in self.plan:
+            self.check_notebook(stage)
+        for name in self.stray_notebooks():
+            raise RecordError(f"notebooks/{name} of run {self.name} is of no stage of its preset: remove it")
 
 
 GONE, CHANGED, STRAY = "missing", "changed since the stage wrote it", "not written by the stage"
@@ -210,6 +246,11 @@ def damage(folder: Path, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from ((path, STRAY) for path in have if path not in facts["outputs"])
 
 
+def with_hash(config: str) -> str:
+    """The text of a config.toml with a last line that holds its hash."""
+    return f"{config}{CONFIG_HASH}{files.sha256_bytes(config.encode())}\n"
+
+
 def written_files(folder: Path) -> dict[str, str]:
     """{path: SHA-256} of everything in a stage's folder except its run.json."""
     return {path: digest for path, digest in files.sha256_tree(folder).items() if path != RUN_FILE}
@@ -220,8 +261,7 @@ def read_run_file(folder: Path) -> dict[str, Any] | None:
     shown = "/".join((folder / RUN_FILE).parts[-3:])
     try:
         facts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        written = facts.pop(files.SELF, None) if isinstance(facts, dict) else None  # older ones have none
-        if written is not None and written != files.sha256_json(facts):
+        if isinstance(facts, dict) and facts.pop(files.SELF, None) != files.sha256_json(facts):
             raise RecordError(f"{shown} is not as it was written; remove the folder and run the stage again")
     except (FileNotFoundError, NotADirectoryError):
         return None

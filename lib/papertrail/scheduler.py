@@ -29,13 +29,13 @@ from pathlib import Path
 
 from basics import errors, files
 from basics.errors import MissingInput, RecordError, ThreefoldError
-from basics.processes import cores, has_gpu
 from basics.source_code import module_files
 from papertrail import notebook_files
 from papertrail import stage as stage_folder
 from papertrail.estimate import duration_text, earlier_seconds, seconds_left
 from papertrail.kernel_forkserver import ForkServer
 from papertrail.plan import Plan, StageSpec, ancestors, dependents
+from papertrail.processes import cores, has_gpu
 from papertrail.run import Run
 from papertrail.scrub import scrub
 from papertrail.staleness import state
@@ -218,7 +218,7 @@ class _Notebooks:
         self.began: dict[str, float] = {}  # running stage -> its start
         self._executing = run.path / ".executing"  # apart from the executed ones, none of which is ever incomplete
         self._server: ForkServer | None = None
-        self._sockets = tempfile.TemporaryDirectory(prefix="threefold-")
+        self._sockets = Path(tempfile.mkdtemp(prefix="threefold-"))  # the fork server, too, removes it
         self._threads: list[threading.Thread] = []
         # (stage, a line that it printed) or (stage, how it ended: None or an error)
         self._events: queue.SimpleQueue[tuple[str, str | Exception | None]] = queue.SimpleQueue()
@@ -235,14 +235,14 @@ class _Notebooks:
                 self._server.stop()
             for thread in self._threads:
                 thread.join(JOIN_SECONDS)
-            self._sockets.cleanup()
+            shutil.rmtree(self._sockets, ignore_errors=True)
             shutil.rmtree(self._executing, ignore_errors=True)
 
     def start(self, spec: StageSpec, threads: int, later: list[str], place: str) -> None:
         """Begin a stage. later: the stages that are still to come after it. place: a text, where in the run it is."""
         if self._server is None:
             sources = self._sources([spec.name, *later]) if len(later) >= PRELOAD_FROM and forking_is_safe() else ()
-            self._server = ForkServer(self._variables(max(1, cores() // self.jobs)), sources)
+            self._server = ForkServer(self._variables(max(1, cores() // self.jobs)), self._sockets, sources)
         from papertrail import notebook_client  # late: it takes a second, which a run without work need not spend
 
         parameters = {"preset": self._preset, "run": self.run.name, **spec.parameters}
@@ -262,7 +262,7 @@ class _Notebooks:
                     self._executing / f"{spec.executed}.ipynb",
                     parameters,
                     server=self._server,
-                    sockets=Path(self._sockets.name),
+                    sockets=self._sockets,
                     env=self._variables(threads),
                     cwd=self.run.project.root,
                     say=lambda line: self._events.put((spec.name, line)),

@@ -20,7 +20,7 @@ from papertrail.run import Run, read_run_file, write_run_file, written_files
 
 PATIENCE = 5.0  # seconds to wait until a killed process that worked on the same stage is gone
 RESERVED = (  # facts of run.json that `finish` finds itself
-    *("stage", "fingerprint", "git", "hardware", "determinism", "outputs", "attempts", "started", "finished"),
+    *("stage", "run", "fingerprint", "git", "hardware", "determinism", "outputs", "attempts", "started", "finished"),
 )
 
 
@@ -104,6 +104,7 @@ class Stage:
         outputs = written_files(folder)
         content = {
             "stage": self.name,
+            "run": self.run.name,  # which notebooks and model cards name; the folder may be copied under another
             "fingerprint": self._fingerprint.to_dict(),
             "git": provenance.git_state(self.run.project.root),
             "hardware": provenance.hardware(),

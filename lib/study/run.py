@@ -74,7 +74,7 @@ class Run(papertrail_run.Run):
     def create(self) -> None:
         """Make the run's folders and write its config.toml if absent or changed. Raises ConfigError where the runs
         folder cannot be written."""
-        text, file = to_toml(self.preset), self.path / "config.toml"
+        text, file = papertrail_run.with_hash(to_toml(self.preset)), self.path / papertrail_run.CONFIG
         try:
             if not file.is_file() or file.read_text(encoding="utf-8") != text:
                 files.atomic_write(file, text)
@@ -181,6 +181,10 @@ def open_run(
         parameters={key: value for key, value in parameters.items() if value},
         data_dir=_data_folder(str(data_dir)),
     )
+    if not preset and (problem := opened.config_problem(hashed=False)):
+        raise ConfigError(
+            f"config.toml of run {name} {problem}: restore it, or take it as it is with --preset {own_config}"
+        )
     if create:
         opened.create()
     return opened
@@ -323,7 +327,7 @@ def _with_replicate(stage: str, replicate: Any, preset: Preset) -> str:
 def _check_overwriting(run: Run) -> None:
     """Raise ConfigError for settings that are not the run's and would make one of its finished stages stale."""
     config = run.path / "config.toml"
-    if not config.is_file() or config.read_text(encoding="utf-8") == to_toml(run.preset):
+    if not config.is_file() or config.read_text(encoding="utf-8") == papertrail_run.with_hash(to_toml(run.preset)):
         return
     for stage in run.plan:
         if (facts := run.finished(stage)) is None:

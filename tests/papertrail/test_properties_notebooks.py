@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from properties import as_json, damaged, documented, examples, mutated, values
 from report_fixtures import cell, notebook, output
 
-from basics import paths
+from basics import files, paths
 from papertrail import records, run
 from papertrail.notebook_files import errors, labelled_cells, read_notebook
 from papertrail.scrub import scrub
@@ -106,6 +106,7 @@ RUN = {
     "outputs": {"model.safetensors": "cd"},
     "tokens": 1,
 }
+WRITTEN = RUN | {files.SELF: files.sha256_json(RUN)}
 
 
 @examples(150)
@@ -114,12 +115,12 @@ def test_a_run_file_of_any_content(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "stage"
     folder.mkdir(exist_ok=True)
     if data.draw(st.booleans()):
-        (folder / "run.json").write_text(as_json(data.draw(mutated(RUN))), encoding="utf-8")
+        (folder / "run.json").write_text(as_json(data.draw(mutated(WRITTEN))), encoding="utf-8")
     else:
-        (folder / "run.json").write_bytes(data.draw(damaged(json.dumps(RUN).encode())))
+        (folder / "run.json").write_bytes(data.draw(damaged(json.dumps(WRITTEN).encode())))
     facts = documented(lambda: run.read_run_file(folder), "run.json")
     if facts is not None:
-        assert isinstance(facts["outputs"], dict) and isinstance(facts["fingerprint"], dict)
+        assert facts == RUN
 
 
 LINES = [

@@ -55,6 +55,10 @@ def test_one_changed_byte_of_a_rendered_page_is_named(copy):
         flip(changed, len(before) // 2)
         assert [line.partition(":")[0] for line in rendered(copy, paths.REPORT)] == [f"report/{name}"]
         changed.write_bytes(before)
+    for name in ("mine.html", "executed/mine.ipynb"):  # and so is a file that was not rendered
+        shutil.copy(copy / "report" / "index.html", copy / "report" / name)
+        assert [line.partition(":")[0] for line in rendered(copy, paths.REPORT)] == [f"report/{name}"]
+        (copy / "report" / name).unlink()
 
 
 # The page ------------------------------------------------------------------------------------------------------------
@@ -187,9 +191,7 @@ def fake_quarto(folder, script):
 def test_quarto_is_used_where_it_is_on_the_path(copy, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    fake_quarto(
-        tmp_path / "bin", '[ "$1" = render ] && mkdir -p "$2/.quarto" && echo "<p>by quarto</p>" > "$2/index.html"'
-    )
+    fake_quarto(tmp_path / "bin", '[ "$*" = render ] && mkdir -p .quarto && echo "<p>by quarto</p>" > index.html')
     said = []
     page = render(copy, paths.REPORT, say=said.append)
     assert page.read_text() == "<p>by quarto</p>\n" and said == [] and not (page.parent / ".quarto").exists()
@@ -198,8 +200,8 @@ def test_quarto_is_used_where_it_is_on_the_path(copy, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "pattern"),
     [
-        ('echo "<p>half" > "$2/index.html"; echo "ERROR: bad" >&2; exit 3', r"quarto render failed \(3\).*ERROR: bad"),
-        ('echo "<p>?@tbl-x</p>" > "$2/index.html"', "unresolved cross-reference"),
+        ('echo "<p>half" > index.html; echo "ERROR: bad" >&2; exit 3', r"quarto render failed \(3\).*ERROR: bad"),
+        ('echo "<p>?@tbl-x</p>" > index.html', "unresolved cross-reference"),
         ("exit 0", "quarto render failed"),
     ],
 )

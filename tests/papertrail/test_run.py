@@ -34,7 +34,7 @@ def project(tmp_path, monkeypatch):
 def of(stage, **changes) -> Fingerprint:
     """A fingerprint that looks nothing up."""
     return Fingerprint(
-        **{**dict(stage=stage, config={}, code="c", data={}, parents={}, versions={}, seed=1), **changes}
+        **{**dict(stage=stage, config={}, code={"c": "1"}, data={}, parents={}, versions={}, seed=1), **changes}
     )
 
 
@@ -190,13 +190,13 @@ def test_an_interrupted_stage_is_resumed_only_with_the_same_inputs():
     again = open_stage("sft")
     assert again.begin(of("sft")) == folder
     assert (folder / "state").read_text() == "step 5" and not (folder / ".metrics.0f.tmp").exists()
-    again.begin(of("sft", code="changed"))
+    again.begin(of("sft", code={"c": "2"}))
     assert [path.name for path in folder.iterdir()] == ["run.json"]
     (folder / "state").write_text("step 6")
     (folder / "run.json").write_text('{"stage"')  # cut off
-    again.begin(of("sft", code="changed"))
+    again.begin(of("sft", code={"c": "2"}))
     assert [path.name for path in folder.iterdir()] == ["run.json"]
-    again.begin(of("sft", code="changed"))
+    again.begin(of("sft", code={"c": "2"}))
     facts = again.finish()
     assert facts["attempts"] == 2 and facts["started"] >= started
 

@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from report_fixtures import make_run
+from report_fixtures import make_run, seal
 
 from basics import paths
 from papertrail import records
+from papertrail.run import with_hash
 from study import cli
 from study.cli.compare import differing_keys, side_by_side
 from study.comparison import Comparison, tables
@@ -23,8 +24,8 @@ from study.run import Run
 def settle(folder, *overrides: str) -> Run:
     """A run that `Comparison.load` takes: the fake notebooks, and a preset that asks for just those."""
     preset = load_preset("smoke", parse_overrides(overrides))
-    (folder / "config.toml").write_text(to_toml(preset))
-    return Run.of(folder.name, folder, preset)
+    (folder / "config.toml").write_text(with_hash(to_toml(preset)))
+    return seal(Run.of(folder.name, folder, preset))
 
 
 def edited(run: Run, folder, change, pattern: str = "*") -> Run:

@@ -1,7 +1,6 @@
 """Reading a run's records, refusing wrong weights, tables and figures."""
 
 import hashlib
-import json
 import math
 import shutil
 from dataclasses import replace
@@ -9,12 +8,13 @@ from dataclasses import replace
 import nbformat
 import numpy as np
 import pytest
-from report_fixtures import MODELS, NOTEBOOKS, PARAMETERS, cell, make_run, notebook, output, sha, stage_values
+from report_fixtures import MODELS, NOTEBOOKS, PARAMETERS, cell, make_run, notebook, output, seal, sha, stage_values
 from scipy import stats
 
-from basics import paths
+from basics import files, paths
 from basics.errors import MissingInput, RecordError
 from papertrail import records
+from papertrail.run import read_run_file
 from study.comparison import Comparison, ablations, components, figures, models, tables, training
 from study.comparison.differences import EQUIVALENT, UNRESOLVED, Difference, adjust, compared, difference
 from study.comparison.measures import MEASURES, SHARED, STAGED
@@ -77,8 +77,7 @@ def test_weights_swapped_between_stages_after_the_evaluation_are_refused_with_bo
 
 
 def test_a_notebook_that_tells_another_hash_than_run_json_is_refused(copy):
-    facts = json.loads((copy / "dpo" / "run.json").read_text())
-    (copy / "dpo" / "run.json").write_text(json.dumps(facts | {"weights_sha256": sha("later")}))
+    files.write_note(copy / "dpo" / "run.json", read_run_file(copy / "dpo") | {"weights_sha256": sha("later")})
     with pytest.raises(RecordError, match=sha("later")):
         Comparison.load(copy)
 
@@ -113,7 +112,7 @@ def test_items_that_are_not_those_of_the_record_are_refused(copy):
 
 def test_a_notebook_that_was_not_run_is_named_with_the_command(copy, monkeypatch):
     monkeypatch.setattr(paths, "RUNS", copy.parent)
-    opened = Run.of("fake", copy, Preset(name="fake", dpo=TrainConfig(steps=1)))
+    opened = seal(Run.of("fake", copy, Preset(name="fake", dpo=TrainConfig(steps=1))))
     Comparison.load(opened)
     (copy / "notebooks" / "04_evaluate-dpo.ipynb").unlink()
     with pytest.raises(MissingInput, match=r"04_evaluate-dpo\.ipynb.*papermill notebooks/04_evaluate\.ipynb"):

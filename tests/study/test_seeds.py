@@ -1,6 +1,5 @@
 """Several trainings of one lineage: names, plan, records, and the statistics that tell seeds from items."""
 
-import json
 import math
 import shutil
 from dataclasses import replace
@@ -9,13 +8,14 @@ from functools import partial
 import numpy as np
 import pytest
 from evaluation_fixtures import language_model
-from report_fixtures import MODELS, SKILL, execute_compare, make_run, sha
+from report_fixtures import MODELS, SKILL, execute_compare, make_run, seal, sha
 from scipy import stats as scipy_stats
 
 from basics import files, names, paths
 from basics.errors import ConfigError, MissingInput, RecordError
 from papertrail import records
 from papertrail.plan import dependents
+from papertrail.run import read_run_file
 from study import stages
 from study.comparison import Comparison, claims, insights, limits, seeds, tables
 from study.comparison.measures import HEADLINE
@@ -271,8 +271,8 @@ def test_a_copy_is_no_second_training(run, tmp_path):
     weights = sha("weights of pretrain")
     for place in ("pretrain", "seeds/2/pretrain"):
         shutil.copy(copied / "pretrain" / "model.safetensors", copied / place / "x")
-    facts = json.loads((copied / "seeds/2/pretrain/run.json").read_text())
-    (copied / "seeds/2/pretrain/run.json").write_text(json.dumps(facts | {"weights_sha256": weights}))
+    facts = read_run_file(copied / "seeds/2/pretrain")
+    files.write_note(copied / "seeds/2/pretrain/run.json", facts | {"weights_sha256": weights})
     shutil.move(copied / "seeds/2/pretrain/x", copied / "seeds/2/pretrain/model.safetensors")
     for name in ("01_pretrain-seed2", "04_evaluate-pretrain-seed2"):
         path = copied / "notebooks" / f"{name}.ipynb"
@@ -285,7 +285,7 @@ def test_every_replicate_the_preset_asks_for_must_be_there(run, tmp_path, monkey
     copied = shutil.copytree(run, tmp_path / "fake")
     monkeypatch.setattr(paths, "RUNS", tmp_path)
     preset = Preset(name="fake", dpo=TrainConfig(steps=1))
-    assert len(Comparison.load(Run.of("fake", copied, replace(preset, seeds=2))).replicates) == 1
+    assert len(Comparison.load(seal(Run.of("fake", copied, replace(preset, seeds=2)))).replicates) == 1
     assert Comparison.load(Run.of("fake", copied, preset)).replicates == {}
     with pytest.raises(MissingInput, match=r"01_pretrain-seed4\.ipynb has not been run.*-p replicate 4"):
         Comparison.load(Run.of("fake", copied, replace(preset, seeds=4)))

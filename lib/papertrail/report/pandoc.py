@@ -4,8 +4,6 @@ Embeds become tables, figures and text, numbered in order with captions; variabl
 become numbered links; citeproc makes the citations. The result is one HTML file that holds its images and styles.
 """
 
-import subprocess
-import tempfile
 from pathlib import Path
 
 import pypandoc
@@ -13,6 +11,7 @@ import yaml
 
 from basics.errors import ReportError
 from papertrail.notebook_files import Cell, labelled_cells, read_notebook
+from papertrail.processes import run_supervised
 from papertrail.report import sources
 
 NAMES = {"tbl": "Table", "fig": "Figure", "sec": "Section"}
@@ -62,6 +61,8 @@ def expand(folder: Path) -> str:
     lines, start = source.text.split("\n"), source.body_start
     front = yaml.safe_load("\n".join(lines[1 : start - 1])) or {} if start else {}
     metadata = {key: fill(value) for key, value in front.items() if key not in ("format", "bibliography", "execute")}
+    styles = [(folder / name).read_text(encoding="utf-8") for name in STYLES if (folder / name).is_file()]
+    metadata["header-includes"] = [f"```{{=html}}\n<style>\n{style}</style>\n```" for style in styles]
     body = []
     for line, plain in zip(lines[start:], sources.prose(source.text)[start:], strict=True):
         if embed := sources.EMBED.match(plain):
@@ -75,7 +76,6 @@ def expand(folder: Path) -> str:
 
 def render(folder: Path) -> str:
     """The report folder as one self-contained HTML text."""
-    markdown = expand(folder)
     command = [
         pypandoc.get_pandoc_path(),
         "--from=markdown",
@@ -98,12 +98,7 @@ def render(folder: Path) -> str:
     ]
     if (folder / "references.bib").is_file():
         command.append("--bibliography=references.bib")
-    with tempfile.TemporaryDirectory() as scratch:
-        header = Path(scratch) / "header.html"
-        styles = [(folder / name).read_text(encoding="utf-8") for name in STYLES if (folder / name).is_file()]
-        header.write_text("".join(f"<style>\n{style}</style>\n" for style in styles), encoding="utf-8")
-        command.append(f"--include-in-header={header}")
-        result = subprocess.run(command, input=markdown, cwd=folder, capture_output=True, text=True, encoding="utf-8")
-    if result.returncode:
-        raise ReportError(f"Pandoc could not render the report: {' '.join(result.stderr.split())[-800:]}")
-    return result.stdout
+    status, page, complaint = run_supervised(command, expand(folder), cwd=folder)
+    if status:
+        raise ReportError(f"Pandoc could not render the report: {' '.join(complaint.split())[-800:]}")
+    return page

@@ -4,14 +4,13 @@
 """
 
 import shutil
-import tempfile
 from pathlib import Path
 
 import yaml
 
 from basics.errors import MissingInput
-from basics.files import atomic_write, damaged, replace_folder
-from papertrail.notebook_files import read_notebook, write_notebook
+from basics.files import atomic_write, damaged, read_note, replace_folder
+from papertrail.notebook_files import notebook_text, read_notebook
 from papertrail.records import read as read_records
 from papertrail.report.check import VARIABLES, require
 from papertrail.scrub import scrub
@@ -20,18 +19,16 @@ RENDERED = "rendered.json"  # hashes of the page and of what it was made from, b
 GENERATED = ("executed", "_variables.yml", "index.html", "index_files", "_site", ".quarto", RENDERED)
 
 
-def write_executed(run: Path, report: Path, folder: Path) -> None:
-    """Write scrubbed copies of a run's executed notebooks to `folder`/executed, and `_variables.yml` beside it.
-
-    Raises MissingInput where no notebook holds the record with the variables.
-    """
+def executed_files(run: Path, report: Path) -> dict[str, str]:
+    """{path in the report folder: content} of what a run's executed notebooks give: their scrubbed copies, and
+    `_variables.yml`. Raises MissingInput where no notebook holds the record with the variables."""
     roots = {str(report.resolve().parent): "."} | {str(path): f"runs/{run.name}" for path in (run, run.resolve())}
-    variables = None
+    variables, found = None, {}
     for path in sorted((run / "notebooks").glob("*.ipynb")):
-        if path.name.endswith(".failed.ipynb"):
-            continue
-        variables = read_records(path).get(VARIABLES, variables)
-        write_notebook(folder / "executed" / path.name, scrub(read_notebook(path, schema=True), roots, publish=True))
+        if not path.name.endswith(".failed.ipynb"):
+            variables = read_records(path).get(VARIABLES, variables)
+            clean = scrub(read_notebook(path, schema=True), roots, publish=True)
+            found[f"executed/{path.name}"] = notebook_text(clean)
     if variables is None:
         raise MissingInput(
             f"run {run.name!r} has no executed notebook with the record {VARIABLES!r}, which is the comparison's: "
@@ -39,10 +36,8 @@ def write_executed(run: Path, report: Path, folder: Path) -> None:
         )
     text = {name: str(value) for name, value in variables.values.items()}
     head = f"# Generated from the record '{VARIABLES}' of executed/{variables.notebook}; not edited by hand.\n"
-    atomic_write(
-        folder / "_variables.yml",
-        head + yaml.safe_dump(text, allow_unicode=True, sort_keys=True, default_style='"', width=1000),
-    )
+    found["_variables.yml"] = head + yaml.safe_dump(text, allow_unicode=True, default_style='"', width=1000)
+    return found
 
 
 def assemble(run: Path, report: Path, folder: Path) -> None:
@@ -50,27 +45,32 @@ def assemble(run: Path, report: Path, folder: Path) -> None:
     if not (report / "index.qmd").is_file():
         raise MissingInput(f"the report's sources are not at {report.name}/: a clone of the project has them")
     shutil.copytree(
-        report, folder, ignore=lambda where, names: [n for n in names if Path(where) == report and n in GENERATED]
+        report,
+        folder,
+        ignore=lambda where, names: [n for n in names if Path(where) == report and n in GENERATED],
+        dirs_exist_ok=True,
     )
-    write_executed(run, report, folder)
+    for path, content in executed_files(run, report).items():
+        atomic_write(folder / path, content)
 
 
 def rendered(run: Path, report: Path) -> list[str]:
     """Files of a run's rendered report that differ from its notebooks or from what was rendered, one line each."""
     folder = run / "report"
-    if not (folder / "index.html").is_file():
+    if not folder.exists():
         return []
-    differences = {file: "as it was rendered" for file in damaged(folder / RENDERED)}
-    with tempfile.TemporaryDirectory(prefix="papertrail-") as home:
-        fresh = Path(home)
-        write_executed(run, report, fresh)
-        for path in sorted(path for path in fresh.rglob("*") if path.is_file()):
-            file = folder / path.relative_to(fresh)
-            if not file.is_file() or file.read_bytes() != path.read_bytes():
-                differences[file] = "what the run's notebooks say"
+    problems = dict.fromkeys(damaged(folder / RENDERED), "not as it was rendered")
+    note = read_note(folder / RENDERED)
+    for file in folder.rglob("*") if note else ():
+        is_file = file.is_symlink() or not file.is_dir()
+        if is_file and file.relative_to(folder).as_posix() not in (*note["files"], RENDERED):
+            problems[file] = "not written by `threefold report`"
+    for path, content in executed_files(run, report).items():
+        if not (folder / path).is_file() or (folder / path).read_bytes() != content.encode():
+            problems[folder / path] = "not what the run's notebooks say"
     return [
-        f"report/{file.relative_to(folder).as_posix()}: not {what}; `threefold report` renders it again"
-        for file, what in differences.items()
+        f"report/{file.relative_to(folder).as_posix()}: {what}; `threefold report` renders it again"
+        for file, what in problems.items()
     ]
 
 

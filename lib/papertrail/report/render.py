@@ -1,14 +1,17 @@
 """One HTML file from a report folder, by Quarto where it is installed, else by Pandoc. A failure leaves no page."""
 
+import errno
 import re
 import shutil
-import subprocess
+import tempfile
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 from basics.errors import ReportError
-from basics.files import atomic_write, recover_folder, replace_folder, sha256_tree, write_note
+from basics.files import atomic_write, replace_folder, sha256_tree, write_note
+from papertrail.notebook_files import ANSI
+from papertrail.processes import run_supervised
 from papertrail.report import pandoc
 from papertrail.report.check import require
 from papertrail.report.publish import RENDERED, assemble
@@ -55,21 +58,29 @@ def render(run: Path, report: Path, *, say: Callable[[str], None] = print) -> Pa
     """Render a run's own report to `<run>/report/index.html` and return that path.
 
     The sources are copied beside the run's executed notebooks, checked, rendered in a scratch folder and moved into
-    place whole. When anything fails, no `index.html` is left from an earlier render.
+    place whole. When anything fails, no report is left from an earlier render. Where the run's folder cannot be
+    written (an archive), the report is rendered into a new folder for temporary files.
 
     Args:
         run: the run's folder.
         report: the folder of the report's sources.
-        say: receives the line that reports a missing Quarto.
+        say: receives the lines that report a missing Quarto, and another place than the run's folder.
 
     Raises:
         ReportError: what does not hold together, one line a problem.
     """
-    target = run / "report"
-    recover_folder(target)
-    (target / PAGE).unlink(missing_ok=True)
-    work = run / ".report.partial"
-    shutil.rmtree(work, ignore_errors=True)
+    target, work = run / "report", run / ".report.partial"
+    try:
+        for folder in (target, work):
+            if folder.exists():
+                shutil.rmtree(folder)
+        work.mkdir()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        home = Path(tempfile.mkdtemp(prefix=f"{run.name}-"))
+        target, work = home / "report", home / ".report.partial"
+        say(f"{run} cannot be written: rendering into {target}")
     try:
         assemble(run, report, work)
         render_folder(work, say=say)
@@ -86,13 +97,15 @@ def render_folder(folder: Path, *, say: Callable[[str], None] = print) -> Path:
     page.unlink(missing_ok=True)
     require(folder)
     if quarto := shutil.which("quarto"):
-        result = subprocess.run([quarto, "render", str(folder)], capture_output=True, text=True, encoding="utf-8")
+        status, said, complaint = run_supervised(
+            [quarto, "render"], cwd=folder
+        )  # a path with [ or ] would be a pattern
         shutil.rmtree(folder / ".quarto", ignore_errors=True)
         text = page.read_text(encoding="utf-8") if page.is_file() else ""
         page.unlink(missing_ok=True)
-        if result.returncode or not text:
-            message = " ".join((result.stderr or result.stdout).split())[-800:]
-            raise ReportError(f"quarto render failed ({result.returncode}): {message}")
+        if status or not text:
+            message = " ".join(ANSI.sub("", complaint or said).split())[-800:]
+            raise ReportError(f"quarto render failed ({status}): {message}")
     else:
         say("Quarto is not on the PATH: rendering the same sources with Pandoc.")
         text = pandoc.render(folder)

@@ -63,7 +63,7 @@ def open_intact(name: str, data_dir: str = "") -> Run:
     for stage in run.plan:
         if run.finished(stage) is not None:
             run.intact(stage, gone=True)
-            run.check_notebook(stage)
+    run.check_records()
     return run
 
 
