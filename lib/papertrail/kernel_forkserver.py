@@ -30,8 +30,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from basics.processes import end_with_parent
 from basics.source_code import ROOT
-from papertrail.processes import end_with_parent, supervise
+from papertrail.processes import supervise
 
 # What no source names: the kernel itself, and what torch imports at an optimizer's first step.
 ALSO = ("ipykernel.kernelapp", "matplotlib_inline.backend_inline", "matplotlib.pyplot", "torch._dynamo")

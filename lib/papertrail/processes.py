@@ -4,7 +4,6 @@ python -m papertrail.processes COMMAND...      runs a command that ends, with al
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -15,17 +14,9 @@ from typing import Any, NoReturn
 
 import psutil
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None  # looked up before any fork
+from basics.processes import end_with_parent, prctl
 
-
-def end_with_parent(number: int = signal.SIGKILL) -> None:
-    """Have this process sent a signal when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG).
-
-    Call it in the child, after its fork. Does nothing outside Linux.
-    """
-    if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def supervise(clean: Callable[[], None] = lambda: None) -> Callable[[], NoReturn]:
@@ -46,8 +37,8 @@ def supervise(clean: Callable[[], None] = lambda: None) -> Callable[[], NoReturn
         clean()
         os._exit(0)
 
-    if _prctl is not None:
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    if prctl is not None:
+        prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, leave)
     end_with_parent(signal.SIGTERM)
     return leave
