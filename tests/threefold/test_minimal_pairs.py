@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+import pandas as pd
 import pytest
 import torch
 from evaluation_fixtures import (
@@ -18,7 +19,7 @@ from evaluation_fixtures import (
 
 from basics.errors import DataError
 from threefold.config import EvaluationConfig, SourceConfig
-from threefold.data import sources
+from threefold.data import hub, sources
 from threefold.data.overlap import pieces
 from threefold.evaluation import LanguageModel, describe, evaluate, minimal_pairs
 from threefold.evaluation.results import Dataset
@@ -82,6 +83,23 @@ def test_from_a_preset_to_a_record(tmp_path):
     assert evaluation.protocol == "pairs/minimal-pairs" and evaluation.settings["sample_seed"] == 4
     assert evaluation.settings["data"]["examples"] == 5 and len(evaluation.items) == 3
     assert set(evaluation.metrics) == {"accuracy", "accuracy_a"} and "`accuracy_{phenomenon}`" in describe()
+
+
+def test_a_repository_with_a_config_for_each_phenomenon(tmp_path, monkeypatch):
+    """The hub's form, from a local clone: by its files, and through `datasets`, config after config."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    columns = {"sentence_good": ["a", "b"], "sentence_bad": ["c", "d"]}
+    clone, names = tmp_path / "nyu-mll" / "blimp", ("adjunct_island", "wh_island")
+    for name in names:
+        (clone / name).mkdir(parents=True)
+        pd.DataFrame({**columns, "UID": name}).to_parquet(clone / name / "train-00000-of-00001.parquet")
+    configs = "".join(f"- config_name: {n}\n  data_files:\n  - split: train\n    path: {n}/train-*\n" for n in names)
+    (clone / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    expected = [(good, name) for name in names for good in ("a", "b")]
+    items = sources.load(SourceConfig(source="blimp"), tmp_path)
+    assert [(item["good"], item["phenomenon"]) for item in items] == expected
+    rows = hub.load(str(clone), "*", "train", "", "blimp")
+    assert [(row["sentence_good"], row["UID"]) for row in rows] == expected
 
 
 def test_a_row_without_a_sentence_is_refused_by_its_line(tmp_path):
