@@ -13,12 +13,7 @@ STOP = ("\n###",)  # the next heading: where a model that never learned to stop 
 
 
 def responses(
-    model: LanguageModel,
-    data: Dataset,
-    *,
-    generations: int = 200,
-    new_tokens: int = 64,
-    scoring: Scoring = SCORING,
+    model: LanguageModel, data: Dataset, *, generations: int = 200, new_tokens: int = 64, scoring: Scoring = SCORING
 ) -> Evaluation:
     """`{source}/responses`: nats per token of held-out responses, and exact match of greedy answers.
 
