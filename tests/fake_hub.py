@@ -2,7 +2,7 @@
 
     with FakeHub("openai/gsm8k", files, commits=["a" * 40]) as hub: ...  # hub.url for HF_ENDPOINT
 
-`hub.commits[-1]` is main; all commits have the same files.
+`hub.commits[-1]` is main; all commits have the same files. `hub.served`: the names of the files it sent, in order.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ def card(config: str, splits: list[str]) -> bytes:
 class FakeHub:
     def __init__(self, repo: str, files: dict[str, bytes], commits: list[str]):
         self.repo, self.files, self.commits = repo, files, commits
+        self.served: list[str] = []
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -39,7 +40,10 @@ class FakeHub:
 
             def answer(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                status, headers, content = hub.answer(self.path.partition("?")[0], body)
+                path = self.path.partition("?")[0]
+                status, headers, content = hub.answer(path, body)
+                if self.command == "GET" and status == 200 and "/resolve/" in path:
+                    hub.served.append(unquote(path).partition("/resolve/")[2].partition("/")[2])
                 self.send_response(status)
                 for key, value in {**headers, "Content-Length": str(len(content))}.items():
                     self.send_header(key, value)

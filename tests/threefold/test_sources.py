@@ -354,6 +354,29 @@ def test_the_hub_its_cache_and_the_recorded_commit(tmp_path):
     assert json.loads((tmp_path / "cache" / "revisions.json").read_text()) == {"openai/gsm8k": COMMIT}
 
 
+PART = """
+config = SourceConfig(source="wikipedia", skip_examples=1, max_examples={most})
+out = {{"kind": sources.resolve(config).kind, "items": sources.load(config)}}
+"""
+
+
+def test_only_the_files_that_hold_the_part_are_downloaded(tmp_path):
+    shards = [f"20231101.en/train-{i:05}-of-00005.parquet" for i in range(5)]
+    texts = [f"article {i}" for i in range(15)]
+    files = {name: parquet([{"text": text} for text in texts[3 * i : 3 * i + 3]]) for i, name in enumerate(shards)}
+    files["README.md"] = card("20231101.en", ["train"])
+    with FakeHub("wikimedia/wikipedia", files, [COMMIT]) as hub:
+        first = in_process(PART.format(most=4), tmp_path, HF_ENDPOINT=hub.url)
+        assert first == {"kind": "hub", "items": texts[1:5]}
+        assert [name for name in hub.served if name in shards] == shards[:2]
+        assert in_process(PART.format(most=4), tmp_path, HF_ENDPOINT=hub.url) == first | {"kind": "cache"}
+        more = in_process(PART.format(most=7), tmp_path, HF_ENDPOINT=hub.url)
+        assert more["items"] == texts[1:8] and [name for name in hub.served if name in shards] == shards[:3]
+    assert in_process(PART.format(most=7), tmp_path, HF_HUB_OFFLINE="1") == more | {"kind": "cache"}
+    said = in_process(PART.format(most=11), tmp_path, HF_HUB_OFFLINE="1")["error"]
+    assert "wikipedia (wikimedia/wikipedia, config 20231101.en), split 'train': datasets could not load it" in said
+
+
 def test_offline_the_error_lists_the_three_places_and_the_way_out(tmp_path):
     data = folder_with(tmp_path, {"other/x.txt": ""})
     said = in_process(LOAD.format(data=str(data)), tmp_path, HF_HUB_OFFLINE="1")["error"]

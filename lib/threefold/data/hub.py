@@ -1,7 +1,8 @@
 """Data sets of the Hugging Face Hub: commits, the local cache of the `datasets` library, and rows.
 
 A commit is pinned by `revision` in the registry, or by the first load, which records the commit it got in
-`revisions.json` of the cache folder; later loads take that commit or fail.
+`revisions.json` of the cache folder; later loads take that commit or fail. A part of a data set is read file by file,
+so that only the files that hold it are downloaded.
 """
 
 import json
@@ -9,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from basics.errors import SourceError
-from basics.files import atomic_write
+from basics.files import atomic_write, read_note, sha256_json, write_note
 from basics.paths import cache_folder
 
 REVISIONS = "revisions.json"  # in the cache folder; unlike the other files there it cannot be recomputed
@@ -60,29 +62,79 @@ def load(location: str, config: str, split: str, revision: str, label: str, buil
     """
     import datasets
 
-    with _quiet():
-        try:
-            if config == "*":
-                names = datasets.get_dataset_config_names(location, revision=revision or None)
-                return chain.from_iterable(load(location, name, split, revision, label) for name in names)
-            if builder is None:
-                builder = datasets.load_dataset_builder(location, config or None, revision=revision or None)
-                form = type(builder).__module__.rpartition(".")[2]
-                if form not in FORMS:
-                    raise SourceError(f"{label}: files of the form {form!r} are not read; allowed: {', '.join(FORMS)}")
-                builder.download_and_prepare()
-            return builder.as_dataset(split=split)
-        except (*network_errors(), ValueError, datasets.exceptions.DatasetsError) as error:
-            raise SourceError(f"{label}: datasets could not load it ({first_line(error)})") from error
+    with _quiet(), _loading(label):
+        if config == "*":
+            names = datasets.get_dataset_config_names(location, revision=revision or None)
+            return chain.from_iterable(load(location, name, split, revision, label) for name in names)
+        if builder is None:
+            builder = _builder(location, config, revision, label)
+            builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+
+
+def files(repository: str, config: str, split: str, commit: str, label: str) -> list[str]:
+    """The data files of a split of a hub repository at a commit, in order. Asks the hub once and keeps the answer.
+
+    Raises SourceError as `load`.
+    """
+    note = _note_of_files(repository, config, split, commit)
+    kept = read_note(note)
+    if kept is None:
+        with _quiet(), _loading(label):
+            urls = _builder(repository, config, commit, label).config.data_files[split]
+        kept = {"names": [url.rpartition(f"@{commit}/")[2] for url in urls]}
+        write_note(note, kept)
+    return kept["names"]
+
+
+def files_are_known(repository: str, config: str, split: str, commit: str) -> bool:
+    """Whether `files` can answer without the hub."""
+    return bool(commit) and read_note(_note_of_files(repository, config, split, commit)) is not None
+
+
+def download(repository: str, file: str, commit: str, label: str) -> Path:
+    """A data file of a hub repository, from the Hugging Face cache or downloaded. Raises SourceError as `load`."""
+    import huggingface_hub
+
+    with _quiet(), _loading(label):
+        return Path(huggingface_hub.hf_hub_download(repository, file, repo_type="dataset", revision=commit))
+
+
+def _note_of_files(*key: str) -> Path:
+    return cache_folder() / "hub" / f"{sha256_json(key)[:32]}.json"
+
+
+def _builder(location: str, config: str, revision: str, label: str) -> Any:
+    import datasets
+
+    builder = datasets.load_dataset_builder(location, config or None, revision=revision or None)
+    form = type(builder).__module__.rpartition(".")[2]
+    if form not in FORMS:
+        raise SourceError(f"{label}: files of the form {form!r} are not read; allowed: {', '.join(FORMS)}")
+    return builder
+
+
+@contextmanager
+def _loading(label: str) -> Iterator[None]:
+    """Raise SourceError in place of what `datasets` and the hub's client raise."""
+    import datasets
+
+    try:
+        yield
+    except (*network_errors(), ValueError, datasets.exceptions.DatasetsError) as error:
+        raise SourceError(f"{label}: datasets could not load it ({first_line(error)})") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Turn off the progress bars and log lines of `datasets`, which would end up in executed notebooks."""
+    """Turn off the progress bars and log lines of `datasets` and the hub, which would end up in executed notebooks."""
     import datasets
+    from huggingface_hub import utils
 
     bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    hub_bars = not utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()
+    utils.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
         yield
@@ -90,6 +142,8 @@ def _quiet() -> Iterator[None]:
         datasets.logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
+        if hub_bars:
+            utils.enable_progress_bars()
 
 
 def network_errors() -> tuple[type[Exception], ...]:

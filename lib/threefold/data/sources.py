@@ -26,7 +26,7 @@ from basics.names import did_you_mean
 from threefold.config import SourceConfig
 from threefold.data import hub, readers
 from threefold.data.data_files import files_in, select
-from threefold.data.rows import Row
+from threefold.data.rows import TABULAR, Row, read_rows, suffix
 
 REGISTRY = paths.DATA / "sources.toml"
 SHUFFLE_SEED = 0  # of sources marked `shuffle`: the same order for every run
@@ -180,6 +180,8 @@ def resolve(config: SourceConfig, data_dir: str | Path = "") -> Resolved:
     copy = hub.cached(source.hub, source.config, commit)
     if copy and source.splits[split] in copy.info.splits:
         return found("cache", commit=copy.hash)
+    if _read_in_part(source, config) and hub.files_are_known(source.hub, source.config, source.splits[split], commit):
+        return found("cache", commit=commit)
     other = hub.cached(source.hub, source.config) if commit else None
     cache = f"the Hugging Face cache has no {_hub_label(source)}"
     places.append(cache + (f" at commit {commit[:12]}, only {other.hash[:12]}" if other else ""))
@@ -322,7 +324,7 @@ def _rows(resolved: Resolved, config: SourceConfig) -> Iterator[Any]:
     if resolved.files and not resolved.files[0].is_dir():
         items = readers.read_files(resolved.reader, resolved.files)
     else:
-        items = readers.read_items(resolved.reader, _dataset_rows(resolved))
+        items = readers.read_items(resolved.reader, _dataset_rows(resolved, config))
     end = None if config.max_examples < 0 else config.skip_examples + config.max_examples
     if not resolved.shuffle:
         return _few_odd(resolved, islice(items, config.skip_examples, end))
@@ -348,17 +350,34 @@ def _few_odd(resolved: Resolved, items: Iterator[Any]) -> Iterator[Any]:
         )
 
 
-def _dataset_rows(resolved: Resolved) -> Iterator[Row]:
+def _dataset_rows(resolved: Resolved, config: SourceConfig) -> Iterator[Row]:
     """The rows of a data set on the hub, in the Hugging Face cache, or in a local clone of its repository."""
     source, commit = resolved.source, resolved.revision
     place = str(resolved.files[0]) if resolved.files else _hub_label(source)
     label = f"{resolved.name} ({place}), split {resolved.split!r}"
     location = str(resolved.files[0]) if resolved.files else source.hub
+    split = source.splits[resolved.split]
     copy = hub.cached(source.hub, source.config, commit) if resolved.kind == "cache" else None
-    rows = hub.load(location, source.config, source.splits[resolved.split], commit, label, copy)
+    if commit and copy is None and _read_in_part(source, config):
+        names = hub.files(source.hub, source.config, split, commit, label)
+        hub.record_commit(source.hub, commit)
+        if len(names) > 1 and all(suffix(Path(name)) in TABULAR for name in names):
+            return _rows_of_files(source.hub, names, commit, label)
+    rows = hub.load(location, source.config, split, commit, label, copy)
     if commit:
         hub.record_commit(source.hub, commit)
     return (Row(row, f"{label}: row {number}") for number, row in enumerate(rows, start=1))
+
+
+def _read_in_part(source: Source, config: SourceConfig) -> bool:
+    """Whether a source of the hub need not be downloaded whole."""
+    return config.max_examples >= 0 and not source.shuffle and source.config != "*"
+
+
+def _rows_of_files(repository: str, names: list[str], commit: str, label: str) -> Iterator[Row]:
+    """The rows of a hub repository's files, each of which is downloaded when its first row is asked for."""
+    for name in names:
+        yield from read_rows(hub.download(repository, name, commit, label))
 
 
 def gpt2_tokenizer_file(data_dir: str | Path = "") -> Path:
