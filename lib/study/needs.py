@@ -11,7 +11,7 @@ import psutil
 from basics import paths
 from basics.errors import ConfigError, SourceError, ThreefoldError
 from basics.names import replicate_of
-from basics.processes import has_gpu
+from papertrail.processes import has_gpu
 from study import checks, sizes, stages
 from study.preset import TRAINED, Preset
 from study.run import Run
