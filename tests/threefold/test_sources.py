@@ -217,6 +217,21 @@ def test_real_folder():
     }
 
 
+def test_long_reads_say_how_far_they_are(tmp_path, monkeypatch, capsys):
+    data = folder_with(tmp_path, {"a.jsonl": jsonl(*({"text": f"text {i}"} for i in range(40)))})
+    config = SourceConfig(path="a.jsonl", reader="text")
+    assert len(sources.load(config, data)) == 40 and capsys.readouterr().out == ""
+    monkeypatch.setattr(sources, "PROGRESS_EVERY", 0)
+    sources.load(config, data)  # an earlier pass says how many rows there are
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[29].startswith("a.jsonl, split 'train': 30 of 40 rows, ") and " s left (" in lines[29]
+    assert len(sources.load(SourceConfig(path="a.jsonl", reader="text", max_examples=20), data)) == 20
+    assert "split 'train': 20 of 20 rows, 0 s left (" in capsys.readouterr().out
+    (data / "a.jsonl").write_text(jsonl({"text": "another"}))
+    sources.load(config, data)
+    assert capsys.readouterr().out.startswith("a.jsonl, split 'train': 1 rows (")
+
+
 # Odd rows
 
 

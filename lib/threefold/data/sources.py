@@ -8,6 +8,7 @@ without a network. No source is ever left out silently.
 import glob
 import os
 import re
+import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,9 @@ from threefold.data.rows import TABULAR, Row, read_rows, suffix
 REGISTRY = paths.DATA / "sources.toml"
 SHUFFLE_SEED = 0  # of sources marked `shuffle`: the same order for every run
 MOST_ODD = 0.01  # the largest share of odd rows in a source
+PROGRESS_EVERY = 30  # seconds between messages while a source is read
+
+_ROWS_OF: dict[tuple, int] = {}  # rows of the parts of sources that this process has read to the end
 
 
 @dataclass(frozen=True)
@@ -293,7 +297,8 @@ def iterate(config: SourceConfig, data_dir: str | Path = "") -> Iterator[Any]:
     unreadable content, an empty split, or too many odd rows.
     """
     resolved = resolve(config, data_dir)
-    selected = (row for row in _rows(resolved, config) if not isinstance(row, readers.OddRow))
+    rows = _with_progress(_rows(resolved, config), resolved, config)
+    selected = (row for row in rows if not isinstance(row, readers.OddRow))
     if resolved.reader == "reviews":
         selected = iter(readers.reviews(list(selected)))
     empty = True
@@ -331,6 +336,23 @@ def _rows(resolved: Resolved, config: SourceConfig) -> Iterator[Any]:
     everything = list(_few_odd(resolved, items))
     order = np.random.default_rng(SHUFFLE_SEED).permutation(len(everything))
     return (everything[index] for index in order[config.skip_examples : end])
+
+
+def _with_progress(rows: Iterator[Any], resolved: Resolved, config: SourceConfig) -> Iterator[Any]:
+    """The same rows. Prints how many were read, at what rate, every PROGRESS_EVERY seconds, and the time left where
+    `max_examples` or an earlier pass says how many there are."""
+    part = (resolved.fingerprint, config.skip_examples, config.max_examples)
+    total = _ROWS_OF.get(part, config.max_examples)
+    number, started = 0, time.monotonic()
+    last = started
+    for row in rows:
+        yield row
+        number, now = number + 1, time.monotonic()
+        if now - last >= PROGRESS_EVERY:
+            rate, last = number / max(now - started, 1e-9), now
+            of = f" of {total:,} rows, {(total - number) / rate:,.0f} s left" if total >= number else " rows"
+            print(f"{resolved.name}, split {resolved.split!r}: {number:,}{of} ({rate:,.0f} rows/s)", flush=True)
+    _ROWS_OF[part] = number
 
 
 def _few_odd(resolved: Resolved, items: Iterator[Any]) -> Iterator[Any]:
