@@ -22,6 +22,7 @@ from basics.files import atomic_folder
 from basics.names import check_name
 from study import checks
 from study.preset import OWN_MODELS, load_preset, preset_names
+from study.sizes import TRAINING_BYTES, parameters
 from threefold.config import SourceConfig
 from threefold.data import sources
 from threefold.data.templates import as_document
@@ -78,12 +79,14 @@ class Machine:
 
 
 SECONDS = 90  # for one training of a model
-MODELS = ((8, 512, 8, 1408), (4, 256, 4, 768), (2, 128, 4, 320))  # n_layer, d_model, n_head, d_ff; the largest first
-REPEATS, PER_PARAMETER = 10, 10  # readings of the text, or tokens for each parameter, that a training should afford
+MODELS = ((6, 512, 8, 1408), (4, 256, 4, 768), (2, 128, 4, 320))  # n_layer, d_model, n_head, d_ff; the largest first
+REPEATS = 10  # readings of the text in a training, where the time allows them
 
 
 def sizes(machine: Machine, text_bytes: int, words: int, example_bytes: Sequence[int] = ()) -> dict[str, Any]:
     """Keys of a preset's [model], [tokenizer] and trainings, chosen for a machine and its data.
+
+    The model is the largest that has no more parameters than tokens to train on.
 
     words: different words of the text, of which the tokenizer's vocabulary takes at most half. example_bytes: lengths
     of the instructions and preferences; nine in ten are to fit the context, a power of two.
@@ -95,15 +98,15 @@ def sizes(machine: Machine, text_bytes: int, words: int, example_bytes: Sequence
     for shape in MODELS:
         n_layer, d_model, _, d_ff = shape
         vocab_size = max(258, (258 + min(words // 2, 16 * d_model)) // 64 * 64)  # 258: bytes, end of text and a sink
-        parameters = n_layer * (4 * d_model**2 + 3 * d_model * d_ff) + vocab_size * d_model
-        affordable = int(SECONDS * machine.flops / (6 * parameters))
-        # Adam's state and fp32 activations of a batch of eight rows, forward and backward
-        memory = 16 * parameters + 8 * context * 4 * (40 * n_layer * d_model + 3 * vocab_size)
-        if affordable >= min(REPEATS * available, PER_PARAMETER * parameters) and memory <= machine.memory / 4:
+        size = parameters(n_layer, d_model, d_ff, 0, vocab_size)
+        tokens = min(REPEATS * available, int(SECONDS * machine.flops / (6 * size)))
+        # and fp32 activations of a batch of eight rows, forward and backward
+        memory = TRAINING_BYTES * size + 8 * context * 4 * (40 * n_layer * d_model + 3 * vocab_size)
+        if size <= tokens and memory <= machine.memory / 4:
             break
-    tokens = max(8 * context, min(REPEATS * available, affordable))
+    tokens = max(8 * context, tokens)
     named = dict(zip(("n_layer", "d_model", "n_head", "d_ff"), shape, strict=True))
-    return {**named, "context": context, "vocab_size": vocab_size, "parameters": parameters, "tokens": tokens}
+    return {**named, "context": context, "vocab_size": vocab_size, "parameters": size, "tokens": tokens}
 
 
 # Data ---------------------------------------------------------------------------------------------------------------
@@ -135,7 +138,8 @@ class Input:
         if not path.exists():
             raise SourceError(f"--{kind} {given}: no such file or folder")
         try:
-            items = sources.load(SourceConfig(path=str(path), reader=kind))
+            source = SourceConfig(path=str(path), reader=kind)
+            resolved, items = sources.resolve(source), sources.load(source)
         except (DataError, SourceError) as error:
             raise type(error)(f"{error}; --{kind} reads {COLUMNS[kind]}") from None
         if kind == "text":
@@ -152,7 +156,9 @@ class Input:
             parts[name], order = set(order[:size]), order[size:]
         parts["train"] = set(order)
         parts = {name: [keyed[key] for key in reversed(keyed) if key in keys] for name, keys in parts.items()}
-        return cls(kind, given, parts, len(items) - len(keyed))
+        left_out = f", not {'; '.join(resolved.left_out)}" if resolved.left_out else ""
+        read = f"{given} ({', '.join(resolved.names)}{left_out})" if path.is_dir() else given
+        return cls(kind, read, parts, len(items) - len(keyed))
 
     def write(self, folder: Path) -> None:
         """One JSONL file a part. The sides of a pair are written with their prompt, as whole dialogues."""

@@ -39,6 +39,7 @@ EXCEPTIONS = (
     (r"make (report|test|bench|lab|notebooks|protocols|env|lock)\b", "installs an environment first"),
     (r"pip install\b", "the network"),
     (r"threefold run --preset (full|laptop)\b", "needs real data, hours or a GPU"),
+    (r".*\bmy-study\b", "tests/study/test_new.py runs these"),
     (r"threefold (tensorboard|wandb|clean)\b", "an optional package; a question at a terminal"),
     (r"threefold generate --stream\b", "goes on until Ctrl-C"),
     (r"jupyter lab\b", "serves until it is stopped"),
@@ -86,7 +87,7 @@ def parsed(command: str) -> None:
         except SystemExit as left:
             assert left.code == 0, f"{command}: {said.getvalue()}"
             return
-        if getattr(options, "preset", ""):
+        if getattr(options, "preset", "") and "my-study" not in command:  # which `threefold new` writes first
             load_preset(options.preset, parse_overrides(getattr(options, "set", ())))
     elif words[0] == "make":
         done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)

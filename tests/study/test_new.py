@@ -1,6 +1,10 @@
 """Own data: `threefold new` writes a preset, and a preset is checked whole before anything runs."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -180,6 +184,15 @@ def test_the_same_data_is_always_split_in_the_same_way(own):
     assert Path("three/instructions-train.jsonl").read_bytes() == Path("four/instructions-train.jsonl").read_bytes()
 
 
+def test_a_folder_is_read_by_its_split_and_the_command_says_which_files(own):
+    rows = Path("mine.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("train-1", rows[:25]), ("train-2", rows[25:50]), ("test", rows[50:])):
+        Path("folder").mkdir(exist_ok=True)
+        Path(f"folder/{name}.jsonl").write_text("".join(part))
+    said = create("mine", "notes.txt", "folder", machine=HERE)[1]
+    assert said.startswith("folder (train-1.jsonl, train-2.jsonl, not test.jsonl (not of split train)): 45 examples")
+
+
 @pytest.mark.parametrize(
     ("given", "plan", "measured"),
     [
@@ -237,10 +250,12 @@ def test_wrong_input_ends_in_one_line_and_leaves_nothing(own, capsys, monkeypatc
 
 
 def test_sizes_follow_the_machine_and_the_data():
-    small, large = sizes(HERE, 60_000, 2000), sizes(Machine(16, 80 << 30, "a GPU"), 2_000_000, 50_000)
+    small, large = sizes(HERE, 60_000, 2000), sizes(Machine(16, 80 << 30, "a GPU"), 9_000_000, 50_000)
     assert (small["n_layer"], small["context"], small["tokens"]) == (2, 128, 10 * 20_000)
-    assert large["n_layer"] == 8 and large["vocab_size"] == 8448 and large["tokens"] == 10 * 666_666
-    assert sizes(Machine(64, 1 << 28), 300_000, 2000)["n_layer"] == 2  # no memory for more
+    assert large["n_layer"] == 6 and large["vocab_size"] == 8448 and large["tokens"] == 10 * 3_000_000
+    assert large["parameters"] < large["tokens"]
+    assert sizes(Machine(200, 8 << 30), 3_000_000, 2000)["n_layer"] == 4
+    assert sizes(Machine(200, 1 << 27), 3_000_000, 2000)["n_layer"] == 2  # no memory for more
     assert sizes(HERE, 10_000_000_000, 2000)["tokens"] < 1_000_000  # as many as the time allows
     assert sizes(HERE, 300_000, 2000, [100] * 90 + [900] * 10)["context"] == 128
     assert sizes(HERE, 300_000, 2000, [900] * 100)["context"] == 512
@@ -253,3 +268,44 @@ def test_a_text_is_cut_at_blank_lines_where_it_has_some():
     assert max(map(len, passages("x" * 1500))) == 600 and "".join(passages("x" * 1500)) == "x" * 1500
     words = "word " * 1000
     assert " ".join(passages(words)).split() == words.split()
+
+
+# The worked example of docs/extending.md ------------------------------------------------------------------------------
+
+
+def example(title: str) -> list[str]:
+    """The commands of a section of docs/extending.md."""
+    page = (paths.PROJECT / "docs" / "extending.md").read_text(encoding="utf-8")
+    section = page.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"^```bash\n(.*?)^```$", section, re.M | re.S)
+    return block.splitlines()
+
+
+@pytest.mark.slow
+def test_the_worked_example_leads_from_own_data_to_a_report_and_a_talk(tmp_path):
+    (tmp_path / "data").symlink_to(paths.DATA)
+    command = tmp_path / "threefold"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m study "$@"\n')
+    command.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(paths.PACKAGES),
+        "THREEFOLD_RUNS": str(tmp_path / "runs"),
+    }
+    said = []
+    for line in [*example("A study of your own data"), *example("Talk to the models")]:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", line],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{line}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+        said.append(done.stdout)
+    page = (paths.PROJECT / "docs" / "extending.md").read_text(encoding="utf-8")
+    assert "\n".join(said[0].splitlines()[:3]) in page  # what the document quotes of the first command
+    for stage in ("pretrain", "sft", "dpo", "compare"):
+        assert f"{stage}: done in" in said[1]
+    report = (tmp_path / "runs" / "my-study" / "report" / "index.html").read_text(encoding="utf-8")
+    for part in ("text-train.jsonl", "instructions-heldout.jsonl", "preferences-train.jsonl"):
+        assert part in report
+    assert said[3].strip()
+    assert [line for line in said[4].splitlines() if line.startswith(("pretrain: ", "sft: ", "dpo: "))]
