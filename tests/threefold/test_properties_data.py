@@ -13,7 +13,9 @@ from properties import as_json, damaged, documented, examples, mutated
 
 from threefold.config import SourceConfig
 from threefold.data import readers, sources
+from threefold.data.data_files import files_in, select
 from threefold.data.templates import TEXT_READERS, as_document
+from threefold.evaluation.problems import extract_strict, matches
 
 ROWS = {
     "text": {"text": "A fox ran over the hill."},
@@ -25,12 +27,14 @@ ROWS = {
     "preferences": {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: No."},
     "sentiment": {"sentence": "a fine film ", "label": "positive"},
     "problems": {"question": "1 + 1?", "answer": "#### 2"},
+    "minimal-pairs": {"sentence_good": "A fox runs.", "sentence_bad": "A fox run.", "UID": "agreement"},
 }
 KEYS = {
     "instructions": {"instruction", "input", "output"},
     "preferences": {"prompt", "chosen", "rejected"},
     "sentiment": {"sentence", "label"},
     "problems": {"question", "answer"},
+    "minimal-pairs": {"good", "bad", "phenomenon", "group"},
 }
 
 
@@ -38,6 +42,9 @@ def read(reader, file):
     """The items, checked: text that every tokenizer takes under the documented keys."""
     items = documented(lambda: list(readers.read_files(reader, [file])), file.name)
     for item in items or ():
+        if isinstance(item, readers.OddRow):
+            assert reader == "preferences" and item.reason and item.place.startswith(str(file))
+            continue
         if reader in ("sentiment", "reviews"):
             assert item["label"] in (0, 1) and item["sentence"].encode() is not None
             continue
@@ -75,6 +82,51 @@ def test_damaged_files(tmp_path_factory, data, reader, kind):
     file = tmp_path_factory.getbasetemp() / f"damaged{kind}"
     file.write_bytes(data.draw(damaged(content)))
     read(reader, file)
+
+
+@examples(200)
+@given(
+    answer=st.lists(st.sampled_from(["18", "18.0", "-3", "1,200", "$", "####", " ", "\n", "x", "is ", "answer ", "."]))
+)
+def test_answers_of_word_problems_score_or_are_refused(answer):
+    marked = readers.with_final_number("".join(answer))
+    if marked is not None:
+        said = marked if "####" in marked else f"#### {marked}"
+        assert matches(extract_strict(said[said.rindex("#### ") :].replace("$", "")), marked)
+        assert readers.with_final_number(marked) == marked
+
+
+NAMES = st.lists(
+    st.sampled_from(["train", "test", "dev", "valid", "my", "2", "testament", "README", "LICENSE", ".git", "__x"]),
+    min_size=1,
+    max_size=3,
+)
+
+
+@examples(150)
+@given(data=st.data())
+def test_folders_of_any_names(tmp_path_factory, data):
+    """The files of one split never include one whose name says another, and none is left out unsaid."""
+    folder = tmp_path_factory.mktemp("folder")
+    for _ in range(data.draw(st.integers(1, 5))):
+        parts = data.draw(NAMES)
+        path = folder.joinpath(
+            *parts[:-1], parts[-1] + data.draw(st.sampled_from([".txt", ".jsonl", ".csv.gz", ".md", ""]))
+        )
+        if not any(parent.is_file() for parent in path.parents) and not path.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("x")
+    split = data.draw(st.sampled_from(["train", "validation", "test"]))
+    selection = documented(lambda: select(folder, split))
+    if selection is None:
+        return
+    assert len(selection.files) + len(selection.left_out) == len(files_in(folder)) and selection.files
+    others = {"train": {"test", "dev", "valid"}, "validation": {"train", "test"}, "test": {"train", "dev", "valid"}}[
+        split
+    ]
+    for file in selection.files:
+        words = {word for part in file.relative_to(folder).parts for word in part.split(".")}
+        assert not words & others and not any(word.startswith("__") for word in words)
 
 
 @pytest.fixture(scope="module")

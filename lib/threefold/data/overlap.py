@@ -1,22 +1,22 @@
-"""Overlap of training text with what a model is measured on: found by n-grams and whole lines, and taken out.
+"""Overlap of training text with evaluation sets: found by n-grams and whole lines, and removed.
 
-The method is GPT-3's (Brown et al. 2020, 2005.14165, appendix C; lm-eval's and NeMo Curator's decontamination follow
-it): a training text that shares a run of 13 words with an evaluation text holds a part of it, unless more than 10
-documents of the training source hold the run, which makes it a template and no leak. What is done otherwise:
+The method is GPT-3's (Brown et al. 2020, 2005.14165, appendix C), which lm-eval's and NeMo Curator's decontamination
+also follow: a training text that shares a run of 13 words with an evaluation text contains a part of it, unless more
+than 10 documents of the training source contain the run. Such a run is a template, not a leak. Differences to GPT-3:
 
-- *Words* are runs of letters and digits in lower case; whatever stands between two of them separates them. (There,
-  punctuation is deleted, and words end at spaces.) WikiText's `1 @,@ 000` and SST-2's `does n't` are then the words of
-  `1,000` and `doesn't`; holes (`<unk>`) and PTB's brackets (`-lrb-`) are no words.
-- An evaluation question (`pieces`) shorter than 13 words, but of 8 at least, is searched for as a whole: GPT-3 took as
-  few as 8 in its analysis of overlap, lm-eval leaves such texts out. A short answer alone is no evidence of its item.
-- *Exact lines* of 8 words and more count; from 13 words on, however many documents hold them: a paragraph is copied, a
-  phrase is common. So does, at any length, a training item's question that is the whole question of an evaluation
-  item. A shorter line inside running text is no evidence.
-- Of a document not 200 characters around a match are removed, but what it stands in: the lines of an article, a review
-  among several, else the whole item.
+- *Words* are runs of letters and digits in lower case, and everything else separates them. (GPT-3 deletes punctuation
+  and ends words at spaces.) WikiText's `1 @,@ 000` and SST-2's `does n't` then have the words of `1,000` and `doesn't`;
+  `<unk>` and PTB's brackets (`-lrb-`) are not words.
+- An evaluation question (see `pieces`) of 8 to 12 words is searched for as a whole. GPT-3's analysis used runs of as
+  few as 8 words; lm-eval skips such texts. A short answer alone is no evidence of its item.
+- *Exact lines* of 8 words or more count as evidence. From 13 words on they count no matter how many documents contain
+  them: a paragraph is copied, a phrase is common. A training item's question that equals the whole question of an
+  evaluation item counts at any length. A shorter line inside running text does not.
+- GPT-3 removes 200 characters around a match. Here the unit that contains it is removed: the lines of an article, one
+  review of several, otherwise the whole item.
 
-Hashes are 64 bits; the chance that any of 10^9 training n-grams meets one of 10^6 others by accident is 5e-5.
-Only the evaluation texts are held in memory; the training text streams past them.
+Hashes have 64 bits; the probability that any of 10^9 training n-grams collides with one of 10^6 others is 5e-5. Only
+the evaluation texts are held in memory; the training text is streamed.
 """
 
 import re
@@ -30,12 +30,12 @@ import numpy as np
 from threefold.data.arrays import ranges
 from threefold.data.templates import as_document
 
-PARAGRAPH = 8  # words; a shorter line does not make an article
+PARAGRAPH = 8  # words; an article of which only shorter lines are left is dropped
 CHUNK = 1 << 20  # characters searched at a time
-FILTER_BITS = 24  # a table of 16 MiB answers nearly every lookup before the sorted hashes are asked
-LINES, BLOCKS = ("text", "wikitext", "wikitext-raw"), ("reviews",)  # readers whose documents lose parts, not themselves
-WORD_BASE, GRAM_BASE = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd: powers never vanish
-BYTES = np.random.default_rng(0).integers(1, 1 << 63, 256, np.uint64)  # fixed: the hashes of every run are the same
+FILTER_BITS = 24  # a table of 16 MiB that rejects nearly all lookups before the sorted hashes are searched
+LINES, BLOCKS = ("text", "wikitext", "wikitext-raw"), ("reviews",)  # readers whose documents lose parts
+WORD_BASE, GRAM_BASE = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd: no power is 0
+BYTES = np.random.default_rng(0).integers(1, 1 << 63, 256, np.uint64)  # fixed, so that all runs have the same hashes
 
 
 # Words and their hashes -----------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def words(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Words between spaces; newlines stay where they are."""
+    """The words of a text, separated by spaces and newlines; newlines stay where they are."""
     return "\n".join(map(_plain_line, text.split("\n"))) if not text.isascii() else _plain_line(text)
 
 
@@ -64,8 +64,8 @@ _SPACED = "".join(char if char.isalnum() or char == "\n" else " " for char in ma
 
 @dataclass(frozen=True)
 class _Hashed:
-    """The words of some lines. words: uint64 [n] hashes; line: int64 [n], the line of each; starts: int64 [lines + 1],
-    the place of each line's first word.
+    """The words of some lines. words: uint64 [n], their hashes; line: int64 [n], the line of each; starts: int64
+    [lines + 1], the place of each line's first word.
     """
 
     words: np.ndarray
@@ -74,7 +74,7 @@ class _Hashed:
 
     @classmethod
     def of(cls, text: str) -> "_Hashed":
-        """A polynomial over its bytes for each word, modulo 2^64, then mixed (splitmix64's finaliser)."""
+        """The hash of each word: a polynomial over its bytes modulo 2^64, mixed by splitmix64's finaliser."""
         data = np.frombuffer(_plain(text).encode(), np.uint8)
         inside = data > 32
         edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
@@ -88,11 +88,11 @@ class _Hashed:
         return cls(hashes, line, np.searchsorted(line, np.arange(len(newlines) + 2)))
 
     def runs(self, first: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """uint64: the hash of words first[i] .. end[i], as `grams` hashes a run of that length; none may be empty."""
+        """uint64: the hash of words first[i] .. end[i], the same as in `grams`; no run may be empty."""
         return _polynomials(self.words[ranges(first, end - first)], end - first, GRAM_BASE)
 
     def grams(self, piece: np.ndarray, lengths: Iterable[int]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(length, first words, hashes) of every run of these lengths that lies in one piece; piece: int64 [n], the
+        """(length, first words, hashes) of every run of these lengths that is inside one piece; piece: int64 [n], the
         piece of each word.
         """
         wanted, running = set(lengths), np.zeros(len(self.words), np.uint64)
@@ -108,9 +108,9 @@ class _Hashed:
 
 
 def _polynomials(values: np.ndarray, lengths: np.ndarray, base: np.uint64) -> np.ndarray:
-    """uint64 [n]: of each run of values, `lengths` long, the sum over i of value i times base^i, modulo 2^64.
+    """uint64 [n]: for each run of values, the sum over i of value i times base^i, modulo 2^64.
 
-    values: uint64, the runs concatenated. lengths: int64 [n], each at least 1.
+    values: uint64, the runs concatenated. lengths: int64 [n], of the runs, each at least 1.
     """
     if not len(lengths):
         return np.empty(0, np.uint64)
@@ -128,15 +128,15 @@ def _powers(base: np.uint64, size: int) -> np.ndarray:
     return _table(base, 1 << int(size).bit_length())
 
 
-# What a document is made of -------------------------------------------------------------------------------------------
+# Documents -------------------------------------------------------------------------------------------
 
 
 def pieces(reader: str, item: str | Mapping) -> tuple[list[str], int]:
-    """(the texts of an item that are searched, how many of them are questions; those come first).
+    """(the texts of an item that are searched, with the questions first; the number of questions).
 
-    A question is what tells one item from another: the sentence of a review, a problem, an instruction with its input,
-    a dialogue with one reply (many share their first turn). No template is among the texts: a training prompt and an
-    evaluation prompt share their wording by design.
+    A question identifies an item: the sentence of a review, a problem, an instruction with its input, or a dialogue
+    with one reply (many dialogues share their first turn). The wording of prompts is not searched, because training and
+    evaluation prompts share it by design.
     """
     if reader == "instructions":
         return [f"{item['instruction']}\n{item['input']}".strip("\n"), item["output"]], 1
@@ -156,13 +156,13 @@ def pieces(reader: str, item: str | Mapping) -> tuple[list[str], int]:
 
 @dataclass
 class _Chunk:
-    """Documents put together to be searched at once. Lists by line, but for `question` (by piece)."""
+    """Documents that are searched together. Lists have one entry per line; `question` has one per piece."""
 
     text: list[str] = field(default_factory=list)
     piece: list[int] = field(default_factory=list)
-    unit: list[int] = field(default_factory=list)  # counted over the chunk
+    unit: list[int] = field(default_factory=list)  # numbered within the chunk
     question: list[bool] = field(default_factory=list)
-    owner: list[tuple[int, int]] = field(default_factory=list)  # of a unit: (document, unit of it)
+    owner: list[tuple[int, int]] = field(default_factory=list)  # of each unit: (document, unit within it)
     size: int = 0
 
     def add(self, number: int, reader: str, item: str | Mapping) -> None:
@@ -195,16 +195,16 @@ def _chunks(reader: str, items: Iterable[str | Mapping]) -> Iterator[_Chunk]:
 
 # The index ------------------------------------------------------------------------------------------------------------
 
-# The ways to be found, tagged into the hashes so that one table holds all: n-grams, lines shorter than one, longer
-# lines, whole questions. From LINE on they count however many documents hold them.
+# The kinds of evidence: n-grams, lines shorter than one, longer lines, and whole questions. Each has a tag in its
+# hashes, so that one table holds all. From LINE on evidence counts no matter how many documents contain it.
 GRAM, PHRASE, LINE, QUESTION = range(4)
 TAGS = np.array([0, 0xE7037ED1A0B428DB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F], np.uint64)
 
 
 class Index:
-    """The hashes of the evaluation texts, sorted, and in which sets each is.
+    """The sorted hashes of the evaluation texts, and the sets that contain each.
 
-    names: the sets. hashes: uint64 [n]. sets: uint64 [n], bit s for set names[s]. ways: int64 [n], GRAM to QUESTION.
+    names: of the sets. hashes: uint64 [n]. sets: uint64 [n], bit s for set names[s]. ways: int64 [n], GRAM to QUESTION.
     lengths: of the n-grams, the preset's and those of shorter texts.
     """
 
@@ -215,8 +215,8 @@ class Index:
         common: int = 10,
         line: int = 8,
     ):
-        """sets: {name: (reader, items)}. ngram: words of a run. common: an n-gram that more documents of a source hold
-        is a template; -1: none is. line: the fewest words of a line, or of a whole evaluation text, that are evidence.
+        """sets: {name: (reader, items)}. ngram: words of a run. common: an n-gram in more documents of a source than
+        this is a template; -1: none is. line: the minimum words of a line, or of a whole evaluation text, as evidence.
         """
         self.names, self.ngram, self.common, self.line = list(sets), ngram, common, line
         parts: list[tuple[np.ndarray, int, int]] = []
@@ -240,9 +240,9 @@ class Index:
     def _candidates(
         self, chunk: _Chunk, hashed: _Hashed, lengths: list[int] | None
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-        """(way, hashes, words each covers, first word of each) of all that a chunk can be found by.
+        """(way, hashes, words that each covers, first word of each) of everything in a chunk that can be evidence.
 
-        lengths: of the n-grams; None: the preset's, and whole pieces that are shorter (what an index is made of).
+        lengths: of the n-grams; None: the preset's, and whole pieces that are shorter (to build an index).
         """
         piece = np.array(chunk.piece)[hashed.line]
         for length, first, values in hashed.grams(piece, lengths or [self.ngram]):
@@ -262,7 +262,7 @@ class Index:
     def find(self, chunk: _Chunk) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What a chunk of training text shares with the sets.
 
-        -> (units int64 [h], hashes found in them int64 [h] (places in `hashes`), words of every unit int64).
+        -> (units int64 [h]; the hash found in each, int64 [h], as a place in `hashes`; words of every unit, int64).
         """
         units, places = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         hashed = chunk.hashed()
@@ -274,7 +274,7 @@ class Index:
             place[place == len(self.hashes)] = 0
             hit = self.hashes[place] == values[maybe]
             maybe, place = maybe[hit], place[hit]
-            covered = ranges(first[maybe], lengths[maybe])  # all words of a hit, for the units that it runs through
+            covered = ranges(first[maybe], lengths[maybe])  # all words of a hit: it may span several units
             units.append(unit[covered])
             places.append(np.repeat(place, lengths[maybe]))
         pairs = np.unique(np.stack([np.concatenate(units), np.concatenate(places)], axis=1), axis=0)
@@ -282,10 +282,10 @@ class Index:
 
     def search(self, reader: str, items: Iterable[str | Mapping]) -> "Overlap":
         """What a training source shares with the sets, in one pass."""
-        hits: list[tuple[np.ndarray, np.ndarray]] = []  # (unit, hash), units counted over those hit
+        hits: list[tuple[np.ndarray, np.ndarray]] = []  # (unit, hash); units are numbered over those with a hit
         owners: list[tuple[int, int]] = []
         sizes: list[np.ndarray] = []
-        holders = np.zeros(len(self.hashes), np.int64)  # documents that hold each
+        holders = np.zeros(len(self.hashes), np.int64)  # documents that contain each hash
         copies = self.ways >= LINE
         common = self.common if self.common >= 0 else np.iinfo(np.int64).max
         documents = total = 0
@@ -297,7 +297,7 @@ class Index:
                 continue
             document = np.array([number for number, _ in chunk.owner])
             np.add.at(holders, np.unique(np.stack([document[unit], place], axis=1), axis=0)[:, 1], 1)
-            wanted = copies[place] | (holders[place] <= common)  # what is a template by now need not be kept
+            wanted = copies[place] | (holders[place] <= common)  # a hash that is a template by now need not be kept
             unit, place = unit[wanted], place[wanted]
             kept, unit = np.unique(unit, return_inverse=True)
             hits.append((unit + len(owners), place))
@@ -327,9 +327,10 @@ class Index:
 class Overlap:
     """What a training source shares with the evaluation sets.
 
-    documents, words: searched. sets: {set: {"ngram": documents that share an n-gram, "exact": a line or a question}}.
-    templates: runs and shorter lines of the sets that more than `common` documents hold: no evidence.
-    drop: {document: its parts that hold evidence}, documents and parts counted from 0. words_dropped: of these parts.
+    documents, words: number searched. sets: {set: {"ngram": documents that share an n-gram, "exact": documents that
+    share a line or a question}}. templates: runs and shorter lines of the sets that are no evidence, because more than
+    `common` documents contain them. drop: {document: its parts with evidence}, both numbered from 0. words_dropped:
+    words of these parts.
     """
 
     documents: int
@@ -341,7 +342,7 @@ class Overlap:
 
 
 def without(reader: str, text: str, parts: Iterable[int]) -> str:
-    """A document without some of its parts, "" if nothing is left: headings alone, lines of few words, are no text."""
+    """A document without some of its parts; "" if only headings and other lines of few words are left."""
     parts = set(parts)
     if reader in BLOCKS:
         return "\n\n".join(block for place, block in enumerate(text.split("\n\n")) if place not in parts)
