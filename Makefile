@@ -5,14 +5,27 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 PART ?=
+# Quick tests of every package: seconds per module, without runs or kernels.
+QUICK ?= tests/study/test_config.py tests/study/test_claims.py tests/study/test_new.py tests/papertrail/test_records.py \
+	tests/papertrail/test_provenance.py tests/threefold/test_attention.py tests/threefold/test_packing.py \
+	tests/threefold/test_optimizers.py tests/threefold/test_readers.py tests/threefold/test_statistics.py \
+	tests/threefold/test_tokenizer.py
 
-.PHONY: report test bench check env env-test notebooks protocols lab lock clean-env
+.PHONY: report test check bench env env-test notebooks protocols lab lock clean-env
 
 report: env  ## environment, the smoke run end to end, the HTML report
 	$(BIN)/threefold run --preset smoke
 	$(BIN)/threefold report --run smoke
 
-test: env-test  ## environment, then the checks and the tests
+check: env-test  ## after every change, under 2 minutes: lint, layers, notebook pairs, the quick tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python -m papertrail.notebooks --check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile $(QUICK)
+
+test: env-test  ## environment, then the checks and all tests
+	@echo "All checks and tests: about 10 minutes on two cores. make check takes under 2."
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports

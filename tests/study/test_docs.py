@@ -17,10 +17,14 @@ import subprocess
 import sys
 import tomllib
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import metadata
 from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from basics import paths
 from study.cli import parser
@@ -37,7 +41,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # What is not executed: a pattern of the command, and why. It is parsed instead, as `parsed` says.
 EXCEPTIONS = (
     (r"make (report|test|bench|lab|notebooks|protocols|env|lock)\b", "installs an environment first"),
-    (r"pip install\b", "the network"),
+    (r"pip install\b|python3 -m venv\b", "the network"),
     (r"threefold run --preset (full|laptop)\b", "needs real data, hours or a GPU"),
     (r".*\bmy-study\b", "tests/study/test_new.py runs these"),
     (r"threefold (tensorboard|wandb|clean)\b", "an optional package; a question at a terminal"),
@@ -94,7 +98,7 @@ def parsed(command: str) -> None:
         assert done.returncode == 0, f"{command}: {done.stderr}"
     elif words[0] == "pip":
         assert words[1] == "install" and len(words) > 2
-        extras = re.findall(r"\[(\w+)\]", words[-1])
+        extras = re.findall(r"\.\[(\w+)\]", words[-1])
         declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert set(extras) <= declared.keys(), f"{command}: no such extra"
     elif words[0] == "hf":
@@ -104,6 +108,102 @@ def parsed(command: str) -> None:
         for word in words[1:]:  # a program that is not here: the files it is given are
             if re.fullmatch(r"[\w.-]+(/[\w.-]*)+", word) and not word.startswith(("runs/", ".venv/")):
                 assert (ROOT / word).exists() or "=" in word, f"{command}: no {word}"
+
+
+# An environment without the test extra -------------------------------------------------------------------------------
+
+# Run at the start of a Python process: modules of packages that a user has not installed are not found.
+HIDING = """
+import importlib.machinery, os
+hidden, find = set(os.environ["HIDDEN_MODULES"].split(",")), importlib.machinery.PathFinder.find_spec
+def find_spec(cls, name, path=None, target=None):
+    return None if path is None and name in hidden else find(name, path, target)
+importlib.machinery.PathFinder.find_spec = classmethod(find_spec)
+"""
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def closure(requirements: list[str]) -> set[str]:
+    """The distributions that pip would install for these requirements, as far as they are installed here."""
+    found, waiting = set(), [Requirement(text) for text in requirements]
+    while waiting:
+        wanted = waiting.pop()
+        name = canonicalize_name(wanted.name)
+        extras = wanted.extras or {""}
+        if (name, *sorted(extras)) in found:
+            continue
+        found.add((name, *sorted(extras)))
+        try:
+            needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        for need in map(Requirement, needs):
+            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in {"", *extras}):
+                waiting.append(need)
+    return {name for name, *_ in found}
+
+
+def hidden_modules(requirements: list[str]) -> set[str]:
+    """The modules installed here that an environment with only these requirements lacks."""
+    have = closure(requirements) | {"threefold", "pip", "setuptools"}
+    modules = metadata.packages_distributions()
+    return {
+        module for module, owners in modules.items() if not have & {canonicalize_name(owner) for owner in owners}
+    } - {"_pytest", "basics", "threefold", "papertrail", "study"}
+
+
+def python(code: str, requirements: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """Python code in an environment with only these requirements."""
+    (folder / "sitecustomize.py").write_text(HIDING)
+    environment = os.environ | {
+        "PYTHONPATH": f"{folder}:{ROOT / 'lib'}",
+        "HIDDEN_MODULES": ",".join(hidden_modules(requirements)),
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_an_environment_without_the_test_extra_lacks_what_it_installs(tmp_path):
+    done = python("import trl", PROJECT["dependencies"], tmp_path)
+    assert done.returncode and "No module named 'trl'" in done.stderr
+    assert {"trl", "lm_eval", "statsmodels"} <= hidden_modules(PROJECT["dependencies"])
+    assert not {"torch", "pandas", "ipywidgets"} & hidden_modules(PROJECT["dependencies"])
+
+
+def test_a_gguf_file_is_read_without_the_test_extra(tmp_path):
+    """README's real data: SmolLM2 is a GGUF file, for which transformers asks for gguf and accelerate."""
+    code = "from transformers.utils import is_accelerate_available, is_gguf_available as gguf; import accelerate; "
+    done = python(code + "assert gguf() and is_accelerate_available()", PROJECT["dependencies"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    without = [name for name in PROJECT["dependencies"] if name != "accelerate"]
+    assert python(code, without, tmp_path).returncode, "the test would not notice that it is missing"
+
+
+def test_the_recipe_for_lm_eval_installs_what_its_model_needs(tmp_path):
+    (recipe,) = [command for command in commands(ROOT / "README.md") if "lm-eval" in command and "pip" in command]
+    assert shlex.split(recipe)[-1] == "lm-eval[hf]"
+    code = "import lm_eval.models.huggingface, accelerate, transformers, torch"
+    done = python(code, [shlex.split(recipe)[-1]], tmp_path)
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert python(code, ["lm-eval"], tmp_path).returncode, "without the extra it lacks something"
+
+
+def test_optional_packages_are_extras_that_readme_names():
+    """What lib imports is installed with the project, or with an extra that README's line for it installs."""
+    owners, have = metadata.packages_distributions(), closure(PROJECT["dependencies"])
+    optional = set()
+    for file in (ROOT / "lib").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for module in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names):
+                if module not in ("basics", "threefold", "papertrail", "study"):
+                    distributions = {canonicalize_name(name) for name in owners.get(module, [module])}
+                    optional |= set() if distributions & have else {module}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for module in optional:
+        assert module in PROJECT["optional-dependencies"], f"{module} is neither a dependency nor an extra"
+        assert f"pip install -e '.[{module}]'" in readme
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -130,6 +230,8 @@ def project(tmp_path_factory):
             shutil.copy2(ROOT / name, folder / name)
     (folder / "lib" / "study" / "presets" / "smoke.toml").write_text(small_smoke(), encoding="utf-8")
     assert load_preset(folder / "lib" / "study" / "presets" / "smoke.toml").seeds == 1
+    (folder.parent / "site").mkdir()
+    (folder.parent / "site" / "sitecustomize.py").write_text(HIDING)
     tools = folder.parent / "bin"
     tools.mkdir()
     (tools / "threefold").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m study "$@"\n')
@@ -142,8 +244,10 @@ def project(tmp_path_factory):
 def test_every_command_runs_or_parses(project, name, capsys):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("THREEFOLD")}
     binaries = f"{project.parent / 'bin'}:{Path(sys.executable).parent}"
+    missing = hidden_modules(PROJECT["dependencies"]) if name != "CONTRIBUTING.md" else ()  # that page runs tests
     environment |= {
-        "PYTHONPATH": str(project / "lib"),
+        "PYTHONPATH": f"{project.parent / 'site'}:{project / 'lib'}",
+        "HIDDEN_MODULES": ",".join(missing),
         "PATH": f"{binaries}:{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
     }
@@ -175,6 +279,39 @@ def test_every_command_is_one_that_the_parsers_take(name):
                 assert re.search(rf"^{parameter} = ", cell.source, re.MULTILINE), f"{command}: no parameter {parameter}"
 
 
+def overridden(command: str) -> list[tuple[str, str]]:
+    """(key, value) of every `--set` of a command, and of papermill's `-p` that a stage's section of the preset has."""
+    words = shlex.split(command)
+    pairs = [words[place + 1].split("=", 1) for place, word in enumerate(words) if word == "--set"]
+    if words[0] == "papermill":
+        section = Path(words[1]).stem.split("_")[-1]
+        given = [words[place + 1 : place + 3] for place, word in enumerate(words) if word == "-p"]
+        keys = to_dict(load_preset("smoke")).get(section, {})
+        pairs += [(f"{section}.{key}", value) for key, value in given if key in keys]
+    return [(key, value) for key, value in pairs if "VALUE" not in value]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_documented_override_changes_something(name):
+    """Every run that the pages name is of the smoke preset."""
+    for command in commands(ROOT / name):
+        for key, value in overridden(command):
+            changed = to_dict(load_preset("smoke", parse_overrides([f"{key}={value}"])))
+            assert changed != to_dict(load_preset("smoke")), f"{name}: {command}: {key}={value} is smoke's own value"
+
+
+def test_an_override_that_changes_nothing_would_be_found():
+    same = "threefold run --run trial --set sft.learning_rate=3e-3"
+    assert overridden(same) == [("sft.learning_rate", "3e-3")]
+    assert load_preset("smoke", parse_overrides(["sft.learning_rate=3e-3"])) == load_preset("smoke")
+    assert overridden("papermill notebooks/02_sft.ipynb out.ipynb -p run trial -p learning_rate 1e-3")
+    assert any(overridden(command) for command in commands(ROOT / "README.md"))
+
+
+def test_readme_has_at_most_150_lines():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
 PROGRAMS = ("threefold", "make", "pip", "python", "pytest", "torchrun", "hf", "lm_eval")
 INLINE = [
     (name, span)
@@ -189,8 +326,20 @@ def test_every_command_in_a_sentence_is_one_that_the_parsers_take(name, span):
     words = span.split()
     if words[0] == "threefold" and len(words) == 2:  # the command as such
         words.append("--help")
-    if "my.toml" not in words:  # what a reader is to write
+    if not any(word.startswith("my") and word.endswith(".toml") for word in words):  # what a reader is to write
         parsed(shlex.join(words))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda file: file.stem)
+def test_workflows_run_commands_that_exist(file):
+    workflow = yaml.safe_load(file.read_text(encoding="utf-8"))
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert steps[0]["uses"].startswith("actions/checkout@")
+    commands = [step["run"] for step in steps if "run" in step]
+    assert any(command.startswith(("make", "quarto")) for command in commands)
+    for command in commands:
+        if command.startswith(("make", "quarto")):
+            parsed(command)
 
 
 def test_commands_stand_in_blocks_that_are_run():
@@ -294,6 +443,21 @@ def test_every_formula_names_its_source_its_code_and_its_test():
     for row in rows:
         assert not re.search(r"\| +\|", row), f"a place is empty: {row}"
         assert re.search(r"`(?:threefold|study)\.\S+` \| `tests/\S+::\S+` \|$", row), row
+
+
+KINDS = ("preset", "override", "parameter", "data file", "row", "checkpoint", "tokenizer", "run", "environment")
+
+
+def test_every_boundary_names_what_is_checked_where_and_by_which_test():
+    text = (ROOT / "docs" / "boundaries.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| input ")]
+    assert len(rows) > 40 and all(kind in text.lower() for kind in KINDS)
+    for row in rows:
+        what, check, where, sees, tests, _ = (cell.strip() for cell in row.removeprefix("|").split(" |"))
+        assert what and check and sees and re.fullmatch(r"`[\w.]+`", where), row
+        for test in tests.split("<br>"):
+            file, name = re.fullmatch(r"`(tests/[\w/]+\.py)::(test_\w+)`", test).groups()
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), test
 
 
 def test_every_package_and_folder_of_lib_is_on_the_page():

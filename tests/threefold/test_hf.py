@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -292,6 +293,21 @@ def test_missing_extra_and_misshapen_weights_are_named_together(folder):
     assert "missing model.layers.1.mlp.down_proj.weight;" in message
     assert "extra model.layers.7.mlp.down_proj.weight;" in message
     assert "misshapen model.norm.weight [31], expected [32]" in message
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_the_files_of_a_checkpoint_follow_the_umask(tmp_path, tokenizer, mask):
+    model, before = (
+        Decoder(ModelConfig(n_layer=1, d_model=32, n_head=2, d_ff=64, context=32, vocab_size=400)),
+        os.umask(mask),
+    )
+    try:
+        save_checkpoint(tmp_path / "made", model.eval(), tokenizer)
+        export(tmp_path / "made", tmp_path / "exported")
+    finally:
+        os.umask(before)
+    files = [file for folder in ("made", "exported") for file in (tmp_path / folder).iterdir()]
+    assert len(files) > 8 and {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~mask}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ config.json.
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,6 +209,7 @@ def save_checkpoint(folder: str | Path, model: Decoder, tokenizer: Any = None) -
     state = {key: value.detach().cpu().contiguous() for key, value in to_hf_state(model).items()}
     temporary = folder / f".{WEIGHTS}.tmp"
     save_file(state, temporary, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", temporary)  # what the umask allows; safetensors makes files of mode 0600
     temporary.replace(folder / WEIGHTS)
 
 
