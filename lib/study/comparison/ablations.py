@@ -17,7 +17,7 @@ import numpy as np
 from study.comparison.differences import ALPHA
 from study.comparison.results import bounds, count, estimate
 from threefold.evaluation import statistics
-from threefold.evaluation.statistics import PairedDifference, paired_median, paired_student
+from threefold.evaluation.statistics import paired_median, paired_student
 
 BASE = "base"
 QUANTITIES = {"heldout_loss": "perplexity", "tokens_per_second": "training speed"}  # and the words for them
@@ -98,49 +98,39 @@ def _tokens_to(level: float, curve: Mapping[str, Sequence[float]]) -> float | No
     return math.exp((1 - share) * math.log(left) + share * math.log(right))
 
 
-@dataclass(frozen=True)
-class Contrast:
-    """A variant against the base. Ratios are kept as logarithms."""
+def contrasts(variants: Variants) -> list[dict[str, Any]]:
+    """Every variant against the base, as JSON for a record. Ratios are kept as logarithms, p-values adjusted over the
+    variants (Holm).
 
-    variant: str
-    loss: PairedDifference  # nats a token, over seeds
-    tokens: PairedDifference | None  # log ratio of tokens to equal loss, over seeds
-    steps: dict[str, PairedDifference]  # size -> log ratio of step times, over rounds
-    loss_p: float  # Holm's, over the variants
-    step_p: dict[str, float]
-
-    @property
-    def detected(self) -> bool:
-        """Whether the difference in held-out loss may be claimed."""
-        return self.loss.low is not None and (self.loss.low > 0 or self.loss.high < 0) and self.loss_p < ALPHA
-
-    def as_record(self) -> dict[str, Any]:
-        return {
-            "variant": self.variant,
-            "loss": self.loss._asdict() | {"p_adjusted": self.loss_p},
-            "log_tokens": self.tokens and self.tokens._asdict(),
-            "log_step_seconds": {
-                size: one._asdict() | {"p_adjusted": self.step_p[size]} for size, one in self.steps.items()
-            },
-        }
-
-
-def contrasts(variants: Variants) -> list[Contrast]:
-    """Every variant against the base."""
-    others = {name: values for name, values in variants.items() if name != BASE}
-    if BASE not in variants or not others:
+    loss: nats a token, over seeds. log_tokens: ratio of tokens to equal loss, over seeds; None where they are not
+    known. log_step_seconds: by size, ratio of step times, over rounds.
+    """
+    base, others = variants.get(BASE), {name: values for name, values in variants.items() if name != BASE}
+    if base is None:
         return []
-    base, made = variants[BASE], {}
-    timed = base["step_seconds"]
+    found = []
     for name, values in others.items():
-        loss = paired_student(_series(base, "heldout_loss"), _series(values, "heldout_loss"))
         needed = [equal_loss(*pair) for pair in zip(base["curves"], values["curves"], strict=True)]
-        tokens = None if None in needed else paired_student(*np.log(needed).T)
-        steps = {size: paired_median(*np.log([timed[size], values["step_seconds"][size]])) for size in timed}
-        made[name] = (loss, tokens, steps)
-    loss_p = statistics.holm([loss.p for loss, *_ in made.values()])
-    step_p = {size: statistics.holm([steps[size].p for *_, steps in made.values()]) for size in timed}
-    return [
-        Contrast(name, *parts, loss_p[place], {size: adjusted[place] for size, adjusted in step_p.items()})
-        for place, (name, parts) in enumerate(made.items())
+        times = {size: (taken, values["step_seconds"][size]) for size, taken in base["step_seconds"].items()}
+        found.append(
+            {
+                "variant": name,
+                "loss": paired_student(*(_series(one, "heldout_loss") for one in (base, values)))._asdict(),
+                "log_tokens": None if None in needed else paired_student(*np.log(needed).T)._asdict(),
+                "log_step_seconds": {size: paired_median(*np.log(pair))._asdict() for size, pair in times.items()},
+            }
+        )
+    tests = [
+        [one["loss"] for one in found],
+        *([one["log_step_seconds"][size] for one in found] for size in base["step_seconds"]),
     ]
+    for family in tests if found else ():
+        for test, p in zip(family, statistics.holm([test["p"] for test in family]), strict=True):
+            test["p_adjusted"] = p
+    return found
+
+
+def detected(contrast: dict[str, Any]) -> bool:
+    """Whether the difference in held-out loss may be claimed."""
+    loss = contrast["loss"]
+    return loss["low"] is not None and (loss["low"] > 0 or loss["high"] < 0) and loss["p_adjusted"] < ALPHA

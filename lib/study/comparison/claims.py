@@ -36,7 +36,7 @@ PARAMETERS, TOKENS = 253e6, 600e6  # of the model that the precedent's page is a
 class Finding:
     """What a claim's test found: an effect with its interval, the words for it, and why it may not count."""
 
-    text: str = "–"
+    text: str
     low: float | None = None
     high: float | None = None
     instead: str = ""  # not the claim's own data, baseline or device: what it is instead
@@ -58,14 +58,17 @@ class Claim:
         """The claim's verdict from a run's records."""
         finding = self.test(comparison)
         if finding is None:
-            return Verdict(self, NOT_MEASURED, Finding())
-        text, low, high, instead, unresolved = (getattr(finding, name) for name in Finding.__dataclass_fields__)
-        if instead:
-            return Verdict(self, NOT_MEASURED, replace(finding, text=f"{text} ({instead})"))
-        if unresolved or low is None or high is None:
-            return Verdict(self, NOT_RESOLVED, replace(finding, text=f"{text} ({unresolved or 'no interval'})"))
-        inside, outside = self.band[0] < low and high < self.band[1], high <= self.band[0] or low >= self.band[1]
-        return Verdict(self, SUPPORTED if inside else CONTRADICTED if outside else NOT_RESOLVED, finding)
+            return Verdict(self, NOT_MEASURED, Finding("–"))
+        low, high = finding.low, finding.high
+        if finding.instead:
+            verdict, why = NOT_MEASURED, finding.instead
+        elif finding.unresolved or low is None or high is None:
+            verdict, why = NOT_RESOLVED, finding.unresolved or "no interval"
+        else:
+            inside = self.band[0] < low and high < self.band[1]
+            outside, why = high <= self.band[0] or low >= self.band[1], ""
+            verdict = SUPPORTED if inside else CONTRADICTED if outside else NOT_RESOLVED
+        return Verdict(self, verdict, replace(finding, text=f"{finding.text} ({why})") if why else finding)
 
 
 @dataclass(frozen=True)
@@ -212,17 +215,8 @@ def _variances(comparison: Comparison) -> Finding | None:
     return Finding(text, low, high)
 
 
-TESTS: dict[str, Callable[..., Finding | None]] = {
-    "ablation": _ablation,
-    "change": _change,
-    "hours": _hours,
-    "length": _length,
-    "problems": _problems,
-    "speed": _speed,
-    "tokens_per_hour": _tokens_per_hour,
-    "unsteady_curves": _unsteady_curves,
-    "variances": _variances,
-}
+_FUNCTIONS = (_ablation, _change, _hours, _length, _problems, _speed, _tokens_per_hour, _unsteady_curves, _variances)
+TESTS: dict[str, Callable[..., Finding | None]] = {test.__name__.removeprefix("_"): test for test in _FUNCTIONS}
 
 
 def _claim(key: str, source: str, claimed: str, reading: str, band: list[float], test: str, **arguments: str) -> Claim:

@@ -17,7 +17,7 @@ SIZES = {"preset": "preset’s size", "ablation": "ablations’ size"}
 
 def ablation_effects(variants: Variants) -> Result:
     """Every variant against the base: parameters, held-out loss, tokens to equal loss, step time."""
-    found = {one.variant: one for one in ablations.contrasts(variants)}
+    found = {one["variant"]: one for one in ablations.contrasts(variants)}
 
     def fields(name: str) -> dict[str, Any]:
         values, one = variants[name], found.get(name)
@@ -29,10 +29,10 @@ def ablation_effects(variants: Variants) -> Result:
             "values": values,
             "size": f"{values['parameters']:,}" + (f" ({signed(100 * share, 2, '%')})" if one else ""),
             "loss": f"{plain(statistics.fmean(losses), 4)}{spread}",
-            "tokens": one and (ratio(one.tokens) if one.tokens else "before the first point"),
+            "tokens": one and (ratio(one["log_tokens"]) if one["log_tokens"] else "before the first point"),
         }
 
-    return table("ablations", map(fields, variants), contrasts=[one.as_record() for one in found.values()])
+    return table("ablations", map(fields, variants), contrasts=list(found.values()))
 
 
 def ablation_resolution(variants: Variants) -> Result:
@@ -40,9 +40,11 @@ def ablation_resolution(variants: Variants) -> Result:
     found = ablations.contrasts(variants)
     if not found:
         return Result("comparison/ablation-resolution", {}, markdown="No ablation was trained in this run.")
-    seeds, rounds = found[0].loss.n, len(next(iter(variants[ablations.BASE]["step_seconds"].values())))
-    halves = [(one.loss.high - one.loss.low) / 2 for one in found if one.loss.low is not None]
-    half, detected = statistics.median(halves) if halves else None, [one.variant for one in found if one.detected]
+    seeds, rounds = found[0]["loss"]["n"], len(next(iter(variants[ablations.BASE]["step_seconds"].values())))
+    halves = [(one["loss"]["high"] - one["loss"]["low"]) / 2 for one in found if one["loss"]["low"] is not None]
+    half = statistics.median(halves) if halves else None
+    detected = [one["variant"] for one in found if ablations.detected(one)]
+    timed = [one["log_step_seconds"]["preset"] for one in found if "preset" in one["log_step_seconds"]]
     reach = "One seed gives no interval: no difference in loss is resolved."
     text = say(
         "ablations",
@@ -50,7 +52,7 @@ def ablation_resolution(variants: Variants) -> Result:
         every=len(found),
         detected=len(detected),
         named=f" ({', '.join(detected)})" if detected else "",
-        slower=sum(one.step_p.get("preset", 1.0) < ALPHA for one in found),
+        slower=sum(test["p_adjusted"] < ALPHA for test in timed),
         rounds=rounds,
     )
     values = {"seeds": seeds, "rounds": rounds, "half_width": half, "detected": detected}
@@ -70,7 +72,7 @@ def kernels(timings: Sequence[Mapping[str, Any]]) -> Result:
                     "parameters": timing["parameters"][kernel],
                     "positions": timing["positions"],
                     "milliseconds": 1000 * statistics.median(taken),
-                    "against": None if taken is first else paired_median(*np.log([first, taken])),
+                    "against": None if taken is first else paired_median(*np.log([first, taken]))._asdict(),
                     "rounds": len(taken),
                 }
             )

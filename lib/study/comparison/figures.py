@@ -13,6 +13,7 @@ from study.comparison import ablations, length, models
 from study.comparison.differences import comparable
 from study.comparison.load import Comparison
 from study.comparison.measures import HEADLINE, MEASURES, Measure
+from study.comparison.models import PLAN
 from study.comparison.results import UNITS, Result, percent
 from study.comparison.training import smooth
 
@@ -202,14 +203,6 @@ def stage_evolution(comparison: Comparison) -> Result:
 
 # Length --------------------------------------------------------------------------------------------------------------
 
-# Okabe & Ito's colours, and a dash of its own for each, so that one tells them apart without colours too.
-_MODES = {
-    "full": ("#D55E00", "-"),
-    "window": ("#56B4E9", (0, (1.2, 1.2))),
-    "sinks": ("#009E73", (0, (7, 1.5))),
-    "anew": ("#000000", (0, (4, 2, 1, 2))),
-}
-
 
 def length_curves(curves: length.Curves) -> Result:
     """Loss against position in contexts, a panel a variant, a line a mode; a cross where learned positions end."""
@@ -235,12 +228,12 @@ def _length_panel(axes: Axes, values: Mapping[str, Any]) -> dict[str, Any]:
     middles_B = np.sqrt(np.maximum(marks[:-1], marks[1] / 2) * marks[1:]) / values["context"]
     handles = {}
     for mode in length.present(values):
-        colour, dash = _MODES[mode]
+        colour, dash = PLAN["mode"][mode]["colour"], (0, PLAN["mode"][mode]["dash"])
         means_SB = np.asarray(list(values["nats"][mode].values())).mean(axis=1)
         x_B, mean_B = middles_B[: means_SB.shape[1]], means_SB.mean(axis=0)
         if len(means_SB) > 1:
             axes.plot(x_B, means_SB.T, color=colour, alpha=0.25, linewidth=0.6)
-        (handles[mode],) = axes.plot(x_B, mean_B, color=colour, linestyle=dash, linewidth=1.6)
+        (handles[mode],) = axes.plot(x_B, mean_B, color=colour, linestyle=dash if dash[1] else "-", linewidth=1.6)
         if len(x_B) < len(middles_B):
             end, near = (x_B[-1], mean_B[-1]), {"xytext": (7, 5), "textcoords": "offset points"}
             axes.plot(*end, marker="X", color=colour, markersize=8, markeredgecolor="white", zorder=4)

@@ -248,9 +248,9 @@ def seed_spread(comparison: Comparison) -> list[Insight]:
         part = [one for one in spreads if one.larger == larger]
         if not part:
             continue
-        what = listed([_spread(comparison, one) for one in part])
-        open_ = say("spread-open", part=len(part), every=len(spreads), count=count)
-        sentence = say("spread", words=words, what=what) if words else open_
+        sentence = say("spread-open", part=len(part), every=len(spreads), count=count)
+        if words:
+            sentence = say("spread", words=words, what=listed([_spread(comparison, one) for one in part]))
         evidence = tuple(dict.fromkeys(one.first.record for one in part))
         found.append(Insight(f"seeds-{larger.replace(' ', '-')}", sentence, evidence, differs=bool(words)))
     changes, basis = seeds.changes(comparison), f"mean of {count} seeds, Student's interval"
@@ -260,8 +260,9 @@ def seed_spread(comparison: Comparison) -> list[Insight]:
 
 
 def _spread(comparison: Comparison, one: seeds.Spread) -> str:
-    sd, error = one.measure.spread_text(*one.deviation[:3]), one.error and one.measure.spread_text(one.error)
-    return say("spread-of", measure=one.measure.title.lower(), stage=names(comparison, [one.stage]), sd=sd, error=error)
+    sd, stage = one.measure.spread_text(*one.deviation[:3]), names(comparison, [one.stage])
+    error = one.measure.spread_text(one.error_over_items)
+    return say("spread-of", measure=one.measure.title.lower(), stage=stage, sd=sd, error=error)
 
 
 def cost(comparison: Comparison) -> list[Insight]:

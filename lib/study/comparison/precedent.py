@@ -11,15 +11,16 @@ from study.comparison.differences import difference
 from study.comparison.insights import Insight
 from study.comparison.load import Comparison
 from study.comparison.measures import MEASURES
+from study.comparison.models import PLAN
 from study.comparison.results import (
     UNITS,
     Result,
     estimate,
     listed,
-    markdown_table,
     number_of,
     percent,
     say,
+    table,
     value_text,
 )
 from study.preset import LINEAGE
@@ -29,38 +30,30 @@ from threefold.evaluation.results import PRECEDENT_ITEMS
 PROBLEM_ITEMS = 50
 POINTS = 0.04  # the change in sentiment that its page tells a story about
 
-# What was claimed, between which models, by which of its protocols, and by which of ours.
-_CHANGES = (
-    ("−33%", "gpt2", "pretrain", "perplexity_lines", "perplexity"),
-    ("+26%", "pretrain", "sft", "perplexity_lines", "perplexity"),
-    ("+0.5%", "sft", "dpo", "perplexity_lines", "perplexity"),
-    ("+4 pp", "pretrain", "sft", "sentiment_prompt", "sentiment"),
-    ("−4 pp", "sft", "dpo", "sentiment_prompt", "sentiment"),
-)
-
 
 def figures(comparison: Comparison) -> Result:
     """The precedent's figures as claimed, by its protocols rerun here, and by this report's."""
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     values: dict[str, Any] = {}
 
-    def add(key: str, what: str, claimed: str, rerun: dict | None, sound: dict | None) -> None:
-        values[key] = {"claimed": claimed, "rerun": rerun, "sound": sound}
-        cells = {"Its protocol, rerun here": rerun, "Sound evaluation, here": sound}
-        shown = {title: one["text"] if one else "not measured" for title, one in cells.items()}
-        rows.append({"Figure": what, "Claimed": claimed} | shown)
+    def add(key: str, title: str, claimed: str, *figures: dict | None) -> None:
+        values[key] = {"claimed": claimed, "rerun": figures[0], "sound": figures[1]}
+        rerun, sound = (figure["text"] if figure else "not measured" for figure in figures)
+        found.append({"title": title, "claimed": claimed, "rerun": rerun, "sound": sound})
 
-    for claimed, a, b, *measures in _CHANGES:
-        what = f"{MEASURES[measures[1]].title}, {comparison.name(b)} against {comparison.name(a)}"
-        add(f"{measures[1]}-{b}", what, claimed, *(_change(comparison, measure, a, b) for measure in measures))
+    for row in PLAN["precedent"]:
+        a, b, sound = row["a"], row["b"], row["sound"]
+        title = f"{MEASURES[sound].title}, {comparison.name(b)} against {comparison.name(a)}"
+        changes = (_change(comparison, measure, a, b) for measure in (row["rerun"], sound))
+        add(f"{sound}-{b}", title, row["claimed"], *changes)
     last = next((model for model in reversed(LINEAGE) if model in comparison.models), "")
     if last:
-        what = f"{MEASURES['problems'].title}, {comparison.name(last)}"
-        add("problems", what, percent(0), first_problems(comparison, last), _value(comparison, "problems", last))
+        title = f"{MEASURES['problems'].title}, {comparison.name(last)}"
+        add("problems", title, percent(0), first_problems(comparison, last), _value(comparison, "problems", last))
     if "random" in comparison.models:
-        what = f"{MEASURES['sentiment'].title}, {comparison.name('random')}"
-        add("control", what, "–", *(_value(comparison, key, "random") for key in ("sentiment_prompt", "sentiment")))
-    return Result("comparison/precedent", {"rows": rows, "figures": values}, markdown=markdown_table(rows))
+        title = f"{MEASURES['sentiment'].title}, {comparison.name('random')}"
+        add("control", title, "–", *(_value(comparison, key, "random") for key in ("sentiment_prompt", "sentiment")))
+    return table("precedent", found, figures=values)
 
 
 def _change(comparison: Comparison, measure: str, a: str, b: str) -> dict[str, Any] | None:

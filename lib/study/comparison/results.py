@@ -197,14 +197,15 @@ def value_text(row: Any, *, with_interval: bool = True) -> str | None:
     return estimate(row.value, *((row.low, row.high) if with_interval else ()), **UNITS[row.unit]["value"])
 
 
-def ratio(logarithms: Sequence) -> str:
+def ratio(logarithm: Mapping[str, Any]) -> str:
     """A ratio that is kept as a logarithm with its interval: "1.04× [1.02, 1.05]"."""
-    return estimate(*bounds(math.exp, *logarithms[:3]), decimals=3, unit="×")
+    found = (logarithm[key] for key in ("difference", "low", "high"))
+    return estimate(*bounds(math.exp, *found), decimals=3, unit="×")
 
 
 FORMATS: dict[str, Callable[[Any], str]] = {
     "compact": compact,
-    "difference": lambda found: estimate(*found[:3], decimals=4, sign=True),
+    "difference": lambda found: estimate(found["difference"], found["low"], found["high"], decimals=4, sign=True),
     "duration": duration,
     "measured": value_text,
     "p": probability,

@@ -32,33 +32,23 @@ class Spread:
     first: Any  # the first training's row of the long table
     mean: float
     deviation: statistics.Interval  # standard deviation over seeds
-    error: float | None  # standard error over items, of the first training
+    error_over_items: float | None  # standard error over items, of the first training
     p: float = 1.0  # that both spreads are one
-    adjusted: float = 1.0  # Holm's, over all spreads
+    p_adjusted: float = 1.0  # Holm's, over all spreads
 
     @property
     def larger(self) -> str:
         """Which spread is the larger one, where the interval and the adjusted p-value tell."""
         _, low, high, _ = self.deviation
-        if low is None or not self.error or self.adjusted >= ALPHA:
+        if low is None or not self.error_over_items or self.p_adjusted >= ALPHA:
             return UNRESOLVED
-        return OVER_SEEDS if low > self.error else OVER_ITEMS if high < self.error else UNRESOLVED
+        return OVER_SEEDS if low > self.error_over_items else OVER_ITEMS if high < self.error_over_items else UNRESOLVED
 
     def as_record(self) -> dict[str, Any]:
         """As JSON for a record."""
-        return {
-            "measure": self.measure.key,
-            "stage": self.stage,
-            "values": list(self.values),
-            "mean": self.mean,
-            "deviation": self.deviation.value,
-            "deviation_low": self.deviation.low,
-            "deviation_high": self.deviation.high,
-            "error_over_items": self.error,
-            "p": self.p,
-            "p_adjusted": self.adjusted,
-            "larger": self.larger,
-        }
+        own = ("stage", "values", "mean", "error_over_items", "p", "p_adjusted", "larger")
+        deviation = dict(zip(("deviation", "deviation_low", "deviation_high"), self.deviation, strict=False))
+        return {"measure": self.measure.key} | {name: getattr(self, name) for name in own} | deviation
 
 
 def seeds(comparison: Comparison) -> list[int]:
@@ -92,7 +82,7 @@ def spreads(comparison: Comparison) -> list[Spread]:
             mean = sum(values) / len(values)
             found.append(Spread(measure, stage, tuple(values), first, mean, deviation, error, p))
     adjusted = statistics.holm([one.p for one in found]) if found else []
-    return [replace(one, adjusted=p) for one, p in zip(found, adjusted, strict=True)]
+    return [replace(one, p_adjusted=p) for one, p in zip(found, adjusted, strict=True)]
 
 
 def changes(comparison: Comparison) -> list[tuple[Difference, tuple[float, ...]]]:

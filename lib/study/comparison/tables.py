@@ -9,6 +9,7 @@ from study.comparison import ablations, models, seeds, training
 from study.comparison.differences import SINCE, STAGES, compared, difference
 from study.comparison.load import Comparison
 from study.comparison.measures import HEADLINE, MEASURES, STAGED, Measure
+from study.comparison.models import PLAN
 from study.comparison.results import NBSP, WORDS, Result, compact, percent, plain, table, value_text
 from study.comparison.variance import fuller
 
@@ -62,52 +63,28 @@ def parameters(comparison: Comparison) -> Result:
     return table("parameters", rows)
 
 
-# component, field of the configuration, GPT-2's choice, names of the choices, claimed benefit, ablated variant
-_YES_NO = {True: "yes", False: "no"}
-_POSITIONS = {"rope": "rotary (RoPE)", "learned": "learned, absolute", "none": "none"}
-_COMPONENTS = (
-    (
-        "Normalisation",
-        "norm",
-        "layer",
-        {"rms": "RMSNorm", "layer": "LayerNorm"},
-        "10–15% faster training",
-        "norm=layer",
-    ),
-    ("Feed-forward", "ffn", "gelu", {"swiglu": "SwiGLU", "gelu": "GELU MLP"}, "2–4% lower perplexity", "ffn=gelu"),
-    ("Positions", "position", "learned", _POSITIONS, "extrapolates better", "position=learned"),
-    ("Attention sinks", "sinks", 0, {}, "stable beyond the training length", "sinks=0"),
-    ("QK normalisation", "qk_norm", False, _YES_NO, "–", "qk_norm=false"),
-    ("Biases", "bias", True, _YES_NO, "–", ""),
-    ("Tied embeddings", "tie_embeddings", True, _YES_NO, "–", ""),
-)
-
-
 def architecture(comparison: Comparison) -> Result:
     """GPT-2's choices beside this model's, the benefit that is claimed beside the one that was measured."""
-    config = comparison.model("pretrain").get("config") or {}
-    variants, found = comparison.by_variant("ablation"), []
-    for component, key, theirs, names, claimed, variant in _COMPONENTS:
-        if key not in config:
-            continue
-        ours, same = config[key], config[key] == theirs
-        if same:  # what a component would bring that the model is without, where a variant has it
+    config, variants = comparison.model("pretrain").get("config") or {}, comparison.by_variant("ablation")
+
+    def fields(component: dict[str, Any]) -> dict[str, Any]:
+        key, theirs = component["key"], component["gpt2"]
+        ours, variant = config[key], component.get("variant", "")
+        if same := ours == theirs:  # what a component would bring that the model is without, where a variant has it
             variant = next((name for name in variants if name.startswith(f"{key}=")), "")
         effects = [ablations.effect(variants, variant, quantity) for quantity in ablations.QUANTITIES]
         effects = [one.turned if same else one for one in effects if one is not None]
         measured = "; ".join(f"{ablations.QUANTITIES[one.quantity]} {one.text} ({one.basis})" for one in effects)
         if same:
             measured = f"same as GPT-2; with {variant}: {measured}" if measured else "same as GPT-2"
-        found.append(
-            {
-                "component": component,
-                "theirs": str(names.get(theirs, theirs)),
-                "ours": str(names.get(ours, ours)),
-                "claimed": "–" if same else claimed,
-                "measured": measured or "not measured here",
-            }
-        )
-    return table("architecture", found)
+        names = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in (theirs, ours)]
+        theirs, ours = (component.get("names", {}).get(name, name) for name in names)
+        claimed = "–" if same else component.get("claimed", "–")
+        found = {"theirs": theirs, "ours": ours, "claimed": claimed, "measured": measured or "not measured here"}
+        return component | found
+
+    present = [component for component in PLAN["component"] if component["key"] in config]
+    return table("architecture", map(fields, present))
 
 
 # A row a model -------------------------------------------------------------------------------------------------------
@@ -269,7 +246,7 @@ def seed_spread(comparison: Comparison) -> Result:
             "each": ", ".join(each),
             "mean": mean,
             "deviation": one.measure.spread_text(*one.deviation[:3]),
-            "error": None if one.error is None else one.measure.spread_text(one.error),
+            "error": None if one.error_over_items is None else one.measure.spread_text(one.error_over_items),
         }
 
     found = seeds.spreads(comparison)

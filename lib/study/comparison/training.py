@@ -6,12 +6,7 @@ from typing import Any
 import numpy as np
 
 from study.comparison.load import Comparison
-
-# Dense bf16 matmul peak in FLOP/s, from the vendor's data sheets; a device not listed has no share of a peak.
-PEAKS = {
-    "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-    "A10G": 70e12, "RTX 4090": 165e12,
-}  # fmt: skip
+from study.comparison.models import PLAN
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Training:
         the training, in the format and with the threads it trained with; a GPU's "data sheet"."""
         if measured := (self.facts.get("training") or {}).get("matmul_flops"):
             return float(measured), "measured"
-        peaks = [peak for name, peak in PEAKS.items() if self.gpus and name in self.gpus[0]]
+        peaks = [1e12 * peak for name, peak in PLAN["peak"].items() if self.gpus and name in self.gpus[0]]
         return (len(self.gpus) * peaks[0], "data sheet") if peaks else None
 
     @property
