@@ -287,11 +287,12 @@ def test_ablation_table_sets_every_variant_against_the_base(comparison):
     test = stats.ttest_1samp(differences, 0)
     low, high = test.confidence_interval()
     assert gelu["Difference"].replace("\u00a0", " ") == f"+{differences.mean():.4f} [+{low:.4f}, +{high:.4f}]"
-    contrast = {one.variant: one for one in ablations.contrasts(found)}["ffn=gelu"]
-    assert contrast.loss.p == pytest.approx(test.pvalue) and contrast.loss_p == pytest.approx(2 * test.pvalue)
-    assert contrast.detected
-    assert math.exp(contrast.steps["preset"].difference) == pytest.approx(1 / 1.03, abs=0.001)
-    assert contrast.steps["preset"].low < math.log(1 / 1.03) + 0.001 and contrast.step_p["preset"] < 0.05
+    contrast = {one["variant"]: one for one in ablations.contrasts(found)}["ffn=gelu"]
+    loss, time = contrast["loss"], contrast["log_step_seconds"]["preset"]
+    assert loss["p"] == pytest.approx(test.pvalue) and loss["p_adjusted"] == pytest.approx(2 * test.pvalue)
+    assert ablations.detected(contrast)
+    assert math.exp(time["difference"]) == pytest.approx(1 / 1.03, abs=0.001)
+    assert time["low"] < math.log(1 / 1.03) + 0.001 and time["p_adjusted"] < 0.05
     said = components.ablation_resolution(found).markdown
     assert "With 3 seeds" in said and "1 differ detectably from the base in held-out loss (ffn=gelu)" in said
     assert figures.ablation_curves(found).values["drawn"] == ["base", "norm=layer", "ffn=gelu"]

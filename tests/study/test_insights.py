@@ -298,5 +298,6 @@ def test_what_adjustment_took_away_and_what_is_at_zero_is_said(comparison):
     sentence = one.sentence.replace("\u00a0", " ")
     assert "no detectable difference in sentiment (+5.0 pp [+1.0, +9.0], yet p = 0.120 adjusted for 15" in sentence
     assert not one.differs
-    floor = Difference(MEASURES["instructions"], "gpt2", "distilgpt2", 0.0, -0.03, 0.03, 1.0, 100, "x")
+    rows = tuple(comparison.value("instructions", model) for model in ("gpt2", "distilgpt2"))
+    floor = Difference(MEASURES["instructions"], "gpt2", "distilgpt2", 0.0, -0.03, 0.03, 1.0, 100, "x", rows=rows)
     assert "both 0.0%" in insights.in_short(comparison, "x", [floor])[0].sentence

@@ -299,12 +299,12 @@ def test_spreads_are_those_of_the_records(comparison):
     assert one.values == tuple(value.value for value in values) and len(set(one.values)) == 3
     assert one.mean == pytest.approx(np.mean(one.values))
     assert one.deviation.value == pytest.approx(np.std(one.values, ddof=1))
-    assert one.error == pytest.approx((values[0].high - values[0].low) / (2 * 1.959964), rel=1e-6)
-    assert one.p == pytest.approx(2 * math.exp(-((one.deviation.value / one.error) ** 2)))
+    assert one.error_over_items == pytest.approx((values[0].high - values[0].low) / (2 * 1.959964), rel=1e-6)
+    assert one.p == pytest.approx(2 * math.exp(-((one.deviation.value / one.error_over_items) ** 2)))
     assert one.larger == seeds.OVER_SEEDS  # e^0.6 apart, a hundredth of a nat a document
     assert found["sentiment", "sft"].larger != seeds.OVER_SEEDS
     adjusted = statistics.holm([each.p for each in found.values()])
-    assert [each.adjusted for each in found.values()] == adjusted
+    assert [each.p_adjusted for each in found.values()] == adjusted
 
 
 def test_changes_are_paired_by_seed_and_compare_logarithms_of_perplexity(comparison):

@@ -194,8 +194,8 @@ def _unsteady_curves(comparison: Comparison) -> Finding | None:
     curves = [one for one in training.curves(comparison) if one.stage in ("gpt2", "pretrain")]
     if len(curves) < 2:
         return None
-    worst, unsteady = training.worst(curves), [comparison.name(one.stage) for one in curves if not one.stable]
-    text = f"largest setback {plain(worst.setback, 3)} nats ({comparison.name(worst.stage)})"
+    worst, unsteady = training.worst(curves), [one.name for one in curves if not one.stable]
+    text = f"largest setback {plain(worst.setback, 3)} nats ({worst.name})"
     text += f"; unsteady: {', '.join(unsteady)}" if unsteady else ""
     return Finding(text, float(len(unsteady)), float(len(unsteady)))
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -54,6 +54,8 @@ class Difference:
     family: int = 1  # comparisons adjusted together
     error: float | None = None  # standard error in the unit of change, where the method has one
     identical: bool = False  # the same result on every single unit
+    names: tuple[str, str] = ("", "")  # of a and b, for a reader
+    rows: tuple[Any, Any] = (None, None)  # of the long table, the values of a and b
     question: str = ""  # which of the report's questions it answers: STAGES, SINCE or a baseline
 
     @property
@@ -215,8 +217,14 @@ def difference(comparison: Comparison, measure: str, a: str, b: str) -> Differen
     if key not in comparison.differences:
         pair = paired(comparison, MEASURES[measure], a, b) if comparable(comparison, measure, a, b) else None
         found = pair and _difference(pair, MEASURES[measure], a, b, comparison.resamples)
-        comparison.differences[key] = found
+        comparison.differences[key] = found and replace(found, **described(comparison, measure, a, b))
     return comparison.differences[key]
+
+
+def described(comparison: Comparison, measure: str, a: str, b: str) -> dict[str, tuple]:
+    """The names and values of two models, as `Difference` holds them."""
+    rows = comparison.value(measure, a), comparison.value(measure, b)
+    return {"names": (comparison.name(a), comparison.name(b)), "rows": rows}
 
 
 def _difference(pair: Pair, measure: Measure, a: str, b: str, resamples: int) -> Difference:

@@ -41,10 +41,9 @@ def names(comparison: Comparison, chosen: list[str] | tuple[str, ...]) -> str:
 # Differences in words ------------------------------------------------------------------------------------------------
 
 
-def _noted(comparison: Comparison, one: Difference) -> str:
+def _noted(one: Difference) -> str:
     """The change with its interval, and what a reader needs to take it rightly: both at zero, or the adjusted p."""
-    values = [comparison.value(one.measure.key, model) for model in (one.b, one.a)]
-    if one.measure.unit == "share" and all(value is not None and value.value == 0 for value in values):
+    if one.measure.unit == "share" and all(row is not None and row.value == 0 for row in one.rows):
         return f"both {percent(0)}, {one.text}"
     if one.identical:
         return f"{one.text}, the same result on all {one.n:,}"
@@ -53,37 +52,39 @@ def _noted(comparison: Comparison, one: Difference) -> str:
     return one.text
 
 
-def in_detail(comparison: Comparison, one: Difference) -> str:
+def in_detail(one: Difference) -> str:
     """A difference on one measure: both values, its interval, p and n where it was detected, else what was possible."""
-    ours, theirs = (
-        value_text(comparison.value(one.measure.key, model), with_interval=False) for model in (one.b, one.a)
-    )
+    theirs, ours = (value_text(row, with_interval=False) for row in one.rows)
     margin = f"±{one.measure.size_text(one.measure.margin)}"
-    return fill(
-        WORDS["differences"]["detail"][one.verdict],
-        title=one.measure.title.lower(),
-        ours=ours,
-        theirs=theirs,
-        change=one.text,
-        p=f"p{NBSP}{one.p_text if one.p_text.startswith('<') else f'={NBSP}{one.p_text}'}",
-        n=number_of(one.n),
-        small=f", all of it within the margin of {margin}" if one.within_margin else "",
-        noted=_noted(comparison, one),
-        margin=margin,
-        able=f"; minimum detectable effect {one.detectable_text}" if one.detectable_text else "",
-    )
+    fields = {
+        "title": one.measure.title.lower(),
+        "ours": ours,
+        "theirs": theirs,
+        "change": one.text,
+        "p": f"p{NBSP}{one.p_text if one.p_text.startswith('<') else f'={NBSP}{one.p_text}'}",
+        "n": number_of(one.n),
+        "small": f", all of it within the margin of {margin}" if one.within_margin else "",
+        "noted": _noted(one),
+        "margin": margin,
+        "able": f"; minimum detectable effect {one.detectable_text}" if one.detectable_text else "",
+    }
+    return fill(WORDS["differences"]["detail"][one.verdict], fields)
+
+
+def _by_verdict(found: list[Difference]) -> dict[str, list[Difference]]:
+    """The verdicts that occur, in their order, with their differences."""
+    parts = {verdict: [one for one in found if one.verdict == verdict] for verdict in VERDICTS}
+    return {verdict: part for verdict, part in parts.items() if part}
 
 
 def _described(comparison: Comparison, key: str, words: str, found: list[Difference]) -> list[Insight]:
     """One insight a verdict that occurs, in the words of one table of words.toml."""
     insights = []
-    for verdict in VERDICTS:
-        part = [one for one in found if one.verdict == verdict]
-        if part:
-            what = listed([in_detail(comparison, one) for one in part])
-            a, b = (names(comparison, [model]) for model in (part[0].a, part[0].b))
-            sentence = fill(WORDS["differences"][words][verdict], a=a, b=b, what=what)
-            insights.append(_insight(comparison, f"{key}-{verdict.replace(' ', '-')}", sentence, part, part))
+    for verdict, part in _by_verdict(found).items():
+        a, b = map(escape, part[0].names)
+        fields = {"a": a, "b": b, "what": listed([in_detail(one) for one in part])}
+        sentence = fill(WORDS["differences"][words][verdict], fields)
+        insights.append(_insight(comparison, f"{key}-{verdict.replace(' ', '-')}", sentence, part, part))
     return insights
 
 
@@ -91,8 +92,7 @@ def _insight(
     comparison: Comparison, key: str, sentence: str, found: list[Difference], about: list[Difference]
 ) -> Insight:
     """A sentence on differences with its evidence, and the confounds of those that it is `about`."""
-    rows = [comparison.value(one.measure.key, model) for one in found for model in (one.a, one.b)]
-    evidence = tuple(dict.fromkeys(row.record for row in rows if row is not None))
+    evidence = tuple(dict.fromkeys(row.record for one in found for row in one.rows if row is not None))
     keys, clause = confounds.clause(comparison, about)
     differs = any(one.verdict in (BETTER, WORSE) for one in found)
     return Insight(key, f"{sentence}{clause}", evidence, differs, tuple(one.values() for one in found), keys)
@@ -133,13 +133,11 @@ def in_short(comparison: Comparison, key: str, found: list[Difference], basis: s
     """
     if not found:
         return []
-    parts = {verdict: [one for one in found if one.verdict == verdict] for verdict in VERDICTS}
-    shown = [
-        f"{verdict} in {listed([f'{one.measure.title.lower()} ({_noted(comparison, one)})' for one in part])}"
-        for verdict, part in parts.items()
-        if part
-    ]
-    a, b = (names(comparison, [model]) for model in (found[0].a, found[0].b))
+    shown = []
+    for verdict, part in _by_verdict(found).items():
+        measured = listed([f"{one.measure.title.lower()} ({_noted(one)})" for one in part])
+        shown.append(f"{verdict} in {measured}")
+    a, b = map(escape, found[0].names)
     sentence = say("in-short", a=a, b=b, basis=f" ({basis})" if basis else "", parts="; ".join(shown))
     resolved = [one for one in found if one.verdict != UNRESOLVED]
     return [_insight(comparison, key, sentence, found, resolved or found)]
@@ -153,14 +151,14 @@ def stability(comparison: Comparison) -> list[Insight]:
     curves = training.curves(comparison)
     if not curves:
         return []
-    worst, unsteady = training.worst(curves), [curve.stage for curve in curves if not curve.stable]
-    head = f"Not steady: {names(comparison, unsteady)}, of {len(curves)} stages"
+    worst, unsteady = training.worst(curves), [escape(curve.name) for curve in curves if not curve.stable]
+    head = f"Not steady: {listed(unsteady)}, of {len(curves)} stages"
     sentence = say(
         "stability",
         head=head if unsteady else f"All {len(curves)} stages trained steadily",
         setback=worst.setback,
         start=worst.start,
-        stage=names(comparison, [worst.stage]),
+        stage=escape(worst.name),
     )
     values = tuple(
         {"stage": one.stage, "start": one.start, "end": one.end, "setback": one.setback, "steady": one.stable}

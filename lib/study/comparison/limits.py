@@ -72,6 +72,7 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
     which `check_name` and `records` restrict to characters that mean nothing there."""
     stages = {one.stage: one for one in training.trainings(comparison, *LINEAGE)}
     verdicts = claims.counts(claims.judge(comparison).values())
+    sizes = [training.total_parameters(comparison, model) for model in ("pretrain", "gpt2")]
     values = {
         "run": run,
         "preset": preset,
@@ -79,25 +80,26 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
         "models": names(comparison, comparison.models),
         "n_protocols": str(len(comparison.protocols)),
         "n_evaluations": str(sum(len(comparison.evaluations(model)) for model in comparison.models)),
+        "parameters": compact(sizes[0]) if sizes[0] else "",
+        "parameters_gpt2": compact(sizes[1]) if sizes[1] else "",
         "gpt2": names(comparison, ["gpt2"]),
         "distilgpt2": names(comparison, ["distilgpt2"]),
         "tokens_pretrain": compact(stages["pretrain"].tokens if "pretrain" in stages else 0),
         "tokens_total": compact(sum(one.tokens for one in stages.values())),
         "training_time": duration(sum(one.seconds for one in stages.values())),
         "device": listed([escape(device) for device in sorted({one.device for one in stages.values()})]),
-        "n_claims": str(sum(verdicts.values())),
+    }
+    for stage in LINEAGE:
+        values[f"sources_{stage}"] = listed([*map(escape, sorted(confounds.sources(comparison, stage)))])
+    values["n_claims"] = str(sum(verdicts.values()))
+    for verdict, number in verdicts.items():
+        values[f"n_{verdict.removesuffix(' here').replace(' ', '_')}"] = str(number)
+    values |= {
         "n_compared": str(len(compared(comparison))),
         "trained": f"{len(comparison.trainings)} times" if comparison.replicates else "once",
         "resamples": f"{comparison.resamples:,}",
         "majority": "" if comparison.majority is None else percent(comparison.majority),
     }
-    counted = ("n_supported", "n_contradicted", "n_not_resolved", "n_not_measured")
-    values |= dict(zip(counted, map(str, verdicts.values()), strict=True))
-    for key, model in (("parameters", "pretrain"), ("parameters_gpt2", "gpt2")):
-        total = training.total_parameters(comparison, model)
-        values[key] = compact(total) if total else ""
-    for stage in LINEAGE:
-        values[f"sources_{stage}"] = listed([*map(escape, sorted(confounds.sources(comparison, stage)))])
     for key in ("perplexity", "bits_per_byte", "sentiment", "problems"):
         values[f"protocol_{key}"] = comparison.protocol(key) or ""
     values = {name: value or "–" for name, value in values.items()}

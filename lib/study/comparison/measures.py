@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from study.comparison.models import PLAN
-from study.comparison.results import UNITS, estimate
+from study.comparison.results import NBSP, UNITS, estimate
 
 KEYS = ("item", "document", "pair", "template", "draw")  # columns that name an item
 
@@ -21,6 +21,11 @@ class Measure:
     items: tuple[str, ...]  # columns of the per-item results: one score, or (sum, weight)
     unit: str
     margin: float  # differences within it count as equivalent, in the unit of change
+
+    @property
+    def heading(self) -> str:
+        """The title with an arrow to the better side, on one line."""
+        return f"{self.title} {'↓' if self.better == 'lower' else '↑'}".replace(" ", NBSP)
 
     def change(self, difference: float) -> float:
         """From a difference of means, or of nats per unit of text, to the unit of change."""

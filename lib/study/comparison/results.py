@@ -39,9 +39,9 @@ class _Template(string.Formatter):
     """Format strings whose fields are looked up in mappings, sequences and attributes alike, None in whatever is None,
     and are formatted by FORMATS, a number of decimals, or as Python does."""
 
-    def get_field(self, field_name: str, args: Sequence, kwargs: Mapping[str, Any]) -> tuple[Any, str]:
+    def get_field(self, field_name: str, args: Sequence, kwargs: Any) -> tuple[Any, str]:
         first, *path = re.split(r"[.\[]", field_name.replace("]", ""))
-        value = kwargs[first]
+        value = kwargs[first] if isinstance(kwargs, Mapping) else getattr(kwargs, first)
         for part in path:
             if isinstance(value, Mapping):
                 value = value.get(part)
@@ -55,22 +55,22 @@ class _Template(string.Formatter):
         return plain(value, int(format_spec)) if format_spec.isdigit() else format(value, format_spec)
 
 
-def fill(template: str, **fields: Any) -> str:
-    """A template of words.toml as text."""
-    return _Template().format(template, **fields)
+def fill(template: str, fields: Any) -> str:
+    """A template of words.toml as text. fields: a mapping, or an object with attributes."""
+    return _Template().vformat(template, (), fields)
 
 
 def say(key: str, **fields: Any) -> str:
     """A sentence of words.toml."""
-    return fill(WORDS["sentences"][key], **fields)
+    return fill(WORDS["sentences"][key], fields)
 
 
-def _cell(template: str, fields: Mapping[str, Any]) -> Any:
+def _cell(template: str, fields: Any) -> Any:
     parts = [(name, spec) for _, name, spec, _ in string.Formatter().parse(template) if name is not None]
     values = [_Template().get_field(name, (), fields)[0] for name, _ in parts]
     if any(value is None for value in values):
         return None
-    return values[0] if template == f"{{{parts[0][0]}}}" else fill(template, **fields)
+    return values[0] if template == f"{{{parts[0][0]}}}" else fill(template, fields)
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def table(
     """
     rows, columns = list(found), WORDS["tables"].get(words or name)
     if columns:
-        rows = [{fill(title, **row): _cell(text, row) for title, text in columns.items()} for row in rows]
+        rows = [{fill(title, row): _cell(text, row) for title, text in columns.items()} for row in rows]
     shown = [dict(row) for row in rows]
     for row, above in zip(shown[1:], rows, strict=False):
         first = next(iter(row))

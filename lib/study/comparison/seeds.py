@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from study.comparison.differences import ALPHA, Difference, adjust
+from study.comparison.differences import ALPHA, Difference, adjust, described
 from study.comparison.load import Comparison
 from study.comparison.measures import HEADLINE, MEASURES, STAGED, Measure
+from study.comparison.results import bounds
 from study.preset import LINEAGE
 from threefold.evaluation import statistics
 
@@ -100,8 +101,9 @@ def changes(comparison: Comparison) -> list[tuple[Difference, tuple[float, ...]]
             if min(len(before), len(after)) < 2:
                 continue
             test = statistics.paired_student(before, after)
-            bounds = [None if x is None else back(x) for x in (test.low, test.high)]
-            found.append(Difference(measure, a, b, back(test.difference), *bounds, test.p, test.n, METHOD))
+            low, high = bounds(back, test.low, test.high)
+            about = described(comparison, measure.key, a, b)
+            found.append(Difference(measure, a, b, back(test.difference), low, high, test.p, test.n, METHOD, **about))
             single.append(tuple(back(y - x) for x, y in zip(before, after, strict=True)))
     return list(zip(adjust(found), single, strict=True))
 

@@ -8,9 +8,9 @@ from typing import Any
 from study.comparison import ablations, models, seeds, training
 from study.comparison.differences import SINCE, STAGES, compared, difference
 from study.comparison.load import Comparison
-from study.comparison.measures import HEADLINE, MEASURES, STAGED, Measure
+from study.comparison.measures import HEADLINE, MEASURES, STAGED
 from study.comparison.models import PLAN
-from study.comparison.results import NBSP, WORDS, Result, compact, percent, plain, table, value_text
+from study.comparison.results import WORDS, Result, compact, percent, plain, table, value_text
 from study.comparison.variance import fuller
 
 Columns = Mapping[str, tuple[str | None, str]]  # title -> (protocol, metric)
@@ -115,7 +115,7 @@ def headline(comparison: Comparison) -> Result:
         measured = {key: comparison.value(key, model) for key in protocols}
         if not comparison.share_tokenizer(model, reference):
             measured = measured | {"perplexity": None} if "perplexity" in measured else measured
-        texts = {_heading(MEASURES[key]): value_text(row) for key, row in measured.items()}
+        texts = {MEASURES[key].heading: value_text(row) for key, row in measured.items()}
         rows.append({"Model": comparison.name(model)} | texts)
         values[model] = {
             key: {name: getattr(row, name) for name in ("value", "low", "high", "n")}
@@ -123,10 +123,6 @@ def headline(comparison: Comparison) -> Result:
             if row is not None
         }
     return table("headline", rows, models=values, protocols=protocols, majority=comparison.majority)
-
-
-def _heading(measure: Measure) -> str:
-    return f"{measure.title} {'↓' if measure.better == 'lower' else '↑'}".replace(" ", NBSP)
 
 
 def sentiment(comparison: Comparison) -> Result:
@@ -200,7 +196,7 @@ def stage_evolution(comparison: Comparison) -> Result:
     every = {(one.question, one.measure.key, one.b): one for one in compared(comparison, STAGES, SINCE)}
     found = [
         {
-            "heading": _heading(MEASURES[key]),
+            "measure": MEASURES[key],
             "model": comparison.name(stage),
             "value": value,
             "change": every.get((STAGES, key, stage)),
@@ -217,19 +213,8 @@ def stage_evolution(comparison: Comparison) -> Result:
 def standing(comparison: Comparison, baseline: str = "gpt2") -> Result:
     """Where our stages, and DistilGPT-2's teacher, match, exceed or lag a baseline on every measure that any two models
     share."""
-    found = [
-        {
-            "heading": _heading(one.measure),
-            "model": comparison.name(one.b),
-            "value": comparison.value(one.measure.key, one.b),
-            "baseline": comparison.name(baseline),
-            "other": comparison.value(one.measure.key, baseline),
-            "one": one,
-        }
-        for one in compared(comparison, baseline)
-    ]
-    name = "distilgpt2" if baseline == "distilgpt2" else f"against-{baseline}"
-    return table(name, found, "standing", differences=[row["one"].values() for row in found])
+    found, name = compared(comparison, baseline), "distilgpt2" if baseline == "distilgpt2" else f"against-{baseline}"
+    return table(name, found, "standing", differences=[one.values() for one in found])
 
 
 ONE_SEED = "*Training was run once (seeds = 1): how far a figure moves with the seed of training was not measured.*"
@@ -259,8 +244,6 @@ def seed_changes(comparison: Comparison) -> Result:
     shown = [
         {
             "one": one,
-            "a": comparison.name(one.a),
-            "b": comparison.name(one.b),
             "each": ", ".join(map(one.measure.change_text, each)),
             "items": difference(comparison, one.measure.key, one.a, one.b),
         }
@@ -281,11 +264,7 @@ def _seeded(name: str, comparison: Comparison, found: Iterable[dict[str, Any]], 
 
 def stability(comparison: Comparison) -> Result:
     """How each stage's loss went."""
-    found = [
-        {"curve": curve, "name": comparison.name(curve.stage), "steady": "yes" if curve.stable else "no"}
-        for curve in training.curves(comparison)
-    ]
-    return table("stability", found)
+    return table("stability", training.curves(comparison))
 
 
 def efficiency(comparison: Comparison, price_per_hour: float = -1) -> Result:

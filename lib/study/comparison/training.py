@@ -85,6 +85,7 @@ class Curve:
     setback."""
 
     stage: str
+    name: str  # of the model, for a reader
     steps: int
     start: float
     end: float
@@ -96,6 +97,10 @@ class Curve:
         """No smoothed setback larger than a tenth of what the stage started from, and an end no worse than the
         start."""
         return self.setback <= 0.1 * self.start and self.end <= self.start
+
+    @property
+    def steady(self) -> str:
+        return "yes" if self.stable else "no"
 
 
 def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
@@ -118,7 +123,9 @@ def curves(comparison: Comparison) -> list[Curve]:
         heldout = (curve.get("heldout") or {}).get("loss")
         ends = (float(heldout[0]), float(heldout[-1])) if heldout else None
         first, last = float(loss[:tenth].mean()), float(loss[-tenth:].mean())
-        found.append(Curve(stage, int(step[-1]) if step else len(loss), first, last, ends, setback))
+        found.append(
+            Curve(stage, comparison.name(stage), int(step[-1]) if step else len(loss), first, last, ends, setback)
+        )
     return found
 
 
