@@ -145,12 +145,12 @@ def variables(comparison: Comparison) -> dict[str, str]:
     effects |= {key: effect and effect.values_SN for key, effect in (("rope", rope(curves)), ("sinks", sinks(curves)))}
     for key, nats_SN in effects.items():
         values[f"length_{key}"] = "not measured" if nats_SN is None else in_nats(*crossed_mean(nats_SN)[:3])
-    share_LH = {name: np.asarray(one["share"]) for name, one in shares.items()}
-    numbers = {key: share_LH[name].mean() for key, name in (("base", BASE), ("four", "sinks=4"), ("none", "sinks=0"))
-               if name in shares}  # fmt: skip
+    quoted = dict.fromkeys(("base", "least", "most", "uniform", "four", "none"), "not measured")
+    for key, name in (("base", BASE), ("four", "sinks=4"), ("none", "sinks=0")):
+        if name in shares:
+            quoted[key] = percent(float(np.mean(shares[name]["share"])), 0)
     if BASE in shares:
-        numbers |= {"least": share_LH[BASE].min(), "most": share_LH[BASE].max()}
-        values["sink_share_uniform"] = percent(shares[BASE]["uniform"], 1)
-    missing = dict.fromkeys([f"sink_share_{key}" for key in ("base", "least", "most", "uniform", "four", "none")],
-                            "not measured")  # fmt: skip
-    return missing | values | {f"sink_share_{key}": percent(float(x), 0) for key, x in numbers.items()}
+        share_LH = np.asarray(shares[BASE]["share"])
+        quoted["least"], quoted["most"] = percent(float(share_LH.min()), 0), percent(float(share_LH.max()), 0)
+        quoted["uniform"] = percent(shares[BASE]["uniform"], 1)
+    return values | {f"sink_share_{key}": text for key, text in quoted.items()}
