@@ -13,8 +13,8 @@
 # # 06 · Compare
 #
 # Every other notebook of the run measured something and published it as a record. This one reads all of those records and
-# turns them into the tables, figures, sentences and verdicts of the report. It trains nothing and runs no model: what it
-# says follows from what the records hold, and where they hold too little it says that instead.
+# turns them into the tables, figures, sentences and verdicts of the report. It trains nothing and runs no model: every
+# statement follows from the records, and where the records do not suffice, the notebook says so.
 #
 # It needs the executed notebooks of the same run (`threefold run` makes them in order).
 
@@ -64,8 +64,8 @@ tables.model_configurations(comparison).publish()
 tables.parameters(comparison).publish()
 
 # %% [markdown]
-# The benefit usually claimed for each component stands beside the one that this run's ablations measured: the change that
-# the component brings against its GPT-2 counterpart, everything else equal.
+# The table compares the benefit usually claimed for each component with the one that this run's ablations measured: the
+# change from GPT-2's counterpart to the component, everything else equal.
 
 # %%
 #| label: tbl-architecture
@@ -155,7 +155,7 @@ tables.protocols(comparison).publish()
 tables.sentiment(comparison).publish()
 
 # %% [markdown]
-# How much of that is the model, and how much the wording, the demonstrations or the items? The same answers, taken apart.
+# How much of this variation comes from the model, and how much from the wording, the demonstrations or the items?
 
 # %%
 #| label: tbl-variance
@@ -203,8 +203,8 @@ insights.bullets(
 #
 # The sampling error of the items is one uncertainty, the seed of training another. Where the preset's `seeds` trained the
 # stages again, the figures of all trainings stand side by side: same text, same items, same demonstrations, other initial
-# weights and another order of the rows. Their standard deviation carries its chi-square interval, which three seeds leave
-# wide, and the change from stage to stage Student's interval over the seeds.
+# weights and another order of the rows. Their standard deviation has a chi-square interval, which is wide for three seeds;
+# the change from stage to stage has Student's interval over the seeds.
 
 # %%
 #| label: tbl-seeds
@@ -294,7 +294,7 @@ insights.bullets(
 ).publish()
 
 # %% [markdown]
-# ## What it comes to
+# ## Conclusions
 
 # %%
 #| label: txt-insights

@@ -192,6 +192,37 @@ def test_detectable_difference_has_the_power_it_says():
     assert statistics.detectable_difference(10_000) < statistics.detectable_difference(100)
 
 
+@pytest.mark.parametrize("n", [30, 100, 300, 1319])
+@pytest.mark.parametrize("discordant", [0.0, 0.02, 0.1, 0.3, 0.5])
+def test_minimum_detectable_differences_are_those_of_the_exact_test(n, discordant):
+    """By simulation: McNemar's exact test rejects in four of five samples at that difference, in fewer below it."""
+    delta = statistics.detectable_difference(n, discordant)
+
+    def power(true, trials=20_000):
+        every = max(discordant, true)
+        shares = [(every + true) / 2, (every - true) / 2, 1 - every]
+        b_only, a_only, _ = np.random.default_rng(1).multinomial(n, shares, trials).T
+        p = 2 * scipy_stats.binom.cdf(np.minimum(a_only, b_only), a_only + b_only, 0.5)
+        return float((p < 0.05).mean())
+
+    assert power(delta) == pytest.approx(0.8, abs=0.015)
+    assert power(0.9 * delta) < 0.78
+
+
+def test_a_model_with_six_items_more_right_is_the_least_that_can_be_told_apart():
+    """Without a discordant item seen, six in one direction are needed: 7.8 points of 100 items, 25 of 30."""
+    assert statistics.detectable_difference(100, 0.0) == pytest.approx(0.078, abs=0.0005)
+    assert statistics.detectable_difference(30, 0.0) == pytest.approx(0.251, abs=0.001)
+    assert statistics.detectable_difference(5, 0.0) == 1.0  # no result of five items is significant
+
+
+@pytest.mark.parametrize("n", [3, 6, 12, 60])
+def test_minimum_detectable_shifts_are_those_of_students_test(n):
+    shift = statistics.detectable_errors(n - 1) / n**0.5
+    samples_TN = np.random.default_rng(2).normal(shift, 1.0, (20_000, n))
+    assert (scipy_stats.ttest_1samp(samples_TN, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.015)
+
+
 # Variance components -------------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ def ablation_effects(variants: Variants) -> Result:
 
 
 def ablation_resolution(variants: Variants) -> Result:
-    """What the ablations could tell, in words."""
+    """Which effects the ablations resolve, in words."""
     found = ablations.contrasts(variants)
     if not found:
         return Result("comparison/ablation-resolution", {}, markdown="No ablation was trained in this run.")

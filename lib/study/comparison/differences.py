@@ -52,7 +52,7 @@ class Difference:
     discordant: float | None = None  # share of items that exactly one of the two has right
     adjusted: float | None = None  # Holm's, over the report
     family: int = 1  # comparisons adjusted together
-    error: float | None = None  # standard error in the unit of change, where the method has one
+    error: float | None = None  # standard error, before the unit of change, where the method has one
     identical: bool = False  # the same result on every single unit
     names: tuple[str, str] = ("", "")  # of a and b, for a reader
     rows: tuple[Any, Any] = (None, None)  # of the long table, the values of a and b
@@ -92,16 +92,17 @@ class Difference:
 
     @property
     def detectable(self) -> float | None:
-        """Minimum detectable effect: the smallest true difference that a single test over this many units detects with
-        80% power, in the unit of change.
+        """Minimum detectable effect: the smallest true difference that a single test at 5% over as many units finds
+        with 80% power, in the unit of change.
 
-        Proportions of single items: Connor (1987) from the discordance seen, at least one item taken as discordant.
-        The rest: (z for 5% two-sided + z for 80%) standard errors (Miller 2024, section 5). None where one unit, or no
-        spread at all, leaves nothing to reckon with.
+        Right or wrong on single items: the exact test's own power at the discordance seen. The rest: that of Student's
+        test at the standard error seen. None where one unit, or no spread at all, leaves nothing to reckon with.
         """
         if self.discordant is not None:
-            return statistics.detectable_difference(self.n, max(self.discordant, 1 / self.n), power=POWER, alpha=ALPHA)
-        return float(stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(POWER)) * self.error if self.error else None
+            return statistics.detectable_difference(self.n, self.discordant, power=POWER, alpha=ALPHA)
+        if not self.error:
+            return None
+        return self.measure.change(self.error * statistics.detectable_errors(self.n - 1, power=POWER, alpha=ALPHA))
 
     @property
     def detectable_text(self) -> str | None:
@@ -172,7 +173,7 @@ class Pair(NamedTuple):
 
     @property
     def identical(self) -> bool:
-        """Whether not a single result tells the two models apart."""
+        """Whether the two models have the same result on every row."""
         same = self.weights_a is None or np.array_equal(self.weights_a, self.weights_b)
         return bool(same and np.array_equal(self.a, self.b))
 
@@ -240,7 +241,6 @@ def _difference(pair: Pair, measure: Measure, a: str, b: str, resamples: int) ->
     half = statistics.student_half_width(error, found.n - 1)
     low = measure.change(min(found.low, found.difference - half))
     high = measure.change(max(found.high, found.difference + half))
-    error = measure.change(error)
     return Difference(measure, a, b, change, low, high, p, found.n, method, error=error, identical=pair.identical)
 
 

@@ -105,7 +105,7 @@ def _against(comparison: Comparison, baseline: str) -> list[Difference]:
 
 
 def standing(comparison: Comparison, baseline: str = "gpt2") -> list[Insight]:
-    """Where our last stage exceeds, lags and matches a baseline, and where that cannot be told."""
+    """Where our last stage exceeds, lags and matches a baseline, and where no difference was detected."""
     return _described(comparison, baseline, "standing", _against(comparison, baseline))
 
 
@@ -168,7 +168,7 @@ def stability(comparison: Comparison) -> list[Insight]:
 
 
 def control(comparison: Comparison) -> list[Insight]:
-    """Whether untrained weights are at chance, which tells that the protocols leak nothing."""
+    """Whether untrained weights are at chance, as they must be where the protocols leak nothing."""
     value, majority = comparison.value("sentiment", "random"), comparison.majority
     if value is None or value.low is None:
         return []

@@ -102,8 +102,8 @@ def rope(curves: Curves) -> Effect | None:
         return None
     return Effect(
         rise(base, "full", both) - rise(learned, "anew", both),
-        "rise of the loss past the training length: RoPE under full attention less learned positions in windows read "
-        "anew (past their table they predict nothing)",
+        "rise of the loss past the training length: RoPE under full attention less learned positions in recomputed "
+        "windows (past their table they predict nothing)",
     )
 
 

@@ -28,7 +28,7 @@ from threefold.evaluation import statistics
 from threefold.evaluation.results import PRECEDENT_ITEMS
 
 PROBLEM_ITEMS = 50
-POINTS = 0.04  # the change in sentiment that its page tells a story about
+POINTS = 0.04  # the change in sentiment that its page interprets
 
 
 def figures(comparison: Comparison) -> Result:
@@ -86,7 +86,7 @@ def _share(found: statistics.Interval) -> str:
 
 
 def sentences(comparison: Comparison) -> list[Insight]:
-    """What 200 and 50 items can tell at all, and what chance looks like on them."""
+    """What 200 and 50 items can resolve, and how often random weights are right on them."""
     half = statistics.wilson(PRECEDENT_ITEMS / 2, PRECEDENT_ITEMS)
     none = statistics.wilson(0, PROBLEM_ITEMS)
     # Two models that disagree on a fifth of the items: the usual assumption of `detectable_difference`.

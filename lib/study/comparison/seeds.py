@@ -39,7 +39,7 @@ class Spread:
 
     @property
     def larger(self) -> str:
-        """Which spread is the larger one, where the interval and the adjusted p-value tell."""
+        """Which spread is the larger one, where the interval and the adjusted p-value agree on it."""
         _, low, high, _ = self.deviation
         if low is None or not self.error_over_items or self.p_adjusted >= ALPHA:
             return UNRESOLVED

@@ -9,12 +9,13 @@ else. All intervals are 95% intervals. Functions raise ValueError for inputs of 
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 _Z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
@@ -261,19 +262,39 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
+@cache
 def detectable_difference(n: int, discordant: float = 0.2, *, power: float = 0.8, alpha: float = 0.05) -> float:
-    """Minimum detectable difference of two paired proportions: what `n` items show with the given power.
+    """Minimum detectable difference of two paired proportions: the smallest that McNemar's exact test over `n` items
+    finds with the given power; 1 where even the largest is found less often.
 
-    `discordant` is the share of items on which exactly one of the two models is right; Connor's (1987) normal
-    approximation to McNemar's test. Returns at most `discordant`: no difference can exceed it.
+    `discordant` is the share of items on which exactly one of the two models is right. A difference cannot exceed it:
+    from there on every discordant item is taken to favour the same model. The power is the test's own, summed over the
+    number of discordant items; Connor's (1987) normal approximation is too small where few are discordant.
     """
-    z_alpha, z_power = float(stats.norm.ppf(1 - alpha / 2)), float(stats.norm.ppf(power))
-    low, high = 0.0, discordant
-    for _ in range(60):
+
+    def reached(delta: float) -> float:
+        every = max(discordant, delta)
+        fewest, most = stats.binom.ppf((1e-12, 1 - 1e-12), n, every)
+        counts_K = np.arange(fewest, most + 1)  # discordant items
+        critical_K = stats.binom.ppf(alpha / 2, counts_K, 0.5) - 1  # the most that may favour the worse model; -1: none
+        worse_K = stats.binom.cdf(critical_K, counts_K, (every - delta) / (2 * every))
+        return float(stats.binom.pmf(counts_K, n, every) @ worse_K)
+
+    low, high = 0.0, 1.0
+    if reached(high) < power:
+        return high
+    for _ in range(40):
         delta = (low + high) / 2
-        needed = (z_alpha * math.sqrt(discordant) + z_power * math.sqrt(max(discordant - delta**2, 0.0))) ** 2
-        low, high = (low, delta) if needed <= n * delta**2 else (delta, high)
+        low, high = (low, delta) if reached(delta) >= power else (delta, high)
     return high
+
+
+@cache
+def detectable_errors(freedom: int, *, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The smallest true difference, in standard errors, that Student's two-sided test with so many degrees of freedom
+    finds with the given power (noncentral t distribution); 2.80 for many, more for few."""
+    critical = float(stats.t.ppf(1 - alpha / 2, freedom))
+    return float(optimize.brentq(lambda shift: stats.nct.sf(critical, freedom, shift) - power, 0.0, 10 * critical))
 
 
 def variance_components(correct_MTDI: np.ndarray) -> VarianceComponents:
