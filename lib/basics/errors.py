@@ -7,6 +7,7 @@ import errno
 import re
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room: disk, quota, limit
+_SHA256 = re.compile(r"(?<![\w/.-])([0-9a-f]{12})[0-9a-f]{52}(?![\w/-])")  # not where it is part of a path
 _ENDLESS = re.compile(r"(\S{200})\S{100,}(\S{100})")
 
 
@@ -14,13 +15,13 @@ class ThreefoldError(Exception):
     """Base of every error with a cause the user can mend. The CLI prints it as one line and exits with status 2.
 
     What a message quotes may come from anywhere: characters that end a line, colour a terminal or turn its text around
-    are shown as their escapes, and words without end by their ends.
+    are shown as their escapes, words without end by their ends, and hashes by their first twelve digits.
     """
 
     _shown = "\u00a0"  # unprintable characters that are shown as they are
 
     def __init__(self, message: str = ""):
-        message = _ENDLESS.sub(r"\1…\2", message)
+        message = _ENDLESS.sub(r"\1…\2", _SHA256.sub(r"\1", message))
         super().__init__(
             "".join(char if char.isprintable() or char in self._shown else ascii(char)[1:-1] for char in message)
         )

@@ -146,7 +146,8 @@ class Run:
             if problem != STRAY and not (gone and problem == GONE):
                 raise CheckpointError(
                     f"{self.spec(stage).folder}/{path} of run {self.name} is not what the stage wrote ({problem}): "
-                    f"`threefold verify --run {self.name}` lists everything; run stage {stage} again"
+                    f"`threefold verify --run {self.name}` lists everything, "
+                    f"`threefold run --run {self.name} --only {stage} --force` makes it again"
                 )
         return folder
 
@@ -203,7 +204,10 @@ class Run:
             if finished
             else f"has no {spec.folder}/{RUN_FILE} that vouches for it"
         ):
-            raise RecordError(f"notebooks/{file.name} of run {self.name} {problem}: run stage {stage} again")
+            raise RecordError(
+                f"notebooks/{file.name} of run {self.name} {problem}: "
+                f"`threefold run --run {self.name} --only {stage} --force` makes it again"
+            )
 
     def config_problem(self, *, hashed: bool = True) -> str:
         """What is wrong with config.toml, "" if nothing: its last line holds the hash of the others.

@@ -91,32 +91,39 @@ class Comparison:
             prefix = f"replicate {replicate}: " if replicate > 1 else ""
             for model in comparison.models:
                 known = None
-                for place, weights, way in comparison._hashes(model):
+                for place, weights, stage in comparison._hashes(model):
                     known = known or (place, weights)
                     if weights != known[1]:
                         raise RecordError(
-                            f"{prefix}{place} has weights {weights}, but {known[0]} has weights {known[1]}: {way}"
+                            f"{prefix}{place} has weights {weights}, but {known[0]} has weights {known[1]}: "
+                            f"{comparison._made_again(stage)}"
                         )
             for model in LINEAGE:
                 weights = (comparison.stage(model) or {}).get("weights_sha256")
                 if weights and (earlier := made.setdefault((model, weights), replicate)) != replicate:
                     raise RecordError(
                         f"replicates {earlier} and {replicate} of {model} have the same weights {weights}: they are "
-                        f"one training; run {names.replicate_name(model, replicate)} again"
+                        f"one training: {comparison._made_again(model)}"
                     )
 
     def _hashes(self, model: str) -> Iterator[tuple[str, str | None, str]]:
-        """(place, SHA-256 of the model's weights there, what to do where it is not that of the places before)."""
+        """(place, SHA-256 of the model's weights there, the stage to run where it is not that of the places before)."""
         if weights := (self.stage(model) or {}).get("weights_sha256"):
             yield f"stage {model} by its notebook", weights, ""
         if self.folder is not None and (weights := (read_run_file(self.folder / model) or {}).get("weights_sha256")):
-            yield f"run.json of stage {model}", weights, f"run stage {model} again"
+            yield f"run.json of stage {model}", weights, model
             file = self.folder / model / "model.safetensors"
             if file.is_file():
-                way = f"the weights were replaced after stage {model}; run it again"
-                yield f"{model}/{file.name}", files.sha256_file(file), way
+                yield f"{model}/{file.name}", files.sha256_file(file), model
         for protocol, values in self.evaluations(model).items():
-            yield f"evaluation {protocol} of {model}", values.get("weights_sha256"), f"evaluate {model} again"
+            yield f"evaluation {protocol} of {model}", values.get("weights_sha256"), f"evaluate-{model}"
+
+    def _made_again(self, stage: str) -> str:
+        """The command that makes a stage of these results again."""
+        replicate = int(self.folder.name) if self.folder and self.folder.parent.name == "seeds" else 1
+        run = self.folder.parents[1] if replicate > 1 else self.folder
+        named = f"--run {run.name} " if run else ""
+        return f"`threefold run {named}--only {names.replicate_name(stage, replicate)} --force` makes it again"
 
     # Records --------------------------------------------------------------------------------------------------------
 
@@ -296,7 +303,8 @@ class Comparison:
         recorded = (self.evaluations(model).get(protocol, {}).get("items") or {}).get("sha256")
         if recorded and (actual := files.sha256_file(path)) != recorded:
             raise RecordError(
-                f"{path.name} of {model} has hash {actual}, but the record says {recorded}: evaluate {model} again"
+                f"{path.name} of {model} has hash {actual}, but the record says {recorded}: "
+                f"{self._made_again('speed' if protocol == 'speed' else f'evaluate-{model}')}"
             )
         return pd.read_parquet(path)
 
