@@ -28,7 +28,7 @@ from threefold.data import sources
 from threefold.data.templates import as_document
 
 COLUMNS = {  # of the rows that each option reads, for messages
-    "text": "plain text, or rows with a column text",
+    "text": "plain text (.txt, .md), or rows with a column text",
     "instructions": "rows with the columns instruction, output and, where there is one, input",
     "preferences": "rows with the columns prompt, chosen and rejected",
 }
@@ -135,7 +135,7 @@ class Input:
         Raises SourceError or DataError, with the file.
         """
         path = paths.expanded(given).absolute()
-        if not path.exists():
+        if not os.path.exists(path):
             raise SourceError(f"--{kind} {given}: no such file or folder")
         try:
             source = SourceConfig(path=str(path), reader=kind)
@@ -197,10 +197,10 @@ def create(
     """
     folder = Path(study)
     name = check_name(folder.name, "study")
+    if not os.path.isdir(folder.absolute().parent):  # False, too, for a name that is too long for any folder
+        raise ConfigError(f"{folder.parent}: no such folder")
     if folder.exists():
         raise ConfigError(f"{study} exists already: choose another name, or remove it")
-    if not folder.absolute().parent.is_dir():
-        raise ConfigError(f"{folder.parent}: no such folder")
     if name in preset_names() or (paths.RUNS / name).exists():
         raise ConfigError(f"study {name!r}: a preset or a run of this name exists already: choose another name")
     if not text and not model:
@@ -225,11 +225,11 @@ def create(
 def _location(model: str) -> str:
     """A local folder as its absolute path; anything else as it is, a hub id or package:NAME/FILE.gguf."""
     path = paths.expanded(model).absolute()
-    if path.is_dir():
+    if os.path.isdir(path):
         if not (path / "config.json").is_file():
             raise SourceError(f"--model {model}: no model in this folder, it has no config.json")
         return str(path)
-    if not re.fullmatch(r"package:[\w.-]+/[\w./-]+|\w[\w.-]*(/\w[\w.-]*)?", model):
+    if not re.fullmatch(r"package:[\w.-]+/[\w./-]+|\w[\w.-]*(/\w[\w.-]*)?", model[:200]) or model[200:]:
         raise SourceError(f"--model {model}: no such folder, and no name of a model on the hub (OWNER/NAME)")
     return model
 
@@ -298,7 +298,7 @@ def _preset(inputs: dict[str, Input], values: dict[str, Any]) -> str:
             kept += [lines.replace("$part", kind) for kind in inputs if "text" not in inputs]
         elif part in parts:
             kept.append(lines)
-    last = re.sub(r"[^A-Za-z0-9._-]+", "-", values["model"].rstrip("/").rpartition("/")[2]).lstrip("._-") or "model"
+    last = re.sub(r"[^A-Za-z0-9._-]+", "-", values["model"].rstrip("/").rpartition("/")[2])[:60].strip("._-") or "model"
     quoted = {
         "model": json.dumps(values["model"], ensure_ascii=False),
         "model_name": f"{last}-given" if last in OWN_MODELS else last,

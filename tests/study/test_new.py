@@ -216,6 +216,10 @@ def test_each_input_may_be_left_out(own, given, plan, measured):
     [
         (["mine"], "--text FILE"),
         (["mine", "--text", "no.txt"], "no.txt: no such file"),
+        (["mine", "--text", "n" * 5000 + ".txt"], "no such file"),
+        (["n" * 5000 + "/mine", "--text", "notes.txt"], "no such folder"),
+        (["mine", "--model", "n" * 5000], "no such folder"),
+        (["mine", "--text", "book.pdf"], "book.pdf"),
         (["mine", "--text", "empty.txt"], "empty.txt"),
         (["mine", "--text", "little.txt"], "little.txt: 2 passages"),
         (["mine", "--text", "mine.jsonl"], "mine.jsonl:1: no column 'text'"),
@@ -237,6 +241,7 @@ def test_wrong_input_ends_in_one_line_and_leaves_nothing(own, capsys, monkeypatc
     monkeypatch.setattr(Machine, "this", lambda: HERE)
     Path("there").mkdir()
     Path("empty.txt").touch()
+    Path("book.pdf").write_bytes(b"%PDF-1.7")
     Path("little.txt").write_text("A word and another. " * 80)
     Path("latin.txt").write_bytes("é".encode("latin-1") * 20)
     row = {"instruction": "Say it.", "output": "It."}
