@@ -11,7 +11,8 @@ import sys
 
 from basics.errors import SourceError
 from threefold.config import SourceConfig, TokenizerConfig
-from threefold.data import corpus, sources
+from threefold.data import corpus
+from threefold.data.registry import registry
 from threefold.data.tokenizer import build_tokenizer
 
 
@@ -26,7 +27,7 @@ def main() -> None:
         print(f"no token counts: {error}", file=sys.stderr)
     print("| source | split | found | documents | words | bytes | GPT-2 tokens |")
     print("|---|---|---|---:|---:|---:|---:|")
-    for source in sources.registry().values():
+    for source in registry().values():
         for split in source.all_splits if source.kind == "dataset" else ():
             try:
                 facts = corpus.describe(SourceConfig(source=source.name, split=split), data_dir, tokenizer)

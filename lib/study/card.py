@@ -19,7 +19,7 @@ from papertrail.plan import ancestors
 from papertrail.run import read_run_file
 from study.chat import forms
 from study.run import Stage
-from threefold.data.sources import registry
+from threefold.data.registry import registry
 from threefold.data.templates import FORMS
 from threefold.model import hf
 from threefold.training import TrainResult

@@ -8,7 +8,7 @@ from typing import Any
 from basics.errors import DataError
 from basics.names import replicate_of
 from study.preset import LINEAGE, Preset
-from threefold.data.sources import find
+from threefold.data.registry import find
 from threefold.data.templates import FORM_OF_READER, FORMS
 
 

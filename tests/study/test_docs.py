@@ -29,7 +29,7 @@ from packaging.utils import canonicalize_name
 from basics import paths
 from study.cli import parser
 from study.preset import from_dict, load_preset, parse_overrides, to_dict, validate
-from threefold.data import sources
+from threefold.data import registry
 
 ROOT = paths.PROJECT
 PAGES = sorted(
@@ -385,7 +385,7 @@ def test_every_example_holds(name, place, text, tmp_path, monkeypatch):
         exec(compile(text, f"{name}, example {place}", "exec"), {"__name__": "example"})
     elif text.startswith("# data/sources.toml"):
         (tmp_path / "sources.toml").write_text((ROOT / "data" / "sources.toml").read_text() + text)
-        assert set(tomllib.loads(text)) < set(sources.read_registry(tmp_path / "sources.toml"))
+        assert set(tomllib.loads(text)) < set(registry.read_registry(tmp_path / "sources.toml"))
     else:
         table, part = to_dict(load_preset("smoke")), tomllib.loads(text)
         for section, values in part.items():

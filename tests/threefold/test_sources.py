@@ -15,7 +15,7 @@ from basics import files, paths
 from basics.errors import DataError, SourceError
 from study.preset import load_preset, preset_names
 from threefold.config import SourceConfig
-from threefold.data import readers, sources
+from threefold.data import readers, registry, sources
 
 DATA = Path(os.environ.get("THREEFOLD_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 real = pytest.mark.skipif(not DATA.is_dir(), reason="no real data: THREEFOLD_DATA or ../shared/data")
@@ -49,7 +49,7 @@ def jsonl(*rows: dict) -> str:
 
 
 def test_the_registry_is_whole():
-    known = sources.registry()
+    known = registry.registry()
     for name in ("wikitext-2", "wikitext-103", "wikipedia", "tinystories", "alpaca", "hh-rlhf", "sst2", "gsm8k"):
         source = known[name]
         assert source.hub.count("/") == 1 and source.licence and source.homepage.startswith("https://")
@@ -75,7 +75,7 @@ def test_every_preset_names_registered_sources():
             for value in vars(section).values():
                 for source in used(value):
                     if source.source:
-                        assert source.split in sources.find(source.source).all_splits
+                        assert source.split in registry.find(source.source).all_splits
                     assert not source.reader or source.reader in readers.READERS
 
 
@@ -105,9 +105,9 @@ def test_unknown_names_are_near_misses():
 def test_a_registry_that_cannot_be_meant(tmp_path, monkeypatch, text, message):
     file = tmp_path / "sources.toml"
     file.write_text(text)
-    monkeypatch.setattr(sources, "REGISTRY", file)
+    monkeypatch.setattr(registry, "REGISTRY", file)
     with pytest.raises(SourceError) as raised:
-        sources.registry()
+        registry.registry()
     assert message in str(raised.value)
 
 
@@ -115,7 +115,7 @@ def test_a_registry_that_cannot_be_meant(tmp_path, monkeypatch, text, message):
 
 
 def test_the_embedded_sample_is_found_without_anything():
-    for source in sources.registry().values():
+    for source in registry.registry().values():
         for split in source.all_splits if source.embedded else ():
             config = SourceConfig(source=source.name, split=split)
             resolved = sources.resolve(config)
@@ -431,4 +431,4 @@ def test_a_broken_record_of_commits_is_named(tmp_path):
 
 def test_the_registry_file_is_plain_toml():
     tables = tomllib.loads((paths.DATA / "sources.toml").read_text(encoding="utf-8"))
-    assert set(tables) == set(sources.registry())
+    assert set(tables) == set(registry.registry())

@@ -9,11 +9,9 @@ import glob
 import os
 import re
 import time
-import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,42 +21,17 @@ import numpy as np
 from basics import paths
 from basics.errors import DataError, SourceError
 from basics.files import refuse_pointer, sha256_cached, sha256_file, sha256_json
-from basics.names import did_you_mean
 from threefold.config import SourceConfig
 from threefold.data import hub, readers
 from threefold.data.data_files import files_in, select
+from threefold.data.registry import Source, check_reader, find
 from threefold.data.rows import TABULAR, Row, read_rows, suffix
 
-REGISTRY = paths.DATA / "sources.toml"
 SHUFFLE_SEED = 0  # of sources marked `shuffle`: the same order for every run
 MOST_ODD = 0.01  # the largest share of odd rows in a source
 PROGRESS_EVERY = 30  # seconds between messages while a source is read
 
 _ROWS_OF: dict[tuple, int] = {}  # rows of the parts of sources that this process has read to the end
-
-
-@dataclass(frozen=True)
-class Source:
-    """An entry of the registry; the head of data/sources.toml explains its keys."""
-
-    name: str
-    licence: str
-    use: str
-    reader: str = ""
-    kind: str = "dataset"
-    hub: str = ""
-    config: str = ""
-    revision: str = ""
-    homepage: str = ""
-    shuffle: bool = False
-    embedded: bool = False
-    splits: Mapping[str, str] = field(default_factory=dict)
-    local: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
-
-    @property
-    def all_splits(self) -> list[str]:
-        """Splits that the hub or a local folder can have."""
-        return list(dict.fromkeys([*self.splits, *self.local]))
 
 
 @dataclass(frozen=True)
@@ -94,54 +67,6 @@ class Resolved:
         return sha256_json([self.content, self.reader, self.shuffle])
 
 
-# The registry ---------------------------------------------------------------------------------------------------------
-
-
-def registry() -> dict[str, Source]:
-    """The registered sources by name. Raises SourceError for an invalid registry."""
-    return read_registry(REGISTRY)
-
-
-@lru_cache(maxsize=4)
-def read_registry(file: Path) -> dict[str, Source]:
-    """The sources of a registry file by name. Raises SourceError that names the file and key."""
-    try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SourceError(f"{file} is missing: the registry of data sources comes with the project") from error
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{file}: {error}") from error
-    allowed = {entry.name for entry in fields(Source)} - {"name"}
-    for name, table in tables.items():
-        for key in table:
-            if key not in allowed:
-                raise SourceError(f"{file}: {name}.{key}: no such key{did_you_mean(key, allowed)}")
-        for key in ("licence", "use"):
-            if key not in table:
-                raise SourceError(f"{file}: {name}: {key} is missing")
-        if table.get("kind", "dataset") == "dataset":
-            _check_reader(table.get("reader", ""), f"{file}: {name}.reader")
-    return {name: Source(name=name, **table) for name, table in tables.items()}
-
-
-def find(name: str) -> Source:
-    """The registered source of this name. Raises SourceError with the most similar name and all names."""
-    known = registry()
-    if name not in known:
-        names = ", ".join(entry.name for entry in known.values() if entry.kind == "dataset")
-        raise SourceError(
-            f"no source {name!r} in data/sources.toml{did_you_mean(name, known)}: allowed are {names}; "
-            "name own files by `path`"
-        )
-    return known[name]
-
-
-def _check_reader(reader: str, where: str = "reader") -> None:
-    if reader not in readers.READERS:
-        near = did_you_mean(reader, readers.READERS)
-        raise SourceError(f"{where}: no reader {reader!r}{near}: allowed are {', '.join(readers.READERS)}")
-
-
 # Resolving ------------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +84,7 @@ def resolve(config: SourceConfig, data_dir: str | Path = "") -> Resolved:
     if split not in source.all_splits:
         raise SourceError(f"source {source.name!r} has no split {split!r}; it has: {', '.join(source.all_splits)}")
     reader = config.reader or source.reader
-    _check_reader(reader)
+    check_reader(reader)
 
     def found(kind: str, files: tuple[Path, ...] = (), folder: Path = paths.DATA, commit: str = "") -> Resolved:
         on_hub = f"hub:{source.hub}@{commit}:{source.config or 'default'}:{source.splits.get(split)}"
@@ -263,7 +188,7 @@ def _resolve_path(config: SourceConfig, data_dir: str | Path) -> Resolved:
         raise SourceError(f"path {config.path!r}: no such file or folder; looked for {', '.join(map(str, places))}")
     if not config.reader:
         raise SourceError(f"path {config.path!r} needs a reader: {', '.join(readers.READERS)}")
-    _check_reader(config.reader)
+    check_reader(config.reader)
     if path is not None and path.is_dir():
         selection = select(path, config.split)
         files, left_out = selection.files, selection.left_out
