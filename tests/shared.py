@@ -10,6 +10,17 @@ from study import cli
 # The trainings of a preset, each of one step.
 ONE_STEP = "".join(f"[{name}]\nsteps = 1\n" for name in ("pretrain", "gpt2", "distilgpt2", "sft", "dpo"))
 
+# What a preset names for them that `threefold run` executes.
+SAMPLE_DATA = """
+[data]
+pretrain = [{source = "sample-text"}]
+pretrain_heldout = [{source = "sample-text", split = "validation"}]
+sft = [{source = "sample-instructions"}]
+sft_heldout = [{source = "sample-instructions", split = "test"}]
+dpo = [{source = "sample-preferences"}]
+dpo_heldout = [{source = "sample-preferences", split = "test"}]
+"""
+
 
 def call(capsys, *arguments: str) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of a command."""

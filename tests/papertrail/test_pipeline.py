@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from shared import ONE_STEP, flip
+from shared import ONE_STEP, SAMPLE_DATA, flip
 
 from basics import files, paths
 from basics.errors import ConfigError, MissingInput, RecordError, SourceError, ThreefoldError
@@ -433,6 +433,7 @@ def test_one_pipeline_a_run(project):
 
 def running(project: Path) -> subprocess.Popen:
     """`threefold run` of a data stage that has said it is here."""
+    (project / "tiny.toml").write_text(PRESET + SAMPLE_DATA)
     opened(project)
     script = (
         "import sys; from pathlib import Path; from basics import paths; from study import cli;"

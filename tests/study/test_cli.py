@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from shared import ONE_STEP, call
+from shared import ONE_STEP, SAMPLE_DATA, call
 
 from basics import files, paths
 from basics.errors import ReportError
@@ -32,14 +32,8 @@ d_ff = 32
 context = 32
 [tokenizer]
 vocab_size = 265
-[data]
-pretrain = [{source = "sample-text"}]
-pretrain_heldout = [{source = "sample-text", split = "validation"}]
-sft = [{source = "sample-instructions"}]
-sft_heldout = [{source = "sample-instructions", split = "test"}]
-dpo = [{source = "sample-preferences"}]
-dpo_heldout = [{source = "sample-preferences", split = "test"}]
 """
+    + SAMPLE_DATA
     + ONE_STEP
 )
 
