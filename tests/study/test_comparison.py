@@ -55,7 +55,25 @@ def test_models_come_in_the_fixed_order_and_a_folder_of_notebooks_is_enough(comp
     assert comparison.models == list(MODELS)
     bare = Comparison.load(run / "notebooks")
     assert bare.models == comparison.models and bare.items("sft", "speed") is None
-    assert bare.dumps() == comparison.dumps()
+    read, known = ({name: one.values for name, one in each.records.items()} for each in (bare, comparison))
+    assert read == known
+
+
+def test_the_long_table_has_one_row_a_metric_and_marks_those_of_the_measures(comparison):
+    expected = {
+        (model, protocol, name, entry["value"])
+        for model in MODELS
+        for protocol, values in comparison.evaluations(model).items()
+        for name, entry in values["metrics"].items()
+    }
+    table = comparison.table
+    assert len(table) == len(expected)
+    assert set(table[["model", "protocol", "metric", "value"]].itertuples(index=False, name=None)) == expected
+    measured = table[table["measure"] != ""]
+    assert set(measured["measure"]) == set(MEASURES) and not measured.duplicated(["measure", "model"]).any()
+    for key, rows in measured.groupby("measure"):
+        assert set(rows["protocol"]) == {comparison.protocol(key)} and set(rows["unit"]) == {MEASURES[key].unit}
+    assert set(table["record"]) <= set(comparison.records)
 
 
 def test_evaluation_of_other_weights_is_refused_with_both_hashes(copy):

@@ -1,7 +1,6 @@
 """All records of a run in one place: one long table of what was measured, and the refusal of any evaluation that ran
 other weights than the stage's."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from study.run import Run
 from study.stages import replicate_folder
 
 OWN_NOTEBOOK = "06_compare"
+MEASURED = ("evaluation/", "speed/")  # records with metrics of a model
 FACTS = ("parameters", "precision", "backend", "context", "vocabulary", "tokenizer_sha256", "revision", "location")
 COLUMNS = (
     "replicate", "model", "protocol", "form", "size", "metric", "measure", "value", "low", "high", "n", "unit", "record"
@@ -158,11 +158,6 @@ class Comparison:
         """Evaluated models in the fixed order."""
         return models.ordered(name.split("/")[1] for name in self.records if name.startswith("evaluation/"))
 
-    @property
-    def timed(self) -> list[str]:
-        """Models with a record of their speed."""
-        return [name.removeprefix("speed/") for name in self.records if name.startswith("speed/")]
-
     @cached_property
     def trained(self) -> list[str]:
         """Stages with a loss curve or tokens, in the fixed order."""
@@ -221,15 +216,6 @@ class Comparison:
         timed = [values["speed"] for model in self.models if "speed" in (values := self.evaluations(model))]
         return bool(timed) and all(one["settings"].get("measured_by_turns_with") for one in timed)
 
-    def dumps(self) -> str:
-        """Record names and their values as JSON, for hashing what a comparison was made from."""
-        every = {
-            f"{place}/{name}": record.values
-            for place, comparison in self.trainings.items()
-            for name, record in comparison.records.items()
-        }
-        return json.dumps(every, sort_keys=True)
-
     # What was measured ----------------------------------------------------------------------------------------------
 
     @cached_property
@@ -243,7 +229,7 @@ class Comparison:
             (replicate, model, protocol, *_form(protocol), metric, "", *map(entry.get, ("value", "low", "high", "n")),
              unit_of(entry.get("unit")), comparison.record(model, protocol))
             for replicate, comparison in self.trainings.items()
-            for model in dict.fromkeys([*comparison.models, *comparison.timed])
+            for model in dict.fromkeys(name.split("/")[1] for name in comparison.records if name.startswith(MEASURED))
             for protocol, values in comparison.evaluations(model).items()
             for metric, entry in values.get("metrics", {}).items()
             if entry.get("value") is not None
