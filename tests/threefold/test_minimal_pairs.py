@@ -69,7 +69,7 @@ def test_the_sub_sample_is_seeded_even_and_said():
     result = minimal_pairs.blimp(language_model(), Dataset("blimp", items), per_phenomenon=10)
     assert result.items["item"].tolist() == minimal_pairs.sample(items, 10, 0)
     said = {"items": 64, "pairs": 24, "phenomena": 3, "pairs_per_phenomenon": 10, "sample_seed": 0}
-    assert result.settings == said
+    assert result.settings == said | {"subsampled": True}
 
 
 def test_from_a_preset_to_a_record(tmp_path):
@@ -81,7 +81,8 @@ def test_from_a_preset_to_a_record(tmp_path):
     assert evaluate(model, EvaluationConfig()) == []
     (evaluation,) = evaluate(model, EvaluationConfig(blimp=source, blimp_pairs=3), seed=4)
     assert evaluation.protocol == "pairs/minimal-pairs" and evaluation.settings["sample_seed"] == 4
-    assert evaluation.settings["data"]["examples"] == 5 and len(evaluation.items) == 3
+    assert evaluation.settings["data"]["subsampled"] and evaluation.settings["data"]["examples"] == 5
+    assert len(evaluation.items) == 3
     assert set(evaluation.metrics) == {"accuracy", "accuracy_a"} and "`accuracy_{phenomenon}`" in describe()
 
 

@@ -55,6 +55,7 @@ def blimp(model: LanguageModel, data: Dataset, *, per_phenomenon: int = -1, scor
         "phenomena": by_phenomenon.ngroups,
         "pairs_per_phenomenon": None if per_phenomenon < 0 else per_phenomenon,
         "sample_seed": None if per_phenomenon < 0 else scoring.seed,
+        "subsampled": len(rows) < len(data.items),
     }
     return Evaluation(name, model.name, model.weights_sha256, metrics, rows, settings)
 

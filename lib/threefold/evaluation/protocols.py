@@ -132,10 +132,12 @@ def evaluate(
         data = Dataset(_name(source), items, *demonstrations, wikitext=resolve(source).reader.startswith("wikitext"))
         evaluation = protocol.function(model, data, **arguments, scoring=scoring)
         seconds = time.perf_counter() - begin
+        notes = {key: note(source) for key, source in used.items()}
+        notes["data"]["subsampled"] |= evaluation.settings.get("subsampled", False)
         settings = {
             "version": protocol.version,
             **evaluation.settings,
-            **{key: note(source) for key, source in used.items()},
+            **notes,
             **model.facts,
             "seconds": round(seconds, 3),
         }
