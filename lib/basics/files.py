@@ -5,13 +5,13 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from basics import paths
-from basics.errors import SourceError
+from basics.errors import DISK_FULL, SourceError
 
 # Hashes -------------------------------------------------------------------------------------------------------------
 
@@ -69,7 +69,10 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to fill that takes its place, replacing what stood there, only if the block ends without an error."""
+    """A folder to fill that takes its place, replacing what stood there, only if the block ends without an error.
+
+    Raises OSError where the disk is full, by whatever library the files are written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -77,6 +80,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         replace_folder(temporary, path)
+    except Exception as error:
+        full = [number for number in DISK_FULL if os.strerror(number) in str(error)]
+        if isinstance(error, OSError) or not full:
+            raise
+        # safetensors and tokenizers report a full disk by errors of their own
+        raise OSError(full[0], os.strerror(full[0]), str(path)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -175,7 +184,31 @@ def damaged(note: Path) -> list[Path]:
     return [file for file, digest in files.items() if not file.is_file() or sha256_file(file) != digest]
 
 
-# Hashes of large files ----------------------------------------------------------------------------------------------
+# Hashes used again ----------------------------------------------------------------------------------------------------
+
+_memory: dict[tuple, Any] | None = None
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Until the block ends, look at each file once: for a survey of many stages, not for running any."""
+    global _memory
+    before, _memory = _memory, {} if _memory is None else _memory
+    try:
+        yield
+    finally:
+        _memory = before
+
+
+def remembered(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result, inside `remembering` that of its first call with these arguments."""
+    if _memory is None:
+        return function(*arguments)
+    key = (function, *arguments)
+    if key not in _memory:
+        _memory[key] = function(*arguments)
+    return _memory[key]
+
 
 SMALL = 1 << 20  # bytes; a smaller file is hashed each time
 
@@ -187,7 +220,7 @@ def sha256_cached(path: Path) -> str:
     """
     stat = path.stat()
     if stat.st_size < SMALL:
-        return sha256_file(path)
+        return remembered(sha256_file, path)
     kept = paths.cache_folder() / "hashes" / f"{sha256_bytes(str(path.resolve()).encode())[:32]}.json"
     state = [stat.st_size, stat.st_mtime_ns]
     known = read_note(kept)

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import psutil
 
 from basics.errors import ConfigError, MissingInput, RecordError
 from basics.files import sha256_bytes, sha256_json
-from basics.source_code import imports, module_files
+from basics.source_code import code_hashes, imports, module_files
 from papertrail.notebook_files import read_notebook
 
 CODE_SHOWN = 4  # modules named in one reason
@@ -42,11 +42,11 @@ class Fingerprint:
     @property
     def digest(self) -> str:
         """SHA-256 over all components."""
-        return sha256_json(asdict(self))
+        return sha256_json(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
         """What run.json keeps: the digest and every component."""
-        return {"digest": self.digest, **asdict(self)}
+        return {"digest": self.digest, **vars(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Fingerprint":
@@ -69,9 +69,9 @@ class Fingerprint:
 
         def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             for key in {**old, **new}:
-                pair = [json.dumps(part[key]).strip('"') if key in part else "(none)" for part in (old, new)]
-                if old.get(key, pair) != new.get(key, pair):
-                    yield key, " -> ".join(pair)
+                if key not in old or key not in new or old[key] != new[key]:
+                    texts = (json.dumps(part[key]).strip('"') if key in part else "(none)" for part in (old, new))
+                    yield key, " -> ".join(texts)
 
         lines = [f"stage {self.stage} -> {other.stage}"] if self.stage != other.stage else []
         lines += [f"config: {key} {values}" for key, values in changed(_flat(self.config), _flat(other.config))]
@@ -97,23 +97,20 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 MAGIC = re.compile(r"^\s*[%!?]")
 
 
+def code_behind(path: Path, packages: tuple[str, ...]) -> dict[str, str]:
+    """{notebook or module of the packages: hash of its code}, of a notebook and everything that it imports."""
+    modules, cells = notebook_code(path, packages)
+    return {f"notebooks/{path.name}": cells, **code_hashes(modules, packages)}
+
+
 def notebook_code(path: Path, packages: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
     """(modules of the packages that a notebook imports, hash of its code cells). Comments, text cells and the
     parameters' values do not count: a parameter's value is part of the configuration.
 
     Raises MissingInput when there is no such notebook, ConfigError for a file that is none.
     """
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        raise MissingInput(
-            f"notebooks/{path.name} is not there: `make notebooks` writes it from notebooks/percent/"
-        ) from None
-    return _notebook_code(path, packages, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=64)
-def _notebook_code(path: Path, packages: tuple[str, ...], _mtime: int, _size: int) -> tuple[tuple[str, ...], str]:
+    if not path.is_file():
+        raise MissingInput(f"notebooks/{path.name} is not there: `make notebooks` writes it from notebooks/percent/")
     try:
         cells = read_notebook(path)["cells"]
     except RecordError as error:

@@ -17,7 +17,6 @@ from typing import Any
 from basics import files
 from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError
 from basics.names import did_you_mean
-from basics.source_code import code_hashes
 from papertrail import provenance, records
 from papertrail.plan import Plan, StageSpec
 from papertrail.project import Project
@@ -69,11 +68,10 @@ class Run:
         """
         spec, project = self.spec(stage), self.project
         path = project.notebooks / f"{spec.notebook}.ipynb"
-        modules, cells = provenance.notebook_code(path, project.packages)
         return Fingerprint(
             stage,
             config=json.loads(json.dumps(self.config_of(stage))),  # tuples as lists, as they come back from run.json
-            code={f"notebooks/{path.name}": cells, **code_hashes(modules, project.packages)},
+            code=files.remembered(provenance.code_behind, path, project.packages),
             data=self.data_of(stage),
             parents={parent: self.taken_from(parent, stage) for parent in spec.needs},
             versions=provenance.versions(project.distributions),
@@ -127,7 +125,7 @@ class Run:
 
     def finished(self, stage: str) -> dict[str, Any] | None:
         """The run.json of a finished stage, None when it has not been made. Raises RecordError if it is damaged."""
-        return read_run_file(self.stage_folder(stage))
+        return files.remembered(read_run_file, self.stage_folder(stage))
 
     def require(self, stage: str) -> dict[str, Any]:
         """The run.json of a finished stage. Raises MissingInput, with the command that makes it."""

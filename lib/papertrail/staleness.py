@@ -48,6 +48,7 @@ def state(run: Run, stage: str) -> State:
     return State(stage, kind if reasons else "fresh", tuple(reasons), facts, digest)
 
 
+@files.remembering()
 def survey(run: Run) -> dict[str, State]:
     """Every stage's state, where a stage with a parent that is not fresh counts as stale too."""
     states: dict[str, State] = {}

@@ -216,7 +216,7 @@ def data_fingerprints(
 
     found = {}
     for source in sources(preset, stage):
-        resolved = registry.resolve(source, data_dir)
+        resolved = files.remembered(registry.resolve, source, data_dir)
         if reread is not None:
             if resolved.content not in reread:
                 reread[resolved.content] = registry.reread(resolved).content

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -118,6 +119,17 @@ def test_atomic_folder_replaces_only_on_success(tmp_path):
         (folder / "y").write_text("2")
     assert [path.name for path in target.iterdir()] == ["y"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_an_error_of_the_system_whoever_writes(tmp_path):
+    """safetensors and tokenizers have errors of their own for it."""
+    with (
+        pytest.raises(OSError, match="No space left on device") as caught,
+        files.atomic_folder(tmp_path / "out") as made,
+    ):
+        (made / "x").write_text("half")
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
 
 
 def test_a_crash_between_the_renames_is_mended(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import statistics
 from collections import Counter
 from typing import Any, get_args
 
-from basics import paths
+from basics import files, paths
 from basics.errors import ConfigError, RecordError, ThreefoldError
 from papertrail import records, scheduler
 from papertrail.run import Run
@@ -96,6 +96,7 @@ def headline(run: Run, state: State) -> str | None:
     return f"{state.facts['records']} records" if "records" in state.facts else None
 
 
+@files.remembering()
 def of_all(data_dir: str = "") -> dict[str, Any]:
     """{"runs": [{"run", "bytes", "at_work", "stages": {state: how many}, "error"}], "cache_bytes"}.
 
