@@ -75,12 +75,12 @@ class Setup:
 
     @cached_property
     def tokenizer(self) -> Any:
-        texts = [*self._stories, *("".join(self._text(what, item)) for what, item in self._labelled())]
+        texts = [*self.stories, *("".join(self._text(what, item)) for what, item in self._labelled())]
         config = TokenizerConfig(kind="train", vocab_size=int(self.names["vocabulary"]))
         return build_tokenizer(config, texts, self.size.model.sinks, context=self.size.model.context)
 
     @cached_property
-    def _stories(self) -> list[str]:
+    def stories(self) -> list[str]:
         source = SourceConfig(source=self.names["stories"], max_examples=self.size.stories)
         return list(corpus.texts(source, self.folder))
 
@@ -115,7 +115,7 @@ class Setup:
     def stream(self) -> list[int]:
         """The stories as one document: every packed row is full and sees only its own past, as in a plain loop."""
         ids: list[int] = []
-        for story in encode(self.tokenizer, self._stories):
+        for story in encode(self.tokenizer, self.stories):
             ids += [*story.tolist(), self.eos]
         return ids
 
@@ -148,5 +148,5 @@ class Setup:
 
     def prompts(self) -> list[list[int]]:
         """Starts of stories of several lengths, BOS first."""
-        texts = encode(self.tokenizer, self._stories[: self.size.prompts])
+        texts = encode(self.tokenizer, self.stories[: self.size.prompts])
         return [[*self.sinks, *ids.tolist()[: 8 + 5 * index % 41]] for index, ids in enumerate(texts)]

@@ -1,6 +1,7 @@
 """The decoder against transformers' own models, against itself uncached and unpacked, and its rotary positions."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -372,6 +373,19 @@ def test_a_fresh_model_is_the_identity_in_every_block_and_close_to_uniform():
     assert float(loss.detach()) == pytest.approx(torch.tensor(500.0).log().item(), abs=0.3)
     model(tokens(2, 9)).square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("parts", [{}, GPT2, {"tie_embeddings": False}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize("width", [32, 128, 512, 1024])
+@torch.no_grad()
+def test_the_first_loss_is_that_of_a_uniform_distribution_at_every_width(parts, width):
+    """A fresh model with tied embeddings knows nothing but its input token, which it must not be sure of."""
+    model = Decoder(replace(BASE, n_layer=1, d_model=width, vocab_size=2000, **parts))
+    model.initialise(torch.Generator().manual_seed(0))
+    inputs = torch.randint(2000, (8, 32), generator=torch.Generator().manual_seed(1))
+    logits = model(inputs).flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, inputs.roll(1).flatten()).item()
+    assert loss == pytest.approx(math.log(2000), rel=0.04)
 
 
 def test_initialisation_follows_its_generator():

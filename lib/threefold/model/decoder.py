@@ -26,6 +26,7 @@ from threefold.segments import PADDING, SINK, TRUNK_SHIFT
 
 ATTENTION_KINDS = ("auto", "sdpa", "explicit")
 INITIAL_STD = 0.02  # GPT-2's
+INPUT_LOGIT = 4  # the largest logit that a fresh model may give to its input token
 PACK_ROWS, PACK_POSITIONS = 8, 1024  # from which copying the weights for their products pays
 UNFUSED_MAX = 768  # positions up to which a CPU computes attention in bf16 as plain products; see `Decoder`
 
@@ -123,10 +124,18 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """Fresh weights: normal(0, 0.02) as in GPT-2, biases 0, norms 1, and the two projections into the residual
-        stream 0, so that every block begins as the identity. Drawn from `generator`, or from torch's global one."""
+        stream 0, so that every block begins as the identity. Drawn from `generator`, or from torch's global one.
+
+        Embeddings of a model wider than 200 get a standard deviation of 4 / d_model. With 0.02, a fresh model with tied
+        embeddings would predict its input token again, with a logit of 0.02 d_model, and its loss would be far above
+        that of a uniform distribution: 20 instead of 10.8 nats for the 253M model. A logit of 4 does not matter beside
+        a vocabulary (benchmarks/initialisation.py).
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=INITIAL_STD, generator=generator)
+                embedding = isinstance(module, nn.Embedding)
+                std = min(INITIAL_STD, INPUT_LOGIT / self.config.d_model) if embedding else INITIAL_STD
+                nn.init.normal_(module.weight, std=std, generator=generator)
             elif isinstance(module, RMSNorm | nn.LayerNorm):
                 nn.init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
