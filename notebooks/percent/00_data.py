@@ -163,6 +163,9 @@ read = [
     for part in described
 ]
 records.publish("data/files", {"files": read}, markdown=records.table(read))
+own = {(part["name"], part["split"]): part for part in described if part["kind"] == "own"}
+for (name, split), part in own.items():
+    print(f"{name!r}, split {split!r}: read {part['files']}; left out {part['left_out'] or 'none'}")
 
 # %% [markdown]
 # ## Rows
