@@ -5,15 +5,20 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from papertrail.run import read_run_file
+from basics import paths
+from papertrail import records
+from papertrail.differences import differences
+from study.run import Run, open_run
 
 PROJECT = Path(__file__).parents[2]
 KILLS = 20
@@ -70,46 +75,55 @@ def test_divergence_names_step_rows_norm_and_the_last_good_state(found):
     )
 
 
-TRAINED = ("pretrain", "gpt2", "distilgpt2", "sft", "dpo")
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
-@pytest.mark.skipif(not os.environ.get("THREEFOLD_KILLS"), reason="minutes: THREEFOLD_KILLS=20 asks for it")
+@pytest.mark.skipif(not os.environ.get("THREEFOLD_KILLS"), reason="an hour: THREEFOLD_KILLS=25 asks for it")
 @pytest.mark.slow
-def test_kills_over_the_smoke_stages(tmp_path):
-    """`threefold run --preset smoke` killed again and again ends with the weights of an uninterrupted run."""
-    often = [f"{stage}.checkpoint_every=20" for stage in TRAINED]
-    words = [word for stage in ("data", *TRAINED) for word in ("--only", stage)]
-    words += [word for key in often for word in ("--set", key)]
+def test_kills_over_all_stages_of_the_smoke_run(tmp_path, monkeypatch):
+    """`threefold run --preset smoke`, ended again and again by SIGKILL, SIGTERM and SIGINT in turn, makes the weights
+    and records of an uninterrupted run, times apart, and leaves no process and no temporary file."""
+    scratch = Path(tempfile.mkdtemp(prefix="kills-"))  # short: sockets lie in it
+    often = [f"--set={stage}.checkpoint_every=20" for stage in ("pretrain", "gpt2", "distilgpt2", "sft", "dpo")]
 
     def start(runs: Path) -> subprocess.Popen:
-        environment = {**os.environ, "THREEFOLD_RUNS": str(runs), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "study", "run", "--preset", "smoke", *words]
-        return subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.DEVNULL)
+        places = {"THREEFOLD_RUNS": str(runs), "TMPDIR": str(scratch), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "study", "run", "--preset", "smoke", *often]
+        return subprocess.Popen(command, cwd=PROJECT, env={**os.environ, **places}, stdout=subprocess.DEVNULL)
 
-    def weights(runs: Path) -> dict[str, str]:
-        return {stage: read_run_file(runs / "smoke" / stage)["weights_sha256"] for stage in TRAINED}
+    def opened(runs: Path) -> Run:
+        monkeypatch.setattr(paths, "RUNS", runs)
+        return open_run("", "smoke", create=False)
 
     began = time.monotonic()
     assert start(tmp_path / "straight").wait() == 0
-    took = time.monotonic() - began
-    draw, left, finished = random.Random(2026), int(os.environ["THREEFOLD_KILLS"]), 0
-    runs = tmp_path / "killed"
-    while left or not finished:
+    took, straight = time.monotonic() - began, opened(tmp_path / "straight")
+    draw, left, rounds = random.Random(2026), int(os.environ["THREEFOLD_KILLS"]), 0
+    while left or not rounds:
+        runs = tmp_path / f"killed{rounds}"
         child = start(runs)
-        moment = draw.uniform(0.1, 0.6) * took
         try:
-            status = child.wait(moment if left else None)
+            status = child.wait(draw.uniform(0.02, 0.3) * took if left else None)
         except subprocess.TimeoutExpired:
-            family = psutil.Process(child.pid).children(recursive=True)
-            child.kill()
-            child.wait()
-            left -= 1
+            family, number = psutil.Process(child.pid).children(recursive=True), SIGNALS[left % len(SIGNALS)]
+            at = sorted(folder.name for folder in (runs / "smoke").glob(".*.partial"))
+            child.send_signal(number)
+            assert child.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
             _, alive = psutil.wait_procs(family, timeout=60)
             assert not alive
-            print(f"killed after {moment:.0f} s; {left} to go", flush=True)
+            assert list(scratch.glob("threefold-*")) == []
+            left -= 1
+            print(f"{number.name} in {', '.join(at) or 'no stage'}; {left} to go", flush=True)
             continue
         assert status == 0
-        finished += 1
-        assert weights(runs) == weights(tmp_path / "straight")
-        print(f"finished {finished} with the same weights", flush=True)
-        shutil.rmtree(runs)
+        rounds += 1
+        killed = opened(runs)
+        for stage in killed.plan:
+            if stage != killed.project.summary:
+                assert list(differences(straight, killed, stage)) == []
+        comparisons = [records.read(run.notebook("06_compare")) for run in (straight, killed)]
+        assert list(comparisons[0]) == list(comparisons[1])
+        entries = [path.name for path in killed.path.rglob(".*")]
+        assert set(entries) <= {".lock", ".data_dir"}
+        print(f"finished {rounds}: the same weights and records", flush=True)
+    shutil.rmtree(scratch)

@@ -1,10 +1,18 @@
 """From a fake run to a self-contained page, by Pandoc and by a stand-in for Quarto."""
 
+import errno
+import os
 import re
 import shutil
+import signal
 import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from report_fixtures import cell, execute_compare, make_run, notebook, output
 from shared import flip
@@ -195,6 +203,47 @@ def test_quarto_is_used_where_it_is_on_the_path(copy, tmp_path, monkeypatch):
     said = []
     page = render(copy, paths.REPORT, say=said.append)
     assert page.read_text() == "<p>by quarto</p>\n" and said == [] and not (page.parent / ".quarto").exists()
+
+
+def test_quarto_renders_in_a_folder_whose_path_is_a_pattern(run, tmp_path, monkeypatch):
+    """It takes a path with brackets for a pattern, so it is given none."""
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    copied = shutil.copytree(run, tmp_path / "exp[1]" / "fake")
+    fake_quarto(tmp_path / "bin", 'case "$*" in *[*) exit 1;; esac; echo "<p>by quarto</p>" > index.html')
+    assert render(copied, paths.REPORT).read_text() == "<p>by quarto</p>\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_renderer_ends_with_the_report(tmp_path, number):
+    """And so does whatever it has started."""
+    script = f"echo $$ > {tmp_path}/one; sleep 600 & echo $! > {tmp_path}/two; wait"
+    code = f"from papertrail.processes import run_supervised; run_supervised(['sh', '-c', {script!r}])"
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    files = [tmp_path / name for name in ("one", "two")]
+    while not all(file.is_file() and file.read_text().endswith("\n") for file in files):
+        time.sleep(0.05)
+        assert child.poll() is None
+    family = [psutil.Process(int(file.read_text())) for file in files]
+    child.send_signal(number)
+    child.wait(60)
+    assert psutil.wait_procs(family, timeout=60)[1] == []
+
+
+def test_a_run_that_cannot_be_written_is_rendered_elsewhere(copy, monkeypatch):
+    mkdir = Path.mkdir
+
+    def refused(path, *arguments, **options):
+        if path.is_relative_to(copy):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    before, said = sorted(copy.rglob("*")), []
+    page = render(copy, paths.REPORT, say=said.append)
+    assert page.is_file() and not page.is_relative_to(copy) and sorted(copy.rglob("*")) == before
+    assert said[0] == f"{copy} cannot be written: rendering into {page.parent}"
+    shutil.rmtree(page.parents[1])
 
 
 @pytest.mark.parametrize(
