@@ -8,12 +8,23 @@ from typing import Any
 from basics.errors import ConfigError
 from study import stages
 from study.preset import Preset, evaluation_sources, lineage
+from threefold.data.templates import EXAMPLE_READERS, TEXT_READERS
+
+READERS = {  # that can be used for a part of [data] or a key of [evaluation]; others take any
+    **dict.fromkeys(("sft", "sft_heldout"), EXAMPLE_READERS),
+    **dict.fromkeys(("dpo", "dpo_heldout", "preferences"), ("preferences",)),
+    **dict.fromkeys(("perplexity", "lines"), TEXT_READERS),
+    **dict.fromkeys(("sentiment", "sentiment_demonstrations"), ("sentiment",)),
+    **dict.fromkeys(("problems", "problem_demonstrations"), ("problems",)),
+    "instructions": ("instructions",),
+}
 
 
 def check(preset: Preset, data_dir: str | Path = "") -> None:
     """Refuse a preset that names no data for something that it asks for, or own files that hold none.
 
-    Raises ConfigError with all missing keys at once; SourceError and DataError with the file.
+    Raises ConfigError with all missing keys at once, or with what cannot be used in its place; SourceError and
+    DataError with the file.
     """
     from threefold.data import sources  # late: it takes a second to import
 
@@ -30,11 +41,25 @@ def check(preset: Preset, data_dir: str | Path = "") -> None:
             missing.append(f"evaluation.{key} (or set evaluation.{without})")
     if missing:
         raise ConfigError(f"preset {preset.name}: missing: {', '.join(missing)}")
-    if "perplexity" in named and evaluation.window > preset.model.context:
-        raise ConfigError(
-            f"preset {preset.name}: evaluation.window = {evaluation.window}: expected at most "
-            f"model.context = {preset.model.context}"
-        )
+    context = preset.model.context
+    too_long = {
+        "evaluation.window": evaluation.window if "perplexity" in named else 0,
+        "evaluation.speed_prompt + evaluation.speed_new_tokens": evaluation.speed_prompt + evaluation.speed_new_tokens
+        if "speed" in stages.plan(preset)
+        else 0,
+    }
+    for keys, length in too_long.items():
+        if length > context:
+            raise ConfigError(f"preset {preset.name}: {keys} = {length}: expected at most model.context = {context}")
+    used = [(f"data.{part}", source) for part in READERS for source in getattr(preset.data, part, ())]
+    used += [(f"evaluation.{key}", source) for key, source in named.items()]
+    for key, source in used:
+        allowed, reader = READERS.get(key.partition(".")[2]), source.reader or sources.find(source.source).reader
+        if allowed and reader not in allowed:
+            raise ConfigError(
+                f"preset {preset.name}: {key}: reader {reader!r} does not give what is needed here: expected "
+                f"{' or '.join(allowed)}"
+            )
     for source in stages.sources(preset, "data"):
         if source.path:
             next(sources.iterate(source, data_dir))

@@ -2,7 +2,6 @@
 
 import fcntl
 import io
-import json
 import os
 import pty
 import subprocess
@@ -18,10 +17,9 @@ from shared import call
 
 from basics import paths
 from basics.errors import DataError
-from basics.files import sha256_tree
 from study import chat
 from study.preset import load_preset
-from study.run import Run
+from study.run import open_stage
 from threefold.config import ModelConfig, SourceConfig
 from threefold.data import sources
 from threefold.data.templates import FORMS, as_prompt_response, dialogue_prompt, instruction_prompt
@@ -53,14 +51,11 @@ def parts():
 def run(parts, tmp_path, monkeypatch):
     """A finished run `tiny` of an untrained model in all three stages."""
     monkeypatch.setattr(paths, "RUNS", tmp_path)
-    made = Run.of("tiny", tmp_path / "tiny", load_preset("smoke"))
-    made.create()
-    for stage in ("pretrain", "sft", "dpo"):
-        folder = made.stage_folder(stage)
-        save_checkpoint(folder, *parts)
-        outputs = sha256_tree(folder)
-        (folder / "run.json").write_text(json.dumps({"stage": stage, "fingerprint": {}, "outputs": outputs}))
-    return made
+    for name in ("pretrain", "sft", "dpo"):
+        stage = open_stage(name, preset="smoke", run="tiny")
+        save_checkpoint(stage.begin(), *parts)
+        stage.finish(tokens=1)
+    return stage.run
 
 
 def speaker(parts, form: str) -> chat.Speaker:

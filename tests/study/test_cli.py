@@ -32,6 +32,9 @@ d_ff = 32
 context = 32
 [tokenizer]
 vocab_size = 265
+[evaluation]
+speed_prompt = 8
+speed_new_tokens = 8
 """
     + SAMPLE_DATA
     + ONE_STEP

@@ -104,6 +104,29 @@ def test_a_window_that_is_longer_than_the_context_is_refused_at_once():
         checks.check(load_preset("smoke", {"model.context": 96}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"evaluation.speed_prompt": 100}, "speed_prompt + evaluation.speed_new_tokens = 132: expected at most"),
+        ({"data.sft": [{"source": "sample-text"}]}, "data.sft: reader 'wikitext-raw' does not give"),
+        ({"data.dpo_heldout": [{"source": "sample-problems"}]}, "data.dpo_heldout: reader 'problems'"),
+        (
+            {"evaluation.instructions": {"source": "sample-preferences"}},
+            "evaluation.instructions: reader 'preferences'",
+        ),
+        ({"evaluation.perplexity": {"source": "sample-problems"}}, "evaluation.perplexity: reader 'problems'"),
+    ],
+)
+def test_what_cannot_be_used_in_its_place_is_refused_at_once(changes, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        checks.check(load_preset("smoke", changes))
+
+
+@pytest.mark.parametrize("name", ["smoke", "laptop", "full", "tests/presets/tiny.toml"])
+def test_the_presets_here_pass(name):
+    checks.check(load_preset(name))
+
+
 def test_relative_paths_count_from_the_presets_folder_then_from_the_current_one(tmp_path, monkeypatch):
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "own.txt").write_text("beside the preset")
