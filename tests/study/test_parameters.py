@@ -16,7 +16,7 @@ from study import explore
 from study import run as study_run
 from study.run import open_stage
 
-NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+NOTEBOOKS = sorted(path for path in paths.NOTEBOOKS.glob("*.ipynb") if path.stem != "colab")  # that one has none
 
 
 def parameters_cell(notebook) -> str:
