@@ -30,7 +30,7 @@ from threefold.model.decoder import Decoder
 from threefold.training import NextToken
 from threefold.training.loop import RESULT
 from threefold.training.loop import train as train_model
-from threefold.training.state import STATE, read_metrics
+from threefold.training.state import STATE, read_metrics, read_tensors
 
 MODEL = ModelConfig(n_layer=2, d_model=32, n_head=2, d_ff=48, context=32, vocab_size=61)
 EVERY = 3  # steps between states
@@ -174,13 +174,10 @@ def kills(home: Path, seed: int, wanted: int) -> dict:
             continue
         partial = run.partial_folder("pretrain")
         if text == "" and (partial / "metrics.jsonl").exists():
-            from safetensors import safe_open
-
             state = partial / STATE
             saved = TRAIN.steps if (partial / RESULT).exists() else 0  # trained: the state has gone
             if state.exists():
-                with safe_open(state, "pt") as file:
-                    saved = json.loads(file.metadata()["state"])["state"]["step"]
+                saved = read_tensors(state)[1]["state"]["step"]
             found["lost"].append(last_step(partial) - saved)
     return found
 
