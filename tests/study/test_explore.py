@@ -4,6 +4,7 @@ import html.parser
 import json
 import re
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -330,9 +331,10 @@ def test_texts_without_right_and_wrong_compare_by_bits_per_byte(run):
     assert any(f"{value:.3f} bits per byte" in shown.text for value in bits)
 
 
-def test_items_of_other_data_are_shown_without_texts(run, monkeypatch):
-    monkeypatch.setattr(read, "_rows", lambda *_: None)
-    shown = view.items(run, "pretrain", "sft", SENTIMENT)
+def test_items_of_other_data_are_shown_without_texts(run):
+    sentiment = replace(run.preset.evaluation.sentiment, max_examples=39)
+    evaluation = replace(run.preset.evaluation, sentiment=sentiment)
+    shown = view.items(replace(run, preset=replace(run.preset, evaluation=evaluation)), "pretrain", "sft", SENTIMENT)
     assert "now reads other data" in shown.text and "wins of the second" in shown.text
 
 
