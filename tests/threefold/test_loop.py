@@ -444,15 +444,14 @@ class Fits(NextToken):
         return loss
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
-def test_a_step_that_does_not_fit_is_accumulated_from_smaller_micro_batches(examples, text, heldout, tmp_path, error):
+def test_a_step_that_does_not_fit_is_accumulated_from_smaller_micro_batches(examples, text, heldout, tmp_path):
     """Bit for bit as if the smaller size had been configured; 6 rows at a time become 3, then 1."""
     settings = {"heldout": heldout, "replay": text}
     config, said = TrainConfig(steps=5, batch_size=6, accumulate=2, replay=0.3), []
     expected, found = model(), model()
     one = replace(config, batch_size=1, accumulate=12)
     whole = run(expected, examples, one, tmp_path / "one", **settings)
-    parts = run(found, examples, config, tmp_path / "six", Fits(2, error=error), progress=said.append, **settings)
+    parts = run(found, examples, config, tmp_path / "six", Fits(2), progress=said.append, **settings)
     assert all(torch.equal(weights(found)[name], value) for name, value in weights(expected).items())
     assert (parts.tokens, parts.padding, parts.steps) == (whole.tokens, whole.padding, 5)
     assert parts.heldout_loss == pytest.approx(whole.heldout_loss, rel=1e-6)
@@ -495,7 +494,10 @@ def test_pairs_that_do_not_fit_are_accumulated(pairs, tmp_path):
 
 def test_what_does_not_fit_row_by_row_names_the_settings_to_change(text, tmp_path, monkeypatch):
     config = replace(SHORT, batch_size=4, accumulate=3)
-    for error in (RuntimeError, torch.OutOfMemoryError, MemoryError):
+    for error in (RuntimeError, MemoryError):  # of the host, where another attempt may end the process
+        with pytest.raises(TrainingError, match=r"out of memory in step 1 .*batch_size = 2 .*accumulate = 6 "):
+            run(model(), text, config, tmp_path, Fits(0, error=error))
+    for error in (torch.OutOfMemoryError,):
         with pytest.raises(TrainingError, match=r"out of memory in step 1 with 1 x 24 .* lower model.context"):
             run(model(), text, config, tmp_path, Fits(0, error=error))
     with pytest.raises(RuntimeError, match="something else"):

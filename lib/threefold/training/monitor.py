@@ -218,12 +218,13 @@ class Monitor:
         """Where memory ran out in the gradients of a step: have its rows computed in smaller micro-batches, which are
         accumulated to the same batch. Raises the error if it is another one, TrainingError if nothing is to be halved.
 
-        The other workers wait inside the step, so several of them cannot take it again.
+        The other workers wait inside the step, so several of them cannot take it again. Nor can a process without host
+        memory: the next allocation may end it without a message.
         """
         if not out_of_memory(error):
             raise error
         where = f"in step {self.state.step + 1} with {' x '.join(map(str, tokens_BT.shape))} positions at a time"
-        if self.step.workers.size > 1 or not self.feed.halve():
+        if not isinstance(error, torch.OutOfMemoryError) or self.step.workers.size > 1 or not self.feed.halve():
             with self.memory_errors(where):
                 raise error
         self.step.model.zero_grad(set_to_none=True)

@@ -74,14 +74,14 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def in_memory(compute: Callable[[int], Result], batch_size: int) -> Result:
-    """compute(batch_size). Where memory runs out, again with half the batch size, down to 1.
+    """compute(batch_size). Where a device runs out of memory, again with half the batch size, down to 1.
 
     For computations whose result does not depend on it. Workers compute in step, so several of them do not retry.
     """
     try:
         return compute(batch_size)
-    except (RuntimeError, MemoryError) as error:
-        if batch_size == 1 or current().size > 1 or not out_of_memory(error):
+    except torch.OutOfMemoryError as error:
+        if batch_size == 1 or current().size > 1:
             raise
         free_memory(error)
     return in_memory(compute, batch_size // 2)
