@@ -51,6 +51,7 @@ EXCEPTIONS = (
     (r"quarto\b", "not in the package registries"),
     (r"(torchrun|sbatch|srun)\b", "several GPUs or a cluster"),
     (r"hf download\b", "the network"),
+    (r".*python -m benchmarks\.gpu\b", "a GPU; tests/study/test_benchmarks_gpu.py runs the rehearsal"),
     (r"python data/facts\.py\b", "needs real data"),
     (r"lm[_-]eval\b", "minutes; tests/threefold/test_lm_eval_agreement.py compares the figures"),
     (r"(\./)?\.ci/run\b", "the whole of the checks"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import distributed_worker as world
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -140,7 +141,7 @@ def test_items_are_dealt_once_and_in_step(n, size):
 
 def test_a_model_is_split_where_it_is_too_large(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    memory = distributed.psutil.virtual_memory().total
+    memory = psutil.virtual_memory().total
     many = int(memory / 2 / distributed.BYTES)
     two = Workers(0, 2)
     assert distributed.to_be_split("auto", many, "cpu", two) and not distributed.to_be_split("auto", 10**6, "cpu", two)

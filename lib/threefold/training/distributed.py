@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -129,6 +128,8 @@ def to_be_split(shard: Literal["auto", "on", "off"], parameters: int, device: st
     if device == "cuda":
         memory = torch.cuda.get_device_properties().total_memory
     else:
+        import psutil  # only here: a GPU machine may not have it
+
         memory = psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", workers.size))
     return BYTES * parameters > SHARE * memory
 
