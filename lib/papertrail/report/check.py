@@ -164,8 +164,9 @@ def _check_weights(published: dict[str, dict[str, Record]]) -> Iterator[str]:
                 model = rest.partition("/")[0]
                 first, where = evaluated.setdefault(model, (weights, notebook))
                 if first != weights:
-                    yield f"{notebook} {name}: evaluated weights {weights}, but {where} evaluated {model} with {first}"
+                    evaluated_here = f"{notebook} {name}: evaluated weights {weights[:12]}"
+                    yield f"{evaluated_here}, but {where} evaluated {model} with {first[:12]}"
     for model, (weights, where) in evaluated.items():
         made, made_in = trained.get(model, (weights, ""))
         if made != weights:
-            yield f"{where}: evaluated {model} with weights {weights}, but {made_in} made weights {made}"
+            yield f"{where}: evaluated {model} with weights {weights[:12]}, but {made_in} made weights {made[:12]}"
