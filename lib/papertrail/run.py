@@ -196,12 +196,9 @@ class Run:
         file = self.notebook(spec.executed)
         if not file.exists():
             return
-        finished = self.finished(stage) is not None
-        if (
-            problem := self.notebook_problem(stage)
-            if finished
-            else f"has no {spec.folder}/{RUN_FILE} that vouches for it"
-        ):
+        unfinished = f"has no {spec.folder}/{RUN_FILE} that vouches for it"
+        problem = self.notebook_problem(stage) if self.finished(stage) is not None else unfinished
+        if problem:
             raise RecordError(
                 f"notebooks/{file.name} of run {self.name} {problem}: "
                 f"`threefold run --run {self.name} --only {stage} --force` makes it again"

@@ -289,7 +289,7 @@ def test_every_replicate_the_preset_asks_for_must_be_there(run, tmp_path, monkey
     assert len(Comparison.load(seal(Run.of("fake", copied, replace(preset, seeds=2)))).replicates) == 1
     assert Comparison.load(Run.of("fake", copied, preset)).replicates == {}
     with pytest.raises(MissingInput, match=r"01_pretrain-seed4\.ipynb has not been run.*-p replicate 4"):
-        Comparison.load(Run.of("fake", copied, replace(preset, seeds=4)))
+        Comparison.load(seal(Run.of("fake", copied, replace(preset, seeds=4))))
 
 
 def test_spreads_are_those_of_the_records(comparison):

@@ -339,3 +339,36 @@ def test_the_median_interval_covers_at_least_as_often_as_it_says():
         found = statistics.paired_median(np.zeros(15), generator.exponential(size=15) - np.log(2))
         hits += found.low <= 0 <= found.high
     assert hits >= 950 - 3 * np.sqrt(1000 * 0.05 * 0.95)
+
+
+SKEWED = {  # draws of mean zero: (generator, shape) -> values
+    "normal": lambda generator, shape: generator.standard_normal(shape),
+    "exponential": lambda generator, shape: generator.exponential(size=shape) - 1,
+    "lognormal": lambda generator, shape: generator.lognormal(0, 1, shape) - np.exp(0.5),
+    "heavy tails": lambda generator, shape: generator.standard_t(3, shape),
+}
+
+
+@pytest.mark.parametrize("name", SKEWED)
+def test_a_mean_of_sixty_documents_is_tested_at_5_percent_whatever_their_shape(name):
+    values_RN = SKEWED[name](np.random.default_rng(0), (2000, 60))
+    rejected = np.mean([statistics.mean_p(v_N, resamples=399, seed=i) < 0.05 for i, v_N in enumerate(values_RN)])
+    assert 0.02 < rejected <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 2000), rejected  # two standard errors of the simulation
+
+
+def test_students_t_alone_rejects_skewed_documents_too_often():
+    values_RN = SKEWED["lognormal"](np.random.default_rng(0), (2000, 60))
+    assert np.mean(scipy_stats.ttest_1samp(values_RN, 0, axis=1).pvalue < 0.05) > 0.07
+
+
+def test_a_mean_has_the_p_of_student_where_values_are_normal_and_many():
+    values_N = np.random.default_rng(1).normal(0.1, 1, 400)
+    student = scipy_stats.ttest_1samp(values_N, 0).pvalue
+    assert student <= statistics.mean_p(values_N) < 1.3 * student
+
+
+def test_a_mean_of_equal_values_and_one_of_too_few():
+    assert statistics.mean_p([0.0, 0.0, 0.0]) == statistics.mean_p([1.0, -1.0]) == 1.0
+    assert statistics.mean_p([0.5, 0.5, 0.5]) == 0.0
+    with pytest.raises(ValueError, match="at least two"):
+        statistics.mean_p([1.0])

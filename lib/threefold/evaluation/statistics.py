@@ -166,6 +166,29 @@ def paired_bootstrap(
     return PairedDifference(value, low, high, min(1.0, 2.0 * (tail + 1) / (len(differences_B) + 1)), len(columns_DC))
 
 
+def mean_p(values: ArrayLike, *, resamples: int = 20_000, seed: int = 0) -> float:
+    """Two-sided p-value that the mean of independent values is zero, for skewed values too: the larger of Student's t
+    and of the equal-tailed bootstrap-t (Efron & Tibshirani 1993, section 12.5; Hall 1988).
+
+    Student's t alone rejects too often where the values are skewed (6 to 9% instead of 5% over 60 values, 8 to 16% over
+    12), the bootstrap-t alone where they have heavy tails. Raises ValueError for fewer than two values.
+    """
+    values_N = np.asarray(values, np.float64)
+    n = len(values_N)
+    if n < 2:
+        raise ValueError("a test of a mean needs at least two values")
+    mean, error = float(values_N.mean()), float(values_N.std(ddof=1)) / math.sqrt(n)
+    if mean == 0 or error == 0:
+        return 1.0 if mean == 0 else 0.0
+    t, centred_N = mean / error, values_N - mean
+    sums_BC = _resampled_sums(np.stack([centred_N, centred_N**2], axis=1), resamples, seed)
+    errors_B = np.sqrt(np.maximum(0.0, sums_BC[:, 1] - sums_BC[:, 0] ** 2 / n) * n / (n - 1))
+    spread_B = errors_B > 1e-12 * error  # resamples of one value alone count as infinitely far on their side
+    t_B = np.where(spread_B, sums_BC[:, 0] / np.where(spread_B, errors_B, 1.0), np.copysign(np.inf, sums_BC[:, 0]))
+    tail = min(int((t_B <= t).sum()), int((t_B >= t).sum()))
+    return max(float(2 * stats.t.sf(abs(t), n - 1)), min(1.0, 2 * (tail + 1) / (resamples + 1)))
+
+
 def student_half_width(error: float, freedom: float) -> float:
     """Half the width of Student's interval around an estimate with this standard error."""
     return float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)) * error
