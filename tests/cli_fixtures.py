@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from basics import files, paths
+from papertrail.run import with_hash
 from study.preset import load_preset, to_toml
 from study.run import Run
 
@@ -29,5 +30,5 @@ def trained_run(folder: Path, monkeypatch) -> Run:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
         facts = {"stage": "x", "fingerprint": {}, "outputs": {}, "started": STARTED.isoformat()}
         files.write_note(folder / "run.json", facts)
-    (made.path / "config.toml").write_text(to_toml(made.preset))
+    (made.path / "config.toml").write_text(with_hash(to_toml(made.preset)))
     return made

@@ -71,10 +71,11 @@ def render(run: Path, report: Path, *, say: Callable[[str], None] = print) -> Pa
     """
     target, work = run / "report", run / ".report.partial"
     try:
-        for folder in (target, work):
-            if folder.exists():
-                shutil.rmtree(folder)
+        if work.exists():
+            shutil.rmtree(work)
         work.mkdir()
+        if target.exists():
+            shutil.rmtree(target)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise

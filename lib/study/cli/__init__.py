@@ -69,8 +69,11 @@ def _epilog(table: Mapping[str, Any]) -> str:
     """An example of each command, the presets and the stages."""
     presets = []
     for path in sorted(paths.PRESETS.glob("*.toml")):
-        preset = tomllib.loads(path.read_text(encoding="utf-8"))
-        presets.append(f"  {path.stem:<8}{textwrap.shorten(preset['description'], 100, placeholder=' ...')}")
+        try:
+            described = tomllib.loads(path.read_text(encoding="utf-8")).get("description", "")
+        except ValueError:  # said by the command that reads it
+            described = "(cannot be read)"
+        presets.append(f"  {path.stem:<8}{textwrap.shorten(str(described), 100, placeholder=' ...')}")
     return "\n".join(
         [
             "examples:",
