@@ -79,6 +79,17 @@ def test_the_page_stands_alone(page):
     assert "<math" in page and "<style" in page
 
 
+def test_the_styles_stand_in_the_head_and_nothing_of_them_in_the_text(page):
+    def bare(style):  # Pandoc leaves comments out
+        return re.sub(r"/\*.*?\*/|\s", "", style, flags=re.DOTALL)
+
+    head, body = page.split("</head>")
+    styles = [bare(style) for style in re.findall(r"<style[^>]*>(.*?)</style>", head, re.DOTALL)]
+    for name in ("report.css", "pandoc.css"):
+        assert bare((paths.REPORT / name).read_text(encoding="utf-8")) in styles
+    assert "{=html}" not in body and "border-collapse" not in body
+
+
 def test_every_section_of_the_design_is_there(page):
     text = re.sub(r"<[^>]+>", "", page)
     for title in (

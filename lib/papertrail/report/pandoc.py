@@ -61,8 +61,6 @@ def expand(folder: Path) -> str:
     lines, start = source.text.split("\n"), source.body_start
     front = yaml.safe_load("\n".join(lines[1 : start - 1])) or {} if start else {}
     metadata = {key: fill(value) for key, value in front.items() if key not in ("format", "bibliography", "execute")}
-    styles = [(folder / name).read_text(encoding="utf-8") for name in STYLES if (folder / name).is_file()]
-    metadata["header-includes"] = [f"```{{=html}}\n<style>\n{style}</style>\n```" for style in styles]
     body = []
     for line, plain in zip(lines[start:], sources.prose(source.text)[start:], strict=True):
         if embed := sources.EMBED.match(plain):
@@ -96,6 +94,9 @@ def render(folder: Path) -> str:
         "--metadata=toc-title:Contents",
         "--metadata=reference-section-title:",
     ]
+    styles = [(folder / name).read_text(encoding="utf-8") for name in STYLES if (folder / name).is_file()]
+    # a variable of the template is taken as it is, metadata would be read as Markdown
+    command += [f"--variable=header-includes=<style>\n{style}</style>" for style in styles]
     if (folder / "references.bib").is_file():
         command.append("--bibliography=references.bib")
     status, page, complaint = run_supervised(command, expand(folder), cwd=folder)
