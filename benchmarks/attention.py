@@ -48,7 +48,7 @@ def main() -> None:
         parser.error("rounds, threads and lengths are at least 1")
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as in training
-    print("| format | positions a row | spelled out, ms | SDPA : spelled out |\n|---|---:|---:|---:|")
+    print("| format | positions a row | unfused, ms | SDPA : unfused |\n|---|---:|---:|---:|")
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         for length in options.lengths:
             found = seconds(length, options.rounds, dtype)

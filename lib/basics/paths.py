@@ -20,3 +20,8 @@ def cache_folder() -> Path:
 def expanded(path: str | Path) -> Path:
     """The path with ~ and ~NAME put in; where nobody has that name it stays as it is, as in a shell."""
     return Path(os.path.expanduser(path))
+
+
+def model_folders(location: str, data_dir: str | Path | None = "") -> list[Path]:
+    """Where a model that is named by a folder is looked for: the folder itself, then in the local data folder."""
+    return [expanded(location), *([Path(data_dir) / location] if data_dir else [])]

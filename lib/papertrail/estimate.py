@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from basics.errors import RecordError
-from papertrail.plan import Plan
+from papertrail.plan import Plan, critical_path
 from papertrail.run import Run, read_run_file
 
 RUNS = 20  # other runs in which a stage is looked up, the latest first
@@ -36,10 +36,7 @@ def seconds_left(plan: Plan, left: Iterable[str], seconds: Mapping[str, float], 
         return None
     rate = sum(seconds.values()) / sum(plan[name].weight for name in seconds)
     expected = {name: seconds.get(name, rate * plan[name].weight) for name in left}
-    chain: dict[str, float] = {}  # seconds of the longest chain that ends with a stage
-    for name in plan:
-        chain[name] = expected.get(name, 0.0) + max((chain[need] for need in plan[name].needs), default=0.0)
-    return max(max(chain.values()), sum(expected.values()) / jobs)
+    return max(*critical_path(plan, expected).values(), sum(expected.values()) / jobs)
 
 
 def duration_text(seconds: float) -> str:

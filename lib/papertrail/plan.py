@@ -42,3 +42,16 @@ def ancestors(plan: Plan, name: str) -> set[str]:
 def dependents(plan: Plan, name: str) -> set[str]:
     """The stages that need this one, directly or not."""
     return {other for other in plan if name in ancestors(plan, other)}
+
+
+def critical_path(plan: Plan, weights: Mapping[str, float] | None = None) -> dict[str, float]:
+    """{stage: weight of the heaviest chain of stages from its start to the end of the run}.
+
+    weights: of the stages, by default those of the plan; a stage that is not among them counts nothing.
+    """
+    weights = {name: spec.weight for name, spec in plan.items()} if weights is None else weights
+    lengths: dict[str, float] = {}
+    for name in reversed(plan):
+        after = [lengths[other] for other, spec in plan.items() if name in spec.needs]
+        lengths[name] = weights.get(name, 0) + max(after, default=0)
+    return lengths

@@ -34,7 +34,7 @@ from papertrail import notebook_files
 from papertrail import stage as stage_folder
 from papertrail.estimate import duration_text, earlier_seconds, seconds_left
 from papertrail.kernel_forkserver import ForkServer
-from papertrail.plan import Plan, StageSpec, ancestors, dependents
+from papertrail.plan import Plan, StageSpec, ancestors, critical_path, dependents
 from papertrail.processes import cores, has_gpu
 from papertrail.run import Run
 from papertrail.scrub import scrub
@@ -145,15 +145,6 @@ def threads_for(plan: Plan, spec: StageSpec, jobs: int) -> int:
     """Threads of a stage: all cores if nothing in the plan could ever run beside it, else cores // jobs."""
     alone = spec.alone or len(ancestors(plan, spec.name)) + len(dependents(plan, spec.name)) + 1 == len(plan)
     return cores() if alone else max(1, cores() // jobs)
-
-
-def critical_path(plan: Plan) -> dict[str, int]:
-    """{stage: weight of the heaviest chain of stages from its start to the end of the run}."""
-    lengths: dict[str, int] = {}
-    for spec in reversed(plan.values()):
-        after = [lengths[other.name] for other in plan.values() if spec.name in other.needs]
-        lengths[spec.name] = spec.weight + max(after, default=0)
-    return lengths
 
 
 def check(run: Run, selected: Iterable[str] | None = None, say: Callable[[str], None] | None = None) -> None:

@@ -15,8 +15,8 @@ from papertrail.processes import has_gpu
 from study import checks, sizes, stages
 from study.preset import TRAINED, Preset
 from study.run import Run
+from threefold.config import GPT2_VOCABULARY
 
-GPT2_VOCABULARY = 50257
 WEIGHT_FORMS = ("model*.safetensors", "pytorch_model*.bin")
 READS_GGUF = ("gguf", "accelerate")  # packages that transformers needs to read a GGUF file
 
@@ -64,8 +64,7 @@ def _check_model(name: str, location: str, revision: str, data_dir: str) -> None
                 "or take it out of the preset's [[baselines.external]]"
             )
         return
-    folders = [paths.expanded(location), *([Path(data_dir) / location] if data_dir else [])]
-    folder = next((folder for folder in folders if folder.is_dir()), None)
+    folder = next((folder for folder in paths.model_folders(location, data_dir) if folder.is_dir()), None)
     if folder is not None:
         for needed in (("config.json",), WEIGHT_FORMS):
             if not any(path for pattern in needed for path in folder.glob(pattern)):

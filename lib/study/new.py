@@ -20,6 +20,7 @@ from basics import paths
 from basics.errors import ConfigError, DataError, SourceError
 from basics.files import atomic_folder
 from basics.names import check_name
+from papertrail.processes import cores
 from study import checks
 from study.preset import OWN_MODELS, load_preset, preset_names
 from study.sizes import TRAINING_BYTES, parameters
@@ -63,11 +64,10 @@ class Machine:
     def this(cls) -> "Machine":
         import torch  # late: it takes seconds, and wrong input is refused before
 
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if torch.cuda.is_available():
             device = torch.cuda.get_device_properties(0)
-            return cls(cores, device.total_memory, device.name)
-        return cls(cores, psutil.virtual_memory().total)
+            return cls(cores(), device.total_memory, device.name)
+        return cls(cores(), psutil.virtual_memory().total)
 
     @property
     def flops(self) -> float:

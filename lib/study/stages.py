@@ -251,7 +251,7 @@ def location_fingerprint(location: str, revision: str, data_dir: str, digest: Ca
             ) from None
         except FileNotFoundError:
             raise SourceError(f"model {location}: package {package} has no file {file}") from None
-    for folder in (paths.expanded(location), paths.PROJECT / location, Path(data_dir or ".") / location):
+    for folder in paths.model_folders(location, data_dir):
         if (folder / "config.json").is_file():
             found = sorted(path for pattern in ("*.json", "*.safetensors", "*.txt") for path in folder.glob(pattern))
             return files.sha256_json({path.name: digest(path) for path in found})

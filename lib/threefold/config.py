@@ -118,6 +118,9 @@ class ModelConfig:
         return self
 
 
+GPT2_VOCABULARY = 50257  # GPT-2's byte-level BPE
+
+
 @configuration
 class TokenizerConfig:
     kind: Literal["train", "gpt2"] = "train"  # train: a byte-level BPE learned on the preset's own pretraining text

@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what it freed."""
+"""Settings of the C library's allocator under which it keeps freed memory."""
 
 import ctypes
 import platform

@@ -153,8 +153,8 @@ replace(figures.ablation_curves(found), name="ablation-curves").publish()
 # %% [markdown]
 # ## Components alone
 #
-# A normalisation is a small part of a step. Alone, at the width of the 253M model, forward and backward, it can be told
-# apart. The batch is as small as seconds allow.
+# A normalisation is a small part of a step. Alone, at the width of the 253M model, forward and backward, the
+# two differ by more. The batch is small so that the timing takes seconds.
 
 # %%
 kernels = components.kernels([asdict(time_kernels(part, stage.config.rounds)) for part in ("norm", "ffn")])

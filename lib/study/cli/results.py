@@ -12,13 +12,13 @@ from study.cli.common import fail, from_here, open_existing, open_intact, say, s
 
 def verify(options: argparse.Namespace) -> int:
     run = open_existing(options.run)
-    tell = (lambda line: None) if options.json else say
+    progress = (lambda line: None) if options.json else say
     try:
         if options.rerun:
-            count, problems = len(run.require(options.rerun)["outputs"]), rerun.rerun(run, options.rerun, tell)
+            count, problems = len(run.require(options.rerun)["outputs"]), rerun.rerun(run, options.rerun, progress)
             kept = f"stage {options.rerun} came out the same, times apart"
         else:
-            count, problems = verify_run(run, tell, disk.cache_notes())
+            count, problems = verify_run(run, progress, disk.cache_notes())
             # reads the notebooks just verified
             problems = problems or papertrail_report.rendered(run.path, paths.REPORT)
             kept = f"{count} files are what their run.json says"

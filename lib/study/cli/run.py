@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
 def _resumed(run: Run) -> str:
     """Where each interrupted training begins again. What its work folder holds counts if the stage's fingerprint is
     still the same."""
-    told = []
+    places = []
     for stage in run.plan:
         folder = run.partial_folder(stage)
         if names.replicate_of(stage)[0] not in TRAINED or not folder.is_dir():
@@ -77,10 +77,10 @@ def _resumed(run: Run) -> str:
             begun = {"fingerprint": {}}
         same = begun["fingerprint"].get("digest") == run.fingerprint(stage).digest
         if same and (folder / "training.json").is_file():
-            told.append(f"{stage} is trained")
+            places.append(f"{stage} is trained")
         else:
-            told.append(f"{stage} from step {(saved_step(folder) if same else 0) + 1}")
-    return f": {', '.join(told)}" if told else ""
+            places.append(f"{stage} from step {(saved_step(folder) if same else 0) + 1}")
+    return f": {', '.join(places)}" if places else ""
 
 
 def saved_step(folder: Path) -> int:

@@ -23,6 +23,7 @@ Curves = Mapping[str, Mapping[str, Any]]  # variant -> values of its record
 MODES = {key: mode["name"] for key, mode in PLAN["mode"].items()}
 POSITIONS = {"rope": "RoPE", "learned": "learned positions", "none": "no positions"}
 LEARNED = "position=learned"
+RECOMPUTED = "anew"  # as the records name recomputed windows
 in_nats = partial(estimate, decimals=3, unit=" nats", sign=True)
 
 
@@ -97,11 +98,11 @@ def rope(curves: Curves) -> Effect | None:
     base, learned = curves.get(BASE), curves.get(LEARNED)
     if base is None or learned is None or base["position"] != "rope":
         return None
-    both = sorted(set(base["nats"]["full"]) & set(learned["nats"]["anew"]), key=int)
+    both = sorted(set(base["nats"]["full"]) & set(learned["nats"][RECOMPUTED]), key=int)
     if not both:
         return None
     return Effect(
-        rise(base, "full", both) - rise(learned, "anew", both),
+        rise(base, "full", both) - rise(learned, RECOMPUTED, both),
         "rise of the loss past the training length: RoPE under full attention less learned positions in recomputed "
         "windows (past their table they predict nothing)",
     )

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from basics.errors import DataError, SourceError
 from basics.files import refuse_pointer, sha256_json
-from threefold.config import TokenizerConfig
+from threefold.config import GPT2_VOCABULARY, TokenizerConfig
 from threefold.data.sources import gpt2_tokenizer_file
 from threefold.data.templates import chat_template
 
@@ -52,7 +52,7 @@ def build_tokenizer(
         file = gpt2_tokenizer_file(data_dir)
         refuse_pointer(file)
         backend = Tokenizer.from_file(str(file))
-        if backend.get_vocab_size() != 50257 or backend.token_to_id(EOS) != 50256:
+        if backend.get_vocab_size() != GPT2_VOCABULARY or backend.token_to_id(EOS) != GPT2_VOCABULARY - 1:
             raise DataError(f"{file}: not GPT-2's tokenizer (50,257 tokens, the last one {EOS})")
     else:
         backend = train_bpe(texts, config.vocab_size, [EOS, *sink_tokens(sinks)], config.split_digits)

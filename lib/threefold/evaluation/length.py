@@ -27,7 +27,8 @@ from threefold.model.kernels import rotate
 
 VERSION = 1  # raised when a number would come out differently
 VARIANTS = ("base", "sinks=0", "sinks=4", "position=learned", "position=none")  # measured where they were trained
-MODES = ("full", "window", "sinks", "anew")
+RECOMPUTED = "anew"  # recomputed windows: the name that published records have for them
+MODES = ("full", "window", "sinks", RECOMPUTED)
 FIRST_TOKENS = 4  # kept by "sinks" where a model has none of its own (Xiao et al. 2023, section 3.1)
 STEPS = 2  # buckets an octave
 SHORTEST = 3  # octaves below the context in which buckets begin
@@ -98,7 +99,7 @@ def running_ids(source: SourceConfig, tokenizer: PreTrainedTokenizerFast, data_d
 
 def modes(config: ModelConfig) -> tuple[str, ...]:
     """The modes that a model can be read in past its context, and for learned positions `full` up to it."""
-    return ("full", "anew") if config.position == "learned" else MODES
+    return ("full", RECOMPUTED) if config.position == "learned" else MODES
 
 
 def cut(ids: Sequence[int], sink_ids: Sequence[int], length: int, most: int) -> Tensor:
@@ -145,7 +146,7 @@ def losses(model: Decoder, tokens_NS: Tensor, mode: str, batch_tokens: int = 163
     config = model.config
     if mode not in MODES:
         raise EvaluationError(f"length: no mode {mode!r}; there are {', '.join(MODES)}")
-    if mode == "anew":
+    if mode == RECOMPUTED:
         return _recomputed(model, tokens_NS, batch_tokens)
     kept = (config.sinks or FIRST_TOKENS) if mode == "sinks" else 0
     parts = []

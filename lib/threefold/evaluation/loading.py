@@ -62,7 +62,7 @@ def from_location(
         name = name or file.stem
         model, tokenizer = _with_transformers(file.parent, name, dtype, device, gguf_file=file.name)
         return Loaded(model, tokenizer, name, sha256_file(file), {"location": location})
-    folders = [paths.expanded(location), *([Path(data_dir) / location] if data_dir else [])]
+    folders = paths.model_folders(location, data_dir)
     for folder in folders:
         if folder.is_dir():
             return from_folder(folder, name, dtype, device)

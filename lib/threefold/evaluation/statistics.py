@@ -171,7 +171,8 @@ def mean_p(values: ArrayLike, *, resamples: int = 20_000, seed: int = 0) -> floa
     and of the equal-tailed bootstrap-t (Efron & Tibshirani 1993, section 12.5; Hall 1988).
 
     Student's t alone rejects too often where the values are skewed (6 to 9% instead of 5% over 60 values, 8 to 16% over
-    12), the bootstrap-t alone where they have heavy tails. Raises ValueError for fewer than two values.
+    12), the bootstrap-t alone where they have heavy tails. Unless all values are equal the result is at least
+    2 / (resamples + 1). Raises ValueError for fewer than two values.
     """
     values_N = np.asarray(values, np.float64)
     n = len(values_N)

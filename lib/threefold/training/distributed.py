@@ -98,7 +98,7 @@ def current() -> Workers:
 def joined(say: Callable[[str], None] = print) -> Iterator[Workers]:
     """Connects the processes that torchrun started with this one, if any: one per GPU over NCCL, or on CPUs over gloo.
 
-    Tensors in host memory go over gloo in both cases. say: is told which worker is awaited.
+    Tensors in host memory go over gloo in both cases. say: receives a line that names the awaited workers.
     Raises ConfigError for more workers than GPUs, and what `rendezvous` raises.
     """
     rank, size = rendezvous.rank_and_size()

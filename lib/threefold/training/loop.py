@@ -90,15 +90,7 @@ def train(
     """
     folder, workers = Path(folder), distributed.current()
     feed = Feed(rows, config, seed, replay, workers.rank, workers.size)
-    identity = {  # two trainings with equal identities take the same steps from the same weights
-        "objective": objective.name,
-        "initial_weights": tensors_digest(model.state_dict())[:16],
-        "seed": seed,
-        "rows": len(rows),
-        "row_tokens": rows.n_tokens,
-        **{key: value for key, value in asdict(config).items() if key not in _NOT_IDENTITY},
-        "steps": feed.steps,
-    }
+    identity = _identity(model, objective, rows, config, seed, feed.steps)
     if (folder / RESULT).exists():
         done = _finished(folder, identity)
         if workers.first:
@@ -145,6 +137,21 @@ def train(
         write_note(folder / RESULT, {"result": asdict(result), "identity": identity, "notes": noted, "files": files})
         (folder / STATE).unlink(missing_ok=True)
     return Trained(model, result, folder, noted)
+
+
+def _identity(
+    model: Decoder, objective: Objective, rows: PackedRows | PairedRows, config: TrainConfig, seed: int, steps: int
+) -> dict[str, Any]:
+    """What determines a training: two with equal identities take the same steps from the same weights."""
+    return {
+        "objective": objective.name,
+        "initial_weights": tensors_digest(model.state_dict())[:16],
+        "seed": seed,
+        "rows": len(rows),
+        "row_tokens": rows.n_tokens,
+        **{key: value for key, value in asdict(config).items() if key not in _NOT_IDENTITY},
+        "steps": steps,
+    }
 
 
 def _finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -42,12 +42,12 @@ def rank_and_size() -> tuple[int, int]:
 def meet(rank: int, size: int, say: Callable[[str], None]) -> dist.Store:
     """Wait until every worker is there and return the store over which they connect.
 
-    say: is told once which worker is awaited, unless torchrun looks after that. Raises TrainingError after `GIVE_UP`
-    seconds, ConfigError where the first worker cannot listen at its port.
+    say: receives one line that names the awaited workers, unless torchrun looks after that. Raises TrainingError after
+    `GIVE_UP` seconds, ConfigError where the first worker cannot listen at its port.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun listens at the port
-    listens, store, told, deadline = rank == 0 and not hosted, None, hosted, time.monotonic() + GIVE_UP
+    listens, store, announced, deadline = rank == 0 and not hosted, None, hosted, time.monotonic() + GIVE_UP
     while True:
         try:
             store = store or dist.TCPStore(host, port, size, listens, ATTEMPT, wait_for_workers=False)
@@ -61,9 +61,9 @@ def meet(rank: int, size: int, say: Callable[[str], None]) -> dist.Store:
             store.set_timeout(timedelta(hours=1))
             return dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         place = f"worker {', '.join(map(str, awaited[:8]))} of {size} at {host}:{port}"
-        if not told:
+        if not announced:
             say(f"waiting for {place}, at most {GIVE_UP / 60:.0f} minutes (WORLD_SIZE is set in the environment)")
-            told = True
+            announced = True
         if time.monotonic() > deadline:
             raise TrainingError(f"{place} did not come; unset WORLD_SIZE to train in this process alone")
         time.sleep(0.2)
