@@ -200,6 +200,7 @@ def test_chat_at_a_terminal_ends_cleanly(run, end):
     os.write(master, b"Who?\n")
     while seen.count(b"> ") < 2 and time.monotonic() < until:
         seen += os.read(master, 4096)
+    time.sleep(0.5)  # a signal that comes before Python's readline waits is only seen at the next key
     os.write(master, end)
     assert process.wait(60) == 0 and process.stderr.read() == b""
     assert b"Ctrl-D ends" in seen and b"pretrain: " in seen and b"dpo: " in seen
