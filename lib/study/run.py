@@ -48,7 +48,7 @@ def project() -> Project:
         ),
         summary="compare",
         timed_files=("steps-preset.json", "steps-ablation.json", "speed.parquet"),
-        timed_records=("speed/", "comparison/"),
+        timed_records=("speed/", "comparison/", "ablation-effects", "kernels"),
         readers={"metrics.jsonl": _metrics},
     )
 
