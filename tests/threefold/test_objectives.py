@@ -116,6 +116,39 @@ def test_a_padded_vocabulary_changes_no_loss_and_no_gradient(generator, monkeypa
     torch.testing.assert_close(gradients, expected_gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["cross entropy", "distillation", "target log-probabilities"])
+def test_a_compiled_loss_is_the_loss_in_one_graph_for_every_number_of_targets(generator, monkeypatch, name, dtype):
+    """What a GPU runs, by the CPU's compiler: the same values within rounding."""
+    monkeypatch.setattr(losses, "FUSED", {"cpu"})
+    monkeypatch.setitem(losses.MULTIPLE, "cpu", 64)
+    monkeypatch.setitem(losses.PIECE, "cpu", 16 * 128)
+    teacher_h, teacher = (torch.randn(n, 8, generator=generator).to(dtype) for n in (64, 101))
+    weight = torch.randn(101, 8, generator=generator).requires_grad_()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for n in (23, 37, 64):  # pieces of 16, and a last one of 7, 5 and 16
+        h = torch.randn(n, 8, generator=generator, requires_grad=True)
+        targets = torch.randint(0, 101, (n,), generator=generator)
+        found, gradients = [], []
+        for compiled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                if name == "cross entropy":
+                    values = (losses.cross_entropy_sum(h, weight, targets, compiled=compiled),)
+                elif name == "distillation":
+                    sizes = teacher_h[:n], teacher, 2.0, 0.4
+                    values = losses.distillation_sums(h, weight, targets, *sizes, compiled=compiled)
+                else:
+                    values = (losses.target_logprobs(h, weight, targets, compiled=compiled).square().sum(),)
+            found.append(values)
+            gradients.append(torch.autograd.grad(values[0], (h, weight)))
+        rough = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(found[1], found[0])
+        torch.testing.assert_close(gradients[1], gradients[0], **rough)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
 def test_cross_entropy_under_bf16_autocast_is_near_fp32(generator):
     h = torch.randn(64, 32, generator=generator, requires_grad=True)
     weight = (0.1 * torch.randn(50, 32, generator=generator)).requires_grad_()

@@ -13,7 +13,7 @@ from study.preset import load_preset, preset_names
 from threefold.config import ModelConfig, TrainConfig, apply_variant, gpt2_counterpart
 from threefold.data.packing import pack_documents, pack_examples, pack_pairs
 from threefold.model.decoder import Decoder, segment_block_mask
-from threefold.training import Distillation, NextToken, Preference, half_depth, numerics, train
+from threefold.training import Distillation, NextToken, Preference, forward, half_depth, numerics, train, variants
 from threefold.training.loop import TrainStep
 from threefold.training.objectives import MicroBatch
 
@@ -139,3 +139,39 @@ def test_every_variant_is_one_graph(variant, monkeypatch):
         batch.tokens_BT, model.prepare(batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     )
     assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
+
+
+def test_seeds_of_a_variant_share_its_graph(tmp_path, monkeypatch):
+    config = replace(CONFIG, steps=2, compile="on")
+    settings = {"folder": tmp_path, "workers": 1, "device": "cpu", "progress": lambda message: None}
+    with graphs(monkeypatch) as counters:
+        variants._keep_graphs_of.cache_clear()
+        results = variants.run_variants(
+            TINY, ["norm=layer"], config, lambda m: (documents(m),) * 2, (1, 2, 3), **settings
+        )
+    assert [len(result.runs) for result in results] == [3, 3]
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_rows_that_are_almost_a_multiple_are_padded_for_the_compiled_graph(monkeypatch):
+    """On a GPU 1,023 positions are computed as 1,024, here 23 as 24; 20 stay 20. No value changes."""
+    monkeypatch.setitem(forward.MULTIPLE, "cpu", 8)
+    monkeypatch.setattr(forward, "ALMOST", 1 / 16)
+    widths, prepare = [], Decoder.prepare
+
+    def counted(model, tokens_BT, *rest, **settings):
+        widths.append(tokens_BT.shape[1])
+        return prepare(model, tokens_BT, *rest, **settings)
+
+    monkeypatch.setattr(Decoder, "prepare", counted)
+    with graphs(monkeypatch):
+        for width, computed in ((23, 24), (20, 20), (24, 24)):
+            for position in ("rope", "learned"):
+                config = replace(TINY, context=width, position=position)
+                model, batch = Decoder(config), documents(config).rows([0, 1, 2])
+                for block in model.blocks:
+                    torch.nn.init.normal_(block.attention.o.weight)
+                inputs = batch.tokens_BT, batch.positions_BT, batch.segments_BT
+                torch.testing.assert_close(forward.CompiledForward(model).hidden(*inputs), model.hidden(*inputs))
+                assert widths == [computed, width]
+                widths.clear()

@@ -281,6 +281,18 @@ def test_step_times_come_in_rounds_and_are_kept(tmp_path, monkeypatch):
     assert variants.time_variants(TINY, names, SHORT, packed, 4, file=file, device="cpu") != found
 
 
+def test_timed_steps_of_all_variants_have_rows_of_one_width(tmp_path, monkeypatch):
+    widths = []
+
+    def untimed(configs, rows, *_):
+        widths.extend(rows(model).width for model, _ in configs.values())
+        return timing.Timing({}, "")
+
+    monkeypatch.setattr(variants, "time_steps", untimed)
+    variants.time_variants(TINY, ["sinks=0", "sinks=4"], SHORT, packed, 3, file=tmp_path / "times.json")
+    assert widths == [TINY.context] * 3
+
+
 def test_every_round_takes_every_turn_once():
     taken = []
     times = timing.time_rounds({name: lambda name=name: taken.append(name) for name in "abc"}, 6, "cpu")

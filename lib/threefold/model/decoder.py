@@ -250,7 +250,7 @@ class Decoder(nn.Module):
             positions_BT = torch.arange(start, start + T, device=tokens_BT.device)  # [T]: the same in every row
 
         rotary = cached_rotary = None
-        packed = segments_BT is not None and cache is None and self.config.context >= T
+        packed = segments_BT is not None and cache is None and (in_blocks or self.config.context >= T)
         if self.position is not None and not packed:  # those of packed rows count within the row; a GPU would wait here
             self._check_learned(positions_BT)
         elif self.config.position == "rope":

@@ -2,25 +2,35 @@
 gradients over held-out rows."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from threefold.config import TrainConfig
 from threefold.data.packing import PackedRows, PairedRows
+from threefold.segments import PADDING
 from threefold.training import distributed
 from threefold.training.numerics import Numerics, choose
 from threefold.training.objectives import HiddenStates, MicroBatch, NextToken, Objective
 
+# Rows that are almost a multiple of so many positions are padded to it: FlexAttention computes in blocks of 128.
+MULTIPLE, ALMOST = {"cpu": 1, "cuda": 128}, 1 / 32
+
 
 class CompiledForward:
-    """A model whose layers are a compiled graph of one static shape."""
+    """A model whose layers are a compiled graph of one static shape. Models of equal config share the graph."""
 
     def __init__(self, model: nn.Module):
         self.model = model
         self._run = torch.compile(model.run, dynamic=False)
 
     def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, segments_BT: Tensor) -> Tensor:
+        T = tokens_BT.shape[1]
+        missing = -T % MULTIPLE[tokens_BT.device.type]
+        if 0 < missing <= ALMOST * T:
+            tokens_BT, positions_BT = (F.pad(ids_BT, (0, missing)) for ids_BT in (tokens_BT, positions_BT))
+            segments_BT = F.pad(segments_BT, (0, missing), value=PADDING)
         context = self.model.prepare(tokens_BT, positions_BT, segments_BT, in_blocks=tokens_BT.is_cuda)
-        return self._run(tokens_BT, context)
+        return self._run(tokens_BT, context)[:, :T]
 
     @property
     def head_weight(self) -> Tensor:

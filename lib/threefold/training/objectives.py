@@ -90,6 +90,7 @@ class Objective:
 
     name = ""  # saved with the state of a training: one objective does not resume another's
     unit = "targets"  # what the weight of a micro-batch counts
+    compiled = False  # whether losses are compiled, see `losses`
 
     def prepare(self, model: nn.Module, rows, heldout, config: TrainConfig, folder: Path, device: str | None) -> None:
         """Compute what the objective needs from the untrained model. May write files to the folder."""
@@ -105,7 +106,8 @@ class Objective:
         """Move the objective's own tensors and models."""
 
     def compile(self, wrap: Callable[[nn.Module], HiddenStates]) -> None:
-        """Compile the objective's own models."""
+        """Compile the loss and the objective's own models."""
+        self.compiled = True
 
 
 class NextToken(Objective):
@@ -119,7 +121,9 @@ class NextToken(Objective):
     def __call__(self, model: HiddenStates, batch: MicroBatch | Batch) -> Loss:
         """batch: rows, as a `MicroBatch` or as data in host memory."""
         batch = MicroBatch.of(batch)
-        return Loss(cross_entropy_sum(_states(model, batch), model.head_weight, batch.targets_N), batch.weight)
+        states_ND = _states(model, batch)
+        loss = cross_entropy_sum(states_ND, model.head_weight, batch.targets_N, compiled=self.compiled)
+        return Loss(loss, batch.weight)
 
 
 class Preference(Objective):
@@ -152,7 +156,7 @@ class Preference(Objective):
     def __call__(self, model: HiddenStates, batch: MicroBatch | Batch) -> Loss:
         """batch: packed pairs, as a `MicroBatch` or as data in host memory."""
         batch = MicroBatch.of(batch)
-        logprobs_P2 = sequence_logprobs(model, batch)
+        logprobs_P2 = sequence_logprobs(model, batch, compiled=self.compiled)
         reward_P2 = self.beta * (logprobs_P2 - self.reference_P2.index_select(0, batch.pairs_P))
         chosen_P, rejected_P = reward_P2.unbind(1)
         margin_P = chosen_P - rejected_P
@@ -208,6 +212,7 @@ class Distillation(Objective):
             self.teacher.head_weight,
             self.temperature,
             self.share,
+            compiled=self.compiled,
         )
         return Loss(total, batch.weight, {"kl": soft, "next_token": hard})
 
@@ -218,6 +223,7 @@ class Distillation(Objective):
         self.teacher.to(device)
 
     def compile(self, wrap: Callable[[nn.Module], HiddenStates]) -> None:
+        super().compile(wrap)
         self._forward = wrap(self.teacher)
 
 
@@ -241,9 +247,9 @@ def half_depth(teacher: Decoder) -> Decoder:
     return student
 
 
-def sequence_logprobs(model: HiddenStates, batch: MicroBatch) -> Tensor:
+def sequence_logprobs(model: HiddenStates, batch: MicroBatch, *, compiled: bool = False) -> Tensor:
     """The log-probabilities (nats, fp32) of the pairs' responses, (P, 2) for chosen and rejected, differentiable."""
-    logprobs_N = target_logprobs(_states(model, batch), model.head_weight, batch.targets_N)
+    logprobs_N = target_logprobs(_states(model, batch), model.head_weight, batch.targets_N, compiled=compiled)
     return logprobs_N.new_zeros(2 * len(batch.pairs_P)).index_add(0, batch.sides_N, logprobs_N).view(-1, 2)
 
 

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,8 @@ def run_variants(
     for name in dict.fromkeys(variants):
         if name not in configs:
             progress(f"variant {name} is what the base has already: left out")
-    tasks = [_Task(name, seed, *configs[name]) for seed in seeds for name in configs]
+    # All seeds of a variant follow each other, so that they share its compiled graph.
+    tasks = [_Task(name, seed, *configs[name]) for name in configs for seed in seeds]
     for task in tasks:
         if reuse is not None and not task.finished(folder, packed) and task.finished(Path(reuse), packed):
             here, there = (variant_folder(parent, task.variant, task.seed) for parent in (folder, reuse))
@@ -204,11 +205,13 @@ def time_variants(
 ) -> Timing:
     """Step times of the base and every variant, interleaved in this process (`timing.time_steps`).
 
+    All have rows of the base's width, sinks included: a few more positions would not fit the blocks of GPU kernels.
+
     Args:
         file: keeps them, so that an interrupted notebook does not measure again.
         The rest as in `run_variants`.
     """
-    configs, packed = all_configs(base, config, variants), _Packed(rows, base.sinks)
+    configs, packed = all_configs(base, config, variants), _Packed(rows)
     inputs = sha256_json([rounds, {name: [asdict(part) for part in parts] for name, parts in configs.items()}])
     kept = read_note(Path(file)) or {}
     if kept.get("inputs") == inputs:
@@ -236,14 +239,19 @@ def variant_folder(folder: str | Path, name: str, seed: int) -> Path:
 
 
 class _Packed:
-    """Rows for each model, packed once per process; a copy for another process is sent without them."""
+    """Rows for each model, packed once per process; a copy for another process is sent without them.
 
-    def __init__(self, pack: RowsFor, sinks: int):
-        self.pack, self.sinks = pack, sinks  # the base's
+    sinks: the base's. Rows of variants are longer or shorter by their difference in sinks, so that all hold the same
+        text. None: each has rows of its own context.
+    """
+
+    def __init__(self, pack: RowsFor, sinks: int | None = None):
+        self.pack, self.sinks = pack, sinks
         self.kept: dict[tuple[int, int], Packed] = {}
 
     def __call__(self, model: ModelConfig) -> Packed:
-        wide = replace(model, context=model.context + model.sinks - self.sinks)
+        more = 0 if self.sinks is None else model.sinks - self.sinks
+        wide = replace(model, context=model.context + more)
         key = (wide.sinks, wide.context)
         if key not in self.kept:
             rows, heldout = self.pack(wide)
@@ -312,9 +320,16 @@ def _train(task: _Task, *, folder: Path, packed: _Packed, device: str | None) ->
     if read_note(own / INPUTS) != inputs or (own / RESULT).exists():  # another's, or damaged
         shutil.rmtree(own, ignore_errors=True)
         write_note(own / INPUTS, inputs)
-    torch.compiler.reset()  # drop the graphs of earlier trainings: torch compiles no more than eight
+    _keep_graphs_of(task.model, task.config)
     model = Decoder(task.model)
     model.initialise(torch.Generator().manual_seed(task.seed))
     rows, heldout = packed(task.model)
     settings = {"heldout": heldout, "device": device, "progress": lambda message: None, "name": str(task)}
     return task.run(train(model, NextToken(), rows, task.config, own, seed=task.seed, **settings).result)
+
+
+@lru_cache(maxsize=1)  # called again with the same variant it does nothing
+def _keep_graphs_of(model: ModelConfig, config: TrainConfig) -> None:
+    """Drop the compiled graphs of other variants, because torch compiles no more than eight; a variant's other seeds
+    use its own again."""
+    torch.compiler.reset()
