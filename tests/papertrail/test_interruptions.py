@@ -108,7 +108,8 @@ def test_kills_over_all_stages_of_the_smoke_run(tmp_path, monkeypatch):
             family, number = psutil.Process(child.pid).children(recursive=True), SIGNALS[left % len(SIGNALS)]
             at = sorted(folder.name for folder in (runs / "smoke").glob(".*.partial"))
             child.send_signal(number)
-            assert child.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+            # a signal before the command handles it, or after, ends the interpreter itself: 128 + number in a shell too
+            assert child.wait(60) in (-number, 128 + number)
             _, alive = psutil.wait_procs(family, timeout=60)
             assert not alive
             assert list(scratch.glob("threefold-*")) == []
