@@ -22,7 +22,7 @@ import torch._dynamo  # or every child would, at its optimizer's first step
 from basics import paths
 from basics.errors import ThreefoldError
 from papertrail.provenance import Fingerprint
-from study.preset import TRAINED, Preset, to_toml
+from study.preset import TRAINED, Preset, section, to_toml
 from study.run import Run, open_run, open_stage
 from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import pack_documents
@@ -95,7 +95,7 @@ def ended(pid: int, said: Path) -> str:
 def fresh(home: Path, name: str) -> Path:
     runs = home / name
     runs.mkdir()
-    preset = Preset(name="tiny", **dict.fromkeys(TRAINED, TrainConfig(steps=1)))
+    preset = Preset(name="tiny", **dict.fromkeys(map(section, TRAINED), TrainConfig(steps=1)))
     (runs / "tiny.toml").write_text(to_toml(preset))
     return runs
 

@@ -14,10 +14,12 @@ import tomli_w
 from huggingface_hub import ModelCardData
 
 from basics.files import atomic_write, sha256_file
+from basics.names import replicate_of
 from papertrail import records
 from papertrail.plan import ancestors
 from papertrail.run import read_run_file
 from study.chat import forms
+from study.preset import TRAINED, section, to_dict
 from study.run import Stage
 from threefold.data.registry import registry
 from threefold.data.templates import FORMS
@@ -30,6 +32,7 @@ UNKNOWN = "not known: own files"
 OBJECTIVES = {
     "pretrain": "cross-entropy of the next token",
     "gpt2": "cross-entropy of the next token, with GPT-2's parts",
+    "gpt2-adamw": "cross-entropy of the next token, with GPT-2's parts, by AdamW",
     "distilgpt2": "distillation from gpt2 at half its depth (Sanh et al. 2019)",
     "sft": "cross-entropy of the response alone",
     "dpo": "direct preference optimisation against the SFT checkpoint (Rafailov et al. 2023)",
@@ -52,8 +55,8 @@ def write_card(stage: Stage, result: TrainResult) -> str:
     hashes the folder's files."""
     folder, plan = stage.partial, stage.run.plan
     own = {**read_run_file(folder), "tokens": result.tokens, "weights_sha256": sha256_file(folder / hf.WEIGHTS)}
-    before = ancestors(plan, stage.name) - {"data"}
-    card = _card(stage, result, [*(stage.run.require(name) for name in plan if name in before), own])
+    before = [name for name in plan if name in ancestors(plan, stage.name) and replicate_of(name)[0] in TRAINED]
+    card = _card(stage, result, [*map(stage.run.require, before), own])
     atomic_write(folder / hf.CARD, card)
     return card
 
@@ -63,11 +66,11 @@ def _card(stage: Stage, result: TrainResult, lineage: list[Mapping[str, Any]]) -
     config = hf.read_config(stage.partial)
     kind = hf.architecture(config)
     used = _data(lineage)
-    sections = {"model": asdict(config), stage.model: lineage[-1]["fingerprint"]["config"][stage.model]}
+    sections = {"model": asdict(config), section(stage.model): to_dict(stage.config)}
     trained = [
         {
             "stage": facts["stage"],
-            "objective": OBJECTIVES[facts["fingerprint"]["stage"].partition("-")[0]],
+            "objective": OBJECTIVES[replicate_of(facts["fingerprint"]["stage"])[0]],
             "tokens": facts["tokens"],
             "seed": str(facts["fingerprint"]["seed"]),
             "weights (SHA-256)": facts["weights_sha256"],

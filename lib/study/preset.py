@@ -22,9 +22,11 @@ from basics.names import check_name, did_you_mean, replicate_of, shown
 from study import sizes
 from threefold.config import (
     LENGTHS,
+    AboveZero,
     AtLeastTwo,
     EvaluationConfig,
     ExternalConfig,
+    Flag,
     Integer,
     ModelConfig,
     NonnegativeOrOff,
@@ -45,9 +47,11 @@ from threefold.config import (
     variant_changes,
 )
 
-OWN_MODELS = ("random", "gpt2", "distilgpt2", "pretrain", "sft", "dpo")  # the comparison's rows, in the report's order
+# the comparison's rows, in the report's order
+OWN_MODELS = ("random", "gpt2", "gpt2-adamw", "distilgpt2", "pretrain", "sft", "dpo")
 LINEAGE = ("pretrain", "sft", "dpo")  # the stages that `seeds` trains again, each replicate from its own parent
-TRAINED = ("pretrain", "gpt2", "distilgpt2", "sft", "dpo")  # sections of a preset that are one TrainConfig each
+TRAINED = ("pretrain", "gpt2", "gpt2-adamw", "distilgpt2", "sft", "dpo")  # stages that train; see `section`
+REPLICATED = (*LINEAGE, "gpt2", "gpt2-adamw")  # what may be trained from several seeds; see `replicated`
 _LARGEST_SEED = 2**32 - 1
 _LARGEST_FILE = 1 << 20  # bytes of a preset; the ones here have four thousand
 
@@ -68,6 +72,7 @@ class BaselinesConfig:
     gpt2_revision: Text = ""
     distilgpt2: Text = "train"  # train: a half-depth student distilled from our gpt2; or a folder; or a hub id
     distilgpt2_revision: Text = ""
+    seeds: Flag = False  # true: GPT-2's architecture, where it is trained here, is trained from each of the seeds too
     external: tuple[ExternalConfig, ...] = ()
 
     @model_validator(mode="after")
@@ -82,6 +87,14 @@ class BaselinesConfig:
                 "train",
             )
         return self
+
+
+@configuration
+class TuningConfig:
+    """Trials before each training, which choose its learning rates by the held-out loss (`study.tuning`)."""
+
+    multipliers: tuple[AboveZero, ...] = ()  # of the section's learning rates, one trial each; none: no trials
+    share: Annotated[AboveZero, between(0, 1)] = 0.25  # of the training's length, for each trial
 
 
 @configuration
@@ -122,9 +135,11 @@ class Preset:
     overlap: OverlapConfig = OverlapConfig()
     pretrain: TrainConfig = TrainConfig()
     gpt2: TrainConfig = TrainConfig()
+    gpt2_adamw: TrainConfig = TrainConfig()  # GPT-2's own recipe, a further row where this section has a length
     distilgpt2: TrainConfig = TrainConfig()
     sft: TrainConfig = TrainConfig()
     dpo: TrainConfig = TrainConfig()
+    tuning: TuningConfig = TuningConfig()
     baselines: BaselinesConfig = BaselinesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     ablations: AblationConfig = AblationConfig()
@@ -292,7 +307,7 @@ def _inline_toml(value: Any) -> str:
 def validate(preset: Preset, origin: str = "preset") -> Preset:
     """The same preset, if its sections fit together; else ConfigError with the key and what is allowed."""
     try:
-        sizes.check(to_dict(preset), (*TRAINED, "ablations.train"))
+        sizes.check(to_dict(preset), (*map(section, TRAINED), "ablations.train"))
         _check_whole(preset)
         for key, source in _sources(preset).items():
             _check_source(key, source)
@@ -316,11 +331,12 @@ def _check_whole(preset: Preset) -> None:
             f"tokenizer.vocab_size = {preset.tokenizer.vocab_size}: expected at least {least} "
             "(256 bytes, the end-of-text token and the sinks)"
         )
-    for name in TRAINED:
-        loaded = getattr(preset.baselines, name, "train") != "train"  # a baseline that is loaded is not trained
-        absent = name in LINEAGE and name not in lineage(preset)
-        if not loaded and not absent and not getattr(preset, name).lengths:
+    for name in trained(preset):
+        if not getattr(preset, section(name)).lengths:
             raise ConfigError(f"{name}: exactly one of steps, tokens and epochs is to be set, none is")
+    multipliers = preset.tuning.multipliers
+    if len(set(multipliers)) < len(multipliers):
+        raise ConfigError(f"tuning.multipliers = {shown(list(multipliers))}: expected each of them once")
 
 
 def _sources(preset: Preset) -> dict[str, SourceConfig]:
@@ -398,9 +414,34 @@ def lineage(preset: Preset) -> tuple[str, ...]:
     return LINEAGE[: LINEAGE.index(asked[-1]) + 1] if asked else LINEAGE[:1]
 
 
+def section(stage: str) -> str:
+    """The section of a preset that says how a stage of TRAINED trains: "gpt2_adamw" of "gpt2-adamw"."""
+    return stage.replace("-", "_")
+
+
+def kind_and_model(stage: str) -> tuple[str, str]:
+    """("evaluate", "sft") of the stage "evaluate-sft", ("tune", "sft") of "tune-sft"; ("sft", "sft") of any other. The
+    name is that of a first training."""
+    kind, _, model = stage.partition("-")
+    return (kind, model) if kind in ("evaluate", "tune") else (stage, stage)
+
+
+def trained(preset: Preset) -> list[str]:
+    """The stages of TRAINED that the preset asks for: a baseline that is loaded is not trained."""
+    asked = {"gpt2": preset.baselines.gpt2 == "train", "distilgpt2": preset.baselines.distilgpt2 == "train"}
+    asked |= {"gpt2-adamw": bool(preset.gpt2_adamw.lengths), **dict.fromkeys(lineage(preset), True)}
+    return [name for name in TRAINED if asked.get(name)]
+
+
+def replicated(preset: Preset) -> list[str]:
+    """The trainings that are repeated from each of the preset's seeds."""
+    asked = REPLICATED if preset.baselines.seeds else LINEAGE
+    return [name for name in asked if name in trained(preset)]
+
+
 def model_names(preset: Preset) -> list[str]:
     """Every model the run evaluates, in the report's order: the random control, baselines, our stages, externals."""
-    absent = LINEAGE[len(lineage(preset)) :]
+    absent = {*LINEAGE, "gpt2-adamw"} - {*trained(preset)}
     return [*(name for name in OWN_MODELS if name not in absent), *(entry.name for entry in preset.baselines.external)]
 
 

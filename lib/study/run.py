@@ -20,21 +20,27 @@ from papertrail.provenance import Fingerprint
 from study import stages
 from study.preset import (
     LINEAGE,
+    REPLICATED,
     TRAINED,
     Preset,
     format_overrides,
+    kind_and_model,
     load_preset,
     model_names,
     parse_overrides,
     preset_names,
+    replicated,
+    section,
     to_dict,
     to_toml,
+    trained,
 )
 
 COMMON_PARAMETERS = ("preset", "run", "data_dir", "overrides", "overwrite")  # of every notebook
-PRETRAINED = ("pretrain", "gpt2", "distilgpt2")  # the stages of notebook 01, by its parameter `model`
+PRETRAINED = ("pretrain", "gpt2", "gpt2-adamw", "distilgpt2")  # the stages of notebook 01, by its parameter `model`
+CHOICE = "choice.json"  # of a stage that tunes: the learning rates that its trials chose
 # Stages whose parameters are the keys of another section than the one of their name.
-SECTIONS = {"evaluate": "evaluation", "speed": "evaluation", "compare": "evaluation"}
+SECTIONS = {"tune": "tuning", "evaluate": "evaluation", "speed": "evaluation", "compare": "evaluation"}
 
 
 def project() -> Project:
@@ -97,17 +103,19 @@ class Run(papertrail_run.Run):
         """The preset's seed, plus the place of a training's replicate. An evaluation's does not change with the
         replicate, so that every replicate gets the same prompts."""
         base, replicate = names.replicate_of(stage)
-        return self.preset.seed + (replicate - 1 if base in LINEAGE else 0)
+        return self.preset.seed + (replicate - 1 if base in REPLICATED else 0)
 
     def taken_from(self, parent: str, stage: str) -> str:
-        """Of a model its weights; of the data stage what it made (not its fingerprint: other data for DPO leaves the
-        tokenizer, and so pretraining, as it was). The comparison reads measured times, so it takes whole results."""
+        """Of a model its weights; of trials the rates that they chose; of the data stage what it made (not its
+        fingerprint: other data for DPO leaves the tokenizer, and so pretraining, as it was). The comparison reads
+        measured times, so it takes whole results."""
         facts = self.finished(parent)
         if facts is None:
             return "missing"
         if stage == self.project.summary:
             return files.sha256_json(facts)
-        return facts["outputs"].get("model.safetensors") or files.sha256_json(facts["outputs"])
+        result = (facts["outputs"].get(name) for name in ("model.safetensors", CHOICE))
+        return next(filter(None, result), None) or files.sha256_json(facts["outputs"])
 
     def environment(self) -> dict[str, str]:
         return {
@@ -231,7 +239,7 @@ class Stage(papertrail_stage.Stage):
     @property
     def subject(self) -> str:
         """The model's name in records, with its replicate: "sft-seed2" of "evaluate-sft-seed2"."""
-        return self.name.removeprefix("evaluate-")
+        return self.name.removeprefix("evaluate-").removeprefix("tune-")
 
     @property
     def model(self) -> str:
@@ -245,7 +253,7 @@ class Stage(papertrail_stage.Stage):
 
     def require(self, stage: str) -> Path:
         """As in papertrail; of a stage with replicates this one's."""
-        return super().require(names.replicate_name(stage, self.replicate) if stage in LINEAGE else stage)
+        return super().require(names.replicate_name(stage, self.replicate) if stage in REPLICATED else stage)
 
 
 def open_stage(stage: str, /, **parameters: Any) -> Stage:
@@ -254,25 +262,25 @@ def open_stage(stage: str, /, **parameters: Any) -> Stage:
     stage: "sft", ...; "pretrain" with model="gpt2" is stage "gpt2", "evaluate" with model="sft" is "evaluate-sft",
         "sft" with replicate=2 is "sft-seed2".
     parameters: preset, run, data_dir, overrides ("a.b=c; d.e=f", or a list), overwrite (replace results of the run
-        that were made with other settings), `model` (notebooks 01 and 04), `replicate` (01 to 04: which of the preset's
-        `seeds` trainings, from 1), `nproc` (01 to 03: processes that train together), and keys of the stage's section
-        of the preset. None means the preset's value.
+        that were made with other settings), `model` (notebooks 01_pretrain, 01_tune and 04), `replicate` (01_pretrain
+        to 04: which of the preset's `seeds` trainings, from 1), `nproc` (01_pretrain to 03: processes that train
+        together), and keys of the stage's section of the preset. None means the preset's value.
 
     Raises ConfigError, also where the notebook's parameters cells assign a name that is not passed on here: papermill
     only warns about an unknown parameter, and a typo would run for hours.
     """
     base, replicate = names.replicate_of(stage)
-    kind = base.partition("-")[0]
+    kind = kind_and_model(base)[0]
     if kind not in stages.NOTEBOOKS:
         raise ConfigError(f"unknown stage {base!r}{did_you_mean(base, stages.NOTEBOOKS)}")
-    section = SECTIONS.get(kind, kind)
-    takes_model = kind in PRETRAINED or kind == "evaluate"
+    part = SECTIONS.get(kind, section(kind))
+    takes_model = kind in PRETRAINED or kind in ("evaluate", "tune")
     keys = [
         *COMMON_PARAMETERS,
         *(["model"] if takes_model else []),
-        *(["replicate"] if takes_model or kind in LINEAGE else []),
+        *(["replicate"] if kind != "tune" and (takes_model or kind in LINEAGE) else []),
         *(["nproc"] if kind in TRAINED else []),
-        *sorted(to_dict(getattr(Preset(), section))),
+        *sorted(to_dict(getattr(Preset(), part))),
     ]
     _check_known(parameters, keys, stages.NOTEBOOKS[kind])
     if parameters:
@@ -284,9 +292,9 @@ def open_stage(stage: str, /, **parameters: Any) -> Stage:
         if model not in PRETRAINED:
             hint = did_you_mean(str(model), PRETRAINED)
             raise ConfigError(f"model {shown(model)}{hint}; allowed: {', '.join(PRETRAINED)}")
-        base = section = model
-    if base == "evaluate":
-        base = f"evaluate-{model or 'pretrain'}"
+        base, part = model, section(model)
+    if base in ("evaluate", "tune"):
+        base = f"{base}-{model or 'pretrain'}"
     nproc = given.pop("nproc", None)
     if nproc is not None and (type(nproc) is not int or nproc < 1):
         raise ConfigError(f"parameter nproc = {shown(nproc)}: expected None or a whole number of at least 1")
@@ -296,27 +304,34 @@ def open_stage(stage: str, /, **parameters: Any) -> Stage:
         raise ConfigError(f"parameter overwrite = {shown(overwrite)}: expected true or false")
     if not isinstance(overrides, str | list | tuple):
         raise ConfigError(f"parameter overrides = {shown(overrides)}: expected 'key=value; key=value', or a list")
-    values = parse_overrides(overrides) | {f"{section}.{name}": value for name, value in given.items()}
+    values = parse_overrides(overrides) | {f"{part}.{name}": value for name, value in given.items()}
     common = {name: text_parameter(name, value) for name, value in common.items()}
     run = open_run(**common, overrides=values, create=False)
-    if kind == "evaluate" and (name := base.removeprefix("evaluate-")) not in model_names(run.preset):
-        models = model_names(run.preset)
-        raise ConfigError(f"model {name!r}{did_you_mean(name, models)}; allowed in this preset: {', '.join(models)}")
+    model = kind_and_model(base)[1]
+    models = {"evaluate": model_names, "tune": trained}.get(kind, lambda preset: [model])(run.preset)
+    if model not in models:
+        raise ConfigError(f"model {model!r}{did_you_mean(model, models)}; allowed in this preset: {', '.join(models)}")
+    if kind == "tune" and not run.preset.tuning.multipliers:
+        raise ConfigError(
+            "tuning.multipliers is empty: no learning rate is tuned; overrides='tuning.multipliers=0.5,1,2'"
+        )
     name = _with_replicate(base, replicate, run.preset)
     run.spec(name)
     if overwrite in (False, "false"):
         _check_overwriting(run)
     run.create()  # only now, so that a wrong parameter leaves nothing behind
-    return Stage(name=name, run=run, config=getattr(run.preset, section), nproc=nproc)
+    return Stage(
+        name=name, run=run, config=getattr(run.preset, section(model) if kind == "tune" else part), nproc=nproc
+    )
 
 
 def _with_replicate(stage: str, replicate: Any, preset: Preset) -> str:
     """The stage's name in that replicate. Raises ConfigError for one that the preset does not ask for."""
-    parameter, model = f"parameter replicate = {shown(replicate)}", stage.removeprefix("evaluate-")
+    parameter, model = f"parameter replicate = {shown(replicate)}", kind_and_model(stage)[1]
     if type(replicate) is not int or replicate < 1:
         raise ConfigError(f"{parameter}: expected a whole number of at least 1")
-    if replicate > 1 and model not in LINEAGE:
-        raise ConfigError(f"{parameter}: {model} is trained once; seeds repeats {', '.join(LINEAGE)}")
+    if replicate > 1 and model not in (again := replicated(preset)):
+        raise ConfigError(f"{parameter}: {model} is trained once; seeds repeats {', '.join(again)}")
     if replicate > preset.seeds:
         raise ConfigError(
             f"{parameter}: preset {preset.name} has seeds = {preset.seeds}; overrides='seeds={replicate}' asks for more"

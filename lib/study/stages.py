@@ -15,22 +15,27 @@ from basics.errors import ConfigError, SourceError
 from basics.names import did_you_mean, replicate_name, replicate_of
 from papertrail.plan import Plan, StageSpec, make_plan
 from study.preset import (
-    LINEAGE,
     OWN_MODELS,
     TRAINED,
     Preset,
     evaluation_sources,
+    kind_and_model,
     lineage,
     measured_on,
     model_names,
+    replicated,
+    section,
     to_dict,
+    trained,
 )
 from threefold.config import SourceConfig
 
 NOTEBOOKS = {
     "data": "00_data",
+    "tune": "01_tune",
     "pretrain": "01_pretrain",
     "gpt2": "01_pretrain",
+    "gpt2-adamw": "01_pretrain",
     "distilgpt2": "01_pretrain",
     "sft": "02_sft",
     "dpo": "03_dpo",
@@ -46,8 +51,10 @@ UNTIMED = ("learning_rate", "muon_learning_rate", "schedule", "warmup", "decay",
 # How long a stage takes compared with the others; only their order matters.
 WEIGHTS = {
     "data": 2,
+    "tune": 6,
     "pretrain": 8,
     "gpt2": 7,
+    "gpt2-adamw": 7,
     "distilgpt2": 6,
     "sft": 4,
     "dpo": 3,
@@ -67,32 +74,32 @@ MEMORY_KEYS = {
 def plan(preset: Preset) -> Plan:
     """The stages this preset asks for, by name, each after what it needs.
 
-    gpt2 and distilgpt2 are stages only where they are trained here; sft and dpo only where the preset says something
-    about them; ablations only where they have steps. With `seeds` of 2 or more, pretrain, sft, dpo and their
-    evaluations are repeated as replicates ("sft-seed2"): the same stages with the same data, each after its own
-    replicate's parents.
+    gpt2 and distilgpt2 are stages only where they are trained here; gpt2-adamw, sft and dpo only where the preset says
+    something about them; ablations only where they have steps. With multipliers in [tuning], a stage "tune-sft" chooses
+    the learning rates of "sft" before it. With `seeds` of 2 or more, pretrain, sft, dpo and their evaluations are
+    repeated as replicates ("sft-seed2"), and gpt2 and gpt2-adamw where `baselines.seeds` says so: the same stages with
+    the same data and the same rates, each after its own replicate's parents.
     """
-    trained = [name for name in ("gpt2", "distilgpt2") if getattr(preset.baselines, name) == "train"]
-    own = lineage(preset)
-    needs: dict[str, tuple[str, ...]] = {"data": (), "pretrain": ("data",)}
-    needs |= {name: (parent,) for parent, name in pairwise(own)}
-    if "gpt2" in trained:
-        needs["gpt2"] = ("data",)
-    if "distilgpt2" in trained:
-        needs["distilgpt2"] = ("gpt2",)  # its teacher
+    own, again = lineage(preset), replicated(preset)
+    parents = {"pretrain": "data", **{name: parent for parent, name in pairwise(own)}}
+    parents |= {name: "gpt2" if name == "distilgpt2" else "data" for name in trained(preset) if name not in own}
+    needs: dict[str, tuple[str, ...]] = {"data": ()}
+    for name, parent in parents.items():
+        tuned = (f"tune-{name}",) if preset.tuning.multipliers else ()
+        needs |= {**dict.fromkeys(tuned, (parent,)), name: (parent, *tuned)}
     for model in model_names(preset):
         # DPO is measured against the SFT checkpoint it started from: reward margins and the KL divergence to it.
         after = {"dpo": ("sft", "dpo"), "sft": ("sft",), "pretrain": ("pretrain",)}.get(model, ("data",))
-        needs[f"evaluate-{model}"] = (model,) if model in trained else after
+        needs[f"evaluate-{model}"] = (model,) if model in parents and model not in own else after
     for replicate in range(2, preset.seeds + 1):
-        for name in [part for model in own for part in (model, f"evaluate-{model}")]:
+        for name in [part for model in again for part in (model, f"evaluate-{model}")]:
             needs[replicate_name(name, replicate)] = tuple(
-                replicate_name(need, replicate) if need in LINEAGE else need for need in needs[name]
+                replicate_name(need, replicate) if need in again else need for need in needs[name]
             )
     if preset.ablations.steps > 0:
         needs["ablations"] = ("data",)
     if preset.evaluation.speed_repeats > 0 and preset.evaluation.speed_batch_sizes:
-        needs["speed"] = ("data", *own, *trained)
+        needs["speed"] = ("data", *parents)
     needs["compare"] = tuple(needs)
     return make_plan(_spec(name, after) for name, after in needs.items())
 
@@ -100,14 +107,17 @@ def plan(preset: Preset) -> Plan:
 def _spec(name: str, needs: tuple[str, ...]) -> StageSpec:
     """ "gpt2": 01_pretrain with model=gpt2, executed as 01_pretrain-gpt2; "sft-seed2": 02_sft with replicate=2."""
     base, replicate = replicate_of(name)
-    kind, _, model = base.partition("-")
-    model = model or (kind if kind in ("gpt2", "distilgpt2") else "")
-    notebook, folder = NOTEBOOKS[kind], f"evaluation/{model}" if kind == "evaluate" else base
+    kind, model = kind_and_model(base)
+    notebook, folder = NOTEBOOKS[kind], {"evaluate": f"evaluation/{model}", "tune": f"tuning/{model}"}.get(kind, base)
+    given = kind != base or (
+        notebook == NOTEBOOKS["pretrain"] and base != "pretrain"
+    )  # one notebook for several models
+    chosen = {"model": model} if given else {}
     return StageSpec(
         name,
         notebook,
-        replicate_name(f"{notebook}-{model}" if model else notebook, replicate),
-        ({"model": model} if model else {}) | ({"replicate": replicate} if replicate > 1 else {}),
+        replicate_name("-".join([notebook, *chosen.values()]), replicate),
+        chosen | ({"replicate": replicate} if replicate > 1 else {}),
         needs,
         folder if replicate == 1 else f"seeds/{replicate}/{folder}",
         alone=kind == "speed",
@@ -115,7 +125,7 @@ def _spec(name: str, needs: tuple[str, ...]) -> StageSpec:
         weight=16 if kind == "evaluate" and model not in OWN_MODELS else WEIGHTS.get(kind, 1),
         parallel=kind in TRAINED,
         memory_keys=MEMORY_KEYS.get(
-            kind, f"{kind}.batch_size (and raise {kind}.accumulate by the same factor) or model.context"
+            kind, "{0}.batch_size (and raise {0}.accumulate by the same factor) or model.context".format(section(model))
         ),
     )
 
@@ -144,7 +154,9 @@ def select(preset: Preset, name: str) -> list[str]:
 def sections(preset: Preset, stage: str) -> dict[str, Any]:
     """The parts of the preset that a stage reads, as JSON values. What reaches it through a parent's checkpoint is not
     among them."""
-    kind, _, model = replicate_of(stage)[0].partition("-")
+    kind, model = kind_and_model(replicate_of(stage)[0])
+    if kind == "tune":
+        return sections(preset, model) | {"tuning": to_dict(preset.tuning)}
     table = to_dict(preset)
     table["preset"] = {"name": preset.name, "price_per_hour": preset.price_per_hour}
     text, cleaned = ["data.pretrain", "data.pretrain_heldout"], []
@@ -159,6 +171,7 @@ def sections(preset: Preset, stage: str) -> dict[str, Any]:
     own = {
         "random": ["model"],
         "gpt2": baseline,
+        "gpt2-adamw": [],
         "distilgpt2": baseline,
         "pretrain": [],
         "sft": ["dpo.beta"],  # scales the rewards
@@ -170,6 +183,7 @@ def sections(preset: Preset, stage: str) -> dict[str, Any]:
         + [f"evaluation.{key}" for key in evaluation_sources(preset)],
         "pretrain": [*corpus, "pretrain"],
         "gpt2": gpt2,
+        "gpt2-adamw": [*corpus, "gpt2_adamw"],
         "distilgpt2": gpt2,
         "sft": ["data.sft", "data.sft_heldout", *(text if preset.sft.replay else []), "sft", *cleaned],
         "dpo": ["data.dpo", "data.dpo_heldout", "dpo", *cleaned],
@@ -181,11 +195,11 @@ def sections(preset: Preset, stage: str) -> dict[str, Any]:
         "compare": ["preset", "evaluation.bootstrap"],
     }[kind]
     chosen: dict[str, Any] = {}
-    for section, _, key in (key.partition(".") for key in keys):
+    for part, _, key in (key.partition(".") for key in keys):
         if key:
-            chosen.setdefault(section, {})[key] = table[section][key]
+            chosen.setdefault(part, {})[key] = table[part][key]
         else:
-            chosen[section] = table[section]
+            chosen[part] = table[part]
     return chosen
 
 
@@ -230,7 +244,7 @@ def data_fingerprints(
 
 def models_from_outside(preset: Preset, stage: str) -> list[tuple[str, str, str]]:
     """(name, location, revision) of the models from outside that a stage loads."""
-    baselines, (kind, _, name) = preset.baselines, replicate_of(stage)[0].partition("-")
+    baselines, (kind, name) = preset.baselines, kind_and_model(replicate_of(stage)[0])
     loaded = [(entry.name, entry.location, entry.revision) for entry in baselines.external]
     for model in ("distilgpt2", "gpt2"):
         if (location := getattr(baselines, model)) != "train":

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from basics import names
 from basics.errors import SourceError
-from study.preset import LINEAGE
+from study.preset import REPLICATED
 from study.run import Stage
 from threefold.data import hub
 from threefold.data.tokenizer import load_tokenizer
@@ -28,7 +28,7 @@ def subject(stage: Stage, model: str) -> LanguageModel:
         return _from_outside(stage, model, external[model].location, external[model].revision)
     if (location := getattr(baselines, model, "train")) != "train":
         return _from_outside(stage, model, location, getattr(baselines, f"{model}_revision"))
-    name = names.replicate_name(model, stage.replicate) if model in LINEAGE else model
+    name = names.replicate_name(model, stage.replicate) if model in REPLICATED else model
     return LanguageModel.from_checkpoint(stage.require(model), name)
 
 

@@ -17,9 +17,11 @@
 # * `pretrain`: ours. Pre-norm RMSNorm, rotary positions, SwiGLU, no biases, tied embeddings, a sink token.
 # * `gpt2`: GPT-2's architecture (LayerNorm, learned positions, GELU at equal parameters, biases, no sink) on the same tokens,
 #   the baseline where GPT-2's own weights are out of reach.
+# * `gpt2-adamw`: the same architecture, trained as the section `[gpt2_adamw]` says: GPT-2's own recipe.
 # * `distilgpt2`: every other layer of that model, distilled from it [Sanh et al. 2019].
 #
-# Input: stage `data` (and `gpt2` for its student). Output: `runs/<run>/<model>/`, a Hugging Face checkpoint with
+# Input: stage `data` (and `gpt2` for its student), and the learning rates that notebook 01_tune chose, where the preset tunes
+# them. Output: `runs/<run>/<model>/`, a Hugging Face checkpoint with
 # `metrics.jsonl` and `run.json`.
 
 # %% tags=["parameters"]
@@ -28,10 +30,10 @@ run = ""  # default: the preset's name
 data_dir = ""  # local data folder; default: $THREEFOLD_DATA, then the Hugging Face cache, then the hub
 overrides = ""  # further keys of the preset, written as for --set of `threefold run` and separated by ;
 overwrite = False  # True: other parameters than those of a finished run replace its results
-model = "pretrain"  # or gpt2, distilgpt2
+model = "pretrain"  # or gpt2, gpt2-adamw, distilgpt2
 replicate = 1  # which of the preset's `seeds` trainings of `pretrain`; from 2 on another seed, nothing else
 nproc = None  # processes that train together (torchrun); None: one a GPU
-learning_rate = None  # None: the preset's value, as for every key of the section [pretrain], [gpt2] or [distilgpt2]
+learning_rate = None  # None: the preset's value, as for every key of the model's section, [pretrain] for instance
 muon_learning_rate = None
 steps = None
 tokens = None
@@ -45,7 +47,7 @@ import matplotlib.pyplot as plt
 from papertrail import records
 from study.card import write_card
 from study.run import open_stage
-from study.training import prepare, train_stage
+from study.training import prepare, recipe, train_stage
 from threefold.model import parameter_counts
 from threefold.training import curve
 
@@ -126,5 +128,10 @@ records.publish(
 write_card(stage, result)
 records.publish(
     f"stage/{stage.name}",
-    stage.finish(tokens=result.tokens, device_seconds=result.seconds, training=asdict(result)),
+    stage.finish(
+        tokens=result.tokens,
+        device_seconds=result.seconds,
+        training=asdict(result),
+        recipe=recipe(stage, inputs, result),
+    ),
 )

@@ -44,7 +44,7 @@ import matplotlib.pyplot as plt
 from papertrail import records
 from study.card import write_card
 from study.run import open_stage
-from study.training import prepare, train_stage
+from study.training import prepare, recipe, train_stage
 from threefold.training import curve
 
 stage = open_stage(
@@ -109,5 +109,10 @@ records.publish(
 write_card(stage, result)
 records.publish(
     f"stage/{stage.name}",
-    stage.finish(tokens=result.tokens, device_seconds=result.seconds, training=asdict(result)),
+    stage.finish(
+        tokens=result.tokens,
+        device_seconds=result.seconds,
+        training=asdict(result),
+        recipe=recipe(stage, inputs, result),
+    ),
 )

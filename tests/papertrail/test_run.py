@@ -12,7 +12,7 @@ from papertrail import provenance
 from papertrail import stage as papertrail_stage
 from papertrail.provenance import Fingerprint
 from papertrail.run import read_run_file
-from study.preset import TRAINED, Preset, load_preset, to_toml
+from study.preset import TRAINED, Preset, load_preset, section, to_toml
 from study.run import open_run, open_stage
 from threefold.config import TrainConfig
 
@@ -26,7 +26,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.delenv("THREEFOLD_DATA", raising=False)
     (tmp_path / "presets").mkdir()
     for name in ("smoke", "laptop"):
-        preset = Preset(name=name, **dict.fromkeys(TRAINED, TrainConfig(steps=10)))
+        preset = Preset(name=name, **dict.fromkeys(map(section, TRAINED), TrainConfig(steps=10)))
         (tmp_path / "presets" / f"{name}.toml").write_text(to_toml(preset))
     return tmp_path
 
@@ -366,7 +366,7 @@ def test_parameters_of_a_notebook():
         ("sft", {"preset": 1.5}, ["parameter preset = 1.5", "a string"]),
         ("sft", {"overrides": "sft.stepz=1"}, ["sft.stepz", "did you mean sft.steps?"]),
         ("sftt", {}, ["unknown stage 'sftt', did you mean sft?"]),
-        ("pretrain", {"model": "gtp2"}, ["model 'gtp2', did you mean gpt2?", "pretrain, gpt2, distilgpt2"]),
+        ("pretrain", {"model": "gtp2"}, ["model 'gtp2', did you mean gpt2?", "pretrain, gpt2, gpt2-adamw, distilgpt2"]),
         ("evaluate", {"model": "spt"}, ["model 'spt', did you mean sft?", "random, gpt2"]),
         ("compare", {"bootstraps": 10}, ["unknown parameter bootstraps, did you mean bootstrap?"]),
     ],

@@ -16,6 +16,7 @@ from study.preset import (
     override,
     parse_overrides,
     preset_names,
+    section,
     to_toml,
 )
 from threefold.config import ExternalConfig, ModelConfig, SourceConfig, TrainConfig, apply_variant
@@ -259,7 +260,7 @@ def test_an_apostrophe_in_a_bare_word_opens_no_string():
     st.sampled_from([(0, 3), [5], ()]),
 )
 def test_formatted_overrides_are_read_back(text, seed, shots):
-    preset = Preset(name="x", **dict.fromkeys(TRAINED, TrainConfig(steps=1)))
+    preset = Preset(name="x", **dict.fromkeys(map(section, TRAINED), TrainConfig(steps=1)))
     source = {"source": text or "x", "split": "test"}
     changes = {"description": text, "evaluation.lines": source, "evaluation.sentiment_shots": shots, "seed": seed}
     changes |= {"dpo.beta": 0.5, "model.bias": True, "model.n_layer": None}
@@ -299,7 +300,7 @@ def test_models_stand_in_the_reports_order(small):
 @given(st.floats(min_value=1e-12, max_value=1e6), st.integers(1, 10**7), st.text(max_size=30))
 def test_any_resolved_preset_survives_toml(tmp_path_factory, rate, steps, text):
     train = TrainConfig(steps=steps, learning_rate=rate)
-    preset = Preset(name="x", description=text, **dict.fromkeys(TRAINED, train))
+    preset = Preset(name="x", description=text, **dict.fromkeys(map(section, TRAINED), train))
     file = tmp_path_factory.mktemp("toml") / "x.toml"
     file.write_text(to_toml(preset), encoding="utf-8", newline="")
     assert load_preset(file) == preset

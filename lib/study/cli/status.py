@@ -89,6 +89,8 @@ def headline(run: Run, state: State) -> str | None:
             return f"{metrics['bits_per_byte']['value']:.3f} bits per byte ({values['protocol']})"
         if name == "speed/dpo" and "decode_b1" in metrics:
             return f"dpo decodes {metrics['decode_b1']['value']:,.0f} tokens/s"
+        if name.startswith("tuning/"):
+            return f"learning rates × {values['multiplier']:g}, the best of {values['trials']} trials"
         if name == "tokenizer":
             return f"vocabulary {values['vocabulary']:,}"
         if name == "ablation/base":

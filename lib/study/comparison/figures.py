@@ -80,7 +80,7 @@ def _title(measures: Iterable[Measure]) -> str:
 
 def loss_curves(comparison: Comparison) -> Result:
     """Training loss against tokens, one panel a stage family, held-out points on top."""
-    panels = {"Pretraining and baselines": ("gpt2", "distilgpt2", "pretrain"), "SFT": ("sft",), "DPO": ("dpo",)}
+    panels = {"Pretraining and baselines": (*models.BASELINES, "pretrain"), "SFT": ("sft",), "DPO": ("dpo",)}
     curves = {stage: comparison.values(f"curve/{stage}") or {} for stages in panels.values() for stage in stages}
     curves = {stage: curve for stage, curve in curves.items() if curve.get("loss")}
     panels = {title: [stage for stage in stages if stage in curves] for title, stages in panels.items()}

@@ -17,7 +17,7 @@ from papertrail.records import Record
 from papertrail.run import read_run_file
 from study.comparison import models
 from study.comparison.measures import MEASURES, unit_of
-from study.preset import LINEAGE, OWN_MODELS
+from study.preset import OWN_MODELS, REPLICATED
 from study.run import Run
 from study.stages import replicate_folder
 
@@ -98,7 +98,7 @@ class Comparison:
                             f"{prefix}{place} has weights {weights}, but {known[0]} has weights {known[1]}: "
                             f"{comparison._made_again(stage)}"
                         )
-            for model in LINEAGE:
+            for model in REPLICATED:
                 weights = (comparison.stage(model) or {}).get("weights_sha256")
                 if weights and (earlier := made.setdefault((model, weights), replicate)) != replicate:
                     raise RecordError(

@@ -51,7 +51,7 @@ def parameters(comparison: Comparison) -> Result:
     """Parameters by component of the models trained here."""
     every = {
         model: (comparison.values(f"model/{model}") or {}).get("parameters")
-        for model in ("gpt2", "distilgpt2", "pretrain")
+        for model in (*models.BASELINES, "pretrain")
     }
     counted = {comparison.name(model): counts for model, counts in every.items() if isinstance(counts, dict)}
     parts = dict.fromkeys(part for counts in counted.values() for part in counts if part != "total")
