@@ -12,17 +12,16 @@ supported, contradicted or not measured, never unresolved.
 """
 
 import math
-import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from study.comparison import ablations, length, seeds, training, variance
 from study.comparison.differences import comparable, difference
 from study.comparison.load import Comparison
+from study.comparison.models import PLAN
 from study.comparison.results import Result, bounds, compact, duration, estimate, number_of, plain, table, value_text
 from study.preset import LINEAGE
 from threefold.evaluation.statistics import student_half_width
@@ -220,13 +219,11 @@ TESTS: dict[str, Callable[..., Finding | None]] = {test.__name__.removeprefix("_
 
 
 def _claim(key: str, source: str, claimed: str, reading: str, band: list[float], test: str, **arguments: str) -> Claim:
-    """A row of claims.toml: `arguments` are the test's own."""
+    """A claim of plan.toml: `arguments` are the test's own."""
     return Claim(key, source, claimed, reading, tuple(band), partial(TESTS[test], **arguments))
 
 
-CLAIMS = [
-    _claim(**row) for row in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["claim"]
-]
+CLAIMS = [_claim(**row) for row in PLAN["claim"]]
 BY_KEY = {claim.key: claim for claim in CLAIMS}
 
 

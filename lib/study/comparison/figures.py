@@ -13,7 +13,7 @@ from study.comparison import ablations, length, models
 from study.comparison.differences import comparable
 from study.comparison.load import Comparison
 from study.comparison.measures import HEADLINE, MEASURES, Measure
-from study.comparison.models import PLAN
+from study.comparison.models import SHOWN
 from study.comparison.results import UNITS, Result, percent
 from study.comparison.training import smooth
 
@@ -228,7 +228,7 @@ def _length_panel(axes: Axes, values: Mapping[str, Any]) -> dict[str, Any]:
     middles_B = np.sqrt(np.maximum(marks[:-1], marks[1] / 2) * marks[1:]) / values["context"]
     handles = {}
     for mode in length.present(values):
-        colour, dash = PLAN["mode"][mode]["colour"], (0, PLAN["mode"][mode]["dash"])
+        colour, dash = SHOWN["mode"][mode]["colour"], (0, SHOWN["mode"][mode]["dash"])
         means_SB = np.asarray(list(values["nats"][mode].values())).mean(axis=1)
         x_B, mean_B = middles_B[: means_SB.shape[1]], means_SB.mean(axis=0)
         if len(means_SB) > 1:

@@ -14,13 +14,13 @@ import numpy as np
 
 from study.comparison.ablations import BASE
 from study.comparison.load import Comparison
-from study.comparison.models import PLAN
+from study.comparison.models import SHOWN
 from study.comparison.results import count, estimate, percent
 from threefold.evaluation.statistics import Interval, crossed_mean
 
 Curves = Mapping[str, Mapping[str, Any]]  # variant -> values of its record
 
-MODES = {key: mode["name"] for key, mode in PLAN["mode"].items()}
+MODES = {key: mode["name"] for key, mode in SHOWN["mode"].items()}
 POSITIONS = {"rope": "RoPE", "learned": "learned positions", "none": "no positions"}
 LEARNED = "position=learned"
 RECOMPUTED = "anew"  # as the records name recomputed windows

@@ -1,4 +1,4 @@
-"""The measures of the comparison and the units in which they are printed (plan.toml)."""
+"""The measures of the comparison and the units in which they are printed (plan.toml, display.toml)."""
 
 import math
 from dataclasses import dataclass

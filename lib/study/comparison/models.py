@@ -1,4 +1,5 @@
-"""The models of a comparison: their order, names and colours, the same in every table and figure (plan.toml)."""
+"""The plan of the comparison (plan.toml), and its models' order, names and colours, the same in every table and figure
+(display.toml)."""
 
 import tomllib
 from collections.abc import Iterable
@@ -6,8 +7,13 @@ from pathlib import Path
 
 from study.preset import LINEAGE, OWN_MODELS
 
-PLAN = tomllib.loads(Path(__file__).with_name("plan.toml").read_text(encoding="utf-8"))
-MODELS = PLAN["model"]
+PLAN_FILE = Path(__file__).with_name("plan.toml")
+PLAN, SHOWN, _CHANGED = (
+    tomllib.loads(PLAN_FILE.with_name(f"{name}.toml").read_text(encoding="utf-8"))
+    for name in ("plan", "display", "exploratory")
+)
+EXPLORATORY = _CHANGED.get("exploratory", [])  # what was changed after results were seen
+MODELS = SHOWN["model"]
 BASELINES = tuple(key for key, model in MODELS.items() if model.get("baseline"))
 _EXTERNAL_COLOURS = ("#CC79A7", "#000000", "#B8A700")
 

@@ -11,7 +11,7 @@ from study.comparison.differences import difference
 from study.comparison.insights import Insight
 from study.comparison.load import Comparison
 from study.comparison.measures import MEASURES
-from study.comparison.models import PLAN
+from study.comparison.models import SHOWN
 from study.comparison.results import (
     UNITS,
     Result,
@@ -41,7 +41,7 @@ def figures(comparison: Comparison) -> Result:
         rerun, sound = (figure["text"] if figure else "not measured" for figure in figures)
         found.append({"title": title, "claimed": claimed, "rerun": rerun, "sound": sound})
 
-    for row in PLAN["precedent"]:
+    for row in SHOWN["precedent"]:
         a, b, sound = row["a"], row["b"], row["sound"]
         title = f"{MEASURES[sound].title}, {comparison.name(b)} against {comparison.name(a)}"
         changes = (_change(comparison, measure, a, b) for measure in (row["rerun"], sound))

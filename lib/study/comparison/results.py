@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from papertrail import records
-from study.comparison.models import PLAN
+from study.comparison.models import SHOWN
 
 NBSP = "\u00a0"  # no-break space
-UNITS = PLAN["unit"]
+UNITS = SHOWN["unit"]
 WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
 
 

@@ -9,7 +9,7 @@ from study.comparison import ablations, models, seeds, training
 from study.comparison.differences import SINCE, STAGES, compared, difference
 from study.comparison.load import Comparison
 from study.comparison.measures import HEADLINE, MEASURES, STAGED
-from study.comparison.models import PLAN
+from study.comparison.models import SHOWN
 from study.comparison.results import WORDS, Result, compact, percent, plain, table, value_text
 from study.comparison.variance import fuller
 
@@ -83,7 +83,7 @@ def architecture(comparison: Comparison) -> Result:
         found = {"theirs": theirs, "ours": ours, "claimed": claimed, "measured": measured or "not measured here"}
         return component | found
 
-    present = [component for component in PLAN["component"] if component["key"] in config]
+    present = [component for component in SHOWN["component"] if component["key"] in config]
     return table("architecture", map(fields, present))
 
 

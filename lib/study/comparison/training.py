@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from study.comparison.load import Comparison
-from study.comparison.models import PLAN
+from study.comparison.models import SHOWN
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Training:
         the training, in the format and with the threads it trained with; a GPU's "data sheet"."""
         if measured := (self.facts.get("training") or {}).get("matmul_flops"):
             return float(measured), "measured"
-        peaks = [1e12 * peak for name, peak in PLAN["peak"].items() if self.gpus and name in self.gpus[0]]
+        peaks = [1e12 * peak for name, peak in SHOWN["peak"].items() if self.gpus and name in self.gpus[0]]
         return (len(self.gpus) * peaks[0], "data sheet") if peaks else None
 
     @property

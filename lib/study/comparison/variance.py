@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from study.comparison.load import Comparison
-from study.comparison.models import PLAN
+from study.comparison.models import SHOWN
 from study.comparison.results import Result, plain, table
 from threefold.evaluation.statistics import student_half_width, variance_components
 
@@ -61,7 +61,7 @@ def components(comparison: Comparison) -> Result:
         parts = variance_components(crossed[0])._asdict()
         levels = {factor: len(names) for factor, names in crossed[1].items()}
         values[protocol] = {"components": parts, "levels": levels}
-        for source, title in PLAN["variance"].items():
+        for source, title in SHOWN["variance"].items():
             part, error = parts[source], parts.get(f"se_{source}")
             found.append(
                 {
