@@ -1,8 +1,10 @@
-"""A Hugging Face hub of one data set on localhost: enough of its HTTP API for `datasets` and `huggingface_hub`.
+"""A Hugging Face hub on localhost: enough of its HTTP API for `datasets`, `huggingface_hub` and `transformers`.
 
-    with FakeHub("openai/gsm8k", files, commits=["a" * 40]) as hub: ...  # hub.url for HF_ENDPOINT
+    with FakeHub({"datasets/openai/gsm8k": files}, commits=["a" * 40]) as hub: ...  # hub.url for HF_ENDPOINT
 
-`hub.commits[-1]` is main; all commits have the same files. `hub.served`: the names of the files it sent, in order.
+A repository is named as in the hub's addresses: data sets below datasets/, models by themselves. Files are bytes, or
+the path of a file with them. `hub.commits[-1]` is main; all commits have the same files. `hub.served`: the names of the
+files it sent, in order.
 """
 
 import hashlib
@@ -10,6 +12,7 @@ import http.server
 import io
 import json
 import threading
+from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
 import pyarrow
@@ -30,8 +33,8 @@ def card(config: str, splits: list[str]) -> bytes:
 
 
 class FakeHub:
-    def __init__(self, repo: str, files: dict[str, bytes], commits: list[str]):
-        self.repo, self.files, self.commits = repo, files, commits
+    def __init__(self, repositories: dict[str, dict[str, bytes | Path]], commits: list[str]):
+        self.repositories, self.commits = repositories, commits
         self.served: list[str] = []
         hub = self
 
@@ -68,36 +71,50 @@ class FakeHub:
         self.server.server_close()
 
     def answer(self, path: str, body: bytes) -> tuple[int, dict, bytes]:
-        api, resolve = f"/api/datasets/{self.repo}", f"/datasets/{self.repo}/resolve/"
-        if path.startswith(resolve):
-            commit, _, name = unquote(path.removeprefix(resolve)).partition("/")
-            if name not in self.files:
-                return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
-            tag = hashlib.sha1(self.files[name]).hexdigest()
-            return 200, {"ETag": f'"{tag}"', "X-Repo-Commit": commit}, self.files[name]
-        if not path.startswith(api):
-            return 404, {"X-Error-Code": "RepoNotFound"}, b""
-        _, what, commit, folder = [*path.removeprefix(api).split("/", 3), "", "", ""][:4]
+        path = unquote(path)
+        for repository, files in self.repositories.items():
+            api = f"/api/{repository}" if repository.startswith("datasets/") else f"/api/models/{repository}"
+            if path.startswith(f"/{repository}/resolve/"):
+                return self.file(files, *path.removeprefix(f"/{repository}/resolve/").split("/", 1))
+            if path == api or path.startswith(f"{api}/"):
+                return self.facts(repository.removeprefix("datasets/"), files, path.removeprefix(api), body)
+        return 404, {"X-Error-Code": "RepoNotFound"}, b""
+
+    def file(self, files: dict[str, bytes | Path], commit: str, name: str) -> tuple[int, dict, bytes]:
+        commit = self.commits[-1] if commit == "main" else commit
+        if name not in files:
+            return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
+        content = self.content(files[name])
+        return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit}, content
+
+    def facts(self, name: str, files: dict[str, bytes | Path], rest: str, body: bytes) -> tuple[int, dict, bytes]:
+        _, what, commit, folder = [*rest.split("/", 3), "", "", ""][:4]
+        entries = {path: self.entry(path, content) for path, content in files.items()}
         if what in ("", "revision"):
-            commit = commit or self.commits[-1]
+            commit = self.commits[-1] if commit in ("", "main") else commit
             if commit not in self.commits:
                 return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-            return self.json({"id": self.repo, "sha": commit, "tags": [], "siblings": []})
+            siblings = [{"rfilename": path, "size": entry["size"]} for path, entry in entries.items()]
+            return self.json({"id": name, "sha": commit, "tags": [], "siblings": siblings})
         if what == "paths-info":
-            return self.json(
-                [self.entry(name) for name in parse_qs(body.decode()).get("paths", []) if name in self.files]
-            )
+            asked = parse_qs(body.decode()).get("paths", []) if body[:1] != b"{" else json.loads(body)["paths"]
+            return self.json([entries[path] for path in asked if path in entries])
         if what == "tree":
             base = f"{folder}/" if folder else ""
-            inside = [name for name in self.files if name.startswith(base)]
-            folders = {base + rest.partition("/")[0] for name in inside if "/" in (rest := name.removeprefix(base))}
-            entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": name} for name in sorted(folders)]
-            return self.json(entries + [self.entry(name) for name in inside if "/" not in name.removeprefix(base)])
+            inside = [path for path in files if path.startswith(base)]
+            folders = {base + rest.partition("/")[0] for path in inside if "/" in (rest := path.removeprefix(base))}
+            found = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in sorted(folders)]
+            return self.json(found + [entries[path] for path in inside if "/" not in path.removeprefix(base)])
         return 404, {"X-Error-Code": "EntryNotFound"}, b""
 
-    def entry(self, name: str) -> dict:
-        oid = hashlib.sha1(self.files[name]).hexdigest()
-        return {"type": "file", "oid": oid, "size": len(self.files[name]), "path": name}
+    @staticmethod
+    def content(file: bytes | Path) -> bytes:
+        return file if isinstance(file, bytes) else file.read_bytes()
+
+    @staticmethod
+    def entry(path: str, file: bytes | Path) -> dict:
+        size = len(file) if isinstance(file, bytes) else file.stat().st_size
+        return {"type": "file", "oid": hashlib.sha1(path.encode()).hexdigest(), "size": size, "path": path}
 
     @staticmethod
     def json(value) -> tuple[int, dict, bytes]:

@@ -1,4 +1,4 @@
-"""Processes that do not outlive their parent, and what the machine gives them.
+"""Processes that do not outlive their parent.
 
 python -m papertrail.processes COMMAND...      runs a command that ends, with all it started, when the caller does
 """
@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
@@ -64,21 +63,6 @@ def run_supervised(command: Sequence[str], given: str = "", **options: Any) -> t
             process.terminate()
             raise
     return process.returncode, out, err
-
-
-def cores() -> int:
-    """Cores this process may use: its affinity, limited by a container's quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, max(1, round(int(quota) / int(period))))
-    return count
-
-
-def has_gpu() -> bool:
-    """Whether a GPU's device file exists. Does not import torch."""
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
 if __name__ == "__main__":

@@ -29,13 +29,13 @@ from pathlib import Path
 
 from basics import errors, files
 from basics.errors import MissingInput, RecordError, ThreefoldError
+from basics.machine import cores, has_gpu
 from basics.source_code import module_files
 from papertrail import notebook_files
 from papertrail import stage as stage_folder
 from papertrail.estimate import duration_text, earlier_seconds, seconds_left
 from papertrail.kernel_forkserver import ForkServer
 from papertrail.plan import Plan, StageSpec, ancestors, critical_path, dependents
-from papertrail.processes import cores, has_gpu
 from papertrail.run import Run
 from papertrail.scrub import scrub
 from papertrail.staleness import state

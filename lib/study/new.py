@@ -19,8 +19,8 @@ import psutil
 from basics import paths
 from basics.errors import ConfigError, DataError, SourceError
 from basics.files import atomic_folder
+from basics.machine import cores
 from basics.names import check_name
-from papertrail.processes import cores
 from study import checks
 from study.preset import OWN_MODELS, load_preset, preset_names
 from study.sizes import TRAINING_BYTES, parameters

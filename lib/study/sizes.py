@@ -8,6 +8,9 @@ from basics.errors import ConfigError
 from basics.names import shown
 
 TRAINING_BYTES = 16  # of a parameter in training: fp32 weight, gradient and two moments
+STATE_BYTES = 12  # of these on the disk, to resume from: without the gradient
+TOKEN_BYTES = 2  # on the disk
+ROW_BYTES = 65  # kept for the backward pass by position, layer and width, eager in bf16: 795,500 a token of `full`
 MEMORY, METRICS = 10**12, 2 * 10**10  # bytes; of metrics.jsonl, whose lines have about 200
 Demand = tuple[str, int, tuple[str, ...], Callable[..., float]]  # what, the most, keys, how much the keys' values ask
 

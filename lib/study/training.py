@@ -21,6 +21,7 @@ from threefold.config import ModelConfig, gpt2_counterpart
 from threefold.data import corpus, exclusion
 from threefold.data.packing import PackedRows, PairedRows
 from threefold.data.tokenizer import load_tokenizer, set_chat_template, with_sinks
+from threefold.graphics import Graphics
 from threefold.model.decoder import Decoder
 from threefold.model.hf import load_checkpoint
 from threefold.training import distributed
@@ -142,8 +143,10 @@ def train_stage(stage: Stage, inputs: Inputs, folder: Path, progress: Progress |
     are started for it and whose progress is passed on. Default: one per GPU where there are several, as many of them
     as can share its batch evenly.
 
-    Raises what `threefold.training.train` does; for started workers TrainingError that names the one that failed.
+    Raises ConfigError for a GPU that torch cannot use, and what `threefold.training.train` does; for started workers
+    TrainingError that names the one that failed.
     """
+    Graphics.read().check()  # torch that does not see it would train on the CPU
     rows = stage.config.batch_size * stage.config.accumulate
     gpus = max(1, torch.cuda.device_count())
     nproc = stage.nproc or next(n for n in range(gpus, 0, -1) if rows % n == 0)

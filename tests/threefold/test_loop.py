@@ -535,7 +535,7 @@ def test_silent_by_a_function_and_printed_by_default(text, tmp_path, capsys):
 
 def test_precision_and_compiler_are_chosen_by_the_hardware(monkeypatch):
     monkeypatch.setattr(numerics, "_fast_bf16", lambda kind: False)
-    monkeypatch.setattr(numerics, "compiler", lambda device: "g++")
+    monkeypatch.setattr(numerics, "missing_to_compile", lambda device: "")
     small, large = (10**6, 10**6), (10**8, 10**8)
     chosen = numerics.choose(TrainConfig(), *small, "cpu")
     assert (chosen.bf16, chosen.compile) == (False, False) and "too few steps" in chosen.note
@@ -545,8 +545,8 @@ def test_precision_and_compiler_are_chosen_by_the_hardware(monkeypatch):
     monkeypatch.setattr(numerics, "_fast_bf16", lambda kind: True)
     assert numerics.choose(TrainConfig(), *small, "cpu").bf16
     assert not numerics.choose(TrainConfig(precision="fp32"), *small, "cpu").bf16
-    monkeypatch.setattr(numerics, "compiler", lambda device: None)
-    assert "no compiler" in numerics.choose(TrainConfig(), *large, "cpu").note
+    monkeypatch.setattr(numerics, "missing_to_compile", lambda device: "a C++ compiler")
+    assert "not compiled (not found: a C++ compiler)" in numerics.choose(TrainConfig(), *large, "cpu").note
     with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
         numerics.choose(TrainConfig(compile="on"), *small, "cpu")
     with pytest.raises(ConfigError, match="allowed are cpu and cuda"):
@@ -555,7 +555,7 @@ def test_precision_and_compiler_are_chosen_by_the_hardware(monkeypatch):
 
 def test_a_gpu_compiles_ablations_and_says_when_it_has_no_bf16(monkeypatch):
     monkeypatch.setattr(numerics, "_fast_bf16", lambda kind: False)
-    monkeypatch.setattr(numerics, "compiler", lambda device: "triton")
+    monkeypatch.setattr(numerics, "missing_to_compile", lambda device: "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     ablation = numerics.choose(TrainConfig(), 53 * 10**6, 2000 * 64 * 512, "cuda")  # those of preset full
@@ -575,7 +575,7 @@ def test_bf16_trains_like_fp32(text, pairs, objective, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(numerics.compiler("cpu") is None, reason="no C++ compiler")
+@pytest.mark.skipif(numerics.missing_to_compile("cpu") != "", reason="no C++ compiler")
 def test_compiled_training_equals_eager(text, tmp_path):
     shallow = replace(TINY, n_layer=1)  # compiling takes a quarter of a minute, and longer on a busy machine
     eager, compiled = model(0, shallow), model(0, shallow)

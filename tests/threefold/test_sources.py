@@ -345,7 +345,7 @@ FILES = {
 def test_the_hub_its_cache_and_the_recorded_commit(tmp_path):
     load = LOAD.format(data="")
     items = [problem(i) for i in range(3)]
-    with FakeHub("openai/gsm8k", FILES, [COMMIT]) as hub:
+    with FakeHub({"datasets/openai/gsm8k": FILES}, [COMMIT]) as hub:
         first = in_process(load, tmp_path, HF_ENDPOINT=hub.url)
         assert first == {
             "kind": "hub",
@@ -380,7 +380,7 @@ def test_only_the_files_that_hold_the_part_are_downloaded(tmp_path):
     texts = [f"article {i}" for i in range(15)]
     files = {name: parquet([{"text": text} for text in texts[3 * i : 3 * i + 3]]) for i, name in enumerate(shards)}
     files["README.md"] = card("20231101.en", ["train"])
-    with FakeHub("wikimedia/wikipedia", files, [COMMIT]) as hub:
+    with FakeHub({"datasets/wikimedia/wikipedia": files}, [COMMIT]) as hub:
         first = in_process(PART.format(most=4), tmp_path, HF_ENDPOINT=hub.url)
         assert first == {"kind": "hub", "items": texts[1:5]}
         assert [name for name in hub.served if name in shards] == shards[:2]

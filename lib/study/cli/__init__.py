@@ -108,16 +108,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         top.print_help()
         return 0
-    from study.cli import common
-
     try:
-        if options.command != "run" and not getattr(options, "check", False):
+        from study.cli import common
+
+        if options.command not in ("run", "doctor") and not getattr(options, "check", False):
             for name in filter(None, [*getattr(options, "runs", []), getattr(options, "run", "")]):
                 common.run_folder(name)  # before the command's module, whose imports can take seconds
         module = importlib.import_module(f"study.cli.{options.module}")
         return getattr(module, options.command)(options)
     except ThreefoldError as error:
         message, status = str(error), 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or (paths.PACKAGES / package).exists():
+            raise
+        message, status = f"package {package} is missing: `pip install -c requirements.lock -e .` in {paths.PROJECT}", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 128 + signal.SIGINT
     except BrokenPipeError:

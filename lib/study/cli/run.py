@@ -8,18 +8,21 @@ from typing import NoReturn
 
 from safetensors import SafetensorError, safe_open
 
-from basics import files, names, paths
+from basics import files, machine, names, paths
 from basics.errors import RecordError
 from papertrail import scheduler
 from papertrail.plan import dependents
 from papertrail.run import read_run_file
-from study import checks, needs, stages
+from study import doctor, stages
 from study.cli.common import fail, say
 from study.preset import TRAINED, load_preset, parse_overrides
 from study.run import Run, data_dir_of, open_run
 
 
-def run(options: argparse.Namespace) -> int:
+def opened_for(options: argparse.Namespace) -> tuple[Run, set[str] | None]:
+    """The run that --preset, --run and --set describe, and the stages that --only or --from select (None: all)."""
+    if options.device == "cpu":
+        machine.hide_gpus()
     overrides = parse_overrides(options.set)
     if options.run:
         names.check_name(options.run, "run")
@@ -34,9 +37,13 @@ def run(options: argparse.Namespace) -> int:
     elif options.start:
         first = stages.select(opened.preset, options.start)
         selected = set(first).union(*(dependents(opened.plan, stage) for stage in first))
-    checks.check(opened.preset, opened.data_dir)  # before anything is written
+    return opened, selected
+
+
+def run(options: argparse.Namespace) -> int:
+    opened, selected = opened_for(options)
+    doctor.check(opened, selected, say)  # before anything is written
     scheduler.check(opened, selected)
-    needs.check(opened, selected)
     opened.create()
     if opened.data_dir:
         files.atomic_write(opened.path / ".data_dir", opened.data_dir + "\n")

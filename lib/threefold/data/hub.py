@@ -5,8 +5,9 @@ A commit is pinned by `revision` in the registry, or by the first load, which re
 so that only the files that hold it are downloaded.
 """
 
+import fnmatch
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
@@ -98,6 +99,43 @@ def download(repository: str, file: str, commit: str, label: str) -> Path:
 
     with _quiet(), _loading(label):
         return Path(huggingface_hub.hf_hub_download(repository, file, repo_type="dataset", revision=commit))
+
+
+def download_bytes(repository: str, config: str, split: str, commit: str, label: str, rows: int = -1) -> int:
+    """About how many bytes the hub sends for a data set: all splits of a config, or those files of one split that hold
+    its first `rows` rows. At least, where the data card does not say how many rows there are. Config "*": 0, unknown.
+
+    Raises SourceError as `load`.
+    """
+    import huggingface_hub
+
+    if config == "*":
+        return 0
+    with _quiet(), _loading(label):
+        builder = _builder(repository, config, commit, label)
+        urls = builder.config.data_files[split] if rows >= 0 else chain(*builder.config.data_files.values())
+        names = [url.rpartition(f"@{commit}/")[2] for url in urls]
+        api = huggingface_hub.HfApi()
+        size = sum(entry.size for entry in api.get_paths_info(repository, names, revision=commit, repo_type="dataset"))
+    if rows < 0:
+        return size
+    there = builder.info.splits[split].num_examples if split in (builder.info.splits or {}) else 0
+    needed = rows * len(names) // there + 1 if there else 1
+    return size * min(needed, len(names)) // len(names)
+
+
+def model_bytes(repository: str, revision: str, patterns: Sequence[str]) -> int:
+    """Bytes of the files of a model's repository that match one of the patterns; none in folders. Raises SourceError
+    if the hub does not answer."""
+    import huggingface_hub
+
+    try:
+        api = huggingface_hub.HfApi()
+        files = api.model_info(repository, revision=revision or None, timeout=TIMEOUT, files_metadata=True).siblings
+    except network_errors() as error:
+        raise SourceError(f"the hub did not give {repository} ({first_line(error)})") from error
+    taken = (file for file in files if any(fnmatch.fnmatchcase(file.rfilename, pattern) for pattern in patterns))
+    return sum(file.size or 0 for file in taken if "/" not in file.rfilename)
 
 
 def _note_of_files(*key: str) -> Path:

@@ -316,6 +316,11 @@ def _dataset_rows(resolved: Resolved, config: SourceConfig) -> Iterator[Row]:
     return (Row(row, f"{label}: row {number}") for number, row in enumerate(rows, start=1))
 
 
+def rows_needed(source: Source, config: SourceConfig) -> int:
+    """How many rows of a data set of the hub are downloaded at least, -1 for all of them."""
+    return config.skip_examples + config.max_examples if _read_in_part(source, config) else -1
+
+
 def _read_in_part(source: Source, config: SourceConfig) -> bool:
     """Whether a source of the hub need not be downloaded whole."""
     return config.max_examples >= 0 and not source.shuffle and source.config != "*"

@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -145,8 +146,21 @@ def split(model: nn.Module, root: nn.Module, device: str, workers: Workers) -> N
         fully_shard(module, mesh=mesh)
 
 
+EXCHANGE_NOTE = "torch before 2.11: compiled models exchange gradients after the backward pass, not during it"
+
+
+def overlaps_compiled() -> bool:
+    """Whether DDP splits a compiled graph with FlexAttention, so that gradients are exchanged during the backward pass.
+
+    Before torch 2.11 it raised "Found a higher order op in the graph".
+    """
+    return Version(torch.__version__).release >= (2, 11)
+
+
 def replicated(module: nn.Module) -> DistributedDataParallel:
     """The module with gradients that are averaged over the workers during the backward pass."""
+    if not overlaps_compiled():
+        torch._dynamo.config.optimize_ddp = False
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 

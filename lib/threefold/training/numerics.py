@@ -5,8 +5,6 @@ AVX512-BF16. Elsewhere it is emulated and slower than fp32. Hardware flags decid
 busy machine takes the same steps as one on an idle machine.
 """
 
-import os
-import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from basics import machine
 from basics.errors import ConfigError
 from threefold.config import TrainConfig
 from threefold.model.device import pick_device
@@ -113,14 +112,15 @@ def matmul_flops(dtype: torch.dtype, seconds: float = 0.1) -> float:
     return best
 
 
-def compiler(device: str) -> str | None:
-    """The compiler that torch.compile would build kernels with on this device; None if it is missing."""
-    if device == "cpu":
-        names = (os.environ.get("CXX", ""), "g++", "clang++", "c++")
-        return next(filter(None, map(shutil.which, names)), None)
-    from torch.utils._triton import has_triton
+def missing_to_compile(device: str) -> str:
+    """What torch.compile lacks to build kernels for this device, "" if nothing."""
+    missing = machine.missing_to_compile(device)
+    if device == "cuda":
+        from torch.utils._triton import has_triton
 
-    return "triton" if has_triton() and shutil.which(os.environ.get("CC", "") or "gcc") else None
+        if not has_triton():
+            missing = " and ".join(filter(None, ("Triton on a GPU of compute capability 7.0 or later", missing)))
+    return missing
 
 
 def choose(config: TrainConfig, parameters: int, positions: int, device: str | None = None) -> Numerics:
@@ -133,13 +133,12 @@ def choose(config: TrainConfig, parameters: int, positions: int, device: str | N
         device: as in `pick_device`.
 
     Raises:
-        ConfigError: compile = "on" without a compiler.
+        ConfigError: compile = "on" without what it needs.
     """
     device = pick_device(device)
-    fast, found = fast_bf16(device), compiler(device)
-    if config.compile == "on" and found is None:
-        needed = "a C++ compiler (g++ or clang++)" if device == "cpu" else "Triton and a C compiler"
-        raise ConfigError(f'compile = "on" needs {needed}, and none is found; "auto" or "off" runs without')
+    fast, missing = fast_bf16(device), missing_to_compile(device)
+    if config.compile == "on" and missing:
+        raise ConfigError(f'compile = "on" needs {missing}, which is not found; "auto" or "off" runs without')
     precision = {
         "fp32": "fp32, as asked for",
         "bf16": "bf16 autocast" + ("" if fast else ", as asked for, though this machine only emulates it"),
@@ -147,8 +146,8 @@ def choose(config: TrainConfig, parameters: int, positions: int, device: str | N
     }[config.precision]
     if config.compile == "off":
         compiling = "not compiled, as asked for"
-    elif found is None:
-        compiling = "not compiled (no compiler found)"
+    elif missing:
+        compiling = f"not compiled (not found: {missing})"
     elif config.compile == "on" or 6 * parameters * positions / FLOPS[device] >= COMPILE_FROM_SECONDS[device]:
         compiling = "compiled"
     else:
