@@ -5,13 +5,14 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 PART ?=
+EXAMPLES ?= 500
 # Quick tests of every package: seconds per module, without runs or kernels.
 QUICK ?= tests/study/test_config.py tests/study/test_claims.py tests/study/test_new.py tests/papertrail/test_records.py \
 	tests/papertrail/test_provenance.py tests/threefold/test_attention.py tests/threefold/test_packing.py \
 	tests/threefold/test_optimizers.py tests/threefold/test_readers.py tests/threefold/test_statistics.py \
 	tests/threefold/test_tokenizer.py
 
-.PHONY: report test check bench env env-test notebooks protocols lab lock clean-env
+.PHONY: report test check campaign bench env env-test notebooks protocols lab lock clean-env
 
 report: env  ## environment, the smoke run end to end, the HTML report
 	$(BIN)/threefold run --preset smoke
@@ -30,6 +31,9 @@ test: env-test  ## environment, then the checks and all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+campaign: env-test  ## bad input: at least EXAMPLES generated inputs a property test, and how many of each kind there were
+	THREEFOLD_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/*/test_properties_*.py
 
 bench: env-test  ## threefold and its peers, interleaved; PART="pretrain sft dpo scoring generation smoke", or some of them
 	$(BIN)/python -m benchmarks $(PART)

@@ -1,13 +1,16 @@
-"""A run at work, for the commands that export its curves."""
+"""Runs for the commands: one at work, whose curves are exported, and one with finished stages."""
 
 import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+from report_fixtures import cell, notebook, output
+from shared import ONE_STEP
+
 from basics import files, paths
 from papertrail.run import with_hash
 from study.preset import load_preset, to_toml
-from study.run import Run
+from study.run import Run, open_run, open_stage
 
 LINES = [
     {"step": 1, "tokens": 100, "loss": 2.5, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 50.0, "seconds": 2.0},
@@ -32,3 +35,18 @@ def trained_run(folder: Path, monkeypatch) -> Run:
         files.write_note(folder / "run.json", facts)
     (made.path / "config.toml").write_text(with_hash(to_toml(made.preset)))
     return made
+
+
+def sealed_run(folder: Path, monkeypatch) -> Run:
+    """Run `tiny` with three finished stages, their notebooks written and sealed as `threefold run` does."""
+    monkeypatch.setattr(paths, "RUNS", folder / "runs")
+    monkeypatch.delenv("THREEFOLD_DATA", raising=False)
+    (folder / "tiny.toml").write_text('name = "tiny"\n' + ONE_STEP)
+    for name in ("data", "pretrain", "sft"):
+        stage = open_stage(name, preset=str(folder / "tiny.toml"))
+        (stage.begin() / "model.safetensors").write_text(f"weights of {name}")
+        facts = stage.finish(tokens=5)
+        executed = stage.run.notebook(stage.run.spec(name).executed)
+        notebook(executed, cell("finish()", output(f"stage/{name}", facts, "done"), output("loss", {"loss": 2.5}, "|")))
+        stage.run.seal(name)
+    return open_run("", "tiny")

@@ -1,5 +1,7 @@
 """What every test begins with."""
 
+import sys
+
 import pytest
 
 
@@ -10,3 +12,11 @@ def single_precision(monkeypatch):
     from threefold.training import numerics
 
     monkeypatch.setattr(numerics, "_fast_bf16", lambda kind: False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many inputs of each kind the property tests of this session tried (CONTRIBUTING.md)."""
+    if (campaign := sys.modules.get("properties")) and campaign.RAN:
+        terminalreporter.section("generated inputs")
+        for kind, number in [*campaign.RAN.items(), ("all", campaign.RAN.total())]:
+            terminalreporter.write_line(f"{kind:<22}{number:>8,}")

@@ -1,21 +1,63 @@
 """What the property tests share: one deterministic profile, the rule they check, and ways to damage a file."""
 
 import copy
+import functools
 import json
+import os
+import signal
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from basics.errors import ThreefoldError
 
+PHASES = (Phase.explicit, Phase.generate)  # a failing input is shown as it was drawn: shrinking takes minutes
 QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+# The kinds of input in docs/boundaries.md. RAN counts the generated inputs of each; conftest.py prints them.
+KINDS = ("preset", "override", "parameter", "data file", "row", "checkpoint", "tokenizer", "prompt")
+KINDS += ("notebook", "run folder", "environment variable", "command line")
+RAN: Counter[str] = Counter()
+LEAST = int(os.environ.get("THREEFOLD_EXAMPLES", 0))  # inputs of each test, where it asks for fewer itself
+PATIENCE = 60  # seconds that one input may take
 
 
-def examples(number: int) -> settings:
-    """The same examples on every machine and day, in no more time than their number takes."""
-    return settings(max_examples=number, derandomize=True, deadline=None, suppress_health_check=QUIET, database=None)
+def examples(kind: str, number: int) -> Callable[[Callable], Callable]:
+    """Settings of a property test: the same inputs on every machine and day, no fewer than THREEFOLD_EXAMPLES. Each is
+    counted under its kind, and fails where it takes longer than PATIENCE."""
+    assert kind in KINDS
+
+    def hung(*_: Any) -> None:
+        raise AssertionError(f"no answer after {PATIENCE} seconds")
+
+    def decorate(test: Callable) -> Callable:
+        inner = test.hypothesis.inner_test
+
+        @functools.wraps(inner)
+        def counted(*arguments: Any, **given: Any) -> None:
+            RAN[kind] += 1
+            before = signal.signal(signal.SIGALRM, hung)
+            signal.alarm(PATIENCE)
+            try:
+                inner(*arguments, **given)
+            finally:
+                signal.alarm(0)
+                signal.signal(signal.SIGALRM, before)
+
+        test.hypothesis.inner_test = counted
+        often = max(number, LEAST)
+        return settings(
+            max_examples=often,
+            derandomize=True,
+            deadline=None,
+            suppress_health_check=QUIET,
+            database=None,
+            phases=PHASES,
+        )(test)
+
+    return decorate
 
 
 def documented(action: Callable[[], Any], *named: str) -> Any:

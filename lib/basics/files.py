@@ -27,6 +27,13 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_text(path: Path) -> str:
+    """The text of a file. Raises ValueError for a folder, pipe or device: reading one may never end."""
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError("not a regular file")
+    return path.read_text(encoding="utf-8")
+
+
 def sha256_tree(folder: str | Path) -> dict[str, str]:
     """{path relative to the folder, with /: SHA-256} of every file under it, sorted by path."""
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
@@ -134,7 +141,7 @@ def sync(path: Path) -> None:
 def try_lock(path: Path, *, shared: bool = False) -> int | None:
     """Lock a file or folder for this process: the descriptor that holds the lock until it is closed, or None while
     another process holds it. On Windows, and on file systems that cannot lock, nothing is held."""
-    opened = os.open(path, os.O_RDONLY)
+    opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would be waited for
     try:
         import fcntl
 
@@ -170,9 +177,9 @@ def write_note(path: Path, values: Mapping[str, Any], indent: int | None = None)
 def read_note(path: Path) -> dict[str, Any] | None:
     """The values that `write_note` kept; None when there are none or they are not what was written."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
         return values if values.pop(SELF) == sha256_json(values) else None
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

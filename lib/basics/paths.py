@@ -9,12 +9,19 @@ NOTEBOOKS = PROJECT / "notebooks"
 DATA = PROJECT / "data"
 REPORT = PROJECT / "report"
 PRESETS = PACKAGES / "study" / "presets"
-RUNS = Path(os.environ.get("THREEFOLD_RUNS") or PROJECT / "runs").resolve()
+
+
+def named_by(variable: str, default: Path) -> Path:
+    """The folder that an environment variable names, absolute and without links (a loop of links stays as it is)."""
+    return Path(os.path.realpath(os.environ.get(variable) or default))
+
+
+RUNS = named_by("THREEFOLD_RUNS", PROJECT / "runs")
 
 
 def cache_folder() -> Path:
     """Where derived data is kept between runs: $THREEFOLD_CACHE, or .cache in the runs folder."""
-    return Path(os.environ.get("THREEFOLD_CACHE") or RUNS / ".cache").resolve()
+    return named_by("THREEFOLD_CACHE", RUNS / ".cache")
 
 
 def expanded(path: str | Path) -> Path:

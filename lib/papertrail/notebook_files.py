@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from basics.errors import RecordError, ReportError
-from basics.files import atomic_write
+from basics.files import atomic_write, read_text
 
 ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 
@@ -27,7 +27,7 @@ def read_notebook(path: Path, *, schema: bool = False) -> dict[str, Any]:
     Raises RecordError: no such file, not JSON (NaN is not), or not a notebook of format 4.
     """
     try:
-        notebook = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        notebook = json.loads(read_text(path), parse_constant=_refuse)
     except FileNotFoundError:
         raise RecordError(f"{path.name}: no such notebook") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -177,7 +177,7 @@ class Run:
         """
         facts, spec = self.require(stage), self.spec(stage)
         notebook, sealed = self.notebook(spec.executed), facts.get("notebook_sha256")
-        if not notebook.exists():
+        if not notebook.is_file():
             return "is not there"
         if sealed:
             return "" if digest(notebook) == sealed else "was changed since it was executed"
@@ -259,7 +259,7 @@ def read_run_file(folder: Path) -> dict[str, Any] | None:
     """The run.json in a folder, None when there is none. Raises RecordError if it is not what was written."""
     shown = "/".join((folder / RUN_FILE).parts[-3:])
     try:
-        facts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        facts = json.loads(files.read_text(folder / RUN_FILE))
         if isinstance(facts, dict) and facts.pop(files.SELF, None) != files.sha256_json(facts):
             raise RecordError(f"{shown} is not as it was written; remove the folder and run the stage again")
     except (FileNotFoundError, NotADirectoryError):

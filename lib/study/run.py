@@ -204,8 +204,8 @@ def data_dir_of(run: str, given: str = "") -> str:
     if given or os.environ.get("THREEFOLD_DATA"):
         return given
     note = paths.RUNS / run / ".data_dir"
-    kept = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
-    return kept if kept and Path(kept).is_dir() else ""
+    kept = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else ""
+    return kept if kept and os.path.isdir(kept) else ""
 
 
 def _data_folder(given: str) -> str:

@@ -46,7 +46,7 @@ def read(path):
             nbformat.validate(documented(lambda publish=publish: scrub(loaded, {}, names=(), publish=publish)))
 
 
-@examples(150)
+@examples("notebook", 150)
 @given(data=st.data())
 def test_a_notebook_with_values_of_any_kind(tmp_path_factory, executed, data):
     path = tmp_path_factory.getbasetemp() / "mutated.ipynb"
@@ -54,7 +54,7 @@ def test_a_notebook_with_values_of_any_kind(tmp_path_factory, executed, data):
     read(path)
 
 
-@examples(150)
+@examples("notebook", 150)
 @given(data=st.data())
 def test_a_damaged_notebook(tmp_path_factory, executed, data):
     path = tmp_path_factory.getbasetemp() / "damaged.ipynb"
@@ -62,7 +62,7 @@ def test_a_damaged_notebook(tmp_path_factory, executed, data):
     read(path)
 
 
-@examples(150)
+@examples("notebook", 150)
 @given(name=st.text(max_size=10) | st.just("a/b"), published=st.dictionaries(st.text(max_size=4), values, max_size=3))
 def test_values_of_any_kind_are_published_as_they_are_or_refused(tmp_path_factory, name, published):
     """A record that was accepted comes back from its notebook as the same values."""
@@ -79,7 +79,7 @@ def test_values_of_any_kind_are_published_as_they_are_or_refused(tmp_path_factor
 PARAMETERS = ("preset", "run", "data_dir", "overrides", "model", "replicate", "nproc", "learning_rate", "steps")
 
 
-@examples(300)
+@examples("parameter", 300)
 @given(
     stage=st.sampled_from(["data", "pretrain", "sft", "evaluate", "compare"]),
     parameters=st.dictionaries(
@@ -109,7 +109,7 @@ RUN = {
 WRITTEN = RUN | {files.SELF: files.sha256_json(RUN)}
 
 
-@examples(150)
+@examples("run folder", 150)
 @given(data=st.data())
 def test_a_run_file_of_any_content(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "stage"
@@ -132,7 +132,7 @@ LINES = [
 ]
 
 
-@examples(200)
+@examples("run folder", 200)
 @given(data=st.data())
 def test_metrics_of_any_content(tmp_path_factory, data):
     """Every line counts or is named; only the part of a line that is being written is passed over."""

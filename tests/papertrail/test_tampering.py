@@ -4,34 +4,21 @@ import json
 import shutil
 
 import pytest
-from report_fixtures import cell, notebook, output
-from shared import ONE_STEP, call, flip
+from cli_fixtures import sealed_run
+from shared import call, flip
 
-from basics import files, paths
+from basics import files
 from basics.errors import CheckpointError, ConfigError, RecordError
 from papertrail.run import CONFIG, RUN_FILE
 from papertrail.verify import verify
 from study.cli.common import open_intact
-from study.run import open_run, open_stage
-
-STAGES = ("data", "pretrain", "sft")
+from study.run import open_run
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run with three finished stages, their notebooks written and sealed as `threefold run` does."""
-    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
-    monkeypatch.delenv("THREEFOLD_DATA", raising=False)
-    (tmp_path / "tiny.toml").write_text('name = "tiny"\n' + ONE_STEP)
-    for name in STAGES:
-        stage = open_stage(name, preset=str(tmp_path / "tiny.toml"))
-        folder = stage.begin()
-        (folder / "model.safetensors").write_text(f"weights of {name}")
-        facts = stage.finish(tokens=5)
-        executed = stage.run.notebook(stage.run.spec(name).executed)
-        notebook(executed, cell("finish()", output(f"stage/{name}", facts, "done"), output("loss", {"loss": 2.5}, "|")))
-        stage.run.seal(name)
-    made = open_run("", "tiny")
+    made = sealed_run(tmp_path, monkeypatch)
     assert verify(made)[1] == []
     return made
 

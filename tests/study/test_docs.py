@@ -40,7 +40,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 # What is not executed: a pattern of the command, and why. It is parsed instead, as `parsed` says.
 EXCEPTIONS = (
-    (r"make (report|test|check|bench|lab|notebooks|protocols|env|lock)\b", "installs an environment first"),
+    (r"make (report|test|check|campaign|bench|lab|notebooks|protocols|env|lock)\b", "installs an environment first"),
     (r"pip install\b|python3 -m venv\b", "the network"),
     (r"threefold run --preset (full|laptop)\b", "needs real data, hours or a GPU"),
     (r".*\bmy-study\b", "tests/study/test_new.py runs these"),

@@ -30,7 +30,7 @@ def sound(preset: Preset) -> None:
     assert (paths.RUNS / preset.name).resolve().parent == paths.RUNS.resolve()
 
 
-@examples(120)
+@examples("preset", 120)
 @given(table=mutated(to_dict(SMOKE)))
 def test_a_preset_with_values_of_any_kind(tmp_path_factory, table):
     file = tmp_path_factory.getbasetemp() / "any.toml"
@@ -43,7 +43,7 @@ def test_a_preset_with_values_of_any_kind(tmp_path_factory, table):
         sound(preset)
 
 
-@examples(150)
+@examples("preset", 150)
 @given(data=damaged(FILE))
 def test_a_damaged_preset_file(tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "damaged.toml"
@@ -53,7 +53,7 @@ def test_a_damaged_preset_file(tmp_path_factory, data):
         sound(preset)
 
 
-@examples(150)
+@examples("override", 150)
 @given(
     key=st.sampled_from(all_keys(Preset)) | st.text(max_size=12) | st.just("data.pretrain.0.split"),
     text=st.text(max_size=12)
@@ -65,7 +65,7 @@ def test_an_override_of_any_text(key, text):
         sound(preset)
 
 
-@examples(200)
+@examples("parameter", 200)
 @given(name=st.text(max_size=30) | st.from_regex(r"[A-Za-z0-9./\\-]{1,120}", fullmatch=True))
 def test_a_name_stays_in_its_folder(name):
     """Of a run, a model and a stage: it is refused, or a file of that name lies where it should."""

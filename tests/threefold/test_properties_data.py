@@ -60,7 +60,7 @@ def test_every_reader_has_a_row_here(tmp_path):
         assert read(reader, tmp_path / "a.jsonl")
 
 
-@examples(250)
+@examples("row", 250)
 @given(data=st.data(), reader=st.sampled_from(sorted(ROWS)))
 def test_rows_with_values_of_any_kind(tmp_path_factory, data, reader):
     row = data.draw(mutated(ROWS[reader]))
@@ -69,7 +69,7 @@ def test_rows_with_values_of_any_kind(tmp_path_factory, data, reader):
     read(reader, file)
 
 
-@examples(200)
+@examples("data file", 200)
 @given(data=st.data(), reader=st.sampled_from(sorted(ROWS)), kind=st.sampled_from([".jsonl", ".json", ".tsv", ".txt"]))
 def test_damaged_files(tmp_path_factory, data, reader, kind):
     row = ROWS[reader]
@@ -84,7 +84,7 @@ def test_damaged_files(tmp_path_factory, data, reader, kind):
     read(reader, file)
 
 
-@examples(200)
+@examples("row", 200)
 @given(
     answer=st.lists(st.sampled_from(["18", "18.0", "-3", "1,200", "$", "####", " ", "\n", "x", "is ", "answer ", "."]))
 )
@@ -103,7 +103,7 @@ NAMES = st.lists(
 )
 
 
-@examples(150)
+@examples("data file", 150)
 @given(data=st.data())
 def test_folders_of_any_names(tmp_path_factory, data):
     """The files of one split never include one whose name says another, and none is left out unsaid."""
@@ -136,7 +136,7 @@ def parquet(tmp_path_factory):
     return file.read_bytes()
 
 
-@examples(150)
+@examples("data file", 150)
 @given(data=st.data())
 def test_damaged_parquet_and_gzip(tmp_path_factory, parquet, data):
     folder = tmp_path_factory.getbasetemp()
@@ -162,7 +162,7 @@ def test_what_was_tried_by_hand(tmp_path):
         assert read("text", tmp_path / "a.parquet") is None
 
 
-@examples(30)
+@examples("data file", 30)
 @given(path=st.text(max_size=20) | st.sampled_from(["a" * 5000, "a/" * 3000, "\0", "~no-such-user/x", "/dev/null"]))
 def test_own_paths_of_any_text(path):
     documented(lambda: sources.load(SourceConfig(path=path, reader="text", split="x")) if path else None)

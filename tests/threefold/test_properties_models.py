@@ -65,7 +65,7 @@ def check(folder):
     return model
 
 
-@examples(200)
+@examples("checkpoint", 200)
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))
 def test_a_config_with_values_of_any_kind(whole, copy, data, kind):
     folder = fresh(whole, copy, kind)
@@ -74,7 +74,7 @@ def test_a_config_with_values_of_any_kind(whole, copy, data, kind):
     check(folder)
 
 
-@examples(120)
+@examples("checkpoint", 120)
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)), name=st.sampled_from(["config.json", "model.safetensors"]))
 def test_damaged_files(whole, copy, data, kind, name):
     """A whole header with other numbers in it is another model, and loads; what verify is for is not tested here."""
@@ -83,7 +83,7 @@ def test_damaged_files(whole, copy, data, kind, name):
     check(folder)
 
 
-@examples(60)
+@examples("checkpoint", 60)
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))
 def test_other_tensors(whole, copy, data, kind):
     """Missing, extra, misshapen, of another kind of number: never a model."""
@@ -133,7 +133,7 @@ def test_headers_that_were_tried(whole, copy):
         assert documented(lambda: load_checkpoint(folder)) is None
 
 
-@examples(40)
+@examples("tokenizer", 40)
 @given(data=st.data())
 def test_a_damaged_tokenizer(whole, copy, data):
     folder = fresh(whole, copy, "llama")
@@ -206,7 +206,7 @@ def test_code_and_pickles_of_a_model_folder_are_not_run(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.ran"))
 
 
-@examples(40)
+@examples("checkpoint", 40)
 @given(data=st.data())
 def test_a_foreign_config_with_values_of_any_kind(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "foreign"
@@ -231,7 +231,7 @@ def test_a_foreign_config_with_values_of_any_kind(tmp_path_factory, data):
 ids = st.lists(st.integers(-2, 400) | st.sampled_from([2**31, 2**63]), max_size=24)
 
 
-@examples(150)
+@examples("prompt", 150)
 @given(prompts=st.lists(ids, max_size=4), new=st.integers(-1, 6), temperature=st.floats(-1, 2) | st.just(float("nan")))
 def test_generation_from_any_ids(whole, prompts, new, temperature):
     """As many ids as asked for or as fit, all of them the model's; or the index of the prompt at fault."""
@@ -242,7 +242,7 @@ def test_generation_from_any_ids(whole, prompts, new, temperature):
         assert all(0 <= id < 384 for row in made for id in row)
 
 
-@examples(100)
+@examples("prompt", 100)
 @given(
     prompt=ids, window=st.integers(-2, 8), new=st.integers(0, 6), suppress=st.lists(st.integers(-1, 400), max_size=3)
 )
@@ -254,7 +254,7 @@ def test_streams_from_any_ids(whole, prompt, window, new, suppress):
         assert len(made) == new and all(0 <= id < 384 for id in made) and not set(made) & set(suppress)
 
 
-@examples(100)
+@examples("prompt", 100)
 @given(requests=st.lists(st.tuples(ids, ids), max_size=6))
 def test_scores_of_any_ids(whole, requests):
     """Each score is a finite sum of as many log-probabilities as there are targets."""
@@ -274,7 +274,7 @@ NUMBERS = {
 PROMPTS = ["", "\ud800", "a" * 9999, "-x", "--", "\0", "\x1b[2J"]
 
 
-@examples(250)
+@examples("command line", 250)
 @given(
     prompt=st.just("a fox") | st.sampled_from(PROMPTS) | st.text(st.characters(), max_size=12),
     stream=st.booleans(),
@@ -304,7 +304,7 @@ def test_more_tokens_than_any_context_take_no_memory(whole, capsys, monkeypatch)
     assert cli.main(["generate", "--max-new-tokens", "16", "a"]) == 0 and capsys.readouterr().out == most
 
 
-@examples(80)
+@examples("prompt", 80)
 @given(texts=st.lists(st.text(st.characters(), max_size=12) | st.sampled_from(["", "\ud800", "a" * 9999]), max_size=3))
 def test_prompts_of_any_text(whole, texts):
     model = LanguageModel.from_checkpoint(whole["llama"])

@@ -22,7 +22,7 @@ from basics import paths
 from basics.errors import DISK_FULL, ThreefoldError
 
 # Errors of the operating system that the environment causes, not the program.
-ENVIRONMENT = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+ENVIRONMENT = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class Parser(argparse.ArgumentParser):
@@ -131,6 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in ENVIRONMENT:
             raise
-        message, status = f"{error.strerror}: {error.filename or 'the disk'}", 2
+        message, status = str(ThreefoldError(f"{error.strerror}: {error.filename or 'the disk'}")), 2
     print(f"threefold: {message}", file=sys.stderr)
     return status

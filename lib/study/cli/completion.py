@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 
 from basics import paths
 from study.cli import parser
@@ -15,7 +16,8 @@ BASH = "complete -o default -C 'threefold completion words' threefold"
 
 def completion(options: argparse.Namespace) -> int:
     if options.shell == "words":
-        line = os.environ.get("COMP_LINE", "")[: int(os.environ.get("COMP_POINT") or 0)]
+        point = os.environ.get("COMP_POINT", "")
+        line = os.environ.get("COMP_LINE", "")[: int(point) if re.fullmatch("[0-9]{1,9}", point) else 0]
         *before, word = line.split(" ")
         say("\n".join(one for one in words([part for part in before if part][1:]) if one.startswith(word)))
     else:

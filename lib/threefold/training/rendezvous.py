@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,6 +12,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from basics.errors import ConfigError, TrainingError
+from basics.names import shown
 
 GIVE_UP = 300.0  # seconds without the other workers
 ATTEMPT = timedelta(seconds=2)  # of one attempt to reach the first worker, during which no signal is heard
@@ -27,9 +29,12 @@ def rank_and_size() -> tuple[int, int]:
             f"WORLD_SIZE = {values['WORLD_SIZE']} in the environment means several workers, but "
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: {way_out}"
         )
-    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"):
-        if not (values[name].isascii() and values[name].isdigit()):
-            raise ConfigError(f"{name} = {values[name]!r:.60} in the environment is no whole number: {way_out}")
+    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        value, least = os.environ.get(name), int(name == "LOCAL_WORLD_SIZE")
+        if value is not None and not (re.fullmatch("[0-9]{1,9}", value) and int(value) >= least):
+            raise ConfigError(
+                f"{name} = {shown(value)} in the environment: expected a whole number of at least {least}: {way_out}"
+            )
     rank, size = int(values["RANK"]), int(values["WORLD_SIZE"])
     if rank >= size or not 0 < int(values["MASTER_PORT"]) < 2**16:
         raise ConfigError(
