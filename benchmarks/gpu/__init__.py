@@ -15,6 +15,8 @@ oracle: ...         relative errors on the device, each with the tolerance that 
   flex attention      compiled FlexAttention against masks, hidden states and gradients (on a CPU eager, no gradients)
   transformers        logits against transformers' Llama with the same weights
   objectives          loss and gradient of each objective, packed, against documents alone in fp64 on the CPU
+  compiled losses     losses at the head whose passes over the logits are fused, against eager ones, with gradients
+  decoding            steps of a captured CUDA graph (on a CPU the same steps, not captured) against plain ones
   training            a repeated training (determinism) and an interrupted one (resume) against an uninterrupted one.
                       `bit_identical` is reported and not required: a GPU sums some gradients in no fixed order
   fsdp2               gradients and one update of a model that FSDP2 holds, in one process, against a plain one
@@ -26,7 +28,8 @@ pretrain, sft, dpo  training steps with everything in them, data and optimizer i
   share_of_989_tflops, share_of_matmul   that rate over the H100's data sheet, and over the fastest product above
   peak_memory_gb      the most that torch had allocated on the GPU at once
   reference_pairs_per_second   dpo: pairs whose reference log-probabilities are computed
-decoding            new tokens per second of greedy batches, prefill included, and of transformers' `generate`
+decoding            new tokens per second of greedy batches, prefill included, of the same without a captured graph,
+                    and of transformers' `generate`
 scoring             tokens of requests per second, and those of a batched transformers loop: windows of running text,
                     and few-shot prompts with the same demonstrations. `difference`: the largest, in nats per token
 profile             the kernels of a pretraining step of one micro-batch that take most time

@@ -45,6 +45,8 @@ SECTIONS: dict[str, tuple[Callable[[Box], dict[str, Any]], float]] = {
     "oracle: flex attention": (oracles.flex_attention, 100),
     "oracle: transformers": (oracles.transformers_logits, 40),
     "oracle: objectives": (oracles.objectives, 40),
+    "oracle: compiled losses": (oracles.compiled_losses, 60),
+    "oracle: decoding": (oracles.decoding_steps, 30),
     "oracle: training": (oracles.training, 50),
     "oracle: fsdp2": (oracles.fsdp2, 40),
     "pretrain": (lambda box: speed.training(box, "pretrain"), 180),

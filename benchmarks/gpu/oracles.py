@@ -13,9 +13,10 @@ from torch import Tensor
 from benchmarks.gpu.box import EOS, SINK, Box, close, texts
 from threefold.config import ModelConfig, TrainConfig
 from threefold.data.packing import Batch, PackedRows, pack_documents, pack_examples, pack_pairs
-from threefold.model import Decoder, to_transformers
+from threefold.model import Decoder, KVCache, to_transformers
+from threefold.model.decoding import FixedSteps, Steps
 from threefold.segments import TRUNK_SHIFT
-from threefold.training import Distillation, NextToken, Objective, Preference, distributed, train
+from threefold.training import Distillation, NextToken, Objective, Preference, distributed, losses, train
 from threefold.training.forward import CompiledForward, ForwardPass
 from threefold.training.loop import build_optimizers
 from threefold.training.objectives import MicroBatch
@@ -132,6 +133,53 @@ def objectives(box: Box) -> dict[str, Any]:
         expected.backward()
         found[name] = close(loss, expected, EXACT)
         found[f"{name}, gradient"] = close(_gradient(model), _gradient(exact), NEAR)
+    return found
+
+
+def compiled_losses(box: Box) -> dict[str, Any]:
+    """Losses whose passes over the logits are compiled, against the same losses eager, for two numbers of targets."""
+    found, generator = {}, torch.Generator().manual_seed(5)
+    for n in (700, 300):
+        h_ND, teacher_ND = (torch.randn(n, 64, generator=generator).to(box.device) for _ in range(2))
+        weight_VD, teacher_VD = (torch.randn(1001, 64, generator=generator).to(box.device) for _ in range(2))
+        targets_N = torch.randint(1001, (n,), generator=generator).to(box.device)
+        inputs = (h_ND.requires_grad_(), weight_VD.requires_grad_())
+        values: dict[str, list[Tensor]] = {}
+        for compiled in (True, False):
+            kind = {"compiled": compiled and not box.rehearse}
+            for name, loss in {
+                "cross-entropy": losses.cross_entropy_sum(*inputs, targets_N, **kind),
+                "distillation": losses.distillation_sums(
+                    *inputs, targets_N, teacher_ND, teacher_VD, temperature=2.0, share=0.5, **kind
+                )[0],
+                "log-probabilities": losses.target_logprobs(*inputs, targets_N, **kind).square().sum(),
+            }.items():
+                gradients = torch.autograd.grad(loss, inputs)
+                values.setdefault(name, []).append(torch.cat([loss.view(1), *(g.flatten() for g in gradients)]))
+        found |= {f"{name}, {n} targets": close(*pair, NEAR) for name, pair in values.items()}
+    return found
+
+
+@torch.inference_mode()
+def decoding_steps(box: Box) -> dict[str, Any]:
+    """Steps of fixed shapes, captured on a GPU, against plain ones: rows of several lengths, with and without a start
+    that they share."""
+    model, found = box.model(SMALL).eval(), {}
+    tokens_BT = torch.randint(2, SMALL.vocab_size, (4, 60), generator=torch.Generator().manual_seed(6)).to(box.device)
+    real_BT = torch.arange(40, device=box.device) >= torch.tensor([[0], [7], [20], [39]], device=box.device)
+    for name, shared in (("alone", 0), ("shared start", 24)):
+        logits = []
+        for kind in (FixedSteps, Steps):
+            start = KVCache.of(model, 1, max(1, shared))
+            if shared:
+                model.hidden(tokens_BT[:1, :shared], cache=start)
+            cache = start.expand(4, 60) if shared else KVCache.of(model, 4, 60)
+            model.hidden(tokens_BT[:, :40], segments_BT=torch.where(real_BT, 0, -1), cache=cache)
+            steps = kind(model, cache)
+            first = [steps(tokens_BT[:, at]).clone() for at in range(40, 50)]
+            steps = kind(model, steps.filled().select(torch.tensor([0, 2], device=box.device)))
+            logits.append(torch.cat([*first, *(steps(tokens_BT[[0, 2], at]).clone() for at in range(50, 60))]))
+        found[name] = close(*logits, NEAR)
     return found
 
 

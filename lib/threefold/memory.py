@@ -1,8 +1,11 @@
-"""Settings of the C library's allocator under which it keeps freed memory."""
+"""The C library's allocator, which is told to keep freed memory, and that of a GPU, after it had none left."""
 
 import ctypes
 import platform
+import traceback
 from functools import lru_cache
+
+import torch
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
@@ -20,3 +23,10 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     settings = ((_MMAP_THRESHOLD, 1 << 30), (_TRIM_THRESHOLD, (1 << 31) - 1), (_TOP_PAD, 64 << 20))
     return all(library.mallopt(option, value) == 1 for option, value in settings)
+
+
+def free_memory(error: BaseException) -> None:
+    """Free the tensors of the computation that raised an error, also for blocks of another size on a GPU."""
+    traceback.clear_frames(error.__traceback__)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

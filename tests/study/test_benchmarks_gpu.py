@@ -49,7 +49,7 @@ def test_the_rehearsal_runs_every_section_on_a_bare_machine(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     sections = results["sections"]
     assert results["rehearsal"] and not any({"error", "skipped"} & set(found) for found in sections.values())
-    oracles = {"flex attention", "transformers", "objectives", "training", "fsdp2"}
+    oracles = {"flex attention", "transformers", "objectives", "compiled losses", "decoding", "training", "fsdp2"}
     speeds = ["pretrain", "sft", "dpo", "decoding", "scoring", "profile"]
     assert set(sections) == {"machine", "matmul", *(f"oracle: {name}" for name in oracles), *speeds}
     assert {"device", "versions"} <= set(sections["machine"]) and sections["matmul"]["fastest_tflops"] > 0

@@ -12,7 +12,7 @@ from shared import randomised
 
 from basics.errors import ConfigError, DataError, EvaluationError
 from threefold.config import ModelConfig
-from threefold.model import Decoder, KVCache, generate, generation
+from threefold.model import Decoder, KVCache, decoding, generate, generation
 from threefold.model.generation import sample
 
 BASE = ModelConfig(n_layer=2, d_model=32, n_head=4, d_ff=48, context=64, vocab_size=50)
@@ -43,9 +43,22 @@ def recomputed(model: Decoder, prompt: list[int], max_new_tokens: int, eos: int 
     return new
 
 
+@pytest.fixture
+def nan_in_fresh_memory():
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"], ids="as on {}".format)
 @pytest.mark.parametrize("common", [0, 18, 40], ids="{} common".format)
 @pytest.mark.parametrize("parts", VARIANTS.values(), ids=VARIANTS)
-def test_greedy_equals_recomputation_row_by_row(parts, common):
+def test_greedy_equals_recomputation_row_by_row(parts, common, device, monkeypatch, nan_in_fresh_memory):
+    """On a GPU, steps of fixed shapes over the cache's whole capacity are recorded; they are the same steps here."""
+    taken, run = [], decoding.FixedSteps._run
+    monkeypatch.setattr(decoding, "CAPTURED", {"cpu"} if device == "cuda" else set())
+    monkeypatch.setattr(decoding.FixedSteps, "_run", lambda self: taken.append(self.cache.batch) or run(self))
     model = decoder(**parts)
     asked = prompts(9, seed=common, common=common)
     free = [recomputed(model, prompt, 24, None) for prompt in asked]
@@ -56,6 +69,7 @@ def test_greedy_equals_recomputation_row_by_row(parts, common):
     eos = max(endings, key=lambda token: len(set(map(len, endings[token]))))  # rows end at many different steps
     assert len(set(map(len, endings[eos]))) > 2
     assert generate(model, asked, 24, eos_id=eos) == endings[eos]
+    assert bool(taken) == (device == "cuda") and (not taken or min(taken) < len(asked))  # also after rows have ended
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -65,14 +79,6 @@ def test_greedy_of_any_batch_equals_each_prompt_alone(seed, count, common, new):
     asked = prompts(count, seed, common)
     together = generate(model, asked, new, eos_id=EOS)
     assert together == [generate(model, [prompt], new, eos_id=EOS)[0] for prompt in asked]
-
-
-@pytest.fixture
-def nan_in_fresh_memory():
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("common", [0, 18], ids="{} common".format)

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-from evaluation_fixtures import language_model, model_config, tokenizer
+import torch
+from evaluation_fixtures import gpt2_language_model, language_model, model_config, tokenizer
 
 from basics import paths
 from basics.errors import EvaluationError, ThreefoldError
 from threefold.config import EvaluationConfig, SourceConfig
-from threefold.evaluation import PROTOCOLS, LanguageModel, describe, evaluate, save_items, speed
+from threefold.evaluation import PROTOCOLS, LanguageModel, describe, evaluate, precision, save_items, speed
 
 
 def sample(name: str, split: str = "test", n: int = 8) -> SourceConfig:
@@ -86,6 +87,93 @@ def test_the_same_model_gives_the_same_items(tmp_path):
     only = ["disjoint", "few-shot", "preferences"]
     first, second = (save_items(tmp_path / str(i), evaluate(language_model(512), CONFIG, only=only)) for i in range(2))
     assert first == second and len(first) == 3
+
+
+# Precision on a GPU ---------------------------------------------------------------------------------------------------
+
+
+def spoilt(model: LanguageModel) -> None:
+    """Weights of the bf16 copy that are not the model's."""
+    with torch.no_grad():
+        for weight in model.half.backend.model.parameters():
+            weight.mul_(1.5)
+
+
+@pytest.mark.parametrize("convert", [True, False], ids=["decoder", "transformers"])
+def test_bf16_is_used_where_a_sample_agrees_and_fp32_where_it_does_not(convert, monkeypatch):
+    only, more = ["lm-eval", "zero-shot", "preferences"], {"max_examples": 72}
+    config = replace(
+        CONFIG,
+        sentiment=replace(CONFIG.sentiment, **more),
+        preferences=replace(CONFIG.preferences, **more),
+    )
+    reference = gpt2_language_model(512, 1)
+
+    def run(model):
+        return {e.protocol: e for e in evaluate(model, config, reference=reference, only=only)}
+
+    exact = run(language_model(512, convert=convert))
+    assert not any("precision_check" in e.settings for e in exact.values()), "on a CPU nothing is tried in bf16"
+    monkeypatch.setitem(precision.FAST, "cpu", lambda: True)
+    monkeypatch.setattr(precision, "SHARE", 1.0)  # tiny models with large weights are rougher than trained ones
+    found, refused = run(language_model(512, convert=convert)), language_model(512, convert=convert)
+    spoilt(refused)
+    monkeypatch.setattr(precision, "SHARE", 0.1)
+    refused = run(refused)
+    for name, expected in exact.items():
+        check = found[name].settings["precision_check"]
+        assert check["items"] == min(64, expected.settings["data"]["examples"] // 8)
+        if check["items"] < precision.LEAST:
+            assert found[name].settings["precision"] == "float32" and "metrics" not in check
+            assert found[name].metrics == expected.metrics
+            continue
+        intervals = {metric for metric, value in expected.metrics.items() if value["low"] is not None}
+        assert set(check["metrics"]) == intervals and intervals
+        agrees = all(one["difference"] <= one["allowed"] for one in check["metrics"].values())
+        assert found[name].settings["precision"] == ("bfloat16" if agrees else "float32")
+        for metric in intervals if agrees else ():
+            value, wanted = found[name].metrics[metric], expected.metrics[metric]
+            assert abs(value["value"] - wanted["value"]) <= wanted["high"] - wanted["low"]
+        if refused[name].settings["precision"] == "float32":
+            pd.testing.assert_frame_equal(refused[name].items, expected.items)
+    assert any(e.settings["precision"] == "bfloat16" for e in found.values())
+    spoiled = refused["sample-preferences/preferences"].settings
+    assert spoiled["precision"] == "float32" and spoiled["precision_check"]["metrics"]
+
+
+def test_what_bf16_may_change_is_a_tenth_of_the_interval_of_all_items():
+    (exact,) = evaluate(language_model(512), CONFIG, only=["zero-shot"])
+    name, metric = next((n, m) for n, m in exact.metrics.items() if m["low"] is not None)
+    rough = replace(exact, metrics=exact.metrics | {name: metric | {"value": metric["value"] + 0.25}})
+    found = precision.differences(exact, rough, 1 / 4)[name]
+    assert found["difference"] == pytest.approx(0.25)
+    assert found["allowed"] == pytest.approx((metric["high"] - metric["low"]) / 2 / 10)
+
+
+def test_a_gpu_without_memory_gets_smaller_batches(monkeypatch):
+    """Once it was found how many positions fit, every later batch holds no more."""
+    (expected,) = evaluate(language_model(512), CONFIG, only=["problems"])
+    model, score, sizes = language_model(512), LanguageModel._continue, []
+
+    def limited(self, prompts, *rest):
+        positions = len(prompts) * (max(map(len, prompts)) + CONFIG.problem_new_tokens)
+        sizes.append(positions)
+        if positions > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(self, prompts, *rest)
+
+    monkeypatch.setattr(LanguageModel, "_continue", limited)
+    most = 10**9
+    evaluate(model, CONFIG, only=["problems"])
+    most = sizes[0] // 3
+    (found,) = evaluate(model, CONFIG, only=["problems"])
+    pd.testing.assert_frame_equal(found.items, expected.items)
+    del sizes[:]
+    evaluate(model, CONFIG, only=["problems"])
+    assert max(sizes) <= most
+    most = 1
+    with pytest.raises(EvaluationError, match=r"tiny: out of memory with one row of \d+ positions"):
+        evaluate(model, CONFIG, only=["problems"])
 
 
 def test_only_and_what_the_preset_leaves_out():

@@ -8,8 +8,10 @@ own tokenizer would put before it (our BOS, nothing for GPT-2); only the positio
 import copy
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from threefold.data.tokenizer import tokenizer_hash
 from threefold.evaluation import loading
 from threefold.evaluation.backends import UNLIMITED, Backend, DecoderBackend, TransformersBackend, as_decoder
 from threefold.evaluation.batching import FULL, Request, Row, batches_of, rows_of
-from threefold.memory import keep_freed_memory
+from threefold.memory import free_memory, keep_freed_memory
 from threefold.model.decoder import Decoder
 from threefold.model.device import pick_device
 from threefold.model.generation import common_prefix_length
@@ -49,6 +51,7 @@ class LanguageModel:
     tokenizer: Any
     weights_sha256: str
     facts: dict[str, Any] = field(default_factory=dict)
+    room: int = sys.maxsize  # positions of a batch that the device has been found to hold
 
     def __post_init__(self) -> None:
         keep_freed_memory()
@@ -99,6 +102,15 @@ class LanguageModel:
                 f"{self.name} runs through transformers: {type(self.backend.model).__name__} is no Decoder"
             )
         return self.backend.model
+
+    @cached_property
+    def half(self) -> "LanguageModel":
+        """The same model in bf16."""
+        backend = copy.deepcopy(self.backend)
+        backend.model.to(torch.bfloat16)
+        backend.dtype = torch.bfloat16
+        facts = {key: value for key, value in self.facts.items() if key != "precision"}
+        return LanguageModel(self.name, backend, self.tokenizer, self.weights_sha256, facts)
 
     def same_tokenizer(self, other: "LanguageModel") -> bool:
         """Whether token ids mean the same to both, so that distributions can be compared position by position."""
@@ -229,13 +241,44 @@ class LanguageModel:
         positions = sum(len(row.ids) for row in rows)
         with self.backend.packed(min(positions, batch_tokens), positions):
             shared, prefix = self._shared_prefix(rows)
-            for batch in batches_of([len(row.ids) - shared for row in rows], shared, batch_tokens, fill=FULL):
+
+            def score(batch: list[int]) -> None:
                 for index, logp_T in self._score_batch(requests, [rows[i] for i in batch], shared, prefix).items():
                     if not np.isfinite(logp_T).all():
                         said = f"its log-likelihood under {self.name} is {logp_T.sum()}"
                         raise EvaluationError(f"{describe(index)}: {said}")
                     scores[index] = logp_T
+
+            self._in_batches(score, [len(row.ids) - shared for row in rows], shared, batch_tokens, fill=FULL)
         return [scores[index] for index in range(len(requests))]
+
+    def _in_batches(
+        self, compute: Callable[[list[int]], None], lengths: list[int], extra: int, batch_tokens: int, fill: int = 0
+    ) -> None:
+        """Call `compute` with each batch of `batches_of`. Where a GPU runs out of memory, all that is left is computed
+        in batches of half as many positions, and so is what this model computes later.
+
+        Raises EvaluationError where one row does not fit.
+        """
+        waiting = list(range(len(lengths)))
+        while waiting:
+            done: set[int] = set()
+            for batch in batches_of([lengths[i] for i in waiting], extra, min(batch_tokens, self.room), fill):
+                chosen = [waiting[i] for i in batch]
+                try:
+                    compute(chosen)
+                except torch.OutOfMemoryError as error:
+                    longest = extra + max(lengths[i] for i in chosen)
+                    if len(chosen) == 1:
+                        raise EvaluationError(
+                            f"{self.name}: out of memory with one row of {longest} positions; use a device with more, "
+                            "or lower evaluation.window, the shots or model.context"
+                        ) from error
+                    self.room = len(chosen) * longest // 2
+                    free_memory(error)
+                    break
+                done.update(chosen)
+            waiting = [i for i in waiting if i not in done]
 
     def _shared_prefix(self, rows: list[Row]) -> tuple[int, Any]:
         """(length, cache) of what all rows begin with, e.g. the shots of a prompt. It ends before any scored token."""
@@ -320,13 +363,17 @@ class LanguageModel:
                 f"{self.name}"
             )
         answers: dict[int, tuple[str, int]] = {}
-        for batch in batches_of([len(row) for row in ids], max_new_tokens, batch_tokens):
+
+        def answer(batch: list[int]) -> None:
             produced = self._continue([ids[i] for i in batch], batch, max_new_tokens, list(stop))
             for i, new in zip(batch, produced, strict=True):
                 text = self.tokenizer.decode(new, skip_special_tokens=True)
                 for term in stop:
                     text = text.split(term)[0]
                 answers[i] = (text, len(new))
+
+        size = max(batch_tokens, self.backend.cached_positions())
+        self._in_batches(answer, [len(row) for row in ids], max_new_tokens, size)
         return [answers[i] for i in range(len(ids))]
 
     def _continue(

@@ -1,7 +1,7 @@
 """The two ways in which a model runs under evaluation: as our Decoder, or as a model of transformers."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from basics.errors import CheckpointError
 from threefold.model import hf
 from threefold.model.cache import KVCache
 from threefold.model.decoder import Decoder
+from threefold.model.decoding import steps
 from threefold.model.generation import generate as generate_ids
 from threefold.model.hf_config import GPT2, LLAMA, QWEN3
 
@@ -42,9 +43,23 @@ class Backend:
         """As `Decoder.packed`."""
         return nullcontext()
 
+    def cached_positions(self) -> int:
+        """Positions whose keys and values half of a GPU's free memory holds; 0 on a CPU, or where it is not known."""
+        return 0
+
     def new_cache(self, rows: int, positions: int) -> Any:
         """An empty cache for `step`."""
         return None
+
+    def decoding(self, cache: Any) -> Callable[[Tensor], Tensor]:
+        """A function from the next token of every row [B] to the logits after it [B, V], as `generate` decodes."""
+
+        def one_more(tokens_B: Tensor) -> Tensor:
+            nonlocal cache
+            logits_BV, cache = self.step(tokens_B[:, None], cache)
+            return logits_BV
+
+        return one_more
 
 
 class DecoderBackend(Backend):
@@ -59,6 +74,11 @@ class DecoderBackend(Backend):
 
     def packed(self, rows: int, positions: int) -> AbstractContextManager:
         return self.model.packed(rows, positions)
+
+    def cached_positions(self) -> int:
+        if self.device.type != "cuda":
+            return 0
+        return torch.cuda.mem_get_info(self.device)[0] // 2 // self.new_cache(1, 1).nbytes
 
     def prefix(self, ids: Sequence[int]) -> KVCache:
         cache = self.new_cache(1, len(ids))
@@ -81,6 +101,9 @@ class DecoderBackend(Backend):
     def step(self, tokens_BT: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         """Logits [B, V] after further tokens of every row, and the cache for the next step."""
         return self.head(self.model.hidden(tokens_BT, cache=cache)[:, -1]), cache
+
+    def decoding(self, cache: KVCache) -> Callable[[Tensor], Tensor]:
+        return steps(self.model, cache)
 
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, tokenizer: Any, stop: list[str]

@@ -92,8 +92,9 @@ def _time(model: LanguageModel, batch: int, prompt: int, new_tokens: int, seed: 
         logits_BV, cache = model.backend.step(tokens_BT, model.backend.new_cache(batch, prompt + new_tokens))
         _synchronize(model)
         middle = time.perf_counter()
+        decode = model.backend.decoding(cache)
         for _ in range(new_tokens):
-            logits_BV, cache = model.backend.step(logits_BV.argmax(-1, keepdim=True), cache)
+            logits_BV = decode(logits_BV.argmax(-1))
         _synchronize(model)
         return middle - begin, time.perf_counter() - middle
 

@@ -12,10 +12,12 @@ from basics.errors import ConfigError, DataError, EvaluationError
 from threefold.config import ModelConfig
 from threefold.model.cache import KVCache, StreamingCache
 from threefold.model.decoder import Decoder
+from threefold.model.decoding import steps
 from threefold.segments import PADDING, SINK
 
 SHARED = 16  # tokens that prompts have in common before it pays to compute them once
 PADDED = 128  # tokens of padding on a CPU, which another forward costs less than
+READ = 1 << 17  # positions that a GPU reads at once
 SLACK = 4  # tokens decoded beyond a stop string's bytes: tokenizers may drop a space at the start of what they decode
 
 
@@ -83,7 +85,7 @@ def generate(
     with model.packed(len(prompts), sum(map(len, prompts)) + sum(room)):
         active = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the prompts that rows belong to
         logits_BV, cache = _prefill(model, [prompts[i] for i in active], max(room), prefix)
-        running = set(active)
+        running, decode_next = set(active), steps(model, cache)
         for step in count(1):
             tokens_B = sampling.pick(logits_BV, active, len(prompts))
             for row, token in zip(active, tokens_B.tolist(), strict=True):
@@ -96,8 +98,9 @@ def generate(
             full = before + step + max(len(prompts[row]) for row in active) > model.config.context
             if done and (8 * done >= len(active) or full):
                 index = torch.tensor([i for i, row in enumerate(active) if row in running], device=tokens_B.device)
-                cache, tokens_B, active = cache.select(index), tokens_B[index], [active[i] for i in index.tolist()]
-            logits_BV = model.head(model.hidden(tokens_B[:, None], cache=cache)[:, -1])
+                cache, tokens_B = decode_next.filled().select(index), tokens_B[index]
+                active, decode_next = [active[i] for i in index.tolist()], steps(model, cache)
+            logits_BV = decode_next(tokens_B)
 
 
 def stream(
@@ -201,8 +204,8 @@ class _Sampling:
 def _prefill(
     model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefix: KVCache | None
 ) -> tuple[Tensor, KVCache]:
-    """Logits after each prompt [B, V] and their cache: the common start once, the rest padded left, on a CPU in groups
-    of similar length. prompts: longest first."""
+    """Logits after each prompt [B, V] and their cache: the common start once, the rest padded left, in groups: on
+    a CPU of similar length, on a GPU of as many positions as it reads at once. prompts: longest first."""
     device = model.embed.weight.device
     shared = min(common_prefix_length(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
     if shared >= SHARED:
@@ -217,7 +220,10 @@ def _prefill(
 
     rests = [prompt[shared:] for prompt in prompts]
     capacity = len(rests[0]) + max_new_tokens - 1  # the last token is never fed back
-    groups = groups_by_length(rests) if device.type == "cpu" else [rests]
+    most = max(1, READ // len(rests[0]))
+    groups = [rests[i : i + most] for i in range(0, len(rests), most)]
+    if device.type == "cpu":
+        groups = groups_by_length(rests)
     caches = [empty(len(group), len(group[0]) if len(groups) > 1 else capacity) for group in groups]
     logits_BV = torch.cat([_read(model, group, cache) for group, cache in zip(groups, caches, strict=True)])
     if len(groups) == 1:

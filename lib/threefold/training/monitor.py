@@ -14,8 +14,9 @@ from torch import Tensor
 from basics.errors import DISK_FULL, TrainingError
 from threefold.config import TrainConfig
 from threefold.data.packing import PairedRows
+from threefold.memory import free_memory
 from threefold.training.feed import Feed
-from threefold.training.numerics import free_memory, in_memory, matmul_flops, out_of_memory
+from threefold.training.numerics import in_memory, matmul_flops, out_of_memory
 from threefold.training.progress import Console, duration
 from threefold.training.state import STATE, Metrics, State, collect, save_state
 

@@ -6,7 +6,6 @@ busy machine takes the same steps as one on an idle machine.
 """
 
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from basics import machine
 from basics.errors import ConfigError
 from threefold.config import TrainConfig
+from threefold.memory import free_memory
 from threefold.model.device import pick_device
 from threefold.training.distributed import current
 
@@ -84,13 +84,6 @@ def in_memory(compute: Callable[[int], Result], batch_size: int) -> Result:
             raise
         free_memory(error)
     return in_memory(compute, batch_size // 2)
-
-
-def free_memory(error: BaseException) -> None:
-    """Free the tensors of the computation that raised an error, also for blocks of another size on a GPU."""
-    traceback.clear_frames(error.__traceback__)
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 # Rows, inner size and columns of products that keep a CPU busy. Which is fastest differs between libraries.

@@ -1,0 +1,60 @@
+"""Evaluation in bf16 on a GPU, where a sample of the items shows that it changes no figure that matters."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from basics.errors import EvaluationError
+from threefold.evaluation.adapter import LanguageModel
+from threefold.evaluation.results import Dataset, Evaluation
+
+# Types of device that may evaluate in bf16, and whether this machine's multiplies it fast.
+FAST: dict[str, Callable[[], bool]] = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False)}
+LEAST, MOST, PART = 8, 64, 8  # items of the sample: an eighth of all, at least and at most
+SHARE = 0.1  # of a metric's interval by which bf16 may change it
+
+
+def evaluate(
+    function: Callable[..., Evaluation], model: LanguageModel, data: Dataset, **arguments: Any
+) -> tuple[Evaluation, dict[str, Any]]:
+    """A protocol's evaluation of a model, and what its settings record of the precision (nothing on a CPU).
+
+    On a GPU with bf16, evenly spread items are first evaluated in fp32 and in bf16. Where every metric with an interval
+    differs by at most a tenth of the interval that all items would give (that of the sample, times the square root of
+    the sample's share), all items are evaluated in bf16, else in fp32.
+    """
+    size = min(MOST, len(data.items) // PART)
+    if model.device.type not in FAST or not FAST[model.device.type]() or model.backend.dtype != torch.float32:
+        return function(model, data, **arguments), {}
+    halves = {key: value.half for key, value in arguments.items() if isinstance(value, LanguageModel)}
+    check: dict[str, Any] = {"items": size}
+    if size >= LEAST:
+        spread = np.linspace(0, len(data.items) - 1, size).round().astype(int)
+        sample = replace(data, items=[data.items[index] for index in spread])
+        try:
+            exact = function(model, sample, **arguments)
+            rough = function(model.half, sample, **{**arguments, **halves})
+            check["metrics"] = differences(exact, rough, size / len(data.items))
+        except EvaluationError as error:  # items too long for a sample, or logits that are not finite in bf16
+            check["error"] = str(error)
+    agrees = "metrics" in check and all(one["difference"] <= one["allowed"] for one in check["metrics"].values())
+    if agrees:
+        model, arguments = model.half, {**arguments, **halves}
+    return function(model, data, **arguments), {"precision": model.facts["precision"], "precision_check": check}
+
+
+def differences(exact: Evaluation, rough: Evaluation, share: float) -> dict[str, dict[str, float]]:
+    """By metric with an interval: how far the two are apart, and how far they may be. share: of all items, the
+    sample's."""
+    return {
+        name: {
+            "difference": abs(rough.metrics[name]["value"] - metric["value"]),
+            "allowed": SHARE * math.sqrt(share) * (metric["high"] - metric["low"]),
+        }
+        for name, metric in exact.metrics.items()
+        if metric["low"] is not None
+    }
