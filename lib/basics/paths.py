@@ -9,6 +9,7 @@ NOTEBOOKS = PROJECT / "notebooks"
 DATA = PROJECT / "data"
 REPORT = PROJECT / "report"
 PRESETS = PACKAGES / "study" / "presets"
+PLAN = PACKAGES / "study" / "comparison" / "plan.toml"
 
 
 def named_by(variable: str, default: Path) -> Path:

@@ -193,18 +193,22 @@ def determinism(begun: Mapping[str, Any]) -> dict[str, Any]:
     return {**made, "level": level}
 
 
+def git(root: Path, *arguments: str) -> str | None:
+    """What a git command prints in the repository whose top folder is `root`; None where there is none, or it fails."""
+    words = ["git", "-C", str(root)]
+    try:
+        done = [
+            subprocess.run([*words, *asked], capture_output=True, text=True, check=False)
+            for asked in (("rev-parse", "--show-toplevel"), arguments)
+        ]
+    except FileNotFoundError:
+        return None
+    top = done[0].stdout.rstrip("\n")
+    same = done[0].returncode == 0 and Path(top).resolve() == root.resolve()
+    return done[1].stdout.strip() if same and done[1].returncode == 0 else None
+
+
 def git_state(root: Path) -> dict[str, Any]:
     """{"commit", "dirty"} of the repository whose top folder is `root`; both None where there is none."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    top = git("rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != root.resolve():
-        return {"commit": None, "dirty": None}
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else changed != ""}
+    changed = git(root, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": git(root, "rev-parse", "HEAD"), "dirty": None if changed is None else changed != ""}

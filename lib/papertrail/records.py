@@ -33,6 +33,7 @@ class Record:
     markdown: str | None
     notebook: str  # file name
     cell: int  # index in the notebook, from 0
+    plan: str | None = None  # hash of the study's plan when it was published
 
 
 class Markdown(str):
@@ -41,6 +42,14 @@ class Markdown(str):
 
 # Publishing ---------------------------------------------------------------------------------------------------------
 
+_plan: str | None = None
+
+
+def carry_plan(sha256: str | None) -> None:
+    """Put the hash of the study's plan into every record that this process publishes from now on."""
+    global _plan
+    _plan = sha256
+
 
 def publish(name: str, values: Mapping[str, Any], **shown: Any) -> None:
     """Display one result, for a person and as data, in exactly one output; outside IPython print its plain text.
@@ -48,6 +57,8 @@ def publish(name: str, values: Mapping[str, Any], **shown: Any) -> None:
     The arguments are those of `bundle`. Raises RecordError for values that are not finite JSON or an impossible name.
     """
     data, metadata = bundle(name, values, **shown)
+    if _plan:
+        data[MIME]["plan"] = _plan
     from IPython.core.interactiveshell import InteractiveShell
     from IPython.display import display
 
@@ -249,5 +260,6 @@ def read(notebook_path: str | Path) -> dict[str, Record]:
             raise RecordError(f"{where}: record {name} has Markdown that is no text")
         if name in records:
             raise RecordError(f"{path.name}: record {name} stands in cell {records[name].cell} and in cell {index}")
-        records[name] = Record(name, finite(values, name), markdown, path.name, index)
+        plan = content.get("plan") if isinstance(content.get("plan"), str) else None
+        records[name] = Record(name, finite(values, name), markdown, path.name, index, plan)
     return records

@@ -14,7 +14,7 @@ from typing import Any
 
 from basics import files
 from basics.errors import RecordError, ThreefoldError
-from papertrail import provenance
+from papertrail import provenance, records
 from papertrail.provenance import Fingerprint
 from papertrail.run import Run, read_run_file, write_run_file, written_files
 
@@ -36,6 +36,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         files.recover_folder(self.folder)
+        records.carry_plan(self.run.project.plan_sha256)
 
     @property
     def folder(self) -> Path:

@@ -48,6 +48,7 @@ def project() -> Project:
     return Project(
         root=paths.PROJECT,
         notebooks=paths.NOTEBOOKS,
+        plan=paths.PLAN,
         packages=("basics", "papertrail", "study", "threefold"),
         distributions=(
             *("torch", "transformers", "tokenizers", "safetensors", "datasets", "pyarrow", "numpy", "pandas", "scipy"),

@@ -160,6 +160,8 @@ def sections(preset: Preset, stage: str) -> dict[str, Any]:
     table = to_dict(preset)
     table["preset"] = {"name": preset.name, "price_per_hour": preset.price_per_hour}
     text, cleaned = ["data.pretrain", "data.pretrain_heldout"], []
+    if kind == "compare":  # what it says, by file
+        table["comparison"] = {path.name: files.sha256_file(path) for path in sorted(paths.PLAN.parent.glob("*.toml"))}
     if preset.overlap.remove and kind in READS_TRAINING_TEXT:
         table["measured_on"] = to_dict(measured_on(preset))
         cleaned = ["overlap", "measured_on"]
@@ -192,7 +194,7 @@ def sections(preset: Preset, stage: str) -> dict[str, Any]:
         "ablations": [*corpus, "ablations", "evaluation.perplexity", "evaluation.batch_tokens"]
         + [f"pretrain.{key}" for key in table["pretrain"] if key not in UNTIMED],
         "speed": [*(f"evaluation.{key}" for key in timing), "model", "baselines"],  # model: the random control's
-        "compare": ["preset", "evaluation.bootstrap"],
+        "compare": ["preset", "evaluation.bootstrap", "comparison"],
     }[kind]
     chosen: dict[str, Any] = {}
     for part, _, key in (key.partition(".") for key in keys):

@@ -51,6 +51,17 @@ comparison = Comparison.load(stage.run)
 print(f"{len(comparison.records)} records; models: {', '.join(comparison.name(model) for model in comparison.models)}")
 
 # %% [markdown]
+# ## The plan
+#
+# Measures, margins, tests and the reading of every claim stand in one file, which was fixed before the run. Every record holds
+# its hash; the dates are those of the file's last commit and of the run's beginning.
+
+# %%
+#| label: tbl-plan
+#| tbl-cap: "The plan and the run, and what was changed after results were seen."
+tables.plan(comparison).publish()
+
+# %% [markdown]
 # ## What is compared
 
 # %%

@@ -424,3 +424,16 @@ def test_sentences_and_table_adjust_over_the_same_family(comparison):
     assert {one.adjusted for one in compared(comparison, "distilgpt2")} == told
     assert {one.a for one in compared(comparison, "distilgpt2")} == {"distilgpt2"}
     assert {one.b for one in compared(comparison, "distilgpt2")} == {"gpt2", "pretrain", "sft", "dpo"}
+
+
+def test_the_plan_stands_beside_the_run_with_what_was_changed_after_results(comparison, monkeypatch):
+    """The records of this run hold no plan's hash, so that nothing is said to have been first."""
+    change = {"what": "the margin of bits per byte", "why": "it was mistyped", "day": "2026-03-01"}
+    monkeypatch.setattr(models, "EXPLORATORY", [change])
+    result = tables.plan(comparison)
+    rows = result.values["rows"]
+    assert [row["What"] for row in rows[:2]] == ["plan", "run"] and rows[1]["Commit"] == "0123456789ab"
+    assert rows[0]["Which came first"] == "not checked: the run's records hold no hash of a plan"
+    assert rows[2]["What"] == "changed after results: the margin of bits per byte (it was mistyped)"
+    assert rows[2]["Date"] == "2026-03-01" and result.values["exploratory"] == [change]
+    assert result.values["finding"]["run_started"] == "2026-01-01T00:00:00+00:00"

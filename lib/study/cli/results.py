@@ -3,11 +3,12 @@
 import argparse
 
 from basics import paths
+from papertrail import preregistration, rerun, scheduler
 from papertrail import report as papertrail_report
-from papertrail import rerun, scheduler
 from papertrail.verify import verify as verify_run
 from study.cli import disk
 from study.cli.common import fail, from_here, open_existing, open_intact, say, say_json, warn_if_behind
+from study.run import project
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -38,11 +39,13 @@ def verify(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> int:
     if options.check:
         papertrail_report.require(paths.REPORT)
+        say(preregistration.require(preregistration.of_notebooks(project(), paths.REPORT / "executed")))
         say("report/: everything it embeds, quotes and cites is there")
         return 0
     run = open_intact(options.run, options.data_dir)
     if run.finished("compare") is not None:
         warn_if_behind(run, "the report shows")
+    say(preregistration.require(preregistration.of_notebooks(run.project, run.path / "notebooks")))
     if options.publish:
         published = papertrail_report.publish(run.path, paths.REPORT)
         say(f"report/executed: {len(published)} notebooks of run {run.name}")

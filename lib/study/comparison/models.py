@@ -3,13 +3,12 @@
 
 import tomllib
 from collections.abc import Iterable
-from pathlib import Path
 
+from basics import paths
 from study.preset import LINEAGE, OWN_MODELS
 
-PLAN_FILE = Path(__file__).with_name("plan.toml")
 PLAN, SHOWN, _CHANGED = (
-    tomllib.loads(PLAN_FILE.with_name(f"{name}.toml").read_text(encoding="utf-8"))
+    tomllib.loads(paths.PLAN.with_name(f"{name}.toml").read_text(encoding="utf-8"))
     for name in ("plan", "display", "exploratory")
 )
 EXPLORATORY = _CHANGED.get("exploratory", [])  # what was changed after results were seen

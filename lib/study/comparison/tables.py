@@ -2,9 +2,10 @@
 computes what a record does not hold."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
+from papertrail import preregistration
 from study.comparison import ablations, models, seeds, training
 from study.comparison.differences import SINCE, STAGES, compared, difference
 from study.comparison.load import Comparison
@@ -12,6 +13,7 @@ from study.comparison.measures import HEADLINE, MEASURES, STAGED
 from study.comparison.models import SHOWN
 from study.comparison.results import WORDS, Result, compact, percent, plain, table, value_text
 from study.comparison.variance import fuller
+from study.run import project
 
 Columns = Mapping[str, tuple[str | None, str]]  # title -> (protocol, metric)
 
@@ -283,6 +285,21 @@ def efficiency(comparison: Comparison, price_per_hour: float = -1) -> Result:
     found = training.trainings(comparison)
     seconds = sum((one.seconds for one in found), 0.0)
     return table("efficiency", map(fields, found), seconds=seconds, price_per_hour=price_per_hour)
+
+
+def plan(comparison: Comparison) -> Result:
+    """The plan of the comparison beside the run, which of them came first, and what was changed after results were
+    seen."""
+    published = [record for one in comparison.trainings.values() for record in one.records.values()]
+    found = preregistration.finding(project(), published)
+    order = f"not checked: {found.unchecked}" if found.unchecked else "run" if found.problems else "plan"
+    changed = [f"changed after results: {one['what']} ({one['why']})" for one in models.EXPLORATORY]
+    rows = [("plan", found.plan_commit, found.plan_date, order)]
+    rows += [("run", commit, found.run_started, None) for commit in found.run_commits or ("",)]
+    rows += [(what, "", one["day"], None) for what, one in zip(changed, models.EXPLORATORY, strict=True)]
+    named = [{"what": what, "commit": (commit or "")[:12] or None, "date": date, "order": first}
+             for what, commit, date, first in rows]  # fmt: skip
+    return table("plan", named, finding=asdict(found), exploratory=models.EXPLORATORY)
 
 
 def provenance(comparison: Comparison) -> Result:
