@@ -41,9 +41,9 @@ SKILL = {
 }
 
 
-def output(name: str, values: dict, markdown: str | None = None, figure=None, text: str | None = None):
+def output(name: str, values: dict, markdown: str | None = None, **options):
     """One display output as `records.publish` makes it."""
-    data, metadata = records.bundle(name, values, markdown=markdown, figure=figure, text=text)
+    data, metadata = records.bundle(name, values, markdown=markdown, **options)
     return nbformat.v4.new_output("display_data", data=data, metadata=metadata)
 
 

@@ -69,13 +69,20 @@ def publish(name: str, values: Mapping[str, Any], **shown: Any) -> None:
 
 
 def bundle(
-    name: str, values: Mapping[str, Any], *, markdown: str | None = None, figure: Any = None, text: str | None = None
+    name: str,
+    values: Mapping[str, Any],
+    *,
+    markdown: str | None = None,
+    figure: Any = None,
+    text: str | None = None,
+    empty: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(data, metadata) of the output that `publish` displays.
 
     values: finite JSON under string keys (NumPy and torch scalars and arrays become numbers and lists).
     markdown: the table or sentence to show; or figure: a Matplotlib figure, shown as PNG at 160 dpi and closed.
     text: the plain-text form; with a figure its alternative text, which is then needed.
+    empty: there was nothing to measure; a report leaves the output out (papertrail.report.partial).
     """
     if not _NAME.fullmatch(name):
         raise RecordError(f"record name {name!r}: expected words of A-Z a-z 0-9 . _ - joined by /")
@@ -98,7 +105,7 @@ def bundle(
         width, height = struct.unpack(">II", png[16:24])  # the PNG header's pixel size; shown at 96 pixels an inch
         data["image/png"] = base64.b64encode(png).decode()
         metadata["image/png"] = {"alt": text, "width": round(width * 96 / DPI), "height": round(height * 96 / DPI)}
-    data[MIME] = {"name": name, "version": VERSION, "values": finite(values, name)}
+    data[MIME] = {"name": name, "version": VERSION, "values": finite(values, name)} | ({"empty": True} if empty else {})
     return data, metadata
 
 

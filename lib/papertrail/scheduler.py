@@ -40,6 +40,7 @@ from papertrail.run import Run
 from papertrail.scrub import scrub
 from papertrail.staleness import state
 
+SAVE_SECONDS = 60.0  # for the trainings of an interrupted run to end their step and save their state
 JOIN_SECONDS = 10.0  # for a notebook's thread to notice that its kernel was killed
 # What a notebook raises where memory runs out: types (of Python, NumPy, Arrow, and torch on a GPU), and what a plain
 # RuntimeError says.
@@ -154,8 +155,14 @@ def check(run: Run, selected: Iterable[str] | None = None, say: Callable[[str], 
     preset = f"--preset {run.parameters['preset']} " if "preset" in run.parameters else ""
     for name in wanted:
         run.fingerprint(name)
-        for need in set(run.plan[name].needs).difference(wanted):
-            if run.finished(need) is None:
+        outside = sorted(set(run.plan[name].needs).difference(wanted))
+        absent = [need for need in outside if run.finished(need) is None]
+        if name == run.project.summary and absent and len(absent) < len(outside):  # it sums up what there is
+            if say is not None:
+                say(f"{name}: without {', '.join(absent)}, which run {run.name} does not have")
+            outside = [need for need in outside if need not in absent]
+        for need in outside:
+            if need in absent:
                 command = f"threefold run {preset}--run {run.name} --only {need}"
                 raise MissingInput(
                     f"{name} needs stage {need}, which run {run.name} does not have: `{command}` makes it"
@@ -220,7 +227,14 @@ class _Notebooks:
         shutil.rmtree(self._executing, ignore_errors=True)  # left by a killed process
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._server is not None and kind is not None and issubclass(kind, KeyboardInterrupt | Interrupted):
+            self.say("stopping: a training ends with the step that it is in; a second Ctrl-C ends it at once")
+            with contextlib.suppress(KeyboardInterrupt, Interrupted):
+                self._server.terminate_kernels()
+                deadline = time.monotonic() + SAVE_SECONDS
+                for thread in self._threads:
+                    thread.join(max(0.0, deadline - time.monotonic()))
         with _signals_ignored():
             if self._server is not None:
                 self._server.stop()

@@ -100,8 +100,8 @@ def test_every_section_of_the_design_is_there(page):
         assert title in text
 
 
-def test_tables_and_figures_are_numbered_captioned_and_linked(page):
-    source = sources.read(paths.REPORT)
+def test_tables_and_figures_are_numbered_captioned_and_linked(page, run):
+    source = sources.read(run / "report")
     names = pandoc.numbers(source)
     assert names["tbl-sources"] == "Table 1" and names["fig-ablations"] == "Figure 1"
     for label, name in names.items():

@@ -178,7 +178,7 @@ def test_preset_keys():
         (["compare", "one", "two", "one"], "run one is named twice"),
         (["compare", "one", "tow"], "no run 'tow', did you mean two?"),
         (["compare", "one", "../two"], "a name has only"),
-        (["compare", "one", "bare"], "00_data.ipynb has not been run"),
+        (["compare", "one", "bare"], "run bare has no finished stage: `threefold run --run bare`"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(world, monkeypatch, capsys, arguments, said):

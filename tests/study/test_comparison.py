@@ -15,7 +15,7 @@ from basics import files, paths
 from basics.errors import MissingInput, RecordError
 from papertrail import records
 from papertrail.run import read_run_file
-from study.comparison import Comparison, ablations, components, figures, models, tables, training
+from study.comparison import Comparison, ablations, components, figures, limits, models, tables, training
 from study.comparison.differences import EQUIVALENT, UNRESOLVED, Difference, adjust, compared, difference
 from study.comparison.measures import MEASURES, SHARED, STAGED
 from study.preset import Preset
@@ -134,6 +134,14 @@ def test_a_notebook_that_was_not_run_is_named_with_the_command(copy, monkeypatch
     Comparison.load(opened)
     (copy / "notebooks" / "04_evaluate-dpo.ipynb").unlink()
     with pytest.raises(MissingInput, match=r"04_evaluate-dpo\.ipynb.*papermill notebooks/04_evaluate\.ipynb"):
+        Comparison.load(opened)
+    shutil.rmtree(copy / "evaluation" / "dpo")
+    part = Comparison.load(opened)  # a stage that was not run is left out, and the limitations say so
+    assert part.absent == ("evaluate-dpo",) and "dpo" not in part.models
+    assert limits.limitations(part)[0].sentence.endswith("the stages evaluate-dpo have not been run.")
+    for path in (*(copy / "notebooks").iterdir(), *copy.rglob("run.json")):
+        path.unlink()
+    with pytest.raises(MissingInput, match="no finished stage: `threefold run --run fake`"):
         Comparison.load(opened)
 
 

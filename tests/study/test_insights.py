@@ -262,7 +262,7 @@ def test_definitions_and_prompts_give_spans(comparison):
 
 def test_variables_are_text_and_cover_what_the_report_quotes(comparison):
     values = limits.variables(comparison, "fake", "smoke")
-    assert all(isinstance(value, str) and value for value in values.values())
+    assert all(isinstance(value, str) and value for value in values.values())  # None is for what was not measured
     quoted = {reference.key for reference in sources.read(paths.REPORT).variables}
     assert quoted <= set(values)
     assert values["parameters"] == "1.05M" and values["n_models"] == "6"
@@ -274,7 +274,7 @@ def test_a_run_with_nothing_measured_still_has_every_variable(tmp_path):
         path.unlink()
     loaded = Comparison.load(run)
     values = limits.variables(loaded)
-    assert values["perplexity_gap"] == "not measured" and values["n_models"] == "0"
+    assert values["perplexity_gap"] is None and values["n_models"] is None and values["parameters"] == "1.05M"
     assert insights.standing(loaded) == [] and insights.stage_changes(loaded) == []
     assert insights.bullets("x", [], "Nothing.").markdown == "Nothing."
 

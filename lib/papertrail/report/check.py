@@ -70,6 +70,11 @@ def require(folder: Path) -> None:
         raise ReportError("the report does not hold together:\n" + "\n".join(f"- {problem}" for problem in problems))
 
 
+def variable_text(value: object) -> str:
+    """What `_variables.yml` says for a value of the record."""
+    return "not measured" if value is None else str(value)
+
+
 def _duplicates(values: Iterable[str]) -> Iterator[tuple[str, int]]:
     return ((value, count) for value, count in Counter(values).items() if count > 1)
 
@@ -141,7 +146,7 @@ def _check_variables(folder: Path, source: sources.Source, published: dict[str, 
     for notebook, records in published.items():
         if VARIABLES not in records:
             continue
-        recorded = {name: str(value) for name, value in records[VARIABLES].values.items()}
+        recorded = {name: variable_text(value) for name, value in records[VARIABLES].values.items()}
         for name in {**recorded, **variables}:
             if variables.get(name) != recorded.get(name):
                 yield (

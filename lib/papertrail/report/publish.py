@@ -12,7 +12,8 @@ from basics.errors import MissingInput
 from basics.files import atomic_write, damaged, read_note, replace_folder
 from papertrail.notebook_files import notebook_text, read_notebook
 from papertrail.records import read as read_records
-from papertrail.report.check import VARIABLES, require
+from papertrail.report import partial
+from papertrail.report.check import VARIABLES, require, variable_text
 from papertrail.scrub import scrub
 
 RENDERED = "rendered.json"  # hashes of the page and of what it was made from, beside it
@@ -32,16 +33,17 @@ def executed_files(run: Path, report: Path) -> dict[str, str]:
     if variables is None:
         raise MissingInput(
             f"run {run.name!r} has no executed notebook with the record {VARIABLES!r}, which is the comparison's: "
-            f"`threefold run --run {run.name}` makes it"
+            f"`threefold run --run {run.name}` makes it, with `--only compare` from the stages that are finished"
         )
-    text = {name: str(value) for name, value in variables.values.items()}
+    text = {name: variable_text(value) for name, value in variables.values.items()}
     head = f"# Generated from the record '{VARIABLES}' of executed/{variables.notebook}; not edited by hand.\n"
     found["_variables.yml"] = head + yaml.safe_dump(text, allow_unicode=True, default_style='"', width=1000)
     return found
 
 
 def assemble(run: Path, report: Path, folder: Path) -> None:
-    """Make a complete report folder for a run: the sources, `executed/` and `_variables.yml`. Raises MissingInput."""
+    """Make a complete report folder for a run: `executed/`, `_variables.yml`, and the sources, with what the run did not
+    measure left out of the text. Raises MissingInput."""
     if not (report / "index.qmd").is_file():
         raise MissingInput(f"the report's sources are not at {report.name}/: a clone of the project has them")
     shutil.copytree(
@@ -52,6 +54,8 @@ def assemble(run: Path, report: Path, folder: Path) -> None:
     )
     for path, content in executed_files(run, report).items():
         atomic_write(folder / path, content)
+    text = (report / "index.qmd").read_text(encoding="utf-8")
+    atomic_write(folder / "index.qmd", partial.leave_out(text, partial.missing(folder)))
 
 
 def rendered(run: Path, report: Path) -> list[str]:

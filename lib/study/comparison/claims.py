@@ -244,7 +244,8 @@ def ledger(comparison: Comparison) -> Result:
         for key, one in verdicts.items()
     }
     rows = ({"claim": one.claim, "measured": one.measured, "verdict": one.verdict} for one in verdicts.values())
-    return replace(table("claims", rows), values={"claims": values})
+    empty = all(one.verdict == NOT_MEASURED for one in verdicts.values())
+    return replace(table("claims", rows), values={"claims": values}, empty=empty)
 
 
 def counts(verdicts: Iterable[Verdict]) -> dict[str, int]:

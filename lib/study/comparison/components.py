@@ -39,7 +39,7 @@ def ablation_resolution(variants: Variants) -> Result:
     """Which effects the ablations resolve, in words."""
     found = ablations.contrasts(variants)
     if not found:
-        return Result("comparison/ablation-resolution", {}, markdown="No ablation was trained in this run.")
+        return Result("comparison/ablation-resolution", {}, markdown="No ablation was trained in this run.", empty=True)
     seeds, rounds = found[0]["loss"]["n"], len(next(iter(variants[ablations.BASE]["step_seconds"].values())))
     halves = [(one["loss"]["high"] - one["loss"]["low"]) / 2 for one in found if one["loss"]["low"] is not None]
     half = statistics.median(halves) if halves else None

@@ -48,10 +48,10 @@ def _panels(count: int, height: float, extra: float = 0, **options: Any) -> tupl
 
 def _figure(name: str, figure: Figure | None, text: str, **values: Any) -> Result:
     """A figure's record; without a figure one that shows the text alone."""
-    if figure is None:
+    if empty := figure is None:
         figure, values = Figure(figsize=(WIDTH, 1.2)), {"drawn": []}
         figure.text(0.5, 0.5, text, ha="center", va="center", color=INK)
-    return Result(f"comparison/{name}", values, figure=figure, text=text)
+    return Result(f"comparison/{name}", values, figure=figure, text=text, empty=empty)
 
 
 def _tokens(axes: Axes, largest: float) -> float:

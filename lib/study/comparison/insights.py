@@ -153,9 +153,10 @@ def stability(comparison: Comparison) -> list[Insight]:
         return []
     worst, unsteady = training.worst(curves), [escape(curve.name) for curve in curves if not curve.stable]
     head = f"Not steady: {listed(unsteady)}, of {len(curves)} stages"
+    all_of = f"All {len(curves)} stages" if len(curves) > 1 else escape(worst.name)
     sentence = say(
         "stability",
-        head=head if unsteady else f"All {len(curves)} stages trained steadily",
+        head=head if unsteady else f"{all_of} trained steadily",
         setback=worst.setback,
         start=worst.start,
         stage=escape(worst.name),
@@ -282,7 +283,8 @@ def ledger(comparison: Comparison) -> list[Insight]:
     """How the claims came out."""
     number = claims.counts(claims.judge(comparison).values())
     counted = dict(zip(("supported", "contradicted", "open", "missing"), number.values(), strict=True))
-    return [Insight("ledger", say("ledger", total=sum(number.values()), **counted), ())]
+    total = sum(number.values())
+    return [Insight("ledger", say("ledger", total=total, **counted), ())] if counted["missing"] < total else []
 
 
 def key_insights(comparison: Comparison) -> list[Insight]:
@@ -316,4 +318,4 @@ def bullets(name: str, insights: list[Insight], otherwise: str, comparison: Comp
         links = [f"[{escape(file.removesuffix('.ipynb'))}](executed/{file})" for file in notebooks]
         lines.append(f"- {one.sentence}{f' (From {listed(links)}.)' if links else ''}")
         values.append(asdict(one) | {"notebooks": notebooks})
-    return Result(f"comparison/{name}", {"insights": values}, markdown="\n".join(lines) or otherwise)
+    return Result(f"comparison/{name}", {"insights": values}, markdown="\n".join(lines) or otherwise, empty=not lines)

@@ -137,16 +137,16 @@ def sinks_title(values: Mapping[str, Any]) -> str:
     return count(values["sinks"], "sink") if values["sinks"] else "no sink: first token"
 
 
-def variables(comparison: Comparison) -> dict[str, str]:
-    """What the report's sentences on length and on the sinks' attention quote."""
+def variables(comparison: Comparison) -> dict[str, str | None]:
+    """What the report's sentences on length and on the sinks' attention quote; None for what was not measured."""
     curves, shares = found(comparison), attention(comparison)
     base = curves.get(BASE, {"nats": {}})
-    values = {f"length_{key}": str(base.get(key, "–")) for key in ("factor", "context", "streams")}
+    values = {f"length_{key}": str(base.get(key, "")) or None for key in ("factor", "context", "streams")}
     effects = {f"rise_{mode}": rise(base, mode) if mode in base["nats"] else None for mode in MODES}
     effects |= {key: effect and effect.values_SN for key, effect in (("rope", rope(curves)), ("sinks", sinks(curves)))}
     for key, nats_SN in effects.items():
-        values[f"length_{key}"] = "not measured" if nats_SN is None else in_nats(*crossed_mean(nats_SN)[:3])
-    quoted = dict.fromkeys(("base", "least", "most", "uniform", "four", "none"), "not measured")
+        values[f"length_{key}"] = None if nats_SN is None else in_nats(*crossed_mean(nats_SN)[:3])
+    quoted = dict.fromkeys(("base", "least", "most", "uniform", "four", "none"))
     for key, name in (("base", BASE), ("four", "sinks=4"), ("none", "sinks=0")):
         if name in shares:
             quoted[key] = percent(float(np.mean(shares[name]["share"])), 0)

@@ -17,6 +17,8 @@ def limitations(comparison: Comparison) -> list[Insight]:
     def add(key: str, sentence: str, *evidence: str) -> None:
         found.append(Insight(key, sentence, evidence))
 
+    if comparison.absent:
+        add("part", say("part", stages=listed([*comparison.absent])))
     here = [name for name in models.BASELINES if name in comparison.models and comparison.stage(name) is not None]
     stages = [f"stage/{stage}" for stage in LINEAGE if comparison.stage(stage)]
     if here:
@@ -67,8 +69,8 @@ def _subsampled(comparison: Comparison, model: str) -> dict[str, int]:
     return found
 
 
-def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[str, str]:
-    """Everything `index.qmd` quotes, as Markdown. What it quotes as code (run, preset, protocols) has names for values,
+def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[str, str | None]:
+    """Everything `index.qmd` quotes, as Markdown; None for what was not measured. What it quotes as code (run, preset, protocols) has names for values,
     which `check_name` and `records` restrict to characters that mean nothing there."""
     stages = {one.stage: one for one in training.trainings(comparison, *LINEAGE)}
     verdicts = claims.counts(claims.judge(comparison).values())
@@ -76,50 +78,49 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
     values = {
         "run": run,
         "preset": preset,
-        "n_models": str(len(comparison.models)),
+        "n_models": str(len(comparison.models) or ""),
         "models": names(comparison, comparison.models),
-        "n_protocols": str(len(comparison.protocols)),
-        "n_evaluations": str(sum(len(comparison.evaluations(model)) for model in comparison.models)),
+        "n_protocols": str(len(comparison.protocols) or ""),
+        "n_evaluations": str(sum(len(comparison.evaluations(model)) for model in comparison.models) or ""),
         "parameters": compact(sizes[0]) if sizes[0] else "",
         "parameters_gpt2": compact(sizes[1]) if sizes[1] else "",
-        "gpt2": names(comparison, ["gpt2"]),
-        "distilgpt2": names(comparison, ["distilgpt2"]),
-        "tokens_pretrain": compact(stages["pretrain"].tokens if "pretrain" in stages else 0),
-        "tokens_total": compact(sum(one.tokens for one in stages.values())),
-        "training_time": duration(sum(one.seconds for one in stages.values())),
+        **{name: names(comparison, [name] if name in comparison.models else []) for name in models.BASELINES},
+        "tokens_pretrain": compact(stages["pretrain"].tokens) if "pretrain" in stages else "",
+        "tokens_total": compact(sum(one.tokens for one in stages.values())) if stages else "",
+        "training_time": duration(sum(one.seconds for one in stages.values())) if stages else "",
         "device": listed([escape(device) for device in sorted({one.device for one in stages.values()})]),
     }
     for stage in LINEAGE:
         values[f"sources_{stage}"] = listed([*map(escape, sorted(confounds.sources(comparison, stage)))])
-    values["n_claims"] = str(sum(verdicts.values()))
+    judged = sum(verdicts.values()) > verdicts[claims.NOT_MEASURED]
+    values["n_claims"] = str(sum(verdicts.values())) if judged else ""
     for verdict, number in verdicts.items():
-        values[f"n_{verdict.removesuffix(' here').replace(' ', '_')}"] = str(number)
+        values[f"n_{verdict.removesuffix(' here').replace(' ', '_')}"] = str(number) if judged else ""
     values |= {
-        "n_compared": str(len(compared(comparison))),
+        "n_compared": str(len(compared(comparison)) or ""),
         "trained": f"{len(comparison.trainings)} times" if comparison.replicates else "once",
         "resamples": f"{comparison.resamples:,}",
         "majority": "" if comparison.majority is None else percent(comparison.majority),
     }
     for key in ("perplexity", "bits_per_byte", "sentiment", "problems"):
         values[f"protocol_{key}"] = comparison.protocol(key) or ""
-    values = {name: value or "–" for name, value in values.items()}
+    values: dict[str, str | None] = {name: value or None for name, value in values.items()}
     for key in dict.fromkeys([*HEADLINE, *STAGED]):
-        for model in OWN_MODELS:
-            values[f"{key}_{model}"] = value_text(comparison.value(key, model)) or "not measured"
+        values |= {f"{key}_{model}": value_text(comparison.value(key, model)) for model in OWN_MODELS}
     return values | {"perplexity_gap": _gap(comparison)} | length.variables(comparison)
 
 
-def _gap(comparison: Comparison) -> str:
+def _gap(comparison: Comparison) -> str | None:
     """Bits per byte of our pretrained model against GPT-2, as the comparison allows to say it."""
     for one in compared(comparison, "gpt2"):
         if (one.b, one.measure.key) == ("pretrain", "bits_per_byte"):
             caveats = "".join(f"; {caveat.text}" for caveat in confounds.of(comparison, one))
             return f"{one.verdict} ({one.text} bits per byte{caveats})"
-    return "not measured"
+    return None
 
 
 def publishable_variables(comparison: Comparison, run: str = "", preset: str = "") -> Result:
     """The record "variables", shown as a table of names and values."""
     values = variables(comparison, run, preset)
-    rows = [{"Variable": name, "Value": Markdown(value)} for name, value in values.items()]
+    rows = [{"Variable": name, "Value": value and Markdown(value)} for name, value in values.items()]
     return Result("variables", values, markdown=table(rows))

@@ -36,6 +36,7 @@ class Comparison:
     records: dict[str, Record]
     folder: Path | None = None  # the run's folder: per-item results lie there; None when only notebooks are at hand
     resamples: int = 10_000
+    absent: tuple[str, ...] = ()  # stages that the run's preset asks for and that are not finished
     # From 2 on: the other trainings of the lineage, each a comparison of its own under the first's names ("sft", not
     # "sft-seed2"), so that whatever reads a figure of the first reads it of these, and no table shows them unasked.
     replicates: dict[int, "Comparison"] = field(default_factory=dict)
@@ -48,17 +49,19 @@ class Comparison:
     def load(cls, location: Run | str | Path) -> "Comparison":
         """Read the executed notebooks of a run, of a run's folder, or of a folder of notebooks.
 
-        With a `Run`, every notebook that its preset asks for must be there, and notebooks it does not ask for (of a
-        model no longer in the preset, say) are left out.
+        With a `Run`, the notebooks of its finished stages are read, and others (of a model no longer in the preset,
+        say) are not.
 
         Raises:
             MissingInput: a notebook that was not run; names the command.
             RecordError: an error output, a record that stands twice, weights that are not the stage's, or two
                 replicates of a stage with the same weights.
         """
-        resamples = 10_000
+        resamples, absent = 10_000, ()
         if isinstance(location, Run):
-            paths, folder, resamples = _planned(location), location.path, location.preset.evaluation.bootstrap
+            by_stage, folder, resamples = _finished(location), location.path, location.preset.evaluation.bootstrap
+            paths = [*by_stage.values()]
+            absent = tuple(stage for stage in location.plan if stage not in (*by_stage, "compare"))
         else:
             base = Path(location)
             folder = base if (base / "notebooks").is_dir() else None
@@ -77,7 +80,8 @@ class Comparison:
                     raise RecordError(f"record {full} stands in {known[name].notebook} and in {record.notebook}")
                 known[name] = record
         first, *others = (
-            cls(collected[place], folder and replicate_folder(folder, place), resamples) for place in sorted(collected)
+            cls(collected[place], folder and replicate_folder(folder, place), resamples, absent)
+            for place in sorted(collected)
         )
         first.replicates.update(zip(sorted(collected)[1:], others, strict=True))
         first.verify()
@@ -295,16 +299,19 @@ class Comparison:
         return pd.read_parquet(path)
 
 
-def _planned(run: Run) -> list[Path]:
-    """The notebooks that a run's preset asks for. Raises MissingInput, RecordError."""
-    paths = []
+def _finished(run: Run) -> dict[str, Path]:
+    """The notebooks of a run's finished stages, by stage. Raises MissingInput, RecordError."""
+    paths = {}
     for stage in run.plan:
         if stage == "compare":
             continue
-        paths.append(run.notebook(run.plan[stage].executed))
-        if not paths[-1].is_file():
-            raise MissingInput(f"{paths[-1].name} has not been run: `{run.command(stage)}`")
         run.check_notebook(stage)
+        if run.finished(stage) is not None:
+            paths[stage] = run.notebook(run.plan[stage].executed)
+            if not paths[stage].is_file():
+                raise MissingInput(f"{paths[stage].name} is not there: `{run.command(stage)}`")
+    if not paths:
+        raise MissingInput(f"run {run.name} has no finished stage: `threefold run --run {run.name}` makes them")
     return paths
 
 

@@ -4,6 +4,7 @@ The precedent scored 200 sentiment items under one prompt, 50 word problems and 
 each and without intervals, and its task scores came from untrained random weights (DESIGN 1).
 """
 
+from dataclasses import replace
 from typing import Any
 
 from papertrail.records import escape
@@ -53,7 +54,8 @@ def figures(comparison: Comparison) -> Result:
     if "random" in comparison.models:
         title = f"{MEASURES['sentiment'].title}, {comparison.name('random')}"
         add("control", title, "–", *(_value(comparison, key, "random") for key in ("sentiment_prompt", "sentiment")))
-    return table("precedent", found, figures=values)
+    measured = any(value["rerun"] or value["sound"] for value in values.values())
+    return replace(table("precedent", found, figures=values), empty=not measured)
 
 
 def _change(comparison: Comparison, measure: str, a: str, b: str) -> dict[str, Any] | None:

@@ -26,10 +26,12 @@ class Result:
     markdown: str | None = None
     figure: Any = None
     text: str | None = None  # alternative text of a figure
+    empty: bool = False  # nothing was measured, so that a report leaves it out
 
     def publish(self) -> None:
         """Display it with its values attached (`records.publish`)."""
-        records.publish(self.name, self.values, markdown=self.markdown, figure=self.figure, text=self.text)
+        shown = {"markdown": self.markdown, "figure": self.figure, "text": self.text}
+        records.publish(self.name, self.values, **shown, empty=self.empty)
 
 
 # Templates -----------------------------------------------------------------------------------------------------------
@@ -94,7 +96,9 @@ def table(
     for row, above in zip(shown[1:], rows, strict=False):
         first = next(iter(row))
         row[first] = "" if row[first] == above[first] else row[first]
-    return Result(f"comparison/{name}", {"rows": rows, **values}, markdown_table(shown) if rows else none)
+    return Result(
+        f"comparison/{name}", {"rows": rows, **values}, markdown_table(shown) if rows else none, empty=not rows
+    )
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:

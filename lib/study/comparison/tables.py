@@ -124,7 +124,9 @@ def headline(comparison: Comparison) -> Result:
             for key, row in measured.items()
             if row is not None
         }
-    return table("headline", rows, models=values, protocols=protocols, majority=comparison.majority)
+    return table(
+        "headline", rows if protocols else [], models=values, protocols=protocols, majority=comparison.majority
+    )
 
 
 def sentiment(comparison: Comparison) -> Result:
@@ -258,7 +260,7 @@ def seed_changes(comparison: Comparison) -> Result:
 def _seeded(name: str, comparison: Comparison, found: Iterable[dict[str, Any]], **values: Any) -> Result:
     counted = {"seeds": seeds.seeds(comparison), "trainings": len(comparison.trainings)}
     made = table(name, found, **counted, **values)
-    return made if comparison.replicates else replace(made, markdown=ONE_SEED)
+    return made if comparison.replicates else replace(made, markdown=ONE_SEED, empty=True)
 
 
 # Training and provenance ---------------------------------------------------------------------------------------------
