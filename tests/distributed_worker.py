@@ -1,6 +1,7 @@
 """The trainings of tests/threefold/test_distributed.py. As a script, started by torchrun: what each worker trains."""
 
 import contextlib
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,26 @@ def killed(folder: Path, **changes) -> None:
         pretrain(folder, Stops(folder), **changes)
 
 
+class Signalled(NextToken):
+    """Its second worker gets a Ctrl-C in a given call."""
+
+    def __init__(self, call: int):
+        self.left = call
+
+    def __call__(self, decoder, batch):
+        self.left -= 1
+        if self.left == 0 and distributed.current().rank == 1:
+            signal.raise_signal(signal.SIGINT)
+        return super().__call__(decoder, batch)
+
+    def for_heldout(self):
+        return NextToken()
+
+
 def worker(out: Path) -> None:
     with distributed.joined():
+        with contextlib.suppress(KeyboardInterrupt):
+            pretrain(out / "interrupted", Signalled(2 * 5 + 1))  # in the 6th step; all workers end after the 7th
         pretrain(out / "pretrain")
         pretrain(out / "pretrain-split", shard="on")
         killed(out / "resumed")

@@ -187,6 +187,7 @@ class ForkServer:
     """The server process, for the one that starts it."""
 
     def __init__(self, env: Mapping[str, str], sockets: Path, sources: Iterable[str] = ()):
+        self._kernels: list[KernelProcess] = []
         self._requests, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -204,7 +205,15 @@ class ForkServer:
         with theirs:
             socket.send_fds(self._requests, [b"k"], [theirs.fileno()])
         ours.sendall(json.dumps({"command": command, "env": dict(env), "cwd": cwd}).encode() + b"\n")
-        return KernelProcess(ours)
+        self._kernels.append(KernelProcess(ours))
+        return self._kernels[-1]
+
+    def terminate_kernels(self) -> None:
+        """Send SIGTERM to every kernel, which ends it unless its notebook has something to save first."""
+        for kernel in self._kernels:
+            if kernel.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(kernel.pid, signal.SIGTERM)
 
     def stop(self) -> None:
         """End the server, all kernels, and every process that they started."""

@@ -1,5 +1,6 @@
 """Starts the workers of a stage's training with torchrun, as a subprocess: a fork would not survive CUDA."""
 
+import contextlib
 import os
 import re
 import signal
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO
 
 import torch
@@ -16,7 +17,7 @@ from basics import paths
 from basics.errors import TrainingError
 from study.run import Stage
 
-STOP_SECONDS = 10.0  # between asking the workers to leave and killing them
+STOP_SECONDS = 50.0  # between asking the workers to save their state and killing them
 TAIL = 200_000  # characters of what the workers wrote to stderr that are searched for the error
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 # What `threefold train` writes last in a worker that fails, and torchrun's summary of one that was killed.
@@ -27,7 +28,8 @@ KILLED = re.compile(r"rank\s*: (\d+)[^\n]*\n\s*exitcode\s*: -(\d+)")
 def launch(stage: Stage, nproc: int, say: Callable[[str], None]) -> None:
     """Train a stage that was begun in `nproc` workers on this machine, and wait for them.
 
-    Their lines are passed on to `say`. When this process is interrupted or dies, they end.
+    Their lines are passed on to `say`. When this process is interrupted, they save their state and end; when it dies,
+    they end.
     Raises TrainingError with the rank and the message of the worker that failed first.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
@@ -52,12 +54,13 @@ def launch(stage: Stage, nproc: int, say: Callable[[str], None]) -> None:
         )
         # Where torchrun itself is killed, its workers are left, and hold the pipe that is read here.
         threading.Thread(target=_let_go, args=(process,), daemon=True).start()
-        try:
-            for line in process.stdout:
-                say(line.rstrip("\n"))
-            process.wait()
-        finally:
-            _end(process)
+        with _terminable():
+            try:
+                for line in process.stdout:
+                    say(line.rstrip("\n"))
+                process.wait()
+            finally:
+                _end(process)
         if process.returncode:
             raise TrainingError(_explanation(errors, process.returncode, say))
 
@@ -69,15 +72,29 @@ def _let_go(process: subprocess.Popen) -> None:
 
 def _end(process: subprocess.Popen) -> None:
     """No worker outlives this: those that torchrun cannot end leave when their stdin does."""
-    if process.poll() is None:
-        process.terminate()
-    process.stdin.close()
     try:
-        process.wait(STOP_SECONDS)
+        if process.poll() is None:
+            process.terminate()
+            process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
+    finally:
+        process.stdin.close()
         process.wait()
-    process.stdout.close()
+        process.stdout.close()
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises SystemExit inside the block, instead of ending this process, and the workers with it, at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _explanation(errors: IO[str], status: int, say: Callable[[str], None]) -> str:

@@ -11,6 +11,7 @@ import pytest
 from basics import paths
 from basics.errors import ConfigError, TrainingError
 from study import cli
+from study.cli.run import saved_step
 from study.run import open_stage
 from study.training import prepare, train_stage
 from threefold.data import corpus
@@ -119,6 +120,7 @@ def test_workers_end_with_the_notebook(runs):
     with pytest.raises(KeyboardInterrupt):
         train_stage(stage, inputs, folder, interrupt)
     wait_until_gone("launched-stopped")
+    assert saved_step(folder) > 0  # they were asked to save their state first
 
     def kill(whose: str):
         def say(line: str) -> None:

@@ -78,11 +78,11 @@ def test_two_workers_train_as_one(together, alone, name):
         torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["resumed", "resumed-split"])
-def test_one_worker_goes_on_where_two_were_killed(together, alone, name):
-    """`split`: their state is whole all the same."""
+@pytest.mark.parametrize(("name", "step"), [("resumed", 20), ("resumed-split", 20), ("interrupted", 7)])
+def test_one_worker_goes_on_where_two_were_ended(together, alone, name, step):
+    """`split`: their state is whole all the same. `interrupted`: by a Ctrl-C that one of them got."""
     expected, found = alone("pretrain"), world.pretrain(together / name)
-    assert '{"resumed_from": 20}' in (together / name / "metrics.jsonl").read_text()
+    assert f'{{"resumed_from": {step}}}' in (together / name / "metrics.jsonl").read_text()
     assert curve(together / name)["step"] == list(range(1, 51)) and found.result.workers == 1
     assert apart(expected.folder, together / name, "loss") < TOLERANCE
     assert found.result.heldout_loss == pytest.approx(expected.result.heldout_loss, abs=TOLERANCE)

@@ -4,6 +4,8 @@ import errno
 import json
 import math
 import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -216,6 +218,69 @@ def interrupted(rows, folder, config=SHORT) -> None:
     """A training that stops in its fifth step; the last state is that of the third."""
     with pytest.raises(KeyboardInterrupt):
         run(model(), rows, config, folder, Stops(5))
+
+
+class Signals(NextToken):
+    """A training that gets signals in a given call."""
+
+    def __init__(self, call: int, *numbers: int):
+        self.left, self.numbers = call, numbers
+
+    def __call__(self, decoder, batch):
+        self.left -= 1
+        for number in self.numbers if self.left == 0 else ():
+            signal.raise_signal(number)
+        return super().__call__(decoder, batch)
+
+    def for_heldout(self):
+        return NextToken()
+
+
+class Terminated(Exception):
+    pass
+
+
+def test_a_signal_saves_the_state_after_the_step_and_a_second_one_ends_at_once(text, heldout, tmp_path):
+    def terminate(number, frame):
+        raise Terminated
+
+    config, said = replace(SHORT, checkpoint_every=-1), []  # no state is due before a minute
+    straight, resumed = model(), model()
+    expected = run(straight, text, config, tmp_path / "straight", heldout=heldout)
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        for call, number, error in ((3, signal.SIGINT, KeyboardInterrupt), (2, signal.SIGTERM, Terminated)):
+            with pytest.raises(error):
+                trained(
+                    *(model(), text, config, tmp_path / "resumed", Signals(call, number)),
+                    heldout=heldout,
+                    progress=said.append,
+                )
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert signal.getsignal(signal.SIGTERM) is terminate
+        with pytest.raises(KeyboardInterrupt):
+            run(model(), text, config, tmp_path / "resumed", Signals(2, signal.SIGTERM, signal.SIGINT), heldout=heldout)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    ends = [line for line in said if "interrupted" in line]
+    assert ends == [f"training: interrupted after step {n} of 8; the same command resumes from there" for n in (3, 5)]
+    found = run(resumed, text, config, tmp_path / "resumed", heldout=heldout)
+    lines = (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()
+    assert [line for line in lines if "resumed" in line] == [f'{{"resumed_from": {n}}}' for n in (3, 5, 5)]
+    assert (found.loss_last, found.heldout) == (expected.loss_last, expected.heldout)
+    for name, value in weights(straight).items():
+        assert torch.equal(weights(resumed)[name], value), name
+
+
+def test_signals_are_left_alone_outside_the_main_thread_and_where_they_are_ignored(text, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run(model(), text, SHORT, tmp_path / "ignored", Signals(3, signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run, model(), text, SHORT, tmp_path / "thread").result()
+    assert curve(tmp_path / "ignored")["loss"] == curve(tmp_path / "thread")["loss"]
 
 
 def test_resumed_preferences_are_bit_identical(pairs, tmp_path, monkeypatch):

@@ -42,8 +42,8 @@ def executed_files(run: Path, report: Path) -> dict[str, str]:
 
 
 def assemble(run: Path, report: Path, folder: Path) -> None:
-    """Make a complete report folder for a run: `executed/`, `_variables.yml`, and the sources, with what the run did not
-    measure left out of the text. Raises MissingInput."""
+    """Make a complete report folder for a run: `executed/`, `_variables.yml`, and the sources, without the parts of the
+    text that are about what the run did not measure. Raises MissingInput."""
     if not (report / "index.qmd").is_file():
         raise MissingInput(f"the report's sources are not at {report.name}/: a clone of the project has them")
     shutil.copytree(

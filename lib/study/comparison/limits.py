@@ -70,8 +70,8 @@ def _subsampled(comparison: Comparison, model: str) -> dict[str, int]:
 
 
 def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[str, str | None]:
-    """Everything `index.qmd` quotes, as Markdown; None for what was not measured. What it quotes as code (run, preset, protocols) has names for values,
-    which `check_name` and `records` restrict to characters that mean nothing there."""
+    """Everything `index.qmd` quotes, as Markdown; None for what was not measured. What it quotes as code (run, preset,
+    protocols) has names for values, which `check_name` and `records` restrict to characters that mean nothing there."""
     stages = {one.stage: one for one in training.trainings(comparison, *LINEAGE)}
     verdicts = claims.counts(claims.judge(comparison).values())
     sizes = [training.total_parameters(comparison, model) for model in ("pretrain", "gpt2")]

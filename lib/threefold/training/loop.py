@@ -1,7 +1,7 @@
 """The training loop of every model: a model, an objective, rows and a config become a checkpoint with its metrics.
 
 The loop waits for the device only when it writes metrics. An interrupted training resumes exactly (bit-identical on a
-CPU).
+CPU); SIGINT and SIGTERM end it after the step that it is in, with its state saved.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -115,7 +115,8 @@ def train(
             for batches, numbers in feed.run(state.step):
                 batches = [MicroBatch.of(batch) for batch in batches]
                 counts = [(batch.weight, batch.tokens, batch.padding) for batch in batches]
-                weight, tokens, padding = workers.totals(*map(sum, zip(*counts, strict=True)))
+                interrupted = int(monitor.interruption.number > 0)
+                weight, tokens, padding, asked = workers.totals(*map(sum, zip(*counts, strict=True)), interrupted)
                 factor = learning_rate_factor(state.step, feed.steps, config)
                 try:
                     names, values = step.gradients(batches, max(1, weight))
@@ -126,7 +127,7 @@ def train(
                     monitor.check(values.tolist(), state.step + 1, numbers)
                 with monitor.memory_errors(f"in the update of step {state.step + 1}"):
                     step.update(factor)
-                monitor.after_step(numbers, tokens, padding, config.learning_rate * factor, names, values)
+                monitor.after_step(numbers, tokens, padding, asked, config.learning_rate * factor, names, values)
     result, model, noted = monitor.result(), distributed.whole_model(model), dict(notes())
     if workers.first:
         with system_errors(f"{folder.name}/{WEIGHTS}"):

@@ -16,6 +16,7 @@ from threefold.config import TrainConfig
 from threefold.data.packing import PairedRows
 from threefold.memory import free_memory
 from threefold.training.feed import Feed
+from threefold.training.interruption import Interruption
 from threefold.training.numerics import in_memory, matmul_flops, out_of_memory
 from threefold.training.progress import Console, duration
 from threefold.training.state import STATE, Metrics, State, collect, save_state
@@ -80,6 +81,7 @@ class Monitor:
         self.say = Console(progress if step.workers.first else lambda message: None)
         self.unit = "pairs" if isinstance(feed.rows, PairedRows) else "rows"
         self.saved_step = self.first_step = state.step
+        self.interruption = Interruption(patience=1.0 if step.workers.size > 1 else 0.0)
         # of steps whose metrics are not yet written: what the host knows, their rows, names and values on the device
         self.pending: list[tuple[dict[str, Any], list[int], list[str], Tensor]] = []
 
@@ -95,6 +97,7 @@ class Monitor:
         model = self.step.model
         was_training = model.training
         model.train()
+        self.interruption.__enter__()
         try:
             if self.evaluate is not None and not self.state.heldout:
                 self._evaluate()
@@ -109,6 +112,7 @@ class Monitor:
                 "the same command resumes from there"
             ) from error
         finally:
+            self.interruption.__exit__()
             self.say.close()
             with contextlib.suppress(OSError):  # of a full disk, which is reported already
                 if self.metrics:
@@ -116,8 +120,14 @@ class Monitor:
             model.train(was_training)
             model.zero_grad(set_to_none=True)
 
-    def after_step(self, rows, tokens: int, padding: int, rate: float, names: list[str], values: Tensor) -> None:
-        """Count a step. Write metrics, evaluate, save the state and report progress, each when it is due."""
+    def after_step(
+        self, rows, tokens: int, padding: int, asked: int, rate: float, names: list[str], values: Tensor
+    ) -> None:
+        """Count a step. Write metrics, evaluate, save the state and report progress, each when it is due.
+
+        asked: how many workers had been asked to end the training before the step. Then the state is saved and the
+        signal takes effect: with SIGINT, KeyboardInterrupt is raised.
+        """
         state, steps, every = self.state, self.feed.steps, self.config.evaluate_every
         state.step += 1
         state.tokens += tokens
@@ -132,6 +142,14 @@ class Monitor:
         if self._checkpoint_due():
             self._flush()
             self._save()
+        if asked or (self.step.workers.size == 1 and self.interruption.number):
+            self._flush()
+            if self.saved_step != state.step:
+                self._save()
+            self.say(
+                f"{self.name}: interrupted after step {state.step} of {steps}; the same command resumes from there"
+            )
+            self.interruption.act()
         if now >= self.next_message and state.step < steps:
             self._flush()
             left = (now - self.begun) / (state.step - self.first_step) * (steps - state.step)
