@@ -229,7 +229,8 @@ class _Notebooks:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._server is not None and kind is not None and issubclass(kind, KeyboardInterrupt | Interrupted):
-            self.say("stopping: a training ends with the step that it is in; a second Ctrl-C ends it at once")
+            if any(self.run.plan[name].parallel for name in self.began):
+                self.say("stopping after the step that each training is in; a second Ctrl-C stops at once")
             with contextlib.suppress(KeyboardInterrupt, Interrupted):
                 self._server.terminate_kernels()
                 deadline = time.monotonic() + SAVE_SECONDS
