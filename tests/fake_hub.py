@@ -43,8 +43,8 @@ class FakeHub:
 
             def answer(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                path = self.path.partition("?")[0]
-                status, headers, content = hub.answer(path, body)
+                path, _, query = self.path.partition("?")
+                status, headers, content = hub.answer(path, body, "recursive=true" in query.lower())
                 if self.command == "GET" and status == 200 and "/resolve/" in path:
                     hub.served.append(unquote(path).partition("/resolve/")[2].partition("/")[2])
                 self.send_response(status)
@@ -70,14 +70,15 @@ class FakeHub:
         self.server.shutdown()
         self.server.server_close()
 
-    def answer(self, path: str, body: bytes) -> tuple[int, dict, bytes]:
+    def answer(self, path: str, body: bytes, recursive: bool) -> tuple[int, dict, bytes]:
         path = unquote(path)
         for repository, files in self.repositories.items():
             api = f"/api/{repository}" if repository.startswith("datasets/") else f"/api/models/{repository}"
             if path.startswith(f"/{repository}/resolve/"):
                 return self.file(files, *path.removeprefix(f"/{repository}/resolve/").split("/", 1))
             if path == api or path.startswith(f"{api}/"):
-                return self.facts(repository.removeprefix("datasets/"), files, path.removeprefix(api), body)
+                name = repository.removeprefix("datasets/")
+                return self.facts(name, files, path.removeprefix(api), body, recursive)
         return 404, {"X-Error-Code": "RepoNotFound"}, b""
 
     def file(self, files: dict[str, bytes | Path], commit: str, name: str) -> tuple[int, dict, bytes]:
@@ -87,7 +88,9 @@ class FakeHub:
         content = self.content(files[name])
         return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit}, content
 
-    def facts(self, name: str, files: dict[str, bytes | Path], rest: str, body: bytes) -> tuple[int, dict, bytes]:
+    def facts(
+        self, name: str, files: dict[str, bytes | Path], rest: str, body: bytes, recursive: bool
+    ) -> tuple[int, dict, bytes]:
         _, what, commit, folder = [*rest.split("/", 3), "", "", ""][:4]
         entries = {path: self.entry(path, content) for path, content in files.items()}
         if what in ("", "revision"):
@@ -101,10 +104,11 @@ class FakeHub:
             return self.json([entries[path] for path in asked if path in entries])
         if what == "tree":
             base = f"{folder}/" if folder else ""
-            inside = [path for path in files if path.startswith(base)]
-            folders = {base + rest.partition("/")[0] for path in inside if "/" in (rest := path.removeprefix(base))}
-            found = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in sorted(folders)]
-            return self.json(found + [entries[path] for path in inside if "/" not in path.removeprefix(base)])
+            inside = [path.removeprefix(base) for path in files if path.startswith(base)]
+            parents = {str(parent) for path in inside for parent in Path(path).parents if str(parent) != "."}
+            found = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": base + path} for path in sorted(parents)]
+            found += [entries[base + path] for path in inside]
+            return self.json([entry for entry in found if recursive or "/" not in entry["path"].removeprefix(base)])
         return 404, {"X-Error-Code": "EntryNotFound"}, b""
 
     @staticmethod

@@ -200,7 +200,8 @@ def _sources(case: Case) -> Iterator[str | ThreefoldError]:
             yield error
     if found:
         counts = ", ".join(f"{count} {PLACES[kind]}" for kind, count in found.items())
-        yield f"found: {counts}"
+        size = f", {sum(case.downloads.values()) / 1e9:,.1f} GB" if case.downloads else ""
+        yield f"found: {counts}{size}"
 
 
 PLACES = {
@@ -268,22 +269,24 @@ def _disk(case: Case) -> Iterator[str]:
     if "data" in case.todo:
         written += max(0, *(config.tokens for config in case.trainings), 0) * sizes.TOKEN_BYTES
     places = (
-        (case.run.path, written, "THREEFOLD_RUNS puts runs elsewhere, `threefold clean` frees what they take"),
+        (paths.RUNS, written, "THREEFOLD_RUNS puts runs elsewhere, `threefold clean` frees what they take"),
         (Path(constants.HF_HUB_CACHE), sum(case.downloads.values()), "HF_HOME puts downloads elsewhere"),
     )
     disks: dict[int, list[tuple[Path, int, str]]] = {}
     for folder, size, way in places:
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        disks.setdefault(existing.stat().st_dev, []).append((existing, size, way))
+        if size:
+            disks.setdefault(_existing(folder).stat().st_dev, []).append((folder, size, way))
     for parts in disks.values():
-        needed, free = sum(size for _, size, _ in parts), shutil.disk_usage(parts[0][0]).free
+        folders, needs, ways = zip(*parts, strict=True)
+        needed, free = sum(needs), shutil.disk_usage(_existing(folders[0])).free
+        room = f"at least {needed / 1e9:,.1f} GB will be written to {' and '.join(map(str, folders))}"
         if needed > free:
-            raise ThreefoldError(
-                f"at least {needed / 1e9:,.1f} GB will be written to {parts[0][0]}, and {free / 1e9:,.1f} GB are free: "
-                + "; ".join(way for _, size, way in parts if size)
-            )
-        if needed:
-            yield f"at least {needed / 1e9:,.1f} GB will be written, {free / 1e9:,.0f} GB are free"
+            raise ThreefoldError(f"{room}, and {free / 1e9:,.1f} GB are free: {'; '.join(ways)}")
+        yield f"{room}, {free / 1e9:,.0f} GB are free"
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
 def _prompts(case: Case) -> Iterator[str]:

@@ -120,7 +120,7 @@ def test_an_option_of_a_stream_goes_with_it(project, capsys, option):
 
 COMMANDS = [
     *("run", "train", "status", "verify", "compare", "tensorboard", "wandb", "clean", "report", "generate", "export"),
-    *("new", "chat", "completion"),
+    *("new", "doctor", "chat", "completion"),
 ]
 
 
