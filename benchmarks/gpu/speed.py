@@ -73,6 +73,7 @@ def _prepared(box: Box, stage: str, train: TrainConfig, count: int) -> tuple[Tra
         if stage == "dpo":
             noted["reference_pairs_per_second"] = len(rows) / (box.now() - begun)
     numerics = choose(train, sum(p.numel() for p in model.parameters()), feed.positions, box.device)
+    numerics = replace(numerics, by_block=stage != "pretrain")  # as in the whole stages of `full`
     return TrainStep(model, objective, train, numerics), feed, {**noted, "numerics": numerics.note}
 
 

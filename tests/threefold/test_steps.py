@@ -175,3 +175,14 @@ def test_rows_that_are_almost_a_multiple_are_padded_for_the_compiled_graph(monke
                 torch.testing.assert_close(forward.CompiledForward(model).hidden(*inputs), model.hidden(*inputs))
                 assert widths == [computed, width]
                 widths.clear()
+
+
+def test_blocks_that_are_compiled_one_by_one_share_a_graph(monkeypatch):
+    model, batch = Decoder(TINY), documents().rows([0, 1])
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attention.o.weight)
+    inputs = batch.tokens_BT, batch.positions_BT, batch.segments_BT
+    with graphs(monkeypatch) as counters:
+        found = forward.CompiledForward(model, by_block=True).hidden(*inputs)
+    assert len(model.blocks) == 2 and counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(found, model.hidden(*inputs))

@@ -8,7 +8,7 @@ Shape suffixes: B rows, T new tokens, S key slots, D model width, H query heads,
 F feed-forward width, V vocabulary, L layers, P shared prefix slots.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -269,12 +269,19 @@ class Decoder(nn.Module):
             mask = additive_mask(_causal(T, T, tokens_BT.device), dtype)
         return AttentionContext(positions_BT, causal, mask, rotary, explicit, cached_rotary, block_mask)
 
-    def run(self, tokens_BT: Tensor, context: AttentionContext, cache: KVCache | None = None) -> Tensor:
-        """Hidden states [B, T, D] after the final norm, with what `prepare` made of the same arguments."""
+    def run(
+        self,
+        tokens_BT: Tensor,
+        context: AttentionContext,
+        cache: KVCache | None = None,
+        blocks: Iterable[Callable[..., Tensor]] | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D] after the final norm, with what `prepare` made of the same arguments. blocks: called
+        in place of the model's own, as compiled forms of them."""
         h_BTD = self.embed(tokens_BT)
         if self.position is not None:
             h_BTD = h_BTD + self.position(context.positions)
-        for block in self.blocks:
+        for block in self.blocks if blocks is None else blocks:
             h_BTD = block(h_BTD, context, cache)
         if cache is not None:
             cache.finish(tokens_BT.shape[1])

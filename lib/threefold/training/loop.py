@@ -208,7 +208,7 @@ class TrainStep:
                 for block in model.blocks:
                     block.forward = torch.compile(block.forward, dynamic=False)
             else:
-                self.forward = CompiledForward(model)
+                self.forward = CompiledForward(model, by_block=numerics.by_block)
             objective.compile(CompiledForward)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = build_optimizers(model, config)

@@ -22,10 +22,14 @@ from threefold.model.device import pick_device
 from threefold.training.distributed import current
 
 # Compiling takes up to a minute with a cold cache and saves about a third of a step, so it pays off after a few minutes
-# of training. The FLOP/s that a device trains at are only needed to within a factor of two. On a GPU shorter trainings
-# are mostly those of ablations, whose graphs are kept on the disk: only the first of several seeds waits for them.
+# of training. The FLOP/s that a device trains at are only needed to within a factor of two. On a GPU, blocks are
+# compiled for shorter trainings, such as those of ablations: one graph serves all blocks of a model and all seeds.
 FLOPS = {"cpu": 1.5e11, "cuda": 1.5e14}
-COMPILE_FROM_SECONDS = {"cpu": 240, "cuda": 120}
+COMPILE_FROM_SECONDS = {"cpu": 240, "cuda": 30}
+WHOLE_FROM_SECONDS = {"cpu": 0, "cuda": 600}  # from which the whole model is one graph
+
+
+BY_BLOCK = "compiled block by block"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Numerics:
     bf16: bool
     compile: bool
     note: str  # one line for a person
+    by_block: bool = False  # whether each block is compiled by itself
 
     @property
     def synchronous(self) -> bool:
@@ -137,14 +142,16 @@ def choose(config: TrainConfig, parameters: int, positions: int, device: str | N
         "bf16": "bf16 autocast" + ("" if fast else ", as asked for, though this machine only emulates it"),
         "auto": "bf16 autocast" if fast else "fp32 (no fast bf16 on this machine)",
     }[config.precision]
+    seconds = 6 * parameters * positions / FLOPS[device]
     if config.compile == "off":
         compiling = "not compiled, as asked for"
     elif missing:
         compiling = f"not compiled (not found: {missing})"
-    elif config.compile == "on" or 6 * parameters * positions / FLOPS[device] >= COMPILE_FROM_SECONDS[device]:
-        compiling = "compiled"
+    elif config.compile == "on" or seconds >= COMPILE_FROM_SECONDS[device]:
+        compiling = "compiled" if seconds >= WHOLE_FROM_SECONDS[device] else BY_BLOCK
     else:
         compiling = "not compiled (too few steps to pay for it)"
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     note = f"{where}; {precision}; {compiling}"
-    return Numerics(device, precision.startswith("bf16"), compiling == "compiled", note)
+    compiled = compiling in ("compiled", BY_BLOCK)
+    return Numerics(device, precision.startswith("bf16"), compiled, note, compiling == BY_BLOCK)

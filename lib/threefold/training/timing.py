@@ -18,7 +18,7 @@ from threefold.data.packing import PackedRows
 from threefold.model.decoder import Decoder, FeedForward, make_norm
 from threefold.training.feed import Feed
 from threefold.training.loop import TrainStep
-from threefold.training.numerics import Numerics, choose
+from threefold.training.numerics import BY_BLOCK, Numerics, choose
 from threefold.training.objectives import MicroBatch, NextToken
 
 WARM_UP = 2  # untimed rounds: the first allocates, and compiles if configured
@@ -65,13 +65,17 @@ def time_steps(
     """Whole training steps of several models: `accumulate` passes, clipping and the optimizers' update.
 
     Args:
-        variants: name -> (model, training). The length of the first one decides whether all are compiled.
+        variants: name -> (model, training). The length of the first one decides whether all are compiled: on a GPU
+            block by block, because each variant would have a graph of its own.
         rows: packed rows for a model's config.
     """
     model, config = next(iter(variants.values()))
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Decoder(model).parameters())
     numerics = choose(config, parameters, Feed(rows(model), config, seed=0).positions, device)
+    if numerics.compile and numerics.device == "cuda" and not numerics.by_block:
+        note = numerics.note.replace("compiled", BY_BLOCK)
+        numerics = replace(numerics, by_block=True, note=note)
     calls = {name: _step(*variant, rows(variant[0]), numerics) for name, variant in variants.items()}
     torch.compiler.reset()
     with torch._dynamo.config.patch(recompile_limit=len(calls) + 8):  # or the ninth model would run uncompiled
