@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from basics.errors import ConfigError
@@ -35,6 +35,12 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """`, did you mean ...?` with the near miss, for the end of a message; empty when there is none."""
     miss = near_miss(name, allowed)
     return f", did you mean {miss}?" if miss else ""
+
+
+def first_few(names: Sequence[str], most: int) -> str:
+    """The first of these names and how many more there are: "a, b and 3 more"."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def shown(value: Any) -> str:

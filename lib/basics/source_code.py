@@ -21,12 +21,12 @@ def code_hashes(modules: Iterable[str], packages: Iterable[str]) -> dict[str, st
     """{module: hash of its code} of these modules and of every module of the packages that they import.
 
     Imports are followed statically, those inside functions too. The hash is that of the syntax tree without docstrings.
-    Raises ValueError for a name that is no module of the packages.
+    Raises ValueError for a name that is not a module of the packages.
     """
     modules, files = tuple(modules), module_files(packages)
     for name in modules:
         if name not in files:
-            raise ValueError(f"{name} is no module of {', '.join(sorted(packages))}")
+            raise ValueError(f"{name} is not a module of {', '.join(sorted(packages))}")
     return dict(_code_hashes(modules, tuple(files.items())))
 
 

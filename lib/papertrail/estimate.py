@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 
-from basics.errors import RecordError
+from basics.files import read_note
 from papertrail.plan import Plan, critical_path
-from papertrail.run import Run, read_run_file
+from papertrail.run import RUN_FILE, Run
 
 RUNS = 20  # other runs in which a stage is looked up, the latest first
 
@@ -17,10 +17,7 @@ def earlier_seconds(run: Run) -> dict[str, float]:
     for name, spec in run.plan.items():
         config = run.config_of(name)
         for folder in [run.path, *others[:RUNS]]:
-            try:
-                facts = read_run_file(folder / spec.folder) or {}
-            except RecordError:
-                continue
+            facts = read_note(folder / spec.folder / RUN_FILE) or {}
             took = facts.get("wall_seconds")
             if isinstance(took, int | float) and facts["fingerprint"].get("config") == config:
                 seconds[name] = took

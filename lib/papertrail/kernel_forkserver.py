@@ -227,5 +227,5 @@ class ForkServer:
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # the folder it was started in is no place to import from
+    del sys.path[0]  # nothing is imported from the folder it was started in
     serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2], sys.argv[3:])

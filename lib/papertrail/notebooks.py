@@ -14,10 +14,10 @@ from collections import Counter
 from pathlib import Path
 
 from basics import paths
-from basics.errors import RecordError, ThreefoldError
+from basics.errors import ThreefoldError
 from basics.files import atomic_write, sha256_bytes
-from papertrail.differences import first_difference
 from papertrail.notebook_files import read_notebook, write_notebook
+from papertrail.verify import first_difference
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -88,8 +88,8 @@ def check(folder: Path | None = None) -> list[str]:
             problems.append(f"{notebook.name}: no percent/{script.name} beside it")
         elif not notebook.exists():
             problems.append(f"percent/{script.name}: no {notebook.name} beside it")
-        elif found := first_difference(to_notebook(script.read_text(encoding="utf-8")), read_notebook(notebook)):
-            problems.append(f"{notebook.name} differs from percent/{script.name}: {found}")
+        elif difference := first_difference(to_notebook(script.read_text(encoding="utf-8")), read_notebook(notebook)):
+            problems.append(f"{notebook.name} differs from percent/{script.name}: {difference}")
     return problems
 
 
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         for path in sync(from_notebooks=options.from_notebooks):
             print(f"wrote {path.relative_to(paths.PROJECT)}")
         return 0
-    except (RecordError, ThreefoldError) as error:
+    except ThreefoldError as error:
         print(error, file=sys.stderr)
         return 2
 

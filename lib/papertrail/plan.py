@@ -1,7 +1,33 @@
-"""The stages of a run: which notebook makes each, with which parameters, after which others."""
+"""What papertrail knows of a study: its project, and the stages of a run (which notebook makes each, with which
+parameters, after which others)."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from basics.files import sha256_file
+
+
+@dataclass(frozen=True)
+class Project:
+    """Folders, code and libraries behind a study's results, and which of its results are times."""
+
+    root: Path  # of the repository; notebooks are executed in it
+    notebooks: Path
+    plan: Path | None = None  # the file in `root` that fixes, before a run, how its results will be judged
+    packages: tuple[str, ...] = ()  # whose source code counts in a stage's fingerprint
+    distributions: tuple[str, ...] = ()  # whose version counts
+    summary: str = ""  # the stage that reads every other stage's whole result, times included, and measures nothing
+    timed_files: tuple[str, ...] = ()  # names of output files that hold measured times
+    timed_records: tuple[str, ...] = ()  # beginnings of the names of records that do
+    # file name -> function that reads it, where a repetition may differ in bytes but not in what that returns
+    readers: Mapping[str, Callable[[Path], Any]] = field(default_factory=dict)
+
+    @property
+    def plan_sha256(self) -> str | None:
+        """Hash of the plan as it is now, which every record carries; None where the study has no plan."""
+        return sha256_file(self.plan) if self.plan else None
 
 
 @dataclass(frozen=True)
@@ -24,7 +50,7 @@ Plan = Mapping[str, StageSpec]  # by name; each stage comes after those that it 
 
 
 def make_plan(specs: Iterable[StageSpec]) -> Plan:
-    """The plan of these stages, which keep their order. Raises ValueError where that is no order to run them in."""
+    """The plan of these stages, which keep their order. Raises ValueError where they cannot be run in that order."""
     plan: dict[str, StageSpec] = {}
     for spec in specs:
         if not set(spec.needs) <= set(plan):

@@ -9,7 +9,7 @@ from typing import Any
 
 from basics.errors import ReportError
 from papertrail import records
-from papertrail.project import Project
+from papertrail.plan import Project
 from papertrail.provenance import git
 from papertrail.records import Record
 

@@ -18,6 +18,7 @@ import psutil
 
 from basics.errors import ConfigError, MissingInput, RecordError
 from basics.files import sha256_bytes, sha256_json
+from basics.names import first_few
 from basics.source_code import code_hashes, imports, module_files
 from papertrail.notebook_files import read_notebook
 
@@ -76,8 +77,7 @@ class Fingerprint:
         lines = [f"stage {self.stage} -> {other.stage}"] if self.stage != other.stage else []
         lines += [f"config: {key} {values}" for key, values in changed(_flat(self.config), _flat(other.config))]
         code = [key for key, _ in changed(self.code, other.code)]
-        more = f" and {len(code) - CODE_SHOWN} more" if len(code) > CODE_SHOWN else ""
-        lines += [f"code: {', '.join(code[:CODE_SHOWN])}{more}"] if code else []
+        lines += [f"code: {first_few(code, CODE_SHOWN)}"] if code else []
         lines += [f"data {key}" for key, _ in changed(self.data, other.data)]
         lines += [f"parent {key}" for key, _ in changed(self.parents, other.parents)]
         lines += [f"version {key} {values}" for key, values in changed(self.versions, other.versions)]
@@ -98,16 +98,10 @@ MAGIC = re.compile(r"^\s*[%!?]")
 
 
 def code_behind(path: Path, packages: tuple[str, ...]) -> dict[str, str]:
-    """{notebook or module of the packages: hash of its code}, of a notebook and everything that it imports."""
-    modules, cells = notebook_code(path, packages)
-    return {f"notebooks/{path.name}": cells, **code_hashes(modules, packages)}
+    """{notebook or module of the packages: hash of its code}, of a notebook and everything that it imports. Comments,
+    text cells and the parameters' values do not count: a parameter's value is part of the configuration.
 
-
-def notebook_code(path: Path, packages: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
-    """(modules of the packages that a notebook imports, hash of its code cells). Comments, text cells and the
-    parameters' values do not count: a parameter's value is part of the configuration.
-
-    Raises MissingInput when there is no such notebook, ConfigError for a file that is none.
+    Raises MissingInput when there is no such notebook, ConfigError for a file that is not a notebook.
     """
     if not path.is_file():
         raise MissingInput(f"notebooks/{path.name} is not there: `make notebooks` writes it from notebooks/percent/")
@@ -126,7 +120,8 @@ def notebook_code(path: Path, packages: tuple[str, ...]) -> tuple[tuple[str, ...
             continue
         code.append(ast.dump(tree))
         modules.update(imports(tree))
-    return tuple(sorted(modules & module_files(packages).keys())), sha256_bytes("\n".join(code).encode())
+    own = sha256_bytes("\n".join(code).encode())
+    return {f"notebooks/{path.name}": own, **code_hashes(sorted(modules & module_files(packages).keys()), packages)}
 
 
 # Surroundings -------------------------------------------------------------------------------------------------------

@@ -18,8 +18,7 @@ from basics import files
 from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError
 from basics.names import did_you_mean
 from papertrail import provenance, records
-from papertrail.plan import Plan, StageSpec
-from papertrail.project import Project
+from papertrail.plan import Plan, Project, StageSpec
 from papertrail.provenance import Fingerprint
 
 RUN_FILE = "run.json"
@@ -214,10 +213,10 @@ class Run:
         return "is not as `threefold run` wrote it" if not same and (line or hashed) else ""
 
     def stray_notebooks(self) -> list[str]:
-        """Names of executed notebooks that no stage of the plan has written; failed ones, are not counted."""
+        """Names of executed notebooks that no stage of the plan has written; those that failed are not counted."""
         known = {f"{spec.executed}.ipynb" for spec in self.plan.values()}
-        found = {path.name for path in (self.path / "notebooks").glob("*.ipynb")}
-        return sorted(name for name in found - known if not name.endswith(".failed.ipynb"))
+        names = {path.name for path in (self.path / "notebooks").glob("*.ipynb")}
+        return sorted(name for name in names - known if not name.endswith(".failed.ipynb"))
 
     def check_records(self) -> None:
         """`check_notebook` of every stage; RecordError also for a changed config.toml, which says what the stages are,
@@ -236,13 +235,10 @@ GONE, CHANGED, STRAY = "missing", "changed since the stage wrote it", "not writt
 def damage(folder: Path, facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(path in the folder, problem) of everything in a finished stage's folder that differs from its run.json; every
     byte is read."""
-    have = written_files(folder)
-    for path, digest in facts["outputs"].items():
-        if path not in have:
-            yield path, GONE
-        elif have[path] != digest:
-            yield path, CHANGED
-    yield from ((path, STRAY) for path in have if path not in facts["outputs"])
+    have, wrote = written_files(folder), facts["outputs"]
+    for path in {**wrote, **have}:
+        if have.get(path) != wrote.get(path):
+            yield path, GONE if path not in have else CHANGED if path in wrote else STRAY
 
 
 def with_hash(config: str) -> str:
@@ -257,18 +253,14 @@ def written_files(folder: Path) -> dict[str, str]:
 
 def read_run_file(folder: Path) -> dict[str, Any] | None:
     """The run.json in a folder, None when there is none. Raises RecordError if it is not what was written."""
-    shown = "/".join((folder / RUN_FILE).parts[-3:])
-    try:
-        facts = json.loads(files.read_text(folder / RUN_FILE))
-        if isinstance(facts, dict) and facts.pop(files.SELF, None) != files.sha256_json(facts):
-            raise RecordError(f"{shown} is not as it was written; remove the folder and run the stage again")
-    except (FileNotFoundError, NotADirectoryError):
+    file = folder / RUN_FILE
+    if not os.path.lexists(file):
         return None
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{shown} is damaged ({error}); remove the folder and run the stage again") from error
+    facts = files.read_note(file)
     kinds = {"stage": str, "fingerprint": dict, "outputs": dict}
-    if not isinstance(facts, dict) or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
-        raise RecordError(f"{shown} lacks stage, fingerprint or outputs; remove the folder and run the stage again")
+    if facts is None or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
+        shown = "/".join(file.parts[-3:])
+        raise RecordError(f"{shown} is not as it was written; remove the folder and run the stage again")
     return facts
 
 

@@ -68,11 +68,7 @@ def cleaner(roots: Mapping[str, str], names: tuple[str, ...], *, cut: bool) -> C
 
 
 def scrub(
-    notebook: dict[str, Any],
-    roots: Mapping[str, str],
-    *,
-    names: tuple[str, ...] | None = None,
-    publish: bool = False,
+    notebook: dict[str, Any], roots: Mapping[str, str], *, names: tuple[str, ...] | None = None, publish: bool = False
 ) -> dict[str, Any]:
     """A copy of an executed notebook without traces of this machine. Scrubbing twice changes nothing.
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from basics import files
-from basics.errors import RecordError, ThreefoldError
+from basics.errors import ThreefoldError
 from papertrail import provenance, records
 from papertrail.provenance import Fingerprint
-from papertrail.run import Run, read_run_file, write_run_file, written_files
+from papertrail.run import RUN_FILE, Run, read_run_file, write_run_file, written_files
 
 PATIENCE = 5.0  # seconds to wait until a killed process that worked on the same stage is gone
 RESERVED = (  # facts of run.json that `finish` finds itself
@@ -67,10 +67,7 @@ class Stage:
             raise ValueError(f"fingerprint of stage {fingerprint.stage} given to stage {self.name}")
         folder = self.partial
         hold(folder)
-        try:
-            begun = read_run_file(folder)
-        except RecordError:  # nothing to resume from
-            begun = None
+        begun = files.read_note(folder / RUN_FILE)
         if begun is None or begun["fingerprint"].get("digest") != fingerprint.digest:
             for entry in folder.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -99,12 +99,12 @@ def _card(stage: Stage, result: TrainResult, lineage: list[Mapping[str, Any]]) -
 
 
 def _prompts(stage: Stage) -> str:
-    """How to ask the model, as it stands in its training data."""
+    """How to ask the model, as in its training data."""
     taught = forms(stage.preset, stage.name)
     if taught == ["text"]:
         return "It continues text; it was not taught to answer.\n"
     shown = "".join(f"- {form}: `{json.dumps(FORMS[form].prompt('MESSAGE'))}`\n" for form in taught)
-    return f"What you ask stands in the place of MESSAGE; the answer follows. `\\n` is the end of a line.\n\n{shown}"
+    return f"Your question takes the place of MESSAGE; the answer follows. `\\n` is the end of a line.\n\n{shown}"
 
 
 def _front(stage: Stage, kind: str, used: list[dict[str, str]]) -> str:

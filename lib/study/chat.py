@@ -14,15 +14,16 @@ from threefold.data.templates import FORM_OF_READER, FORMS
 
 def forms(preset: Preset, stage: str) -> list[str]:
     """Names of the forms (`threefold.data.templates.FORMS`) that a stage was trained to answer in, the one to ask it in
-    first. Answers are taught by SFT, so DPO's own form stands behind SFT's. What only continues text has the form text.
+    first. Answers are taught by SFT, so DPO's own form comes after SFT's. A stage that only continues text has the form
+    text.
     """
     name = replicate_of(stage)[0]
-    found: list[str] = []
+    taught: list[str] = []
     for part in LINEAGE[1 : LINEAGE.index(name) + 1] if name in LINEAGE else ():
         readers = {source.reader or find(source.source).reader for source in getattr(preset.data, part)}
-        taught = {FORM_OF_READER.get(reader) for reader in readers}
-        found += [form for form in FORMS if form in taught and form not in found]
-    return found or ["text"]
+        of_part = {FORM_OF_READER.get(reader) for reader in readers}
+        taught += [form for form in FORMS if form in of_part and form not in taught]
+    return taught or ["text"]
 
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
@@ -65,10 +66,10 @@ class Speaker:
         from threefold.model import StreamingCache, stream
 
         form, context = FORMS[self.form], self.model.config.context
-        ids = self._ids(message)
+        ids = self.ids(message)
         while len(ids) + most > context and self.turns:
             del self.turns[0]
-            ids = self._ids(message)
+            ids = self.ids(message)
         if len(ids) >= context:
             raise DataError(f"{self.name}: the message has {len(ids)} tokens, the context {context}: shorten it")
         new = stream(
@@ -87,7 +88,7 @@ class Speaker:
         if form.turns:
             self.turns.append((message, said.strip()))
 
-    def _ids(self, message: str) -> list[int]:
+    def ids(self, message: str) -> list[int]:
         """The tokens of the message in its form. What looks like a special token in it is plain text."""
         from threefold.data.tokenizer import encode, sink_ids
 

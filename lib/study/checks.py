@@ -78,7 +78,7 @@ def check_evaluations(preset: Preset, tokenizer: Any, data_dir: str | Path = "")
         def loglikelihoods(self, requests, **_options):
             return [np.zeros(len(target)) for _, target in requests]
 
-        def generate_with_lengths(self, prompts, *_arguments, **_options):
+        def generate(self, prompts, *_arguments, **_options):
             return [("", 0) for _ in prompts]
 
     small = replace(preset.model, n_layer=1, d_model=4, n_head=1, n_kv_head=-1, d_ff=4, vocab_size=len(tokenizer))

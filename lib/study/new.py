@@ -1,6 +1,6 @@
 """`threefold new`: a preset for a person's own text, instructions and preferences, with held-out parts split off.
 
-The text of the preset stands in new.toml, cut by lines `#: NAME` into parts that are taken or left out.
+The text of the preset is in new.toml; lines `#: NAME` divide it into parts that are used or left out.
 """
 
 import json
@@ -114,8 +114,8 @@ def sizes(machine: Machine, text_bytes: int, words: int, example_bytes: Sequence
 
 def passages(text: str) -> list[str]:
     """A text in passages of at most PASSAGE characters, cut at blank lines where there are some."""
-    found = ("".join(filter(None, groups)).strip() for groups in _PASSAGES.findall(text))
-    return [passage for passage in found if passage]
+    cut = ("".join(filter(None, groups)).strip() for groups in _PASSAGES.findall(text))
+    return [passage for passage in cut if passage]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from basics.errors import DISK_FULL, ConfigError
 from basics.names import did_you_mean, shown
 from papertrail import run as papertrail_run
 from papertrail import stage as papertrail_stage
-from papertrail.project import Project
+from papertrail.plan import Project
 from papertrail.provenance import Fingerprint
 from study import stages
 from study.preset import (

@@ -1,6 +1,6 @@
 """Configurations of a model, its data, its training and its evaluation: frozen dataclasses that pydantic checks.
 
-A configuration that exists is possible: an unknown key, a wrong type or an impossible value raises a one-line
+Every configuration is checked when it is made: an unknown key, a wrong type or an impossible value raises a one-line
 ConfigError that names the key, the value, what is allowed and the near miss. `-1` means "off" or "all" throughout.
 """
 
@@ -142,7 +142,7 @@ class SourceConfig:
 
     @property
     def is_set(self) -> bool:
-        """Whether anything was said about this source."""
+        """Whether any key of this source is set."""
         return self != SourceConfig()
 
     @model_validator(mode="after")
@@ -258,6 +258,9 @@ class EvaluationConfig:
         return self
 
 
+GPT2_PARTS = {"norm": "layer", "ffn": "gelu", "position": "learned", "qk_norm": False, "bias": True, "n_kv_head": -1}
+
+
 # Variants -----------------------------------------------------------------------------------------------------------
 
 
@@ -268,18 +271,7 @@ def gpt2_counterpart(config: ModelConfig) -> ModelConfig:
     matrices where SwiGLU's has three, so its width is 3/2 of it.
     """
     d_ff = round(config.d_ff * 3 / 2) if config.ffn == "swiglu" else config.d_ff
-    return replace(
-        config,
-        d_ff=d_ff,
-        n_kv_head=-1,
-        norm="layer",
-        ffn="gelu",
-        position="learned",
-        sinks=0,
-        qk_norm=False,
-        bias=True,
-        tie_embeddings=True,
-    )
+    return replace(config, d_ff=d_ff, sinks=0, tie_embeddings=True, **GPT2_PARTS)
 
 
 def variant_changes(variant: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -340,7 +332,7 @@ def kind_at(cls: type, path: Sequence[str | int], origin: str = "") -> Any:
 
 
 def parse_value(kind: Any, text: str, *, quotes: bool = True) -> Any:
-    """A text as a value of that type: as it stands for a string (unless quoted), as a TOML value otherwise (`3e-4`,
+    """A text as a value of that type: unchanged for a string (unless quoted), else read as a TOML value (`3e-4`,
     `true`, `[0, 3]`, `{source = "x"}`; a list also as `0,3`). A text that cannot be parsed is returned as it is, for
     the check of types to refuse."""
     if kind is str or get_origin(kind) is Literal:

@@ -17,7 +17,7 @@ import pytest
 
 from basics import paths
 from papertrail import records
-from papertrail.differences import differences
+from papertrail.verify import differences
 from study.run import Run, open_run
 
 PROJECT = Path(__file__).parents[2]

@@ -18,10 +18,10 @@ from shared import ONE_STEP, SAMPLE_DATA, flip
 
 from basics import files, paths
 from basics.errors import ConfigError, MissingInput, RecordError, SourceError, ThreefoldError
-from papertrail import differences, notebook_files, notebooks, provenance, records, rerun, scheduler, staleness, verify
+from papertrail import notebook_files, notebooks, provenance, records, scheduler, staleness, verify
 from papertrail.plan import ancestors, dependents
 from study import stages
-from study.cli import status
+from study.cli import folders
 from study.preset import load_preset, override
 from study.run import Run, open_run
 
@@ -254,8 +254,9 @@ def test_notebook_code_finds_the_modules_behind_imports(tmp_path):
         "x = 1",
         "%matplotlib inline\nfrom papertrail import records\nimport papertrail.run as run\nimport json",
     )
-    modules, _ = provenance.notebook_code(tmp_path / "book.ipynb", ("papertrail", "threefold"))
-    assert modules == ("papertrail", "papertrail.records", "papertrail.run")
+    code = provenance.code_behind(tmp_path / "book.ipynb", ("papertrail", "threefold"))
+    assert {"notebooks/book.ipynb", "papertrail", "papertrail.records", "papertrail.run"} <= code.keys()
+    assert "papertrail.scheduler" not in code and not any(name.startswith(("json", "threefold")) for name in code)
 
 
 def test_missing_notebook_is_named(project):
@@ -517,10 +518,10 @@ def test_no_headline_comes_from_a_changed_notebook(project):
     run = opened(project)
     execute(run, "data")
     other = opened(project, "seed=7")  # stale for another reason, which is told first
-    assert status.headline(other, staleness.survey(other)["data"]) == "vocabulary 1,234"
+    assert folders.headline(other, staleness.survey(other)["data"]) == "vocabulary 1,234"
     file = run.notebook("00_data")
     file.write_text(file.read_text().replace("1234", "9234"))
-    assert status.headline(other, staleness.survey(other)["data"]) is None
+    assert folders.headline(other, staleness.survey(other)["data"]) is None
 
 
 def test_a_stage_made_from_another_parent_is_named(project):
@@ -598,15 +599,15 @@ def test_a_stage_made_again_is_compared_file_by_file_and_record_by_record(projec
     )
     run = opened(project)
     execute(run, "data", "pretrain")
-    assert rerun.rerun(run, "data", lambda line: None) == []
-    assert rerun.rerun(run, "pretrain", lambda line: None) == []
+    assert verify.rerun(run, "data", lambda line: None) == []
+    assert verify.rerun(run, "pretrain", lambda line: None) == []
     before = run.finished("data")
     write_stage(
         paths.NOTEBOOKS,
         "00_data",
         "import os\n(folder / 'x.txt').write_text('other')\nrecords.publish('a', {'seconds': 2, 'b': [1]})",
     )
-    assert rerun.rerun(run, "data", lambda line: None) == [
+    assert verify.rerun(run, "data", lambda line: None) == [
         "data/x.txt: other bytes",
         "record a: b was null and is now [1]",
         "data: now made from other inputs: code: notebooks/00_data.ipynb",
@@ -620,8 +621,8 @@ def test_a_training_made_again_may_take_another_time(tmp_path):
         note = {"result": result, "files": {"metrics.jsonl": f"a hash over {seconds}"}}
         files.write_note(tmp_path / name / "training.json", note)
     one, two, three = (tmp_path / name / "training.json" for name in ("one", "two", "three"))
-    assert differences.file_difference(one, two, {}) == ""
-    assert differences.file_difference(one, three, {}) == "result.loss_last was 2.5 and is now 2.75"
+    assert verify.file_difference(one, two, {}) == ""
+    assert verify.file_difference(one, three, {}) == "result.loss_last was 2.5 and is now 2.75"
 
 
 def test_weights_that_differ_are_named_with_the_largest_difference(tmp_path):
@@ -632,13 +633,12 @@ def test_weights_that_differ_are_named_with_the_largest_difference(tmp_path):
     other = {**one, "b": one["b"] + torch.tensor([0.0, 0.25]), "c": torch.tensor([3.0])}
     save_file(one, tmp_path / "1.safetensors")
     save_file(other, tmp_path / "2.safetensors")
-    assert differences.file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors", {}) == (
+    assert verify.file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors", {}) == (
         "2 of 3 parameters differ, b first (largest absolute difference 0.25), c most (2)"
     )
     save_file({"a": one["a"]}, tmp_path / "2.safetensors")
     assert (
-        differences.file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors", {})
-        == "other parameters: b, c"
+        verify.file_difference(tmp_path / "1.safetensors", tmp_path / "2.safetensors", {}) == "other parameters: b, c"
     )
 
 

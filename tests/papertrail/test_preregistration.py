@@ -10,7 +10,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from basics.errors import ReportError
 from basics.files import sha256_file
 from papertrail import preregistration, records
-from papertrail.project import Project
+from papertrail.plan import Project
 from papertrail.records import Record
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

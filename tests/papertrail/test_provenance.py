@@ -12,8 +12,7 @@ import pytest
 from basics import files, source_code
 from basics.errors import RecordError
 from papertrail import provenance
-from papertrail.plan import StageSpec
-from papertrail.project import Project
+from papertrail.plan import Project, StageSpec
 from papertrail.provenance import Fingerprint
 from papertrail.run import Run
 

@@ -128,7 +128,7 @@ def test_a_dialogue_remembers_and_forgets_what_no_longer_fits(parts):
     asked = speaker(parts, "dialogue")
     first = "".join(asked.answer("Who?", 4)).strip()
     assert asked.turns == [("Who?", first)]
-    assert len(asked._ids("And then?")) > len(speaker(parts, "dialogue")._ids("And then?"))
+    assert len(asked.ids("And then?")) > len(speaker(parts, "dialogue").ids("And then?"))
     for number in range(12):
         list(asked.answer(f"And {number}?", 4))
     assert asked.turns[-1][0] == "And 11?" and asked.turns[0][0] != "Who?"
@@ -144,7 +144,7 @@ def test_a_message_that_is_too_long_is_named(parts):
 
 def test_special_tokens_in_a_message_are_text(parts):
     _, tokenizer = parts
-    ids = speaker(parts, "text")._ids("a<|endoftext|>b")
+    ids = speaker(parts, "text").ids("a<|endoftext|>b")
     assert tokenizer.eos_token_id not in ids and tokenizer.decode(ids[1:]) == "a<|endoftext|>b"
 
 

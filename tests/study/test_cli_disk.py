@@ -10,7 +10,7 @@ from shared import call
 from basics import paths
 from papertrail import scheduler
 from papertrail import stage as run_folder
-from study.cli import disk
+from study.cli import folders
 from study.preset import load_preset, to_toml
 from study.run import open_run
 
@@ -69,30 +69,30 @@ def files(folder):
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (45_249_000, "45.2 MB"), (999_960, "1.0 MB"), (10**15, "1000.0 TB")],
 )
 def test_size_text(count, text):
-    assert disk.size_text(count) == text
+    assert folders.size_text(count) == text
 
 
 def test_sizes_count_links_as_links(runs):
-    before = disk.size(runs / "other")
+    before = folders.size(runs / "other")
     (runs / "other" / "link").symlink_to(runs / ".cache", target_is_directory=True)
-    assert disk.size(runs / "other") < before + 5000
-    assert disk.size(runs / ".cache") == 5050
+    assert folders.size(runs / "other") < before + 5000
+    assert folders.size(runs / ".cache") == 5050
 
 
 def test_keep_results_takes_only_what_can_be_made_again(runs, capsys):
     status, out, err = call(capsys, "clean", "--run", "mine", "--keep-results", "--yes")
     assert (status, err) == (0, "")
     assert files(runs / "mine") == {*RESULTS, *NEEDED}
-    assert out.splitlines()[-1] == f"{disk.size_text(sum(LEFTOVERS.values()))} to free"
+    assert out.splitlines()[-1] == f"{folders.size_text(sum(LEFTOVERS.values()))} to free"
     assert "runs/mine/report" in out and "1.0 kB" in out
     assert call(capsys, "clean", "--run", "mine", "--keep-results") == (0, "nothing to remove\n", "")
 
 
 def test_a_run_goes_whole_and_nothing_else(runs, capsys):
-    size = disk.size(runs / "mine")
+    size = folders.size(runs / "mine")
     status, out, _ = call(capsys, "clean", "--run", "mine", "--yes")
     assert status == 0 and not (runs / "mine").exists()
-    assert f"{disk.size_text(size)} to free" in out and "runs/mine/pretrain" in out
+    assert f"{folders.size_text(size)} to free" in out and "runs/mine/pretrain" in out
     assert {path.name for path in runs.iterdir()} == {"other", ".cache", "stray"}
 
 
@@ -195,7 +195,7 @@ def test_nothing_is_removed_under_a_run_at_work(runs, capsys):
 
 
 def test_a_removal_cut_short_can_be_taken_up_again(runs, capsys, monkeypatch):
-    remove, removed = disk.shutil.rmtree, []
+    remove, removed = folders.shutil.rmtree, []
 
     def stop(path, *rest, **options):
         if removed:
@@ -203,7 +203,7 @@ def test_a_removal_cut_short_can_be_taken_up_again(runs, capsys, monkeypatch):
         removed.append(path)
         remove(path)
 
-    monkeypatch.setattr(disk.shutil, "rmtree", stop)
+    monkeypatch.setattr(folders.shutil, "rmtree", stop)
     assert call(capsys, "clean", "--run", "mine", "--yes")[0] == 130
     assert removed and (runs / "mine" / "config.toml").exists()
     monkeypatch.undo()
@@ -216,7 +216,7 @@ def test_status_of_all_runs(runs, capsys):
     found = json.loads(call(capsys, "status", "--json")[1])
     assert found["cache_bytes"] >= 5050
     mine, other = found["runs"]
-    assert mine["run"] == "mine" and mine["bytes"] == disk.size(runs / "mine") and mine["error"] is None
+    assert mine["run"] == "mine" and mine["bytes"] == folders.size(runs / "mine") and mine["error"] is None
     stages = open_run("", "mine", create=False)
     assert sum(mine["stages"].values()) > 10 and set(mine["stages"]) == {"fresh", "stale", "missing", "failed"}
     assert stages.name == "mine" and mine["stages"]["failed"] == 1  # 03_dpo.failed.ipynb
@@ -224,7 +224,7 @@ def test_status_of_all_runs(runs, capsys):
     status, out, err = call(capsys, "status")
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert (status, err) == (0, "") and list(lines) == ["mine", "other", ".cache"]
-    assert disk.size_text(mine["bytes"]) in lines["mine"] and "1 failed" in lines["mine"]
+    assert folders.size_text(mine["bytes"]) in lines["mine"] and "1 failed" in lines["mine"]
     assert "no_such_key" in lines["other"]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from basics import paths
-from papertrail import rerun
+from papertrail import verify
 from study import cli
 from study.comparison import Comparison, seeds
 from study.preset import load_preset
@@ -236,7 +236,7 @@ def test_another_number_of_jobs_with_as_many_threads_gives_the_same_bits(runs, r
     )
     assert done.returncode == 0, done.stderr
     for stage in ("data", "pretrain"):
-        assert list(rerun.differences(_run_in(runs), _run_in(tmp_path), stage)) == []
+        assert list(verify.differences(_run_in(runs), _run_in(tmp_path), stage)) == []
 
 
 def _run_in(runs: Path) -> Run:

@@ -513,7 +513,7 @@ def test_generation_is_greedy_and_batched(convert):
     model = LanguageModel.from_model(original, tokenizer(), "tiny", convert=convert)
     prompts = ["the baker", "a river sang quietly under the stone", "Question", "12 4,500 3.5"] * 2
     got = model.generate(prompts, 12, batch_tokens=60)
-    for prompt, text in zip(prompts, got, strict=True):
+    for prompt, (text, length) in zip(prompts, got, strict=True):
         ids = model.prefix_ids + model.encode([prompt])[0]
         new = []
         for _ in range(12):
@@ -522,15 +522,15 @@ def test_generation_is_greedy_and_batched(convert):
             if token == tokenizer().eos_token_id:
                 break
             new.append(token)
-        assert text == tokenizer().decode(new, skip_special_tokens=True)
+        assert (text, length) == (tokenizer().decode(new, skip_special_tokens=True), len(new))
 
 
 @pytest.mark.parametrize("convert", [True, False])
 def test_stop_strings_are_cut_off(convert):
     model = LanguageModel.from_model(llama(), tokenizer(), "tiny", convert=convert)
-    (whole,) = model.generate(["the baker"], 16)
+    ((whole, _),) = model.generate(["the baker"], 16)
     stop = whole[5:8]
-    (cut,) = model.generate(["the baker"], 16, stop=[stop])
+    ((cut, _),) = model.generate(["the baker"], 16, stop=[stop])
     assert cut == whole[: whole.index(stop)]
 
 
@@ -576,7 +576,7 @@ def test_generating_nothing_is_an_empty_string():
     original.lm_head.weight.data[tokenizer().eos_token_id] = hidden
     for convert in (True, False):
         model = LanguageModel.from_model(original, tokenizer(), "silent", convert=convert)
-        assert model.generate_with_lengths(["the baker"], 4) == [("", 0)]
+        assert model.generate(["the baker"], 4) == [("", 0)]
 
 
 def test_prompt_and_new_tokens_must_fit():

@@ -39,7 +39,7 @@ def folder_of(tmp_path: Path, *names: str) -> Path:
 
 
 def taken(folder: Path, split: str = "train") -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in select(folder, split).files]
+    return [path.relative_to(folder).as_posix() for path in select(folder, split)[0]]
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_the_files_of_a_split(tmp_path, names, split, expected):
         assert len(taken(folder, split)) == expected
     else:
         assert taken(folder, split) == expected
-    selection = select(folder, split)
+    files, left_out = select(folder, split)
     hidden = [name for name in names if any(part.startswith((".", "__", "cache")) for part in Path(name).parts)]
-    assert len(selection.files) + len(selection.left_out) + len(hidden) == len(names)
+    assert len(files) + len(left_out) + len(hidden) == len(names)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_the_data_card_names_splits(tmp_path):
     assert taken(folder) == ["a.jsonl"] and taken(folder, "test") == ["b.jsonl"]
     with pytest.raises(SourceError, match="its card declares no split 'validation', only train, test"):
         select(folder, "validation")
-    assert select(folder, "train").left_out == (
+    assert select(folder, "train")[1] == (
         "README.md (no data)",
         "b.jsonl (not of split train)",
         "c.jsonl (not of split train)",

@@ -353,7 +353,7 @@ def test_faults_in_shards_are_found(tmp_path):
         load_checkpoint(tmp_path)
     values["weight_map"]["x"] = "../elsewhere.safetensors"
     index.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match="is no file name"):
+    with pytest.raises(CheckpointError, match="is not a file name"):
         load_checkpoint(tmp_path)
 
 
@@ -412,7 +412,7 @@ def test_a_config_that_cannot_be_meant_is_refused(folder, edit, message):
 def test_a_folder_without_a_config_and_one_with_a_broken_one(folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere"):
         load_checkpoint(tmp_path / "nowhere")
-    for text, message in (("{", "is no JSON"), ("[]", "is no JSON object")):
+    for text, message in (("{", "is not JSON"), ("[]", "is not a JSON object")):
         (folder / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(folder)

@@ -32,7 +32,7 @@ from basics.errors import SourceError
 from basics.files import sha256_file
 from threefold.config import SourceConfig
 from threefold.data import sources
-from threefold.evaluation import LanguageModel, minimal_pairs, perplexity, problems, sentiment
+from threefold.evaluation import LanguageModel, answers, pairs, perplexity, sentiment
 from threefold.evaluation.results import Dataset, Scoring
 from threefold.model import Decoder, save_checkpoint, to_transformers
 
@@ -136,7 +136,7 @@ def check_blimp(theirs, ours, rows, folder):
     """Every pair of every phenomenon, each one a task of lm-eval's."""
     (folder / "blimp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     items = sources.load(SourceConfig(path=str(folder / "blimp.jsonl"), reader="minimal-pairs"))
-    got = minimal_pairs.blimp(ours, Dataset("blimp", items), scoring=QUICK)
+    got = pairs.blimp(ours, Dataset("blimp", items), scoring=QUICK)
     for phenomenon in {row["UID"] for row in rows}:
         part = [row for row in rows if row["UID"] == phenomenon]
         expected = harness(theirs, f"blimp/{phenomenon}.yaml", {"train": part}, folder)
@@ -275,12 +275,12 @@ def test_gsm8k_extraction(tmp_path):
     seen = {"strict-match": 0, "flexible-extract": 0}
     for sample in samples:
         generation, answer = made[sample["doc_id"]]
-        extract = problems.extract_strict if sample["filter"] == "strict-match" else problems.extract_flexible
+        extract = answers.extract_strict if sample["filter"] == "strict-match" else answers.extract_flexible
         assert extract(generation) == sample["filtered_resps"][0], generation
-        assert problems.matches(extract(generation), answer) == bool(sample["exact_match"]), generation
+        assert answers.matches(extract(generation), answer) == bool(sample["exact_match"]), generation
         seen[sample["filter"]] += bool(sample["exact_match"])
     assert min(seen.values()) > 20, "right answers occur under both"
-    assert tuple(given.until[0]) == problems.STOP
+    assert tuple(given.until[0]) == answers.STOP
 
 
 @pytest.mark.slow

@@ -21,12 +21,12 @@ from basics.errors import DataError
 from threefold.config import EvaluationConfig, SourceConfig
 from threefold.data import hub, sources
 from threefold.data.overlap import pieces
-from threefold.evaluation import LanguageModel, describe, evaluate, minimal_pairs
+from threefold.evaluation import LanguageModel, describe, evaluate, pairs
 from threefold.evaluation.results import Dataset
 from threefold.evaluation.statistics import wilson
 
 
-def pairs(counts: dict[str, int]) -> list[dict]:
+def items_of(counts: dict[str, int]) -> list[dict]:
     return [
         {"good": text(5, i), "bad": text(5, i + 1000), "phenomenon": phenomenon, "group": "islands"}
         for phenomenon, n in counts.items()
@@ -38,9 +38,9 @@ def pairs(counts: dict[str, int]) -> list[dict]:
 def test_the_more_likely_sentence_wins(kind):
     """Each sentence after a space and BOS, or for GPT-2 after its EOS; sums, not means."""
     original, tok = (llama(), tokenizer()) if kind == "llama" else (gpt2(), gpt2_style_tokenizer())
-    items = pairs({"a": 9, "b": 6})
+    items = items_of({"a": 9, "b": 6})
     items[3]["good"] = "a"  # much shorter: its sum is higher
-    result = minimal_pairs.blimp(LanguageModel.from_model(original, tok, kind), Dataset("blimp", items))
+    result = pairs.blimp(LanguageModel.from_model(original, tok, kind), Dataset("blimp", items))
     start = tok.bos_token_id if kind == "llama" else tok.eos_token_id
     for row, item in zip(result.items.itertuples(), items, strict=True):
         ids = [tok(f" {item[side]}", add_special_tokens=False).input_ids for side in ("good", "bad")]
@@ -55,26 +55,26 @@ def test_the_more_likely_sentence_wins(kind):
 
 def test_a_tie_counts_half():
     same = [{"good": "the baker", "bad": "the baker", "phenomenon": "a", "group": ""}]
-    assert minimal_pairs.blimp(language_model(), Dataset("blimp", same)).metrics["accuracy"]["value"] == 0.5
+    assert pairs.blimp(language_model(), Dataset("blimp", same)).metrics["accuracy"]["value"] == 0.5
 
 
 def test_the_sub_sample_is_seeded_even_and_said():
-    items = pairs({"a": 30, "b": 30, "c": 4})
-    chosen = minimal_pairs.sample(items, 10, 7)
-    assert chosen == minimal_pairs.sample(items, 10, 7) == sorted(set(chosen))
-    assert chosen != minimal_pairs.sample(items, 10, 8)
+    items = items_of({"a": 30, "b": 30, "c": 4})
+    chosen = pairs.sample(items, 10, 7)
+    assert chosen == pairs.sample(items, 10, 7) == sorted(set(chosen))
+    assert chosen != pairs.sample(items, 10, 8)
     assert Counter(items[i]["phenomenon"] for i in chosen) == {"a": 10, "b": 10, "c": 4}
-    assert minimal_pairs.sample(items[30:], 10, 7) == [i - 30 for i in chosen if i >= 30], "whatever else there is"
-    assert minimal_pairs.sample(items, -1, 7) == list(range(64))
-    result = minimal_pairs.blimp(language_model(), Dataset("blimp", items), per_phenomenon=10)
-    assert result.items["item"].tolist() == minimal_pairs.sample(items, 10, 0)
+    assert pairs.sample(items[30:], 10, 7) == [i - 30 for i in chosen if i >= 30], "whatever else there is"
+    assert pairs.sample(items, -1, 7) == list(range(64))
+    result = pairs.blimp(language_model(), Dataset("blimp", items), per_phenomenon=10)
+    assert result.items["item"].tolist() == pairs.sample(items, 10, 0)
     said = {"items": 64, "pairs": 24, "phenomena": 3, "pairs_per_phenomenon": 10, "sample_seed": 0}
     assert result.settings == said | {"subsampled": True}
 
 
 def test_from_a_preset_to_a_record(tmp_path):
     """Off unless a preset names the source; then every metric of it is on the page of protocols."""
-    rows = [{"sentence_good": i["good"], "sentence_bad": i["bad"], "UID": i["phenomenon"]} for i in pairs({"a": 5})]
+    rows = [{"sentence_good": i["good"], "sentence_bad": i["bad"], "UID": i["phenomenon"]} for i in items_of({"a": 5})]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     source = SourceConfig(path=str(tmp_path / "pairs.jsonl"), reader="minimal-pairs")
     model = language_model()
@@ -110,7 +110,7 @@ def test_a_row_without_a_sentence_is_refused_by_its_line(tmp_path):
 
 
 def test_both_sentences_are_searched_for_in_training_text():
-    (item,) = pairs({"a": 1})
+    (item,) = items_of({"a": 1})
     assert pieces("minimal-pairs", item) == ([item["good"], item["bad"]], 2)
 
 
@@ -118,4 +118,4 @@ def test_the_published_data_are_67_phenomena_of_1000_pairs():
     items = sources.load(SourceConfig(source="blimp"), real_data())
     assert set(Counter(item["phenomenon"] for item in items).values()) == {1000} and len(items) == 67_000
     assert torch.tensor([len(item["good"]) for item in items]).min() > 0
-    assert len(minimal_pairs.sample(items, 20, 0)) == 67 * 20
+    assert len(pairs.sample(items, 20, 0)) == 67 * 20

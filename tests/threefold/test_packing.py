@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from basics.errors import DataError
 from threefold.config import ModelConfig
-from threefold.data.arrays import EpochOrder, best_fit, shuffled
-from threefold.data.documents import Documents
+from threefold.data.arrays import Documents, EpochOrder, best_fit, shuffled
 from threefold.data.packing import IGNORE, pack_documents, pack_examples, pack_pairs
 from threefold.model.decoder import segment_positions
 from threefold.segments import TRUNK_SHIFT

@@ -4,7 +4,7 @@ import torch
 from evaluation_fixtures import gpt2_language_model, language_model, llama, naive_logprobs, text, tokenizer
 
 from basics.errors import EvaluationError
-from threefold.evaluation import LanguageModel, preferences
+from threefold.evaluation import LanguageModel, pairs
 from threefold.evaluation.results import Dataset, Scoring
 
 QUICK = Scoring(batch_tokens=4096, bootstrap=300)
@@ -32,7 +32,7 @@ def sides(item):
 
 def test_likelihood_of_the_replies_alone():
     original = llama(context=256)
-    result = preferences.pairs(LanguageModel.from_model(original, tokenizer(), "llama"), hh_rlhf(PAIRS), scoring=QUICK)
+    result = pairs.preferences(LanguageModel.from_model(original, tokenizer(), "llama"), hh_rlhf(PAIRS), scoring=QUICK)
     assert result.protocol == "hh-rlhf/preferences"
     correct, per_token = [], []
     for row, item in zip(result.items.itertuples(), PAIRS, strict=True):
@@ -52,7 +52,7 @@ def test_rewards_and_divergence_against_a_reference():
     policy, reference = llama(context=256), llama(context=256, seed=1)
     model = LanguageModel.from_model(policy, tokenizer(), "dpo")
     frozen = LanguageModel.from_model(reference, tokenizer(), "sft")
-    result = preferences.pairs(model, hh_rlhf(PAIRS), frozen, beta=0.3, scoring=QUICK)
+    result = pairs.preferences(model, hh_rlhf(PAIRS), frozen, beta=0.3, scoring=QUICK)
     margins, divergence, tokens = [], 0.0, 0
     for item in PAIRS:
         prompt, chosen, rejected = sides(item)
@@ -74,7 +74,7 @@ def test_rewards_and_divergence_against_a_reference():
 
 def test_a_model_against_itself_shows_no_difference():
     model = language_model(context=256)
-    metrics = preferences.pairs(model, hh_rlhf(PAIRS), language_model(context=256), scoring=QUICK).metrics
+    metrics = pairs.preferences(model, hh_rlhf(PAIRS), language_model(context=256), scoring=QUICK).metrics
     assert [metrics["reward_margin"][key] for key in ("value", "low", "high")] == [0.0, 0.0, 0.0]
     assert metrics["reward_accuracy"]["value"] == 0.5, "ties count half"
     assert metrics["kl"]["value"] == 0.0
@@ -82,15 +82,15 @@ def test_a_model_against_itself_shows_no_difference():
 
 def test_divergence_is_the_same_in_small_pieces(monkeypatch):
     model, frozen = language_model(context=256), language_model(context=256, seed=1)
-    whole = preferences.pairs(model, hh_rlhf(PAIRS), frozen, scoring=QUICK).items["kl"]
-    monkeypatch.setattr(preferences, "KL_LOGITS", 1)
-    pieces = preferences.pairs(model, hh_rlhf(PAIRS), frozen, scoring=QUICK).items["kl"]
+    whole = pairs.preferences(model, hh_rlhf(PAIRS), frozen, scoring=QUICK).items["kl"]
+    monkeypatch.setattr(pairs, "KL_LOGITS", 1)
+    pieces = pairs.preferences(model, hh_rlhf(PAIRS), frozen, scoring=QUICK).items["kl"]
     np.testing.assert_allclose(whole, pieces, rtol=1e-3, atol=1e-5)
     assert (whole > 0).all()
 
 
 def test_a_reference_of_another_tokenizer_is_left_out_and_said_so():
-    result = preferences.pairs(language_model(), hh_rlhf(PAIRS), gpt2_language_model(), scoring=QUICK)
+    result = pairs.preferences(language_model(), hh_rlhf(PAIRS), gpt2_language_model(), scoring=QUICK)
     assert "kl" not in result.metrics and "another tokenizer" in result.settings["reference_left_out"]
 
 
@@ -99,7 +99,7 @@ def test_long_dialogues_lose_their_beginning_and_are_counted():
     model = LanguageModel.from_model(original, tokenizer(), "llama")
     long = {**PAIRS[0], "prompt": f"\n\nHuman: {text(60, 5)}\n\nAssistant:"}
     hopeless = {**PAIRS[1], "rejected": text(80, 6)}
-    result = preferences.pairs(model, hh_rlhf([long, hopeless, PAIRS[2]]), scoring=QUICK)
+    result = pairs.preferences(model, hh_rlhf([long, hopeless, PAIRS[2]]), scoring=QUICK)
     assert result.settings["prompts_cut"] >= 1 and result.settings["left_out_too_long"] == 1
     assert result.items["item"].tolist() == [0, 2]
     prompt, chosen, rejected = sides(long)
@@ -109,7 +109,7 @@ def test_long_dialogues_lose_their_beginning_and_are_counted():
         expected = float(naive_logprobs(original, kept, reply).sum())
         assert result.items[value].iloc[0] == pytest.approx(expected, rel=1e-4)
     with pytest.raises(EvaluationError, match=r"no reply fits.*model\.context"):
-        preferences.pairs(model, hh_rlhf([hopeless]), scoring=QUICK)
+        pairs.preferences(model, hh_rlhf([hopeless]), scoring=QUICK)
 
 
 def test_a_nan_names_the_pair():
@@ -119,4 +119,4 @@ def test_a_nan_names_the_pair():
     model = LanguageModel.from_model(original, tokenizer(), "broken", convert=False)
     items = [*PAIRS[:3], {**PAIRS[3], "rejected": " 日 日"}]
     with pytest.raises(EvaluationError, match=r"hh-rlhf/preferences: item 3, rejected reply"):
-        preferences.pairs(model, hh_rlhf(items), scoring=QUICK)
+        pairs.preferences(model, hh_rlhf(items), scoring=QUICK)

@@ -15,7 +15,7 @@ from threefold.config import SourceConfig
 from threefold.data import readers, sources
 from threefold.data.data_files import files_in, select
 from threefold.data.templates import TEXT_READERS, as_document
-from threefold.evaluation.problems import extract_strict, matches
+from threefold.evaluation.answers import extract_strict, matches
 
 ROWS = {
     "text": {"text": "A fox ran over the hill."},
@@ -120,11 +120,12 @@ def test_folders_of_any_names(tmp_path_factory, data):
     selection = documented(lambda: select(folder, split))
     if selection is None:
         return
-    assert len(selection.files) + len(selection.left_out) == len(files_in(folder)) and selection.files
+    files, left_out = selection
+    assert len(files) + len(left_out) == len(files_in(folder)) and files
     others = {"train": {"test", "dev", "valid"}, "validation": {"train", "test"}, "test": {"train", "dev", "valid"}}[
         split
     ]
-    for file in selection.files:
+    for file in files:
         words = {word for part in file.relative_to(folder).parts for word in part.split(".")}
         assert not words & others and not any(word.startswith("__") for word in words)
 

@@ -309,4 +309,4 @@ def test_more_tokens_than_any_context_take_no_memory(whole, capsys, monkeypatch)
 def test_prompts_of_any_text(whole, texts):
     model = LanguageModel.from_checkpoint(whole["llama"])
     made = documented(lambda: model.generate(texts, 2))
-    assert made is None or (len(made) == len(texts) and all(isinstance(text, str) for text in made))
+    assert made is None or (len(made) == len(texts) and all(isinstance(text, str) for text, _ in made))

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from basics.errors import DataError, SourceError
 from threefold.config import SourceConfig, TokenizerConfig
 from threefold.data import corpus
-from threefold.data.documents import Documents
+from threefold.data.arrays import Documents
 from threefold.data.tokenizer import (
     build_tokenizer,
     decode_stream,

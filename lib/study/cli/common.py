@@ -31,7 +31,7 @@ def say_json(values: object) -> None:
 
 
 def columns(rows: Sequence[Sequence[str]], headings: Sequence[str] = (), right: int = -1) -> str:
-    """Text in aligned columns. right: the column that stands to the right."""
+    """Text in aligned columns. right: the right-aligned column."""
     sides = ["right" if place == right else "left" for place in range(len(rows[0]))]
     return tabulate(rows, headings, "simple" if headings else "plain", colalign=sides, disable_numparse=True)
 

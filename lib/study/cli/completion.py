@@ -1,4 +1,4 @@
-"""`threefold completion`: the shell asks `threefold completion words` for the words that can stand at the cursor."""
+"""`threefold completion`: the shell asks `threefold completion words` for the words that are possible at the cursor."""
 
 import argparse
 import os
@@ -19,7 +19,8 @@ def completion(options: argparse.Namespace) -> int:
         point = os.environ.get("COMP_POINT", "")
         line = os.environ.get("COMP_LINE", "")[: int(point) if re.fullmatch("[0-9]{1,9}", point) else 0]
         *before, word = line.split(" ")
-        say("\n".join(one for one in words([part for part in before if part][1:]) if one.startswith(word)))
+        possible = words([part for part in before if part][1:])
+        say("\n".join(option for option in possible if option.startswith(word)))
     else:
         say(ZSH + BASH if options.shell == "zsh" else BASH)
     return 0

@@ -3,10 +3,10 @@
 import argparse
 
 from basics import paths
-from papertrail import preregistration, rerun, scheduler
+from papertrail import preregistration, scheduler
 from papertrail import report as papertrail_report
-from papertrail.verify import verify as verify_run
-from study.cli import disk
+from papertrail import verify as verification
+from study.cli import folders
 from study.cli.common import fail, from_here, open_existing, open_intact, say, say_json, warn_if_behind
 from study.run import project
 
@@ -16,10 +16,11 @@ def verify(options: argparse.Namespace) -> int:
     progress = (lambda line: None) if options.json else say
     try:
         if options.rerun:
-            count, problems = len(run.require(options.rerun)["outputs"]), rerun.rerun(run, options.rerun, progress)
+            problems = verification.rerun(run, options.rerun, progress)
+            count = len(run.require(options.rerun)["outputs"])
             kept = f"stage {options.rerun} came out the same, times apart"
         else:
-            count, problems = verify_run(run, progress, disk.cache_notes())
+            count, problems = verification.verify(run, progress, folders.cache_notes())
             # reads the notebooks just verified
             problems = problems or papertrail_report.rendered(run.path, paths.REPORT)
             kept = f"{count} files are what their run.json says"

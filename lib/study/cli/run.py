@@ -1,4 +1,4 @@
-"""`threefold run`: executes the stages of a run that are not fresh."""
+"""`threefold run` executes the stages of a run that are not fresh; `threefold new` writes a preset for own data."""
 
 import argparse
 import json
@@ -9,14 +9,20 @@ from typing import NoReturn
 from safetensors import SafetensorError, safe_open
 
 from basics import files, machine, names, paths
-from basics.errors import RecordError
 from papertrail import scheduler
 from papertrail.plan import dependents
-from papertrail.run import read_run_file
+from papertrail.run import RUN_FILE
 from study import doctor, stages
+from study import new as studies
 from study.cli.common import fail, say
 from study.preset import TRAINED, load_preset, parse_overrides
 from study.run import Run, data_dir_of, open_run
+
+
+def new(options: argparse.Namespace) -> int:
+    for line in studies.create(options.study, options.text, options.instructions, options.preferences, options.model):
+        say(line)
+    return 0
 
 
 def opened_for(options: argparse.Namespace) -> tuple[Run, set[str] | None]:
@@ -78,11 +84,8 @@ def _resumed(run: Run) -> str:
         folder = run.partial_folder(stage)
         if names.replicate_of(stage)[0] not in TRAINED or not folder.is_dir():
             continue
-        try:
-            begun = read_run_file(folder) or {"fingerprint": {}}
-        except RecordError:
-            begun = {"fingerprint": {}}
-        same = begun["fingerprint"].get("digest") == run.fingerprint(stage).digest
+        begun = files.read_note(folder / RUN_FILE)
+        same = begun is not None and begun["fingerprint"].get("digest") == run.fingerprint(stage).digest
         if same and (folder / "training.json").is_file():
             places.append(f"{stage} is trained")
         else:

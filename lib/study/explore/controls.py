@@ -74,7 +74,8 @@ def controls(run: Run, of: Callable[..., Shown], **settings: Any) -> dict[str, A
         "layer": (0, run.preset.model.n_layer),
         "head": (0, run.preset.model.n_head),
     }
-    values = {name: one.default for name, one in list(inspect.signature(of).parameters.items())[1:]} | settings
+    parameters = list(inspect.signature(of).parameters.values())[1:]  # after the run
+    values = {parameter.name: parameter.default for parameter in parameters} | settings
     if of is view.items and len(evaluated) > 1:
         names = ("first", "second", "protocol")
         values |= zip(names, results.opening(run, *(values[name] for name in names)), strict=True)

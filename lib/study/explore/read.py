@@ -195,11 +195,11 @@ def texts(run: Run, model: str, protocol: str) -> dict[int, dict[str, str]]:
     rows, messages = each(
         named, lambda key: _rows(named[key], run.data_dir, data.get("fingerprint"), data.get("examples"))
     )
-    found = [(named[key], of_key) for key, of_key in rows.items() if of_key is not None]
-    if not found:
+    measured = [(named[key], of_key) for key, of_key in rows.items() if of_key is not None]
+    if not measured:
         reasons = "; ".join(messages) or "its files or its keys have changed"
         raise RecordError(f"[evaluation] now reads other data than {protocol} was measured on: {reasons}")
-    source, items_of = found[0]
+    source, items_of = measured[0]
     if "/lines-" in protocol:
         wikitext = sources.resolve(source, run.data_dir).reader.startswith("wikitext")
         items_of = perplexity.first_lines(items_of, wikitext)

@@ -169,7 +169,7 @@ def losses(
     if not 0 <= low < high <= 1:
         raise ConfigError(f"span = ({low:g}, {high:g}): expected 0 <= begin < end <= 1")
     runs = [run, *(read.open_run(name) for name in read.split(overlay) if name != run.name)]
-    wanted = {(stage, one.name): one for stage in read.chosen(run, stages) for one in runs if stage in one.plan}
+    wanted = {(stage, drawn.name): drawn for stage in read.chosen(run, stages) for drawn in runs if stage in drawn.plan}
     read_curves, messages = read.each(wanted, lambda key: read.loss_curve(wanted[key], key[0], points=20_000))
     curves = {key: curve for key, curve in read_curves.items() if curve.get("loss")}
     stages = list(dict.fromkeys(stage for stage, _ in curves))
@@ -184,7 +184,7 @@ def losses(
         heldout = pd.Series(curve["heldout"].get("loss", []), curve["heldout"].get(against, []), dtype=float)
         begin, end = low * frame.index[-1], high * frame.index[-1]
         part, label = frame.loc[begin:end], "training" if len(runs) == 1 else name
-        style, marker = STYLES[[one.name for one in runs].index(name) % len(STYLES)]
+        style, marker = STYLES[[drawn.name for drawn in runs].index(name) % len(STYLES)]
         line = {"color": naming.colour(replicate_of(stage)[0]), "linestyle": style}
         axes[stage].plot(part["loss"], **line, linewidth=0.6, alpha=0.3 if smoothing else 1.0)
         axes[stage].plot(part["smooth"], **line, linewidth=1.6 if smoothing else 0.6, label=label)

@@ -8,10 +8,8 @@ use.
 An `Exclusion` leaves out what a source shares with evaluation sets; the tokenizer is trained on text without it, too.
 """
 
-import os
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +17,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from basics.errors import DataError
-from basics.files import damaged, read_note, sha256_json, sha256_tree, write_note
+from basics.files import atomic_folder, damaged, read_note, sha256_json, sha256_tree, write_note
 from basics.paths import cache_folder
 from basics.source_code import code_fingerprint
 from threefold.config import ModelConfig, SourceConfig
-from threefold.data.documents import Documents
+from threefold.data.arrays import Documents
 from threefold.data.exclusion import Exclusion, no_exclusion
 from threefold.data.packing import PackedRows, PairedRows, pack_documents, pack_examples, pack_pairs
 from threefold.data.sources import iterate, odd_rows, resolve
@@ -95,59 +93,29 @@ def _shortened(names: tuple[str, ...]) -> list[str]:
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def pretraining_rows(
+def rows(
+    form: Form,
     sources: Iterable[SourceConfig],
     tokenizer: PreTrainedTokenizerFast,
     config: ModelConfig,
     data_dir: str | Path = "",
     exclude: Exclusion | None = None,
-) -> PackedRows:
-    """The rows of a mixture of sources for next-token training (and its held-out loss).
+) -> PackedRows | PairedRows:
+    """The rows of a mixture of sources in a form (see `tokenise`): "documents" for next-token training and its held-out
+    loss, "examples" for fine-tuning, "pairs" for preferences. `n_dropped` counts the examples, or pairs, that are too
+    long for a row.
 
     The tokenizer must have as many sinks as `config.sinks`: see `with_sinks`.
     """
-    streams = _streams(sources, tokenizer, data_dir, exclude, "documents")
-    return pack_documents(streams, config, tokenizer.eos_token_id, sink_ids(tokenizer))
-
-
-def example_rows(
-    sources: Iterable[SourceConfig],
-    tokenizer: PreTrainedTokenizerFast,
-    config: ModelConfig,
-    data_dir: str | Path = "",
-    exclude: Exclusion | None = None,
-) -> PackedRows:
-    """The rows of a mixture of (prompt, response) sources for fine-tuning.
-
-    `n_dropped` counts the examples that are too long for a row.
-    """
-    streams = _streams(sources, tokenizer, data_dir, exclude, "examples")
-    return pack_examples(streams, config, tokenizer.eos_token_id, sink_ids(tokenizer))
-
-
-def preference_rows(
-    sources: Iterable[SourceConfig],
-    tokenizer: PreTrainedTokenizerFast,
-    config: ModelConfig,
-    data_dir: str | Path = "",
-    exclude: Exclusion | None = None,
-) -> PairedRows:
-    """The pairs of a mixture of preference sources; `n_dropped` counts those with a side too long for a row."""
-    streams = _streams(sources, tokenizer, data_dir, exclude, "pairs")
-    return pack_pairs(streams, config, tokenizer.eos_token_id, sink_ids(tokenizer))
-
-
-def _streams(
-    sources: Iterable[SourceConfig],
-    tokenizer: PreTrainedTokenizerFast,
-    data_dir: str | Path,
-    exclude: Exclusion | None,
-    form: Form,
-) -> list[Documents]:
     streams = [tokenise(source, tokenizer, data_dir, exclude, form) for source in sources]
     if not streams:
         raise DataError("no source is named in this part of the preset's data section")
-    return streams
+    pack = {"documents": pack_documents, "examples": pack_examples, "pairs": pack_pairs}[form]
+    return pack(streams, config, tokenizer.eos_token_id, sink_ids(tokenizer))
+
+
+# `rows` of each form: (sources, tokenizer, config, data_dir, exclude) -> PackedRows, of pairs PairedRows
+pretraining_rows, example_rows, preference_rows = (partial(rows, form) for form in ("documents", "examples", "pairs"))
 
 
 # Tokens and their cache -----------------------------------------------------------------------------------------------
@@ -225,31 +193,24 @@ def _encoded_examples(
 def _write(
     folder: Path, pieces: Iterator[tuple[np.ndarray, int]], tokenizer: PreTrainedTokenizerFast, facts: dict[str, str]
 ) -> None:
-    """Write a token stream to a temporary folder and rename it. Another process may do the same at the same time."""
+    """Write a token stream. Another process may do the same at the same time: then either one's files stay."""
     dtype = np.dtype("<u2" if len(tokenizer) <= 1 << 16 else "<u4")
     eos = np.array([tokenizer.eos_token_id], dtype).tobytes()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name[:16]}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir()
     try:
-        lengths, prompts = [], []
-        with open(temporary / "tokens.bin", "wb") as file:
-            file.write(eos)
-            for ids, prompt in pieces:
-                file.write(ids.astype(dtype).tobytes() + eos)
-                lengths.append(len(ids) + 1)
-                prompts.append(prompt)
-        np.save(temporary / "offsets.npy", np.concatenate(([1], 1 + np.cumsum(lengths, dtype=np.int64))))
-        np.save(temporary / "prompts.npy", np.array(prompts, np.int64))
-        write_note(temporary / META, {**facts, "dtype": dtype.str, "files": sha256_tree(temporary)})
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not _intact(folder):
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with atomic_folder(folder) as temporary:
+            lengths, prompts = [], []
+            with open(temporary / "tokens.bin", "wb") as file:
+                file.write(eos)
+                for ids, prompt in pieces:
+                    file.write(ids.astype(dtype).tobytes() + eos)
+                    lengths.append(len(ids) + 1)
+                    prompts.append(prompt)
+            np.save(temporary / "offsets.npy", np.concatenate(([1], 1 + np.cumsum(lengths, dtype=np.int64))))
+            np.save(temporary / "prompts.npy", np.array(prompts, np.int64))
+            write_note(temporary / META, {**facts, "dtype": dtype.str, "files": sha256_tree(temporary)})
+    except OSError:
+        if not _intact(folder):
+            raise
 
 
 def _intact(folder: Path) -> bool:

@@ -8,12 +8,12 @@ data card at the top of the folder (README.md, `configs`). Where `datasets` gues
 import fnmatch
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from basics.errors import SourceError
+from basics.names import first_few
 from threefold.data.rows import PLAIN, TABULAR, suffix
 
 SPLIT_WORDS = {
@@ -33,18 +33,10 @@ NOT_DATA = re.compile(  # stems of files that describe data
 WAY_OUT = "name the files by `path`, which may be a pattern such as 'books/*.txt'"
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The files of a split, sorted, and the names of those left out, with the reason."""
-
-    files: tuple[Path, ...]
-    left_out: tuple[str, ...] = ()
-
-
 def files_in(folder: Path) -> list[Path]:
     """The files under a folder, sorted; links are followed. Hidden files, caches and what begins with `__` are left
     out, as `datasets` does. Raises SourceError for a link to nothing."""
-    found, visited = [], set()
+    files, visited = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         if real in visited:  # a link that leads back
@@ -52,15 +44,16 @@ def files_in(folder: Path) -> list[Path]:
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")) and name not in CACHES)
-        found += [Path(root, name) for name in names if not name.startswith((".", "__"))]
-    for path in found:
+        files += [Path(root, name) for name in names if not name.startswith((".", "__"))]
+    for path in files:
         if not path.exists():
             raise SourceError(f"{path}: a link to a file that does not exist ({os.readlink(path)})")
-    return sorted(path for path in found if path.is_file())
+    return sorted(path for path in files if path.is_file())
 
 
-def select(folder: Path, split: str) -> Selection:
-    """The data files of a split. If no file names a split, they are all files.
+def select(folder: Path, split: str) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """(the data files of a split, sorted; the names of those left out, with the reason). If no file names a split, all
+    files belong to it.
 
     Raises SourceError if there are none, or if the names leave open which are meant.
     """
@@ -88,8 +81,7 @@ def select(folder: Path, split: str) -> Selection:
         raise SourceError(f"{folder}: split {split!r} has files of several forms ({', '.join(forms)}): {WAY_OUT}")
     if twice := [path for path in chosen if path.suffix == ".gz" and path.with_suffix("") in chosen]:
         raise SourceError(f"{folder}: {_names(folder, twice)} is there unpacked, too: remove one, or {WAY_OUT}")
-    left_out = [f"{_name(folder, path)} ({reason})" for path, reason in sorted(reasons.items())]
-    return Selection(tuple(chosen), tuple(left_out))
+    return tuple(chosen), tuple(f"{_name(folder, path)} ({reason})" for path, reason in sorted(reasons.items()))
 
 
 def _of_split(folder: Path, data: list[Path], split: str) -> list[Path]:
@@ -137,7 +129,7 @@ def _declared(folder: Path, data: list[Path]) -> dict[str, list[Path]] | None:
     card = folder / "README.md"
     try:
         configs = (metadata_load(card) or {}).get("configs") if card.is_file() else None
-    except (ValueError, yaml.YAMLError):  # a README that is no card
+    except (ValueError, yaml.YAMLError):  # a README that is not a data card
         return None
     configs = [entry for entry in configs if isinstance(entry, dict)] if isinstance(configs, list) else []
     default = [entry for entry in configs if entry.get("default") is True or entry.get("config_name") == "default"]
@@ -153,13 +145,11 @@ def _declared(folder: Path, data: list[Path]) -> dict[str, list[Path]] | None:
         patterns = sanitize_patterns(config["data_files"])
     except (ValueError, TypeError) as error:
         raise SourceError(f"{card}: its data_files cannot be read: {error}") from error
+    patterns = {name: [str(part).removeprefix("./") for part in parts] for name, parts in patterns.items()}
     return {
-        name: [path for path in data if _matches(path.relative_to(folder), parts)] for name, parts in patterns.items()
+        name: [path for path in data if any(fnmatch.fnmatch(_name(folder, path), part) for part in parts)]
+        for name, parts in patterns.items()
     }
-
-
-def _matches(path: Path, patterns: list[str]) -> bool:
-    return any(fnmatch.fnmatch(path.as_posix(), pattern.removeprefix("./")) for pattern in map(str, patterns))
 
 
 def _name(folder: Path, path: Path) -> str:
@@ -167,5 +157,4 @@ def _name(folder: Path, path: Path) -> str:
 
 
 def _names(folder: Path, paths: list[Path]) -> str:
-    more = f" and {len(paths) - 8:,} more" if len(paths) > 8 else ""
-    return ", ".join(_name(folder, path) for path in paths[:8]) + more
+    return first_few([_name(folder, path) for path in paths], 8)

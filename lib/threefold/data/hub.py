@@ -57,7 +57,7 @@ def cached(repository: str, config: str, commit: str = "") -> Any | None:
 
 def load(location: str, config: str, split: str, revision: str, label: str, builder: Any | None = None) -> Any:
     """The rows of a split: of a hub repository at a revision, of a local clone of one, or of a cached builder. The
-    config "*" stands for all configs of the repository, one after the other.
+    config "*" means all configs of the repository, one after the other.
 
     Raises SourceError, which starts with `label`, if they cannot be loaded or the files are not of an allowed format.
     """
@@ -169,19 +169,17 @@ def _quiet() -> Iterator[None]:
     import datasets
     from huggingface_hub import utils
 
-    bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    hub_bars = not utils.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    utils.disable_progress_bars()
+    verbosity = datasets.logging.get_verbosity()
+    loud = [library for library in (datasets, utils) if not library.are_progress_bars_disabled()]
     datasets.logging.set_verbosity_error()
+    for library in loud:
+        library.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(verbosity)
-        if bars:
-            datasets.enable_progress_bars()
-        if hub_bars:
-            utils.enable_progress_bars()
+        for library in loud:
+            library.enable_progress_bars()
 
 
 def network_errors() -> tuple[type[Exception], ...]:

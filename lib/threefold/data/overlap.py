@@ -8,7 +8,7 @@ than 10 documents of the training source contain the run. Such a run is a templa
   and ends words at spaces.) WikiText's `1 @,@ 000` and SST-2's `does n't` then have the words of `1,000` and `doesn't`;
   `<unk>` and PTB's brackets (`-lrb-`) are not words.
 - An evaluation question (see `pieces`) of 8 to 12 words is searched for as a whole. GPT-3's analysis used runs of as
-  few as 8 words; lm-eval skips such texts. A short answer alone is no evidence of its item.
+  few as 8 words; lm-eval skips such texts. A short answer alone is not evidence of its item.
 - *Exact lines* of 8 words or more count as evidence. From 13 words on they count no matter how many documents contain
   them: a paragraph is copied, a phrase is common. A training item's question that equals the whole question of an
   evaluation item counts at any length. A shorter line inside running text does not.
@@ -209,11 +209,7 @@ class Index:
     """
 
     def __init__(
-        self,
-        sets: Mapping[str, tuple[str, Iterable[str | Mapping]]],
-        ngram: int = 13,
-        common: int = 10,
-        line: int = 8,
+        self, sets: Mapping[str, tuple[str, Iterable[str | Mapping]]], ngram: int = 13, common: int = 10, line: int = 8
     ):
         """sets: {name: (reader, items)}. ngram: words of a run. common: an n-gram in more documents of a source than
         this is a template; -1: none is. line: the minimum words of a line, or of a whole evaluation text, as evidence.
@@ -282,9 +278,7 @@ class Index:
 
     def search(self, reader: str, items: Iterable[str | Mapping]) -> "Overlap":
         """What a training source shares with the sets, in one pass."""
-        hits: list[tuple[np.ndarray, np.ndarray]] = []  # (unit, hash); units are numbered over those with a hit
-        owners: list[tuple[int, int]] = []
-        sizes: list[np.ndarray] = []
+        hits = [np.empty((4, 0), np.int64)]  # of each: document, part of it, hash, words of the part
         holders = np.zeros(len(self.hashes), np.int64)  # documents that contain each hash
         copies = self.ways >= LINE
         common = self.common if self.common >= 0 else np.iinfo(np.int64).max
@@ -293,33 +287,21 @@ class Index:
             unit, place, counts = self.find(chunk)
             total += int(counts.sum())
             documents = chunk.owner[-1][0] + 1
-            if not len(unit):
-                continue
-            document = np.array([number for number, _ in chunk.owner])
-            np.add.at(holders, np.unique(np.stack([document[unit], place], axis=1), axis=0)[:, 1], 1)
+            document, part = np.array(chunk.owner)[unit].T
+            np.add.at(holders, np.unique(np.stack([document, place], axis=1), axis=0)[:, 1], 1)
             wanted = copies[place] | (holders[place] <= common)  # a hash that is a template by now need not be kept
-            unit, place = unit[wanted], place[wanted]
-            kept, unit = np.unique(unit, return_inverse=True)
-            hits.append((unit + len(owners), place))
-            owners += [chunk.owner[index] for index in kept]
-            sizes.append(counts[kept])
+            hits.append(np.stack([document, part, place, counts[unit]])[:, wanted])
         overlap = Overlap(documents, total, templates=int(((holders > common) & ~copies).sum()))
-        if not hits:
-            return overlap
-        unit, place = (np.concatenate(part) for part in zip(*hits, strict=True))
-        evidence = copies[place] | (holders[place] <= common)
-        unit, place = unit[evidence], place[evidence]
-        document = np.array([number for number, _ in owners])[unit]
+        every = np.concatenate(hits, axis=1)
+        document, part, place, size = every[:, copies[every[2]] | (holders[every[2]] <= common)]
         for number, name in enumerate(self.names):
             inside = (self.sets[place] >> np.uint64(number)) & np.uint64(1) == 1
             ways = {"ngram": inside & (self.ways[place] == GRAM), "exact": inside & (self.ways[place] != GRAM)}
             if inside.any():
                 overlap.sets[name] = {way: len(np.unique(document[here])) for way, here in ways.items()}
-        size = np.concatenate(sizes)
-        for index in np.unique(unit).tolist():
-            number, part = owners[index]
-            overlap.drop.setdefault(number, []).append(part)
-            overlap.words_dropped += int(size[index])
+        for number, piece, n_words in np.unique(np.stack([document, part, size], axis=1), axis=0).tolist():
+            overlap.drop.setdefault(number, []).append(piece)
+            overlap.words_dropped += n_words
         return overlap
 
 
@@ -328,7 +310,7 @@ class Overlap:
     """What a training source shares with the evaluation sets.
 
     documents, words: number searched. sets: {set: {"ngram": documents that share an n-gram, "exact": documents that
-    share a line or a question}}. templates: runs and shorter lines of the sets that are no evidence, because more than
+    share a line or a question}}. templates: runs and shorter lines of the sets that are not evidence, because more than
     `common` documents contain them. drop: {document: its parts with evidence}, both numbered from 0. words_dropped:
     words of these parts.
     """

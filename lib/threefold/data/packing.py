@@ -25,7 +25,7 @@ batches are gathered from it.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,8 +33,7 @@ from torch import Tensor
 
 from basics.errors import DataError
 from threefold.config import ModelConfig
-from threefold.data.arrays import best_fit, ranges, shuffled
-from threefold.data.documents import Documents
+from threefold.data.arrays import Documents, best_fit, ranges, shuffled
 from threefold.segments import PADDING, SINK, TRUNK_SHIFT
 
 IGNORE = -100  # the target of a position that is not learned (torch's cross-entropy default)
@@ -88,7 +87,7 @@ class _Pieces:
 
     start: place of the first input in the joined streams. length: number of inputs. masked: how many leading targets
     are not learned. opens: whether the piece begins a document. trunk: how many pieces before this one its trunk is, in
-    the same row (0: it is no branch).
+    the same row (0: it is not a branch).
     """
 
     start: np.ndarray
@@ -224,7 +223,7 @@ class PackedRows(_Packed):
         return self.n_tokens / (len(self) * self.width)
 
     def rows(self, index: Sequence[int] | np.ndarray) -> Batch:
-        """The batch of these rows, in this order; -1 stands for a row that is all padding."""
+        """The batch of these rows, in this order; -1 is a row of padding only."""
         index = np.asarray(index, np.int64)
         counts = np.where(index < 0, 0, self._offsets[index + 1] - self._offsets[index])
         rows = np.repeat(np.arange(len(index)), counts)
@@ -362,13 +361,9 @@ def pack_documents(
     counts = -(-whole.length // layout.capacity)
     part = ranges(np.zeros_like(counts), counts)
     pieces = whole.take(np.repeat(np.arange(len(counts)), counts))
-    pieces = _Pieces(
-        start=pieces.start + part * layout.capacity,
-        length=np.minimum(layout.capacity, pieces.length - part * layout.capacity),
-        masked=pieces.masked,
-        opens=part == 0,
-        trunk=pieces.trunk,
-    )
+    before = part * layout.capacity
+    length = np.minimum(layout.capacity, pieces.length - before)
+    pieces = replace(pieces, start=pieces.start + before, length=length, opens=part == 0)
     return PackedRows(layout, pieces, len(counts))
 
 

@@ -45,7 +45,7 @@ def _string(row: Row, *columns: str, default: str | None = None) -> str:
             if not isinstance(value, str):
                 raise DataError(f"{row.place}: column {column!r} holds {kind_of(value)}, expected text")
             if SURROGATE.search(value):
-                raise DataError(f"{row.place}: column {column!r} holds half of a surrogate pair, which is no text")
+                raise DataError(f"{row.place}: column {column!r} holds half of a surrogate pair, which is not text")
             return value
     if default is not None:
         return default
@@ -168,8 +168,8 @@ def with_final_number(answer: str) -> str | None:
         boxed = re.findall(r"\\boxed\{([^{}]*)\}", answer)
         said = re.findall(r"(?i)answer\s*(?:is|[:=])(.*)", answer)
         solution, final = answer, (boxed or said or [answer])[-1]
-    found = _NUMBER.findall(final.replace("\N{MINUS SIGN}", "-"))
-    numbers = {re.sub(r"\.0+$", "", re.sub(r"[,$]", "", number)) for number in found}
+    written = _NUMBER.findall(final.replace("\N{MINUS SIGN}", "-"))
+    numbers = {re.sub(r"\.0+$", "", re.sub(r"[,$]", "", number)) for number in written}
     if len(numbers) != 1:
         return None
     number = numbers.pop()

@@ -78,7 +78,7 @@ def find(name: str) -> Source:
 
 
 def check_reader(reader: str, where: str = "reader") -> None:
-    """Raise SourceError for a name that is no reader's."""
+    """Raise SourceError for a name that no reader has."""
     if reader not in readers.READERS:
         near = did_you_mean(reader, readers.READERS)
         raise SourceError(f"{where}: no reader {reader!r}{near}: allowed are {', '.join(readers.READERS)}")

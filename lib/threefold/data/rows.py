@@ -76,7 +76,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """(number, line) without line ends. Only "\\n" and "\\r\\n" end a line; U+2028 and the like stand in real data."""
+    """(number, line) without line ends. Only "\\n" and "\\r\\n" end a line: real data contain U+2028 and the like."""
     return ((number, line.rstrip("\r\n")) for number, line in enumerate(io.StringIO(text, newline="\n"), start=1))
 
 
@@ -136,7 +136,7 @@ def _with_heading(path: Path, records: Iterator[tuple[int, list[str]]]) -> Itera
     """Rows from (line, cells), the first of which are the names of the columns."""
     number, heading = next(records, (1, []))
     if twice := [name for name in heading if heading.count(name) > 1]:
-        raise DataError(f"{path}:{number}: column {twice[0]!r} stands more than once in the heading")
+        raise DataError(f"{path}:{number}: column {twice[0]!r} appears more than once in the heading")
     for number, cells in records:
         if len(cells) != len(heading):
             raise DataError(
@@ -154,7 +154,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         with pyarrow.parquet.ParquetFile(path) as file:
             number, names = 0, file.schema_arrow.names
             if twice := [name for name in names if names.count(name) > 1]:
-                raise DataError(f"{path}: column {twice[0]!r} stands more than once")
+                raise DataError(f"{path}: column {twice[0]!r} appears more than once")
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1

@@ -86,7 +86,7 @@ def resolve(config: SourceConfig, data_dir: str | Path = "") -> Resolved:
     reader = config.reader or source.reader
     check_reader(reader)
 
-    def found(kind: str, files: tuple[Path, ...] = (), folder: Path = paths.DATA, commit: str = "") -> Resolved:
+    def resolved(kind: str, files: tuple[Path, ...] = (), folder: Path = paths.DATA, commit: str = "") -> Resolved:
         on_hub = f"hub:{source.hub}@{commit}:{source.config or 'default'}:{source.splits.get(split)}"
         names = tuple(file.relative_to(folder).as_posix() for file in files)
         content = _content(files) if files else on_hub
@@ -94,28 +94,28 @@ def resolve(config: SourceConfig, data_dir: str | Path = "") -> Resolved:
 
     if source.embedded:
         if files := _local_files(paths.DATA, source, split):
-            return found("embedded", files)
+            return resolved("embedded", files)
         raise SourceError(
             f"embedded source {source.name!r}, split {split!r}: data/{', '.join(source.local[split][0])} is missing: "
             "restore it with `git checkout data/sample`"
         )
     folder = local_folder(data_dir)
     if folder and (files := _local_files(folder, source, split)):
-        return found("local", files, folder)
+        return resolved("local", files, folder)
     places = [_not_local(folder, source, split)]
     if split not in source.splits:
         raise _not_found(source, split, [*places, f"the hub's {source.hub} has no such split"])
     commit = source.revision or hub.recorded_commit(source.hub)
     copy = hub.cached(source.hub, source.config, commit)
     if copy and source.splits[split] in copy.info.splits:
-        return found("cache", commit=copy.hash)
+        return resolved("cache", commit=copy.hash)
     if _read_in_part(source, config) and hub.files_are_known(source.hub, source.config, source.splits[split], commit):
-        return found("cache", commit=commit)
+        return resolved("cache", commit=commit)
     other = hub.cached(source.hub, source.config) if commit else None
     cache = f"the Hugging Face cache has no {_hub_label(source)}"
     places.append(cache + (f" at commit {commit[:12]}, only {other.hash[:12]}" if other else ""))
     try:
-        return found("hub", commit=hub.resolve_commit(source.hub, commit))
+        return resolved("hub", commit=hub.resolve_commit(source.hub, commit))
     except SourceError as error:
         raise _not_found(source, split, [*places, str(error)]) from error
 
@@ -190,8 +190,7 @@ def _resolve_path(config: SourceConfig, data_dir: str | Path) -> Resolved:
         raise SourceError(f"path {config.path!r} needs a reader: {', '.join(readers.READERS)}")
     check_reader(config.reader)
     if path is not None and path.is_dir():
-        selection = select(path, config.split)
-        files, left_out = selection.files, selection.left_out
+        files, left_out = select(path, config.split)
         names = tuple(file.relative_to(path).as_posix() for file in files)
     else:
         files, left_out = files or (path,), ()
@@ -309,7 +308,8 @@ def _dataset_rows(resolved: Resolved, config: SourceConfig) -> Iterator[Row]:
         names = hub.files(source.hub, source.config, split, commit, label)
         hub.record_commit(source.hub, commit)
         if len(names) > 1 and all(suffix(Path(name)) in TABULAR for name in names):
-            return _rows_of_files(source.hub, names, commit, label)
+            # a file is downloaded when its first row is asked for
+            return (row for name in names for row in read_rows(hub.download(source.hub, name, commit, label)))
     rows = hub.load(location, source.config, split, commit, label, copy)
     if commit:
         hub.record_commit(source.hub, commit)
@@ -324,12 +324,6 @@ def rows_needed(source: Source, config: SourceConfig) -> int:
 def _read_in_part(source: Source, config: SourceConfig) -> bool:
     """Whether a source of the hub need not be downloaded whole."""
     return config.max_examples >= 0 and not source.shuffle and source.config != "*"
-
-
-def _rows_of_files(repository: str, names: list[str], commit: str, label: str) -> Iterator[Row]:
-    """The rows of a hub repository's files, each of which is downloaded when its first row is asked for."""
-    for name in names:
-        yield from read_rows(hub.download(repository, name, commit, label))
 
 
 def gpt2_tokenizer_file(data_dir: str | Path = "") -> Path:

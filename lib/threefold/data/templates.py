@@ -63,7 +63,7 @@ class Form:
 
 FORMS = {
     "dialogue": Form(dialogue_prompt, ("\n\nHuman:",), turns=True),
-    # "Give the last word. ### Words: pie hen net": what stands behind ### is the input
+    # "Give the last word. ### Words: pie hen net": the text after ### is the input
     "instruction": Form(lambda message: instruction_prompt(*message.split(" ### ", 1)), ("\n###",)),
     "question": Form(problem_prompt, ("Question:",)),
     "text": Form(lambda message: message),

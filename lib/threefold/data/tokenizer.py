@@ -5,7 +5,6 @@ and pads. A tokenizer with sinks puts them before every sequence by itself (its 
 vLLM or llama.cpp run the model as it was trained.
 """
 
-import codecs
 import copy
 import json
 import re
@@ -26,6 +25,7 @@ from threefold.data.templates import chat_template
 BOS = "<|bos|>"
 EOS = "<|endoftext|>"
 BYTES = 256  # every byte is a token of its own
+CHUNK = 2048  # texts tokenised at a time
 
 
 def sink_tokens(sinks: int) -> list[str]:
@@ -140,7 +140,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     refuse_pointer(file)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises a bare Exception for a file that is no tokenizer
+    except Exception as error:  # tokenizers raises a bare Exception for a file that is not a tokenizer
         said = " ".join(str(error).split())[:300]
         raise SourceError(f"{folder}: its tokenizer cannot be read: {type(error).__name__}: {said}") from error
     for key in ("local_files_only", "trust_remote_code"):  # how it was loaded would be saved with it
@@ -161,41 +161,25 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     return sha256_json(state)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], chunk: int = 2048) -> Iterator[np.ndarray]:
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Iterator[np.ndarray]:
     """The ids of each text, uint32, without sinks and EOS. What looks like a special token in a text is plain text."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.encode_special_tokens = True
     backend.no_padding()
     backend.no_truncation()
     texts = iter(texts)
-    while batch := list(islice(texts, chunk)):
+    while batch := list(islice(texts, CHUNK)):
         for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
             yield np.array(encoding.ids, np.uint32)
 
 
 def decode_stream(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids as they come, special tokens left out; a token may hold a part of a character only, which waits
-    for the rest. The pieces together are what `tokenizer.decode` makes of all ids, less a character cut off at the end.
-    The tokenizer must be a byte-level BPE, as all are here."""
-    special = set(tokenizer.all_special_ids)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    """The text of ids as they come, special tokens left out. A token may hold only a part of a character, which waits
+    for the rest. The pieces together are what `tokenizer.decode` makes of all ids, but for an incomplete end."""
+    stream = decoders.DecodeStream(skip_special_tokens=True)
     for id in ids:
-        if id in special:
-            continue
-        piece = decoder.decode(bytes(_BYTES[char] for char in tokenizer.convert_ids_to_tokens(id)))
-        if piece:
+        if piece := stream.step(tokenizer.backend_tokenizer, id):
             yield piece
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level BPE's tokens stands for (GPT-2's encoder.py): printable ones stand
-    for themselves, the others are counted from U+0100."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(BYTES) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(BYTES + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()
 
 
 def _prefixing(prefix: list[str], ids: list[int]) -> processors.PostProcessor:
@@ -204,8 +188,6 @@ def _prefixing(prefix: list[str], ids: list[int]) -> processors.PostProcessor:
         return offsets
     before = " ".join(prefix)
     template = processors.TemplateProcessing(
-        single=f"{before} $A",
-        pair=f"{before} $A $B:1",
-        special_tokens=list(zip(prefix, ids, strict=True)),
+        single=f"{before} $A", pair=f"{before} $A $B:1", special_tokens=list(zip(prefix, ids, strict=True))
     )
     return processors.Sequence([offsets, template])

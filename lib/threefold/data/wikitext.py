@@ -16,7 +16,7 @@ def split_lines(text: str) -> list[str]:
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
-    """The articles of WikiText's lines (each with its newline), whose texts end to end are the lines again.
+    """The articles of WikiText's lines (each with its newline), whose texts, joined, are the lines again.
 
     An article begins at a title, ` = Title = ` between blank lines: 60 of them in WikiText-2's test, 60 in its
     validation and 600 in its training split, as published. Blank lines before the first title belong to the first

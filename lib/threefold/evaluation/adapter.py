@@ -99,7 +99,7 @@ class LanguageModel:
         """The Decoder that runs. Raises EvaluationError where transformers' own model does."""
         if not isinstance(self.backend, DecoderBackend):
             raise EvaluationError(
-                f"{self.name} runs through transformers: {type(self.backend.model).__name__} is no Decoder"
+                f"{self.name} runs through transformers: {type(self.backend.model).__name__} is not a Decoder"
             )
         return self.backend.model
 
@@ -123,19 +123,13 @@ class LanguageModel:
     # Where models come from ------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_checkpoint(
-        cls,
-        folder: str | Path,
-        name: str | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device | None = None,
-    ) -> "LanguageModel":
+    def from_checkpoint(cls, folder: str | Path, name: str = "", **options: Any) -> "LanguageModel":
         """A checkpoint folder: one of ours, or any transformers causal LM in safetensors.
 
+        options: `dtype` (default: torch.float32) and `device` (default: as `pick_device`).
         Raises CheckpointError (missing, extra or misshapen weights; no safetensors) or SourceError (no such folder).
         """
-        return cls.from_model(*loading.from_folder(folder, name, dtype, device))
+        return cls.from_model(*loading.from_folder(folder, name, **options))
 
     @classmethod
     def from_location(
@@ -144,18 +138,17 @@ class LanguageModel:
         revision: str = "",
         data_dir: str | Path | None = None,
         *,
-        name: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device | None = None,
+        name: str = "",
+        **options: Any,
     ) -> "LanguageModel":
         """A folder, `package:NAME/FILE.gguf` inside an installed package, or a hub id (cache first, then the hub).
 
-        A folder may also be inside `data_dir`. Raises SourceError naming every place that was tried, and
-        CheckpointError as `from_checkpoint`.
+        A folder may also be inside `data_dir`. options: as for `from_checkpoint`. Raises SourceError naming every place
+        that was tried, and CheckpointError as `from_checkpoint`.
         """
         if isinstance(location, ExternalConfig):
-            name, revision, location = name or location.name or None, location.revision, location.location
-        return cls.from_model(*loading.from_location(location, revision, data_dir, name, dtype, device))
+            name, revision, location = name or location.name, location.revision, location.location
+        return cls.from_model(*loading.from_location(location, revision, data_dir, name, **options))
 
     @classmethod
     def from_model(
@@ -180,13 +173,7 @@ class LanguageModel:
 
     @classmethod
     def random(
-        cls,
-        config: ModelConfig,
-        tokenizer: Any,
-        seed: int,
-        name: str = "random",
-        *,
-        device: str | torch.device | None = None,
+        cls, config: ModelConfig, tokenizer: Any, seed: int, name: str = "random", *, device: str | None = None
     ) -> "LanguageModel":
         """The untrained control: freshly initialised weights, hashed like any other."""
         with torch.random.fork_rng(devices=[]):
@@ -202,7 +189,7 @@ class LanguageModel:
             encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError as error:
             wrong = next(text for text in texts if any("\ud800" <= char <= "\udfff" for char in text))
-            raise EvaluationError(f"{wrong[:40]!r} holds half of a surrogate pair, which is no text") from error
+            raise EvaluationError(f"{wrong[:40]!r} holds half of a surrogate pair, which is not text") from error
         return [encoding.ids for encoding in encodings]
 
     def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -340,21 +327,15 @@ class LanguageModel:
 
     # Generation -------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str] = (), *, batch_tokens: int = BATCH_TOKENS
-    ) -> list[str]:
+    ) -> list[tuple[str, int]]:
         """Greedy continuation of each prompt, up to EOS, a stop string (cut off) or `max_new_tokens`; "" if nothing.
+        With each the number of tokens generated: `max_new_tokens` means that it was cut off, not finished.
 
         Raises EvaluationError where a prompt and its new tokens exceed the context.
         """
-        answers = self.generate_with_lengths(prompts, max_new_tokens, stop, batch_tokens=batch_tokens)
-        return [text for text, _ in answers]
-
-    @torch.inference_mode()
-    def generate_with_lengths(
-        self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str] = (), *, batch_tokens: int = BATCH_TOKENS
-    ) -> list[tuple[str, int]]:
-        """As `generate`, with the number of tokens generated: `max_new_tokens` means it was cut off, not finished."""
         ids = [self.prefix_ids + encoded for encoded in self.encode(prompts)]
         longest = max(map(len, ids), default=0)
         if longest + max_new_tokens > self.context:
@@ -365,8 +346,8 @@ class LanguageModel:
         answers: dict[int, tuple[str, int]] = {}
 
         def answer(batch: list[int]) -> None:
-            produced = self._continue([ids[i] for i in batch], batch, max_new_tokens, list(stop))
-            for i, new in zip(batch, produced, strict=True):
+            continued = self._continue([ids[i] for i in batch], batch, max_new_tokens, list(stop))
+            for i, new in zip(batch, continued, strict=True):
                 text = self.tokenizer.decode(new, skip_special_tokens=True)
                 for term in stop:
                     text = text.split(term)[0]

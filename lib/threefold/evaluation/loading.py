@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from basics import paths
 from basics.errors import CheckpointError, SourceError
 from basics.files import sha256_file
+from basics.names import first_few
 from threefold.data import hub
 from threefold.data.tokenizer import load_tokenizer
 from threefold.evaluation.backends import CONTEXT_KEYS
@@ -24,18 +25,18 @@ MAX_LAYERS = 10_000  # of a foreign model: more is a fault of its config.json
 FAULTS = {"missing_keys": "missing", "unexpected_keys": "extra", "mismatched_keys": "misshapen"}
 
 
-class Loaded(NamedTuple):
-    """A model with its tokenizer, as `LanguageModel.from_model` takes them."""
-
-    model: Any  # a Decoder, or a causal language model of transformers
-    tokenizer: Any
-    name: str
-    weights_sha256: str
-    facts: dict[str, Any]
+# Arguments of `LanguageModel.from_model`: a Decoder or a causal language model of transformers, its tokenizer, its
+# name, the SHA-256 of its weights, and facts.
+Loaded = tuple[Any, Any, str, str, dict[str, Any]]
 
 
 def from_folder(
-    folder: str | Path, name: str | None, dtype: torch.dtype, device: Any, facts: dict[str, Any] | None = None
+    folder: str | Path,
+    name: str = "",
+    facts: dict[str, Any] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: Any = None,
 ) -> Loaded:
     """A checkpoint folder; see `LanguageModel.from_checkpoint`."""
     folder, facts = Path(folder), facts or {}
@@ -47,31 +48,28 @@ def from_folder(
         raise CheckpointError(f"{folder} holds an adapter to another model: merge it into a checkpoint of its own")
     if "threefold" in config:
         decoder = hf.load_checkpoint(folder, dtype=dtype, device=device or pick_device())
-        return Loaded(decoder, load_tokenizer(folder), name, hf.weights_sha256(folder), facts)
+        return decoder, load_tokenizer(folder), name, hf.weights_sha256(folder), facts
     weights_sha256 = hf.weights_sha256(folder)
-    model, tokenizer = _with_transformers(folder, name, dtype, device)
-    return Loaded(model, tokenizer, name, weights_sha256, facts)
+    return *_with_transformers(folder, name, dtype, device), name, weights_sha256, facts
 
 
-def from_location(
-    location: str, revision: str, data_dir: str | Path | None, name: str | None, dtype: torch.dtype, device: Any
-) -> Loaded:
+def from_location(location: str, revision: str, data_dir: str | Path | None, name: str = "", **options: Any) -> Loaded:
     """A folder, a package's GGUF file or a hub id; see `LanguageModel.from_location`."""
     if location.startswith("package:"):
         file = _package_file(location)
         name = name or file.stem
-        model, tokenizer = _with_transformers(file.parent, name, dtype, device, gguf_file=file.name)
-        return Loaded(model, tokenizer, name, sha256_file(file), {"location": location})
+        loaded = _with_transformers(file.parent, name, gguf_file=file.name, **options)
+        return *loaded, name, sha256_file(file), {"location": location}
     folders = paths.model_folders(location, data_dir)
     for folder in folders:
         if folder.is_dir():
-            return from_folder(folder, name, dtype, device)
+            return from_folder(folder, name, **options)
     snapshot = _snapshot(location, revision, folders)
     commit = snapshot.name  # the cache keeps each revision in a folder named by its commit
     if len(revision) == 40 and commit != revision:
         raise SourceError(f"{location}: asked for revision {revision}, found {commit}")
     facts = {"location": location, "revision": commit}
-    return from_folder(snapshot, name or location.rpartition("/")[2], dtype, device, facts)
+    return from_folder(snapshot, name or location.rpartition("/")[2], facts, **options)
 
 
 def _snapshot(location: str, revision: str, folders: list[Path]) -> Path:
@@ -105,7 +103,7 @@ def _snapshot(location: str, revision: str, folders: list[Path]) -> Path:
 
 
 def _with_transformers(
-    folder: Path, name: str, dtype: torch.dtype, device: Any, **options: Any
+    folder: Path, name: str, dtype: torch.dtype = torch.float32, device: Any = None, **options: Any
 ) -> tuple[torch.nn.Module, Any]:
     """The model and tokenizer of a folder, every weight accounted for."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # seconds to import
@@ -136,7 +134,7 @@ def _with_transformers(
     for key, fault in FAULTS.items():
         names = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in info.get(key) or ())
         if weights := [name for name in names if not hf.is_buffer(name)]:
-            raise CheckpointError(f"{name}: {fault} weights: {hf.shortened(weights)}")
+            raise CheckpointError(f"{name}: {fault} weights: {first_few(weights, hf.SHOWN)}")
     return model.to(device or pick_device()), tokenizer
 
 

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,7 @@ METRICS = {  # name: (column that the nats are divided by, transform of nats per
     "perplexity": ("tokens", np.exp, "perplexity per token"),
     "bits_per_byte": ("bytes", lambda nats: nats / math.log(2), "bits per byte"),
 }
+PER_TOKEN = ("perplexity", "bits_per_byte")  # the metrics of those definitions that score tokens and not words
 
 
 # The text ------------------------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def lm_eval(model: LanguageModel, data: Dataset, *, scoring: Scoring = SCORING) 
         "windows": len(requests),
         "windows_without_prefix": len(requests) - len(cut),
     }
-    return _evaluation(model, name, items, settings, scoring, tuple(METRICS))
+    return _evaluation(model, name, items, settings, scoring, METRICS)
 
 
 def lines(
@@ -284,7 +286,7 @@ def _windowed(
 
 def _windows(tokens: int, size: int, move: int) -> list[tuple[int, int, int]]:
     """(begin, first scored token, end) of each window that scores a token. The first token of a window is not scored:
-    nothing stands before it.
+    nothing comes before it.
     """
     windows, done = [], 0
     for begin in range(0, tokens, move):
@@ -306,14 +308,11 @@ def _byte_ends(text: str, ends: np.ndarray) -> np.ndarray:
 
 
 def _evaluation(
-    model: LanguageModel,
-    name: str,
-    items: dict | pd.DataFrame,
-    settings: dict,
-    scoring: Scoring,
-    names: tuple[str, ...] = ("perplexity", "bits_per_byte"),
+    model: LanguageModel, name: str, items: Any, settings: dict, scoring: Scoring, names: Sequence[str] = PER_TOKEN
 ) -> Evaluation:
-    """The evaluation of these items (columns document, nats, tokens, words, bytes) under the metrics of these names."""
+    """The evaluation of items (a table or dictionary of the columns document, nats, tokens, words, bytes) under the
+    metrics of these names.
+    """
     items = pd.DataFrame(items)
     metrics = {
         key: scoring.ratio(items["nats"], items[per], unit, "documents", transform=transform)

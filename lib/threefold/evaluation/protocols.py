@@ -12,17 +12,7 @@ from typing import Any
 from basics.errors import EvaluationError
 from threefold.config import EvaluationConfig, SourceConfig
 from threefold.data import sources
-from threefold.evaluation import (
-    instructions,
-    length,
-    minimal_pairs,
-    perplexity,
-    precision,
-    preferences,
-    problems,
-    sentiment,
-    speed,
-)
+from threefold.evaluation import answers, length, pairs, perplexity, precision, sentiment, speed
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import Dataset, Evaluation, Progress, Scoring, quiet
 
@@ -43,7 +33,7 @@ in both: where no metric differs by more than a tenth of its 95% interval, the p
 
 @dataclass(frozen=True)
 class Protocol:
-    """One way to measure: `key` names it in `only=`, the names of its evaluations stand first in its docstring.
+    """One way to measure: `key` names it in `only=`; its docstring begins with the names of its evaluations.
 
     source, demonstrations: keys of [evaluation] that name its data. version: raised when a number would come out
     differently.
@@ -70,14 +60,14 @@ PROTOCOLS = {
         Protocol("stride", "Perplexity, strided windows", perplexity.strided, "perplexity"),
         Protocol("lm-eval", "Perplexity, lm-eval's definition", perplexity.lm_eval, "perplexity"),
         Protocol("lines", "Perplexity, the precedent's 100 lines", perplexity.lines, "lines"),
-        Protocol("blimp", "Minimal pairs", minimal_pairs.blimp, "blimp"),
+        Protocol("blimp", "Minimal pairs", pairs.blimp, "blimp"),
         Protocol("zero-shot", "Sentiment, zero-shot", sentiment.zero_shot, "sentiment"),
         Protocol("few-shot", "Sentiment, few-shot", sentiment.few_shot, *_SENTIMENT),
         Protocol("grid", "Sentiment, every template and draw", sentiment.grid, *_SENTIMENT),
         Protocol("precedent", "Sentiment, the precedent's prompt", sentiment.precedent, *_SENTIMENT),
-        Protocol("problems", "Word problems", problems.few_shot, "problems", "problem_demonstrations"),
-        Protocol("instructions", "Held-out instructions", instructions.responses, "instructions"),
-        Protocol("preferences", "Preference pairs", preferences.pairs, "preferences"),
+        Protocol("problems", "Word problems", answers.problems, "problems", "problem_demonstrations"),
+        Protocol("instructions", "Held-out instructions", answers.instructions, "instructions"),
+        Protocol("preferences", "Preference pairs", pairs.preferences, "preferences"),
         Protocol("speed", "Speed", speed.measure, version=speed.VERSION),
     )
 }
@@ -190,11 +180,11 @@ def _plan(
             rows.append(("few-shot", {"shots": shots, "draws": config.sentiment_draws, **prompts}))
         if shots > 0 and config.sentiment_grid_items > 0:
             rows.append(("grid", {"shots": shots, "first": config.sentiment_grid_items}))
-    answers = {"generations": config.instruction_generations, "new_tokens": config.instruction_new_tokens}
+    tasks = {"generations": config.instruction_generations, "new_tokens": config.instruction_new_tokens}
     rows += [
         ("precedent", {}),
         ("problems", {"shots": config.problem_shots, "new_tokens": config.problem_new_tokens}),
-        ("instructions", answers),
+        ("instructions", tasks),
         ("preferences", {"reference": reference, "beta": beta}),
     ]
     plan = []

@@ -1,6 +1,5 @@
-"""What an evaluation yields: metrics with intervals, the items behind them, and how they came about."""
+"""What an evaluation yields: metrics with intervals, the items behind them, and the settings."""
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -47,13 +46,8 @@ class Evaluation:
 
     def record(self, items_sha256: str | None = None) -> dict[str, Any]:
         """The values published as `evaluation/<model>/<protocol>`."""
-        record: dict[str, Any] = {
-            "model": self.model,
-            "protocol": self.protocol,
-            "weights_sha256": self.weights_sha256,
-            "metrics": self.metrics,
-            "settings": self.settings,
-        }
+        keys = ("model", "protocol", "weights_sha256", "metrics", "settings")
+        record: dict[str, Any] = {key: getattr(self, key) for key in keys}
         if items_sha256 is not None:
             record["items"] = {"file": self.items_file, "sha256": items_sha256, "rows": len(self.items)}
         return record
@@ -65,10 +59,9 @@ def save_items(folder: str | Path, evaluations: Sequence[Evaluation]) -> dict[st
     """
     hashes = {}
     for evaluation in evaluations:
-        buffer = io.BytesIO()
-        evaluation.items.to_parquet(buffer, index=False)
-        atomic_write(Path(folder) / evaluation.items_file, buffer.getvalue())
-        hashes[evaluation.protocol] = sha256_bytes(buffer.getvalue())
+        content = evaluation.items.to_parquet(index=False)
+        atomic_write(Path(folder) / evaluation.items_file, content)
+        hashes[evaluation.protocol] = sha256_bytes(content)
     return hashes
 
 
@@ -145,10 +138,8 @@ class Scoring:
         """The metric of `statistics.bootstrap_ratio`, whose `clusters` and `transform` are the options. `over` names
         the resampled units.
         """
-        interval = statistics.bootstrap_ratio(
-            numerators, denominators, resamples=self.bootstrap, seed=self.seed, **options
-        )
-        return metric(interval, unit, f"bootstrap over {over}")
+        options |= {"resamples": self.bootstrap, "seed": self.seed}
+        return metric(statistics.bootstrap_ratio(numerators, denominators, **options), unit, f"bootstrap over {over}")
 
 
 SCORING = Scoring()

@@ -48,12 +48,7 @@ PRECEDENT = TEMPLATES[1]
 
 
 def zero_shot(
-    model: LanguageModel,
-    data: Dataset,
-    *,
-    templates: int = len(TEMPLATES),
-    calibration: bool = False,
-    scoring: Scoring = SCORING,
+    model: LanguageModel, data: Dataset, *, templates: int = 5, calibration: bool = False, scoring: Scoring = SCORING
 ) -> Evaluation:
     """`{source}/0-shot`: every item under every template, no demonstrations.
 
@@ -83,7 +78,7 @@ def few_shot(
     data: Dataset,
     shots: int,
     *,
-    templates: int = len(TEMPLATES),
+    templates: int = 5,
     draws: int = 5,
     calibration: bool = False,
     scoring: Scoring = SCORING,

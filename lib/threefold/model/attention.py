@@ -15,13 +15,8 @@ from threefold.model.kernels import Linear, linears, rms_norm, rotate
 BLOCK, MOST_BLOCKS = 64, 4  # queries, at least, of a block of unfused causal attention; blocks of a row
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; no mean is taken out and there is no bias."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm, x / sqrt(mean(x^2) + eps) * weight over the last dimension, by `kernels.rms_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -123,7 +118,7 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, context: AttentionCon
     repeats, mask = H // k_BGSK.shape[1], context.mask
     if context.block_mask is not None:
         return flex_attention(q_BHTK, k_BGSK, v_BGSK, block_mask=context.block_mask, enable_gqa=repeats > 1)
-    if T == 1:  # the queries of a group stand side by side before their one head, which is not repeated
+    if T == 1:  # one product for all queries of a group: their key/value head is not repeated
         q_BGRK = q_BHTK.reshape(B, -1, repeats, q_BHTK.shape[-1])
         attended = _unfused if context.explicit else F.scaled_dot_product_attention
         return attended(q_BGRK, k_BGSK, v_BGSK, mask).reshape(B, H, 1, -1)

@@ -1,5 +1,6 @@
 """Caches of keys and values: `KVCache`, and `StreamingCache` of constant size. Shape suffixes as in `model.decoder`."""
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,8 +22,8 @@ def kv_heads(config: ModelConfig) -> int:
 class KVCache:
     """Preallocated keys and values of all layers, [L, B, G, capacity, K], filled in slot order.
 
-    Rows may hold padding (segment -1 in the forward that wrote them): it is masked for ever after, and positions count
-    real tokens only, so left- and right-padded batches give what each row alone gives. Use it under `torch.no_grad()`.
+    Rows may hold padding (segment -1 in the forward that wrote them): it stays masked, and positions count real tokens
+    only, so left- and right-padded batches give what each row alone gives. Use it under `torch.no_grad()`.
 
     `expand` makes rows that all continue one batch-1 cache without copying it: the shared part is attended to as one
     matrix for all rows (few-shot prompts, many samples of one prompt).
@@ -84,8 +85,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> "KVCache":
         """The same cache with only these rows (an int64 index); frees what finished rows held."""
-        chosen = object.__new__(type(self))
-        chosen.__dict__.update(self.__dict__)
+        chosen = copy.copy(self)
         chosen.batch = len(rows)
         for name in ("keys", "values"):
             old = getattr(self, name)
@@ -172,7 +172,7 @@ class KVCache:
 
 class StreamingCache(KVCache):
     """Keys and values of the first `sinks` tokens and of the last `window` ones, however many have passed (Xiao et al.
-    2023, 2309.17453, section 3.2). A token counts to the window that it sees.
+    2023, 2309.17453, section 3.2). A token is part of the window that it sees.
 
     Positions are those within the cache: 0..k-1 for the sinks, from k for the window in the order of the text, so that
     none leaves the training context. Keys are held unrotated, for the position of each changes with every token that

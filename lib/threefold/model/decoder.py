@@ -8,9 +8,9 @@ Shape suffixes: B rows, T new tokens, S key slots, D model width, H query heads,
 F feed-forward width, V vocabulary, L layers, P shared prefix slots.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +107,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, attention: Literal["auto", "sdpa", "explicit"] = "auto"):
         super().__init__()
-        _check(config)
+        if config.vocab_size < 1:
+            raise ConfigError(
+                "model.vocab_size is not set; it is the tokenizer's size and must be filled in before building a model"
+            )
         if attention not in ATTENTION_KINDS:
             raise ConfigError(f"attention = {attention!r}: allowed are {', '.join(ATTENTION_KINDS)}")
         self.config = config
@@ -146,8 +149,8 @@ class Decoder(nn.Module):
 
     @contextmanager
     def packed(self, rows: int, positions: int) -> Iterator[None]:
-        """Within it products take copies of the weights that are laid out for them, where that pays: on a CPU, for
-        `positions` in all and `rows` of them at a time. Weights are not to change meanwhile; no gradients.
+        """Inside this context products use copies of the weights in a layout made for them, where that is faster: on a
+        CPU, for `positions` in all and `rows` of them at a time. The weights must not change inside; no gradients.
         """
         if rows < PACK_ROWS or positions < PACK_POSITIONS or not packs(self.embed.weight) or self._packed_head:
             yield
@@ -167,15 +170,9 @@ class Decoder(nn.Module):
             for group in groups:
                 group[0].packed = None
 
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        segments_BT: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """Logits [B, T, V] of each next token; see `hidden` for the arguments."""
-        return self.head(self.hidden(tokens_BT, positions_BT, segments_BT, cache))
+    def forward(self, tokens_BT: Tensor, *inputs: Any, **named: Any) -> Tensor:
+        """Logits [B, T, V] of each next token; the arguments are those of `hidden`."""
+        return self.head(self.hidden(tokens_BT, *inputs, **named))
 
     def head(self, h_BTD: Tensor) -> Tensor:
         """Logits [..., V] of (already normed) hidden states [..., D]."""
@@ -227,7 +224,8 @@ class Decoder(nn.Module):
             a CPU it has no gradients.
         """
         T = tokens_BT.shape[1]
-        dtype = self._compute_dtype(tokens_BT.device)
+        kind = tokens_BT.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embed.weight.dtype
         block_mask = None
         if cache is None:
             mask = None if segments_BT is None or in_blocks else self._segment_mask(segments_BT, dtype)
@@ -263,7 +261,7 @@ class Decoder(nn.Module):
 
         causal = mask is None and block_mask is None and (cache is None or cache.length == 0)
         explicit = self.attention == "explicit" or (
-            self.attention == "auto" and dtype == torch.bfloat16 and tokens_BT.device.type == "cpu" and T <= UNFUSED_MAX
+            self.attention == "auto" and dtype == torch.bfloat16 and kind == "cpu" and T <= UNFUSED_MAX
         )
         if explicit and causal and T > 1:
             mask = additive_mask(_causal(T, T, tokens_BT.device), dtype)
@@ -286,11 +284,6 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.finish(tokens_BT.shape[1])
         return self.norm(h_BTD)
-
-    def _compute_dtype(self, device: torch.device) -> torch.dtype:
-        if torch.is_autocast_enabled(device.type):
-            return torch.get_autocast_dtype(device.type)
-        return self.embed.weight.dtype
 
     def _segment_mask(self, segments_BT: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, 1, T, T]. Padding sees padding and the sinks, so that no row of the softmax is empty."""
@@ -328,13 +321,6 @@ def _causal(T: int, S: int, device: torch.device) -> Tensor:
     return torch.ones((T, S), dtype=torch.bool, device=device).tril_(diagonal=S - T)
 
 
-def _check(config: ModelConfig) -> None:
-    if config.vocab_size < 1:
-        raise ConfigError(
-            "model.vocab_size is not set; it is the tokenizer's size and must be filled in before building a model"
-        )
-
-
 def parameter_counts(model: Decoder | ModelConfig) -> dict[str, int]:
     """Parameters by component: embeddings, positions, attention, ffn, norms, head (0 where tied) and total, their sum.
 
@@ -344,16 +330,8 @@ def parameter_counts(model: Decoder | ModelConfig) -> dict[str, int]:
         with torch.device("meta"):
             model = Decoder(model)
     counts = dict.fromkeys(("embeddings", "positions", "attention", "ffn", "norms", "head"), 0)
-    for name, parameter in model.named_parameters():
-        counts[_component(name)] += parameter.numel()
+    named = {"unembed": "head", "norm": "norms", "embed": "embeddings", "position": "positions"}
+    for name, parameter in model.named_parameters():  # "embed.weight", "blocks.0.attention.q_norm.weight", ...
+        component = next((named[part] for part in named if part in name), None) or name.split(".")[2]
+        counts[component] += parameter.numel()
     return {**counts, "total": sum(counts.values())}
-
-
-_TOP_LEVEL: Mapping[str, str] = {"embed": "embeddings", "position": "positions", "unembed": "head", "norm": "norms"}
-
-
-def _component(name: str) -> str:
-    parts = name.split(".")
-    if parts[0] != "blocks":
-        return _TOP_LEVEL[parts[0]]
-    return "norms" if any(part.endswith("norm") for part in parts) else parts[2]

@@ -1,15 +1,15 @@
-"""Generation over the KV cache, greedy or sampled: batches whose rows each end for themselves, with stop strings, and
-one stream of any length in constant memory."""
+"""Generation over the KV cache, greedy or sampled: batches whose rows end independently, with stop strings, and one
+stream of any length in constant memory."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from basics.errors import ConfigError, DataError, EvaluationError
-from threefold.config import ModelConfig
 from threefold.model.cache import KVCache, StreamingCache
 from threefold.model.decoder import Decoder
 from threefold.model.decoding import steps
@@ -27,14 +27,11 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    temperature: float = 0.0,
-    top_k: int = -1,
-    top_p: float = 1.0,
     stop: Sequence[str] | None = None,
     decode: Callable[[list[int]], str] | None = None,
     eos_id: int | Collection[int] | None = None,
-    generator: torch.Generator | None = None,
     prefix: KVCache | None = None,
+    **sampling: Any,
 ) -> list[list[int]]:
     """The new token ids of each prompt, in the prompts' order.
 
@@ -43,17 +40,15 @@ def generate(
 
     prompts: token ids with whatever the tokenizer puts in front (BOS, the sink); lengths may differ. What all of them
         begin with is computed once.
-    temperature: 0 is greedy; else logits are divided by it, then cut to the `top_k` largest (-1: all), then to the
-        smallest set that holds `top_p` of the probability (Holtzman et al. 2020), as transformers does.
     stop: strings, looked for in `decode` of the new tokens only.
     eos_id: one id or several; None: rows never end by themselves.
-    generator: of the sampling; a row's draws do not depend on when other rows end. None: torch's global one.
     prefix: a batch-1 cache of tokens before all prompts (not repeated in them).
+    sampling: fields of `Sampling`; greedy by default. A row's draws do not depend on when other rows end.
 
     Raises ConfigError (impossible settings), DataError (an empty prompt, one that leaves no room in the context, a
-    token id the model does not know; names its index), EvaluationError (logits that are no finite numbers).
+    token id the model does not know; names its index), EvaluationError (logits that are not finite).
     """
-    sampling = _Sampling(temperature, top_k, top_p, generator)
+    sampler = Sampling(**sampling)
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}: allowed is 0 or more")
     if isinstance(stop, str) or "" in (stop or ()):
@@ -62,7 +57,12 @@ def generate(
         raise ValueError("stop strings need `decode`, which turns token ids into text")
     before = 0 if prefix is None else prefix.length
     for index, prompt in enumerate(prompts):
-        _check_prompt(prompt, before, model.config, f"prompt {index}")
+        _check_ids(prompt, model.config.vocab_size, f"prompt {index}")
+        if before + len(prompt) >= model.config.context:
+            raise DataError(
+                f"prompt {index} has {before + len(prompt)} tokens, which leaves no room in a context of "
+                f"{model.config.context}; shorten it"
+            )
     room = [min(max_new_tokens, model.config.context - before - len(prompt)) for prompt in prompts]
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
@@ -73,7 +73,7 @@ def generate(
     def goes_on(row: int, token: int) -> bool:
         """Whether the prompt's row runs on after this token, which is kept unless it is an EOS."""
         if token < 0:
-            raise EvaluationError(f"prompt {row}: the logits of new token {len(new[row])} are no finite numbers")
+            raise EvaluationError(f"prompt {row}: the logits of new token {len(new[row])} are not finite")
         if token in ends:
             return False
         new[row].append(token)
@@ -87,7 +87,7 @@ def generate(
         logits_BV, cache = _prefill(model, [prompts[i] for i in active], max(room), prefix)
         running, decode_next = set(active), steps(model, cache)
         for step in count(1):
-            tokens_B = sampling.pick(logits_BV, active, len(prompts))
+            tokens_B = sampler.pick(logits_BV, active, len(prompts))
             for row, token in zip(active, tokens_B.tolist(), strict=True):
                 if row in running and not goes_on(row, token):
                     running.remove(row)
@@ -109,12 +109,9 @@ def stream(
     cache: StreamingCache,
     max_new_tokens: int = -1,
     *,
-    temperature: float = 0.0,
-    top_k: int = -1,
-    top_p: float = 1.0,
     eos_id: int | None = None,
     suppress: Collection[int] = (),
-    generator: torch.Generator | None = None,
+    **sampling: Any,
 ) -> Iterator[int]:
     """New token ids one by one, each from the sinks and the window of `cache`; as in `generate` while nothing has left
     it. Memory does not depend on how many tokens are asked for, nor on the prompt's length.
@@ -124,18 +121,17 @@ def stream(
     max_new_tokens: -1 goes on for ever.
     eos_id: ends the stream and is left out; None: nothing does.
     suppress: ids that are never drawn.
-    temperature, top_k, top_p, generator: as in `generate`.
+    sampling: fields of `Sampling`; greedy by default.
 
     Raises ConfigError (impossible settings) and DataError (an empty prompt or an unknown token id; learned positions,
     which cannot stream past their table) before the first token is asked for, EvaluationError (logits that are no
     finite numbers).
     """
-    sampling = _Sampling(temperature, top_k, top_p, generator)
+    sampler = Sampling(**sampling)
     if max_new_tokens < -1:
         raise ConfigError(f"max_new_tokens = {max_new_tokens}: allowed is -1 (no end) or more")
-    if not len(prompt):
-        raise DataError("the prompt is empty: give at least one token, such as the BOS token")
-    _check_ids([*prompt, *suppress], model.config.vocab_size, "the prompt or suppress")
+    _check_ids(prompt, model.config.vocab_size, "the prompt")
+    _check_ids([*prompt, *suppress], model.config.vocab_size, "suppress")
     room = model.config.context - cache.seen - len(prompt)
     if model.config.position == "learned" and not 0 <= max_new_tokens <= room:
         raise DataError(
@@ -154,10 +150,10 @@ def stream(
         while given != max_new_tokens:
             logits_BV = model.head(hidden_BTD[:, -1])
             logits_BV[:, list(suppress)] = float("-inf")
-            tokens_B = sampling.pick(logits_BV, [0], 1)
+            tokens_B = sampler.pick(logits_BV, [0], 1)
             token = int(tokens_B)
             if token < 0:
-                raise EvaluationError(f"the logits of new token {given} are no finite numbers")
+                raise EvaluationError(f"the logits of new token {given} are not finite")
             if token == eos_id:
                 return
             yield token
@@ -169,13 +165,17 @@ def stream(
 
 
 @dataclass(frozen=True)
-class _Sampling:
-    """How the next token is chosen; see `generate`. Raises ConfigError for impossible settings."""
+class Sampling:
+    """How the next token is chosen, as transformers does. Raises ConfigError for impossible settings.
 
-    temperature: float
-    top_k: int
-    top_p: float
-    generator: torch.Generator | None
+    temperature: 0 is greedy; else logits are divided by it, then cut to the `top_k` largest (-1: all), then to the
+    smallest set that holds `top_p` of the probability (Holtzman et al. 2020). generator: None: torch's global one.
+    """
+
+    temperature: float = 0.0
+    top_k: int = -1
+    top_p: float = 1.0
+    generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
         for name, allowed, right in (
@@ -187,7 +187,7 @@ class _Sampling:
                 raise ConfigError(f"{name} = {getattr(self, name)}: allowed is {allowed}")
 
     def pick(self, logits_BV: Tensor, rows: Sequence[int], prompts: int) -> Tensor:
-        """The next token of each row [B]; -1 where its logits are no finite numbers.
+        """The next token of each row [B]; -1 where its logits are not finite.
 
         rows: the prompt that each row belongs to. A draw is made for every one of the prompts, so that those of a row
         do not depend on when other rows end.
@@ -256,7 +256,7 @@ def _read(model: Decoder, rows: Sequence[Sequence[int]], cache: KVCache) -> Tens
 
 
 def common_prefix_length(rows: Sequence[Sequence[int]]) -> int:
-    """Tokens that all rows begin with."""
+    """The number of tokens that all rows begin with."""
     first, last = min(map(tuple, rows)), max(map(tuple, rows))  # what these two share, all share
     return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
@@ -277,18 +277,9 @@ def sample(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, draw
     return ids_BC.gather(1, chosen_B1)[:, 0]
 
 
-def _check_prompt(prompt: Sequence[int], before: int, config: ModelConfig, what: str) -> None:
-    if not len(prompt):
-        raise DataError(f"{what} is empty: give at least one token, such as the BOS token")
-    if before + len(prompt) >= config.context:
-        raise DataError(
-            f"{what} has {before + len(prompt)} tokens, which leaves no room in a context of {config.context}; "
-            "shorten it"
-        )
-    _check_ids(prompt, config.vocab_size, what)
-
-
 def _check_ids(ids: Sequence[int], vocabulary: int, what: str) -> None:
+    if not len(ids):
+        raise DataError(f"{what} is empty: give at least one token, such as the BOS token")
     wrong = next((id for id in ids if not 0 <= id < vocabulary), None)
     if wrong is not None:
         raise DataError(f"{what} has token id {wrong}: the model knows 0 to {vocabulary - 1}")

@@ -2,7 +2,7 @@
 
 A model whose parts are those of one standard class is saved as that class (`LlamaForCausalLM`, `Qwen3ForCausalLM` with
 QK-norm, `GPT2LMHeadModel`), and any tool that loads the class runs it without our code. A mixture of parts is saved in
-our own format, which only `load_checkpoint` reads. What transformers has no key for stands under "threefold" in
+our own format, which only `load_checkpoint` reads. What transformers has no key for is stored under "threefold" in
 config.json.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from basics.errors import CheckpointError
 from basics.files import atomic_folder, atomic_write, refuse_pointer, sha256_bytes, sha256_file
+from basics.names import first_few
 from threefold.config import ModelConfig
 from threefold.model.decoder import Decoder
 from threefold.model.hf_config import (
@@ -151,19 +152,13 @@ def check_weights(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, wh
             if shapes[key] != expected[key]
         ],
     }
-    if named := "; ".join(f"{fault} {shortened(names)}" for fault, names in faults.items() if names):
+    if named := "; ".join(f"{fault} {first_few(names, SHOWN)}" for fault, names in faults.items() if names):
         raise CheckpointError(f"{where}: {named} (of {len(expected)} weights of {name})")
 
 
-def shortened(names: list[str]) -> str:
-    """The first names and how many more there are, for a message."""
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
 def is_buffer(name: str) -> bool:
-    """Whether a tensor of a foreign checkpoint is no weight but a buffer that older versions of transformers saved with
-    the weights: the causal mask of GPT-2 and its relatives, the rotary frequencies of Llama. Models compute them.
+    """Whether a tensor of a foreign checkpoint is not a weight but a buffer that older versions of transformers saved
+    with the weights: the causal mask of GPT-2 and its relatives, the rotary frequencies of Llama. Models compute them.
     """
     return bool(_BUFFER.search(name))
 
@@ -251,9 +246,9 @@ def read_json_config(folder: str | Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} is no JSON object")
+        raise CheckpointError(f"{path} is not a JSON object")
     return raw
 
 
@@ -272,10 +267,10 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} is no index of shards: {error!r}") from error
+        raise CheckpointError(f"{index} is not an index of shards: {error!r}") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: shard {str(name)[:80]!r} is no file name that ends in .safetensors")
+            raise CheckpointError(f"{index}: shard {str(name)[:80]!r} is not a file name that ends in .safetensors")
         if not (folder / name).is_file():
             raise CheckpointError(f"{index}: shard {name} is missing")
         refuse_pointer(folder / name)

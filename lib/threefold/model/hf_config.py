@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from basics.errors import CheckpointError, ConfigError
-from threefold.config import ModelConfig
+from threefold.config import GPT2_PARTS, ModelConfig
 from threefold.model.cache import kv_heads
 from threefold.model.decoder import Decoder
 
@@ -20,14 +20,7 @@ LARGEST = 2**31 - 1  # of any size in a config.json: products of two fit into to
 PARTS: dict[str, dict[str, tuple]] = {
     LLAMA: {"norm": ("rms",), "ffn": ("swiglu",), "position": ("rope",), "qk_norm": (False,)},
     QWEN3: {"norm": ("rms",), "ffn": ("swiglu",), "position": ("rope",), "qk_norm": (True,), "bias": (False,)},
-    GPT2: {
-        "norm": ("layer",),
-        "ffn": ("gelu",),
-        "position": ("learned",),
-        "qk_norm": (False,),
-        "bias": (True,),
-        "n_kv_head": (-1,),
-    },
+    GPT2: {key: (value,) for key, value in GPT2_PARTS.items()},
 }
 
 # Our keys under the names of each class, and the values of its other keys that the Decoder's parts amount to.
@@ -194,7 +187,7 @@ def _standard_values(raw: Mapping[str, Any], own: Mapping[str, Any], where: str)
     head_dim = given.get("head_dim", 128 if name == QWEN3 else max(width // heads, 1))
     if type(head_dim) is not int or head_dim * heads != width:
         raise CheckpointError(
-            f"{where}: head_dim {repr(head_dim)[:40]} x {heads} heads is not hidden_size {width}; the Decoder's are"
+            f"{where}: head_dim {repr(head_dim)[:40]} x {heads} heads is not hidden_size {width}, as the Decoder needs"
         )
     theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
     return values | {"rope_theta": float(theta) if type(theta) is int and theta <= LARGEST else theta}

@@ -1,4 +1,7 @@
-"""Word problems by greedy chain of thought (GSM8K), extracted and compared exactly as lm-eval 0.4 does."""
+"""Tasks that a model answers by greedy generation: word problems (GSM8K) and held-out instructions.
+
+Answers to word problems are extracted and compared exactly as lm-eval 0.4 does.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +11,7 @@ import pandas as pd
 
 from basics.errors import EvaluationError
 from threefold.data.readers import with_final_number
-from threefold.data.templates import problem_prompt
+from threefold.data.templates import FORMS, instruction_prompt, problem_prompt
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import SCORING, Dataset, Evaluation, Scoring, point, proportion, too_long
 
@@ -45,7 +48,7 @@ def matches(extracted: str, answer: str) -> bool:
     return normalize(extracted) == normalize(with_final_number(answer) or answer)
 
 
-def few_shot(
+def problems(
     model: LanguageModel, data: Dataset, shots: int, new_tokens: int, *, scoring: Scoring = SCORING
 ) -> Evaluation:
     """`{source}/{shots}-shot`: greedy solutions after `shots` worked examples, exact match of the final number.
@@ -103,6 +106,68 @@ def few_shot(
     return Evaluation(name, model.name, model.weights_sha256, metrics, rows, settings)
 
 
+def instructions(
+    model: LanguageModel, data: Dataset, *, generations: int = 200, new_tokens: int = 64, scoring: Scoring = SCORING
+) -> Evaluation:
+    """`{source}/responses`: nats per token of held-out responses, and exact match of greedy answers.
+
+    - Data: `evaluation.instructions` (Alpaca, the part held out of SFT).
+    - Tokens: the model's own, prefix tokens (BOS) first; prompt and response apart, as in training.
+    - Prompt: the template of training (`### Instruction:` ... `### Response:`).
+    - Scoring: log-likelihood of the reference response and its EOS, as SFT trains them, summed over all examples and
+      divided once; examples that do not fit the context whole are left out and counted. The first `generations` are
+      also answered greedily (to EOS, the next `###` heading or `new_tokens`), right where the answer equals the
+      reference after stripping white space; an empty answer, or a prompt that leaves no room for one, is wrong.
+    - Metrics: `response_loss` (nats per token; 95% bootstrap over examples), `exact_match` (share of items; 95%
+      Wilson), `unfinished` (share cut off at `new_tokens`), without an interval.
+    - Reproduces: SFT's own loss on the same tokens; no published figure.
+    """
+    name, items = f"{data.name}/responses", data.items
+    prompts = [instruction_prompt(item["instruction"], item["input"]) for item in items]
+    prompt_ids = [model.prefix_ids + ids for ids in model.encode(prompts)]
+    response_ids = [[*ids, model.tokenizer.eos_token_id] for ids in model.encode([item["output"] for item in items])]
+    requests = list(zip(prompt_ids, response_ids, strict=True))
+    kept = [i for i, (prompt, response) in enumerate(requests) if len(prompt) + len(response) - 1 <= model.context]
+    if not kept:
+        raise EvaluationError(
+            f"{name}: no example fits the {model.context} positions of {model.name}; use a longer model.context"
+        )
+    spans = scoring.logprobs(model, [requests[i] for i in kept], lambda i: f"{name}: item {kept[i]}")
+    rows = pd.DataFrame(
+        {
+            "item": np.arange(len(items)),
+            "nats": np.nan,
+            "tokens": [len(ids) for ids in response_ids],
+            "bytes": [len(item["output"].encode()) for item in items],
+            "reference": [item["output"] for item in items],
+        }
+    )
+    rows.loc[kept, "nats"] = [-float(span.sum()) for span in spans]
+    scored = rows.loc[kept]
+    metrics = {"response_loss": scoring.ratio(scored["nats"], scored["tokens"], "nats per token", "examples")}
+    settings = {
+        "items": len(items),
+        "left_out_too_long": len(items) - len(kept),
+        "response_tokens": int(scored["tokens"].sum()),
+        "new_tokens": new_tokens,
+    }
+    if (n := min(generations, len(items))) > 0:
+        fits = [len(ids) + new_tokens <= model.context for ids in prompt_ids[:n]]
+        texts, lengths = generate_where(model, prompts[:n], fits, new_tokens, FORMS["instruction"].stops, scoring)
+        answers = [text.strip() for text in texts]
+        correct = [a != "" and a == item["output"].strip() for a, item in zip(answers, items[:n], strict=True)]
+        missing = [None] * (len(items) - n)
+        rows["answer"] = pd.array(answers + missing, dtype="string")
+        rows["correct"] = pd.array(correct + missing, dtype="boolean")
+        unfinished = sum(length >= new_tokens for length in lengths)
+        metrics |= {
+            "exact_match": proportion(correct, "exact match"),
+            "unfinished": point(unfinished / n, "share of items", n),
+        }
+        settings |= {"generations": n, "generations_too_long": n - sum(fits)}
+    return Evaluation(name, model.name, model.weights_sha256, metrics, rows, settings)
+
+
 def generate_where(
     model: LanguageModel,
     prompts: Sequence[str],
@@ -113,9 +178,8 @@ def generate_where(
 ) -> tuple[list[str], list[int]]:
     """Greedy answers and their lengths in tokens; "" and 0 for a prompt that does not fit the context."""
     kept = [index for index, fit in enumerate(fits) if fit]
-    generated = model.generate_with_lengths(
-        [prompts[index] for index in kept], new_tokens, stop, batch_tokens=scoring.batch_tokens
-    )
+    fitting = [prompts[index] for index in kept]
+    generated = model.generate(fitting, new_tokens, stop, batch_tokens=scoring.batch_tokens)
     by_prompt = dict(zip(kept, generated, strict=True))
     answers = [by_prompt.get(index, ("", 0)) for index in range(len(prompts))]
     return [text for text, _ in answers], [length for _, length in answers]
