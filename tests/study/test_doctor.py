@@ -234,8 +234,8 @@ def test_a_command_without_its_packages_names_one_and_the_way_out(tmp_path):
 
 
 def test_what_a_gpu_means_for_a_run(tmp_path):
-    def found(check, **known) -> list[str]:
-        case = doctor.Case(Run.of("x", tmp_path / "x", load_preset("full")), ["pretrain"])
+    def found(check, preset="full", **known) -> list[str]:
+        case = doctor.Case(Run.of("x", tmp_path / "x", load_preset(preset)), ["pretrain"])
         case.graphics = Graphics(**known)
         return list(check(case))
 
@@ -248,6 +248,8 @@ def test_what_a_gpu_means_for_a_run(tmp_path):
     assert found(doctor._memory, count=1, memory=12 * 10**9)[0] == (
         f"{states}; micro-batches of 32 rows are halved until they fit"
     )
+    card = found(doctor._memory, "gpu", count=1, memory=12 * 10**9)[0]
+    assert card == "GPU: 0.8 GB of weights and optimizer states, 0.3 GB a row"  # all 32 rows at a time
     with pytest.raises(ConfigError, match="needs 5 GB of a GPU to train one row at a time, T4 has 4 GB for it"):
         found(doctor._memory, count=1, name="T4", memory=4 * 10**9)
     assert "micro-batches" in found(doctor._memory, count=2, name="T4", memory=4 * 10**9)[0]  # split over both

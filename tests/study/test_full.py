@@ -1,5 +1,5 @@
-"""Preset `full` against a stand-in for the hub: every source and model it names; and, if asked for, the whole run at
-its true size with few steps, which takes about an hour and 12 GB of memory:
+"""Presets `full` and `gpu` against a stand-in for the hub: every source and model they name; and, if asked for, the
+whole run of `full` at its true size with few steps, which takes about an hour and 12 GB of memory:
 
     THREEFOLD_FULL=1 python -m pytest -s tests/study/test_full.py -k true_size
 """
@@ -24,8 +24,8 @@ from study.preset import load_preset
 from threefold.data import sources
 from threefold.evaluation import LanguageModel
 
-preset, counts = load_preset("full"), {}
-for stage in stages.plan(preset):
+counts = {}
+for preset, stage in ((preset, stage) for preset in map(load_preset, ("full", "gpu")) for stage in stages.plan(preset)):
     for source in stages.sources(preset, stage):
         counts[f"{source.source} {source.split} {source.skip_examples}"] = len(sources.load(source))
     for name, location, revision in stages.models_from_outside(preset, stage):
