@@ -172,14 +172,25 @@ def evaluations(
     return found
 
 
+PARENTS = {"pretrain": "data", "gpt2": "data", "distilgpt2": "gpt2", "sft": "pretrain", "dpo": "sft"}
+OPTIMIZERS = {"pretrain": "muon", "sft": "muon"}
+
+
 def stage_values(stage: str, weights: str | None, tokens: int | None = None, sources=("sample-text",)) -> dict:
+    model, _, suffix = stage.partition("-seed")
+    parent = PARENTS.get(model)
+    recipe = {
+        "optimizer": OPTIMIZERS.get(model, "adamw"), "learning_rate": 0.003, "muon_learning_rate": 0.02, "steps": 100
+    }  # fmt: skip
     return {
         "stage": stage,
         "fingerprint": {
             "digest": sha(f"fingerprint {stage}"),
             "stage": stage,
-            "config": {"data": {stage: [{"source": name, "split": "train"} for name in sources]}},
+            "config": {"data": {stage: [{"source": name, "split": "train"} for name in sources]}, stage: recipe},
+            "parents": {f"{parent}-seed{suffix}" if suffix and parent != "data" else parent: "x"} if parent else {},
         },
+        "training": {"note": "CPU, 1 threads; fp32, as asked for; not compiled", "steps": 100},
         "git": {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False},
         "hardware": {"cpu": "Test CPU", "cores": 2, "memory_gib": 8.0, "gpu": []},
         "wall_seconds": 31.5,
@@ -202,14 +213,17 @@ def make_run(
     ablations: bool = True,
     tokenizers: dict[str, str] | None = None,
     replicates: tuple[dict, ...] = (),
+    extra: tuple[str, ...] = (),
 ) -> Path:
     """Write a whole run to `folder` and return it.
 
     skills: as SKILL, to change what models can do. seeds: noise of each model's answers; equal seeds and skills make
     equal results. hub: baselines without a stage of their own. tokenizers: for models that have another one.
-    replicates: skills of pretrain, sft and dpo in each further training, from replicate 2 on.
+    replicates: skills of pretrain, sft and dpo in each further training, from replicate 2 on. extra: further baselines
+    that are trained here, each as good as GPT-2.
     """
-    skills = SKILL | (skills or {})
+    skills = SKILL | dict.fromkeys(extra, SKILL["gpt2"]) | (skills or {})
+    every = (*MODELS, *extra)
     notebooks = folder / "notebooks"
     small = "| a | b |\n|---|---|\n| 1 | 2 |"
     head = "#| label: tbl-{0}\n#| tbl-cap: The {0}.\nshow()"
@@ -223,7 +237,7 @@ def make_run(
     steps = np.arange(1, 101)
     lineage = ("pretrain", "sft", "dpo")
     again = [(model, place) for place, _ in enumerate(replicates, 2) for model in lineage]
-    for model, place in [*((one, 1) for one in ("pretrain", "gpt2", "distilgpt2", "sft", "dpo")), *again]:
+    for model, place in [*((one, 1) for one in ("pretrain", "gpt2", "distilgpt2", "sft", "dpo", *extra)), *again]:
         if model in hub:
             continue
         stage, suffix = (model, "") if place == 1 else (f"{model}-seed{place}", f"-seed{place}")
@@ -240,16 +254,16 @@ def make_run(
             "step": steps.tolist(), "tokens": (steps * values["tokens"] // 100).tolist(), "loss": loss.tolist(),
             "lr": [0.003] * 100, "heldout": {"step": [1, 100], "loss": [start, end]},
         }  # fmt: skip
-        config = GPT2 if stage in ("gpt2", "distilgpt2") else CONFIG
+        config = CONFIG if model in lineage else GPT2
         notebook(
-            notebooks / f"{NOTEBOOKS[model]}{suffix}.ipynb",
+            notebooks / f"{NOTEBOOKS.get(model, f'01_pretrain-{model}')}{suffix}.ipynb",
             cell("model()", output(f"model/{stage}", {"parameters": PARAMETERS, "config": config}, "model")),
             cell("curve()", output(f"curve/{stage}", curve, "curve")),
             cell("finish()", output(f"stage/{stage}", values, "done")),
         )
     speed_cells: list = []
-    for model, place in [*((one, 1) for one in MODELS), *again]:
-        index = MODELS.index(model) + 100 * (place - 1)
+    for model, place in [*((one, 1) for one in every), *again]:
+        index = every.index(model) + 100 * (place - 1)
         noise, tokenizer = (seeds or {}).get(model, index), (tokenizers or {}).get(model, "bpe")
         skill = skills[model] if place == 1 else replicates[place - 2][model]
         found = evaluations(model, skill, source=source, seed=noise, tokenizer=tokenizer)
@@ -374,14 +388,11 @@ def execute_compare(run: Path, script: Path) -> Path:
             name = "fake"
 
         class preset:
-            name, price_per_hour = "smoke", -1
+            name, notice, price_per_hour = "smoke", "A fake run.", -1
 
     namespace = {"comparison": Comparison.load(run), "stage": Stage}
-    exec(
-        "from study.comparison import claims, components, figures, insights, length, limits, precedent, tables\n"
-        "from study.comparison import variance",
-        namespace,
-    )
+    opening = next(entry.source for entry in source.cells if entry.source.startswith("from papertrail import records"))
+    exec(opening.partition("stage = open_stage")[0], namespace)
     original, comparison_results.records.publish = comparison_results.records.publish, publish
     try:
         for entry in source.cells:

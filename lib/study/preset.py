@@ -126,6 +126,7 @@ class AblationConfig:
 class Preset:
     name: Text = ""
     description: Text = ""
+    notice: Text = ""  # one line that opens the report: what the run is, where it is not what a reader may take it for
     seed: Annotated[Integer, between(0, _LARGEST_SEED)] = 1337
     seeds: Positive = 1  # trainings of pretrain, sft and dpo, from seed, seed + 1, ...; the other stages run once
     price_per_hour: NonnegativeOrOff = -1.0  # USD assumed for an hour of the machine, for the report; -1: not stated

@@ -158,7 +158,7 @@ def sections(preset: Preset, stage: str) -> dict[str, Any]:
     if kind == "tune":
         return sections(preset, model) | {"tuning": to_dict(preset.tuning)}
     table = to_dict(preset)
-    table["preset"] = {"name": preset.name, "price_per_hour": preset.price_per_hour}
+    table["preset"] = {"name": preset.name, "notice": preset.notice, "price_per_hour": preset.price_per_hour}
     text, cleaned = ["data.pretrain", "data.pretrain_heldout"], []
     if kind == "compare":  # what it says, by file
         table["comparison"] = {path.name: files.sha256_file(path) for path in sorted(paths.PLAN.parent.glob("*.toml"))}

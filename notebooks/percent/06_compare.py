@@ -35,14 +35,15 @@ from study.comparison import (
     Comparison,
     claims,
     components,
+    confounds,
     figures,
-    insights,
+    findings,
     length,
-    limits,
-    precedent,
+    original,
     tables,
     variance,
 )
+from study.comparison.differences import SINCE, STAGES, compared
 from study.run import open_stage
 
 stage = open_stage("compare", preset=preset, run=run, data_dir=data_dir, overrides=overrides, overwrite=overwrite)
@@ -51,95 +52,54 @@ comparison = Comparison.load(stage.run)
 print(f"{len(comparison.records)} records; models: {', '.join(comparison.name(model) for model in comparison.models)}")
 
 # %% [markdown]
-# ## The plan
+# ## Findings
 #
-# Measures, margins, tests and the reading of every claim stand in one file, which was fixed before the run. Every record holds
-# its hash; the dates are those of the file's last commit and of the run's beginning.
+# Each sentence is a function of records: it appears because a test came out as it did, and would say something else had
+# the test come out otherwise.
 
 # %%
-#| label: tbl-plan
-#| tbl-cap: "The plan and the run, and what was changed after results were seen."
-tables.plan(comparison).publish()
+#| label: txt-findings
+findings.opening(comparison, stage.preset.notice).publish()
+
+# %%
+#| label: fig-findings
+#| fig-cap: "The differences behind the findings, with 95% intervals. Grey: the margin of equivalence. Filled markers: a difference may be claimed."
+findings.figure(comparison).publish()
 
 # %% [markdown]
-# ## What is compared
+# ## Models and recipes
 
 # %%
 #| label: tbl-models
-#| tbl-cap: "The models. Context is in positions, feed-forward and width in units; heads in brackets are key-value heads where they are fewer."
+#| tbl-cap: "The models. Context is in positions, layers × width in units."
 tables.model_configurations(comparison).publish()
 
 # %%
+#| label: tbl-recipes
+#| tbl-cap: "How each model was trained, the stages that it continues or copies included; an arrow leads from stage to stage."
+tables.training_recipes(comparison).publish()
+
+# %%
 #| label: tbl-parameters
-#| tbl-cap: "Parameters by component of the models trained here. Tied output embeddings are counted once."
+#| tbl-cap: "Parameters by component."
 tables.parameters(comparison).publish()
 
 # %% [markdown]
-# The table compares the benefit usually claimed for each component with the one that this run's ablations measured: the
-# change from GPT-2's counterpart to the component, everything else equal.
+# What else may explain a difference is found in the records, stated once, and referred to by number.
 
 # %%
-#| label: tbl-architecture
-#| tbl-cap: "Architectural differences from GPT-2: the benefit as it is claimed, and as this run's ablations measured it (with the component against GPT-2's counterpart; intervals over seeds, those of speed over rounds of timing)."
-tables.architecture(comparison).publish()
+#| label: txt-confounds
+confounds.listing(comparison).publish()
 
 # %% [markdown]
-# ## Components replaced one by one
+# ## Against the baselines
 #
-# From the records of notebook 05: every variant against the base, over seeds for the loss, over rounds for the time.
+# All models answer the same items, so every difference is a paired one.
 
 # %%
-#| label: tbl-ablations
-#| tbl-cap: "Components replaced one by one. Held-out loss in nats per token, mean and standard deviation over seeds. Difference and tokens to equal loss (variant against base): means over seeds with Student's interval. Step time (variant over base): median over rounds with the interval of order statistics. Intervals are 95% each; p is Holm-adjusted over its column, that of the time at the preset's size."
-variants = comparison.by_variant("ablation")
-components.ablation_effects(variants).publish()
-
-# %%
-#| label: txt-ablations
-components.ablation_resolution(variants).publish()
-
-# %%
-#| label: fig-ablations
-#| fig-alt: "Held-out loss falling with tokens trained on, one line a variant, the base in black."
-#| fig-cap: "Held-out loss of the base and every variant against the tokens trained on, means over seeds."
-figures.ablation_curves(variants).publish()
-
-# %%
-#| label: tbl-kernels
-#| tbl-cap: "Components alone at the shapes of the 253M model (width 1024, SwiGLU 4096 wide, GELU at equal parameters), forward and backward, interleaved, not compiled. Ratios: median over rounds with the 95% interval of order statistics."
-components.kernels((comparison.values("kernels") or {}).get("timings", ())).publish()
-
-# %% [markdown]
-# ## Training
-
-# %%
-#| label: fig-loss-curves
-#| fig-alt: "Loss against tokens trained on, one panel for pretraining and the baselines, one for SFT, one for DPO."
-#| fig-cap: "Loss against non-padding tokens. Faint: every logged step; line: running mean over 5% of the steps; dots: held-out loss. DPO's loss is per pair and has another unit; a distilled student's training loss is the distillation objective, its held-out loss the cross-entropy."
-figures.loss_curves(comparison).publish()
-
-# %%
-#| label: tbl-stability
-#| tbl-cap: "How each stage's loss went: mean of the first and the last tenth of the logged steps, held-out loss at start and end, and the largest rise of the running mean above the least it had been. Steady: a setback of at most a tenth of the starting loss, and an end no higher than the start. A distilled student's steps are of the distillation objective, its held-out loss is the cross-entropy."
-tables.stability(comparison).publish()
-
-# %%
-#| label: txt-stability
-insights.bullets(
-    "stability-insights", insights.stability(comparison), "No stage recorded a loss curve.", comparison
-).publish()
-
-# %% [markdown]
-# Tokens are those trained on, padding apart. The share is of what the device multiplies at best: a GPU's data sheet says it; on a CPU
-# it is measured at the end of each training, in its number format and with its threads. The cost follows from the preset's `price_per_hour`.
-
-# %%
-#| label: tbl-efficiency
-#| tbl-cap: "What each stage took. FLOP are 6N a token. The limit is what the device multiplies matrices with at best: on a CPU as measured at the end of the training, in its number format and with its threads, on a GPU the data sheet's dense bf16 rate. The cost takes the preset's price for every hour of training."
-tables.efficiency(comparison, stage.preset.price_per_hour).publish()
-
-# %% [markdown]
-# ## Results
+#| label: fig-baselines
+#| fig-cap: "Every model against each baseline on the same items, with 95% intervals. Grey: the margin of equivalence. Filled markers: a difference may be claimed."
+figures.forest("baselines", comparison, compared(comparison, *comparison.baselines), columns=2).publish()
 
 # %%
 #| label: tbl-headline
@@ -147,30 +107,101 @@ tables.efficiency(comparison, stage.preset.price_per_hour).publish()
 tables.headline(comparison).publish()
 
 # %%
-#| label: fig-cross-model
-#| fig-alt: "One panel a measure; every model is a point with its interval."
-#| fig-cap: "Every model on the measures that all models share, with 95% intervals. Dashed: the majority class (sentiment) and a coin's throw (preferences)."
-figures.cross_model(comparison).publish()
+#| label: tbl-standing
+#| tbl-cap: "Every model against each baseline on the same items. p is Holm-adjusted over the report. Minimum detectable effect: the smallest difference that a single test at 5% over these units detects with 80% power."
+tables.standing(comparison).publish()
 
 # %% [markdown]
-# One model, several definitions: which windows, how much context, per token or per word.
+# ## From stage to stage
 
 # %%
-#| label: tbl-protocols
-#| tbl-cap: "The same weights under each definition of perplexity that was run. The last column divides the largest by the smallest."
-tables.protocols(comparison).publish()
+#| label: fig-stages
+#| fig-cap: "Each stage against the one before, and the last against the first, on the same items, with 95% intervals. Grey: the margin of equivalence. Filled markers: a difference may be claimed."
+figures.forest("stages", comparison, compared(comparison, STAGES, SINCE), columns=2).publish()
+
+# %%
+#| label: tbl-stages
+#| tbl-cap: "Each stage's value, its change from the stage before and since pretraining, on the same items. Perplexity changes are relative, proportions in percentage points, losses absolute. p is Holm-adjusted over the report."
+tables.stage_evolution(comparison).publish()
+
+# %% [markdown]
+# ## From seed to seed
+#
+# The sampling of items is one uncertainty, the seed of training another. Where the preset's `seeds` trained the stages
+# again, all trainings answer the same items with the same demonstrations; initial weights and order of the rows differ.
+
+# %%
+#| label: tbl-seeds
+#| tbl-cap: "Seed spread beside item sampling. SD over seeds: of the trainings' values, with its 95% chi-square interval; SE over items: from the first training's 95% interval. Larger: which of the two, where the test decides it (Holm-adjusted over the table)."
+tables.seed_spread(comparison).publish()
+
+# %%
+#| label: tbl-seed-changes
+#| tbl-cap: "Each stage's change from the stage before, seed by seed, with Student's 95% interval of the mean over seeds (Holm-adjusted over the table), and beside it the first seed's change with its interval over items."
+tables.seed_changes(comparison).publish()
+
+# %% [markdown]
+# ## Components
+#
+# From the records of notebook 05: every variant against the base, over seeds for the loss, over rounds for the time.
+
+# %%
+#| label: tbl-architecture
+#| tbl-cap: "Architectural differences from GPT-2: the benefit that the original claims, and the one that this run's ablations measured (with the component against GPT-2's counterpart; loss over seeds, speed over rounds of timing)."
+tables.architecture(comparison).publish()
+
+# %%
+#| label: txt-ablations
+variants = comparison.by_variant("ablation")
+components.ablation_resolution(variants).publish()
+
+# %%
+#| label: fig-ablations
+#| fig-cap: "Held-out loss of the base and every variant against the tokens trained on, means over seeds."
+figures.ablation_curves(variants).publish()
+
+# %%
+#| label: tbl-ablations
+#| tbl-cap: "Components replaced one by one. Held-out loss in nats per token, mean and standard deviation over seeds. Difference and tokens to equal loss (variant against base): means over seeds with Student's interval. Step time (variant over base): median over rounds with the interval of order statistics. p is Holm-adjusted over its column, that of the time at the preset's size."
+components.ablation_effects(variants).publish()
+
+# %%
+#| label: tbl-kernels
+#| tbl-cap: "Components alone at the shapes of the original's model, forward and backward, interleaved, not compiled. Ratios: median over rounds with the 95% interval of order statistics."
+components.kernels((comparison.values("kernels") or {}).get("timings", ())).publish()
+
+# %% [markdown]
+# ## Past the training length
+#
+# From the records of notebook 05: streams of the test text many contexts long, and the attention of the models that read
+# them. Where learned positions end, there is no prediction.
+
+# %%
+#| label: fig-length
+#| fig-cap: "Test loss against position, in training contexts (dashed: the training length); means over seeds and streams, each seed faint. Sinks + window: the sinks (without any: the first tokens) and as many last tokens as fill the context. Windows recomputed: of one context, moved by half, their later half scored. The cross marks where learned positions end."
+figures.length_curves(length.found(comparison)).publish()
+
+# %%
+#| label: tbl-length
+#| tbl-cap: "Test loss in nats per token by position, in training contexts; means over seeds and streams. Past less within: all positions past the training length less the second half of it, with a 95% interval over seeds and streams."
+components.length_losses(length.found(comparison)).publish()
+
+# %%
+#| label: fig-attention-sinks
+#| fig-cap: "Share of attention on the sinks by layer and head, in percent (first seed; in brackets the mean over all heads). Of the model without sinks: the share of the text's first token."
+figures.attention_sinks(length.attention(comparison)).publish()
+
+# %% [markdown]
+# ## Tasks
 
 # %%
 #| label: tbl-sentiment
-#| tbl-cap: "Sentiment accuracy by setting. Shots are averaged over demonstration draws under the first template, which is lm-eval's; spreads are standard deviations of the accuracies of single templates or draws; the precedent's protocol is one 3-shot prompt on the first 200 items."
+#| tbl-cap: "Sentiment accuracy by setting. Shots are under the first template, which is lm-eval's; spreads are standard deviations of the accuracies of single templates or draws; “precedent” is the original's one prompt."
 tables.sentiment(comparison).publish()
-
-# %% [markdown]
-# How much of this variation comes from the model, and how much from the wording, the demonstrations or the items?
 
 # %%
 #| label: tbl-variance
-#| tbl-cap: "What a right or wrong sentiment answer varies with, over all trained models: variance components of single answers, in squared percentage points. A factor run at one level has none to estimate; what it contributes lies in the other components. The last column: the standard error that sampling that factor leaves in one model's accuracy."
+#| tbl-cap: "What a right or wrong sentiment answer varies with, over our stages and the baselines: variance components of single answers, in squared percentage points. A factor with one level has none to estimate. The last column: the standard error that sampling that factor leaves in one model's accuracy."
 variance.components(comparison).publish()
 
 # %%
@@ -183,81 +214,10 @@ tables.metrics(comparison, "tasks", "problems", "instructions").publish()
 #| tbl-cap: "Preferences: how often the chosen answer is the likelier one, by its sum of log-probabilities and by its mean per token. Rewards and KL are against the SFT checkpoint."
 tables.metrics(comparison, "preferences", "preferences").publish()
 
-# %% [markdown]
-# ## From stage to stage
-#
-# The stages share items, so every change is a paired one. The p-values of this table and of those against the baselines
-# are adjusted together (Holm): one family, because the report is read as one.
-
 # %%
-#| label: tbl-stages
-#| tbl-cap: "Each stage's value, its change from the stage before and since pretraining, on the same items. Perplexity changes are relative, proportions in percentage points, losses absolute. p: exact McNemar or clustered t, Holm-adjusted over the report. Minimum detectable effect: the smallest difference that a single test at 5% over these units detects with 80% power."
-tables.stage_evolution(comparison).publish()
-
-# %%
-#| label: fig-stages
-#| fig-alt: "One panel a measure; the three stages from left to right with their intervals, the baselines as level lines."
-#| fig-cap: "From pretraining through SFT to DPO, with 95% intervals; level lines are the baselines where they compare."
-figures.stage_evolution(comparison).publish()
-
-# %%
-#| label: txt-stages
-insights.bullets(
-    "stage-insights",
-    insights.stage_evolution(comparison),
-    "No two stages were evaluated on the same items.",
-    comparison,
-).publish()
-
-# %% [markdown]
-# ## From seed to seed
-#
-# The sampling error of the items is one uncertainty, the seed of training another. Where the preset's `seeds` trained the
-# stages again, the figures of all trainings stand side by side: same text, same items, same demonstrations, other initial
-# weights and another order of the rows. Their standard deviation has a chi-square interval, which is wide for three seeds;
-# the change from stage to stage has Student's interval over the seeds.
-
-# %%
-#| label: tbl-seeds
-#| tbl-cap: "Seed spread beside item sampling. SD over seeds: of the trainings' values, with its 95% interval; SE over items: from the first training's 95% interval. Larger: which of the two, where the chi-square test tells (Holm-adjusted over the table)."
-tables.seed_spread(comparison).publish()
-
-# %%
-#| label: tbl-seed-changes
-#| tbl-cap: "Each stage's change from the stage before, seed by seed, with Student's 95% interval of the mean over seeds (Holm-adjusted over the table), and beside it the first seed's change with its interval over items."
-tables.seed_changes(comparison).publish()
-
-# %%
-#| label: txt-seeds
-insights.bullets("seed-insights", insights.seed_spread(comparison), insights.ONCE, comparison).publish()
-
-# %% [markdown]
-# ## Against the baselines
-
-# %%
-#| label: tbl-gpt2
-#| tbl-cap: "Each Threefold stage against the GPT-2 row on the same items. p is Holm-adjusted over the report; equivalent means that the whole interval lies within the measure's margin (0.01 bits per byte, 2 percentage points). Minimum detectable effect: the smallest difference that a single test at 5% over these units detects with 80% power."
-tables.standing(comparison, "gpt2").publish()
-
-# %%
-#| label: txt-standing
-insights.bullets(
-    "standing", insights.standing(comparison, "gpt2"), "No GPT-2 row was evaluated on the same items.", comparison
-).publish()
-
-# %%
-#| label: tbl-distilgpt2
-#| tbl-cap: "DistilGPT-2's row as the yardstick: its teacher and the Threefold stages against it, on the same items."
-tables.standing(comparison, "distilgpt2").publish()
-
-# %%
-#| label: txt-distilgpt2
-insights.bullets(
-    "standing-distilgpt2",
-    insights.standing(comparison, "distilgpt2"),
-    "No DistilGPT-2 row was evaluated on the same items.",
-    comparison,
-).publish()
+#| label: tbl-protocols
+#| tbl-cap: "One model, several perplexities: the same weights under each definition and text that was run. The last column divides the largest by the smallest."
+tables.protocols(comparison).publish()
 
 # %%
 #| label: tbl-speed
@@ -265,73 +225,109 @@ insights.bullets(
 tables.speed(comparison).publish()
 
 # %% [markdown]
-# ## Past the training length
-#
-# From the records of notebook 05: streams of held-out text many contexts long, and the attention of the models that read
-# them. Where learned positions end, there is no prediction.
+# ## Training
 
 # %%
-#| label: fig-length
-#| fig-alt: "Loss against position on a logarithmic axis, one panel a variant, one line a way of reading."
-#| fig-cap: "Held-out loss against position, in training contexts (dashed: the training length); means over seeds and streams, each seed faint. Sinks + window: the sinks (without any: the first four tokens) and as many last tokens as fill the context, rotary positions within the cache. Windows recomputed: of one context, moved by half, their later half scored. The cross marks where learned positions end: past it there is no prediction."
-figures.length_curves(length.found(comparison)).publish()
+#| label: fig-loss-curves
+#| fig-cap: "Loss against non-padding tokens. Faint: every logged step; line: running mean over 5% of the steps; dots: held-out loss. DPO's loss is per pair and has another unit; a distilled student's training loss is the distillation objective."
+figures.loss_curves(comparison).publish()
 
 # %%
-#| label: tbl-length
-#| tbl-cap: "Held-out loss in nats per token by position, in training contexts; means over seeds and streams. Past less within: all positions past the training length less the second half of it, with a 95% interval over seeds and streams, both taken as samples."
-components.length_losses(length.found(comparison)).publish()
+#| label: tbl-stability
+#| tbl-cap: "How each stage's loss went: mean of the first and the last tenth of the logged steps, held-out loss at start and end, and the largest rise of the running mean above the least it had been. Steady: a setback of at most a tenth of the starting loss, and an end no higher than the start."
+tables.stability(comparison).publish()
 
 # %%
-#| label: fig-attention-sinks
-#| fig-alt: "Heat maps of the share of attention on the sinks, layers by heads, one for each number of sinks."
-#| fig-cap: "Share of attention on the sinks by layer and head, in percent (first seed; in brackets the mean over all heads): mean probability over the positions of held-out rows of one context, the first 16 left out. Of the model without sinks: the share of the text's first token."
-figures.attention_sinks(length.attention(comparison)).publish()
+#| label: tbl-efficiency
+#| tbl-cap: "What each stage took. FLOP are 6N a token. The limit is what the device multiplies matrices with at best: on a CPU as measured at the end of the training, in its number format and with its threads, on a GPU the data sheet's dense bf16 rate. The cost takes the preset's price for every hour of training."
+tables.efficiency(comparison, stage.preset.price_per_hour).publish()
 
 # %% [markdown]
-# ## The precedent, rerun
+# ## The original, side by side
 #
-# The comparison that this one redoes scored 200 sentiment items under one prompt, 50 word problems and a hundred lines of
-# text, without intervals. Its protocols run here beside the others, on this run's models and on random weights.
+# The figures of the comparison that this one redoes are data (`original.toml`).
 
 # %%
-#| label: tbl-precedent
-#| tbl-cap: "The precedent's figures as claimed, its protocols on this run's models (first 100 lines; one 3-shot prompt, first 200 items; first 50 word problems), and this report's protocols, with 95% intervals. The claims are about other models; only the widths of the intervals carry over."
-precedent.figures(comparison).publish()
+#| label: tbl-original-models
+#| tbl-cap: "Configurations and training data, there and here."
+original.by_model(comparison, "original-models").publish()
 
 # %%
-#| label: txt-precedent
-insights.bullets(
-    "precedent-insights", precedent.sentences(comparison), "The precedent's protocols were not run.", comparison
-).publish()
-
-# %% [markdown]
-# ## Conclusions
+#| label: tbl-original-perplexity
+#| tbl-cap: "Perplexity, its change against GPT-2, and training tokens, there and here."
+original.by_model(comparison, "original-perplexity").publish()
 
 # %%
-#| label: txt-insights
-insights.bullets(
-    "insights", insights.key_insights(comparison), "The records hold too little for any insight.", comparison
-).publish()
+#| label: tbl-original-tasks
+#| tbl-cap: "Tasks, there and here, with 95% intervals here."
+original.by_model(comparison, "original-tasks").publish()
+
+# %%
+#| label: tbl-original-stages
+#| tbl-cap: "Stage evolution: change from the stage before and since pretraining, there and here."
+original.by_model(comparison, "original-stages").publish()
+
+# %%
+#| label: tbl-original-spread
+#| tbl-cap: "Spread across the stages: the range in points or perplexity, and as a share of the stages' mean."
+original.spread(comparison).publish()
+
+# %%
+#| label: tbl-original-standing
+#| tbl-cap: "Where the model matches, exceeds and lags GPT-2, there and here (last stage)."
+original.standing(comparison).publish()
+
+# %%
+#| label: tbl-original-distilgpt2
+#| tbl-cap: "DistilGPT-2 against GPT-2, there and here."
+original.distilgpt2(comparison).publish()
+
+# %%
+#| label: tbl-original-efficiency
+#| tbl-cap: "Training efficiency, there and here. Cited: GPT-2's figures as the original gives them, without a source."
+original.efficiency(comparison).publish()
+
+# %%
+#| label: tbl-original-rerun
+#| tbl-cap: "The original's figures as claimed, its protocols on this run's models, and this report's protocols, with 95% intervals. The claims are about other models; only the widths of the intervals carry over."
+original.rerun(comparison).publish()
+
+# %%
+#| label: txt-original
+original.statements(comparison).publish()
 
 # %%
 #| label: tbl-claims
-#| tbl-cap: "The claims ledger: what the precedent's page asserts, how each assertion is read, and what this run measured. A claim is supported when the whole 95% interval lies within its reading, contradicted when the whole interval lies outside, not resolved in between."
+#| tbl-cap: "The claims ledger. Where: the original's page, or file and line of its repository. Supported and contradicted: the whole 95% interval lies inside or outside the reading, under the claim's own conditions; “at this scale” where they are not met."
 claims.ledger(comparison).publish()
 
+# %% [markdown]
+# ## Tests and provenance
+
 # %%
-#| label: txt-limitations
-insights.bullets("limitations", limits.limitations(comparison), "The records show no confound.", comparison).publish()
+#| label: tbl-families
+#| tbl-cap: "Which statements are tested together, and how each family of tests is adjusted."
+tables.families(comparison).publish()
+
+# %% [markdown]
+# Measures, margins, tests and the reading of every claim stand in one file, the plan. Every record holds its hash; the
+# dates are those of the file's last commit and of the run's beginning.
+
+# %%
+#| label: tbl-plan
+#| tbl-cap: "The plan and the run, and what was changed after results were seen."
+tables.plan(comparison).publish()
 
 # %%
 #| label: tbl-provenance
-#| tbl-cap: "Where the results come from. Fingerprints cover configuration, code, data, parents, versions and seed; hashes are cut to 12 digits here and whole in the notebooks. Repeatable: what doing it again on the same machine gives. On a CPU that is bit for bit the same with as many threads, which split fp32 sums; on a GPU the seeds and the order of the rows are the same, and sums that its kernels take in no fixed order may round otherwise."
+#| tbl-cap: "Where the results come from. Fingerprints cover configuration, code, data, parents, versions and seed; hashes are cut to 12 digits here and whole in the notebooks. Repeatable: what doing it again on the same machine gives."
 tables.provenance(comparison).publish()
 
 # %% [markdown]
 # The numbers that the report's sentences quote:
 
 # %%
-limits.publishable_variables(comparison, stage.run.name, stage.preset.name).publish()
+findings.publishable_variables(comparison, stage.run.name, stage.preset.name).publish()
 
 # %%
 records.publish("stage/compare", stage.finish(records=len(comparison.records)))

@@ -61,24 +61,23 @@ def test_what_refers_to_nothing_is_left_out(names, gone, kept):
 PARTS = {
     "pretraining alone": (
         ["01_pretrain-*", "02_*", "03_*", "04_*", "05_*"],
-        ["SFT", "GPT-2 (", "Ablations", "Claims ledger", "protocols", "rerun", "Seed spread", "beside the one"],
-        ["We pretrain a decoder-only language model of 1.05M parameters on sample-text. Training took 2.5M tokens"],
+        ["SFT", "GPT-2 (", "Components", "Claims ledger", "Confounds", "seed-", "beside the one", "answer the same"],
+        ["Threefold is a decoder of 1.05M parameters, pretrained on 2.5M tokens. This page reports run `fake`"],
     ),
     "no baselines, no speed": (
         ["*gpt2*", "04_speed*"],
-        ["(trained here)", "(hub)", "Where we match", "Generation speed"],
-        [
-            "Every stage is evaluated under the same 9 protocols, and a control of random weights with them.",
-            "Ablations",
-        ],
+        ["(trained here)", "(hub)", "fig-baselines"],
+        ["4 models answer the same test items: random control, Threefold pretrain", "Components", "Claims ledger"],
     ),
     "no preferences, no ablations": (
         ["03_*", "*dpo*", "05_*"],
-        ["after DPO it", "DPO improves on", "frozen", "Past the training length", "learning curves", "each variant"],
-        ["SFT improves on", "Generation speed"],
+        ["Threefold DPO", "frozen", "Past the training length", "counterpart, alone", "DPO loss of a prompt"],
+        ["Threefold SFT is worse than Threefold pretrain", "5 models answer the same test items"],
     ),
-    "no evaluations": (["04_*"], ["Cross-model", "Task metrics", "Always answering"], ["Ablations", "Claims ledger"]),
-}
+    "no evaluations": (
+        ["04_*"], ["Against the baselines", "paired", "majority class", "Tasks {"], ["Components", "Claims ledger"]
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +110,6 @@ def test_the_paragraphs_of_the_report_are_lines_that_end_with_their_sentences():
         line for line in text.split("---\n", 2)[2].split("\n") if line and not re.match(r"#|:::|\$\$|\\|\{\{", line)
     ]
     sentences = [sentence for line in lines for sentence in partial.SENTENCE_END.split(line)]
-    assert len(lines) > 40 and [one for one in sentences if not re.search(r"[.?!:,$][)”*]*$", one)] == []
+    assert len(lines) > 20 and [one for one in sentences if not re.search(r"[.?!:,$][)”*]*$", one)] == []
     pairs = [(one.count(left), one.count(right)) for one in sentences for left, right in ("()", "[]", "“”")]
     assert all(opened == closed for opened, closed in pairs)

@@ -15,7 +15,7 @@ from basics import files, paths
 from basics.errors import MissingInput, RecordError
 from papertrail import records
 from papertrail.run import read_run_file
-from study.comparison import Comparison, ablations, components, figures, limits, models, tables, training
+from study.comparison import Comparison, ablations, claims, components, figures, findings, models, tables, training
 from study.comparison.differences import EQUIVALENT, UNRESOLVED, Difference, adjust, compared, difference
 from study.comparison.measures import MEASURES, SHARED, STAGED
 from study.preset import Preset
@@ -138,7 +138,7 @@ def test_a_notebook_that_was_not_run_is_named_with_the_command(copy, monkeypatch
     shutil.rmtree(copy / "evaluation" / "dpo")
     part = Comparison.load(opened)  # a stage that was not run is left out, and the limitations say so
     assert part.absent == ("evaluate-dpo",) and "dpo" not in part.models
-    assert limits.limitations(part)[0].sentence.endswith("the stages evaluate-dpo have not been run.")
+    assert "the stages evaluate-dpo have not been run." in findings.opening(part).markdown
     for path in (*(copy / "notebooks").iterdir(), *copy.rglob("run.json")):
         path.unlink()
     with pytest.raises(MissingInput, match="no finished stage: `threefold run --run fake`"):
@@ -247,7 +247,8 @@ def test_every_table_is_one_markdown_table_with_finite_values(comparison):
         tables.metrics(comparison, "preferences", "preferences"),
         tables.stage_evolution(comparison),
         tables.standing(comparison),
-        tables.standing(comparison, "distilgpt2"),
+        tables.training_recipes(comparison),
+        tables.families(comparison),
         tables.stability(comparison),
         tables.efficiency(comparison),
         tables.speed(comparison),
@@ -307,7 +308,7 @@ def test_ablation_table_sets_every_variant_against_the_base(comparison):
     result = components.ablation_effects(found)
     rows = {row["Variant"]: row for row in result.values["rows"]}
     assert rows["base"]["Difference"] is None and rows["base"]["Held-out loss"] == "2.1100 ± 0.0100"
-    gelu = rows["ffn=gelu"]
+    gelu = rows["Feed-forward: GELU MLP"]
     assert gelu["Parameters"] == "1,400,000 (0.00%)" and gelu["Feed-forward"] == 1152
     differences = np.array([2.18, 2.205, 2.19]) - np.array([2.10, 2.12, 2.11])
     test = stats.ttest_1samp(differences, 0)
@@ -320,7 +321,9 @@ def test_ablation_table_sets_every_variant_against_the_base(comparison):
     assert math.exp(time["difference"]) == pytest.approx(1 / 1.03, abs=0.001)
     assert time["low"] < math.log(1 / 1.03) + 0.001 and time["p_adjusted"] < 0.05
     said = components.ablation_resolution(found).markdown
-    assert "With 3 seeds" in said and "1 differ detectably from the base in held-out loss (ffn=gelu)" in said
+    assert (
+        "With 3 seeds" in said and "1 differ detectably from the base in held-out loss (Feed-forward: GELU MLP)" in said
+    )
     assert figures.ablation_curves(found).values["drawn"] == ["base", "norm=layer", "ffn=gelu"]
 
 
@@ -364,7 +367,9 @@ def test_one_seed_has_no_interval(tmp_path):
 
 
 def test_efficiency_states_cost_and_limit_only_where_known(comparison, tmp_path):
-    row = tables.efficiency(comparison).values["rows"][0]
+    every = tables.efficiency(comparison).values["rows"]
+    row, total = every[0], every[-1]
+    assert total["Stage"] == "Threefold, all stages" and total["Tokens"] == 3_300_000
     assert row["Cost"] == "no price stated" and row["Share of limit"] == "limit not known"
     priced = tables.efficiency(comparison, price_per_hour=3.6).values["rows"][0]
     assert priced["Cost"] == "0.0300 USD at 3.60 an hour"  # 30 s
@@ -405,16 +410,21 @@ def test_tables_of_a_run_that_measured_nothing_say_so(tmp_path):
     empty = Comparison.load(tmp_path)
     for made in (tables.stage_evolution, tables.standing, tables.speed, tables.protocols, tables.headline):
         assert made(empty).markdown == "*Not measured in this run.*"
-    for made in (figures.loss_curves, figures.cross_model, figures.stage_evolution):
-        assert made(empty).text
+    assert figures.loss_curves(empty).text and figures.forest("x", empty, []).text
 
 
 # Figures -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("figure", [figures.loss_curves, figures.cross_model, figures.stage_evolution])
-def test_figures_say_what_they_show_and_label_their_axes(comparison, figure):
-    result = figure(comparison)
+@pytest.mark.parametrize("columns", [0, 1, 2])
+def test_figures_say_what_they_show_and_label_their_axes(comparison, columns):
+    result = figures.loss_curves(comparison)
+    if columns:
+        found = compared(comparison, "gpt2")
+        result = figures.forest("x", comparison, found, columns)
+        for one in found:
+            assert f"{one.names[1]} against {one.names[0]}: {one.text}".replace("\u00a0", " ") in result.text
+        assert all(axes.get_xlabel().endswith("is better") for axes in result.figure.axes if axes.get_visible())
     data, metadata = records.bundle(result.name, result.values, figure=result.figure, text=result.text)
     assert len(data["image/png"]) > 10_000 and metadata["image/png"]["alt"] == result.text
     assert metadata["image/png"]["width"] < 800
@@ -427,10 +437,26 @@ def test_a_model_keeps_its_colour_in_every_figure(comparison):
     assert all(axes.get_xlabel() for axes in figure.axes)
 
 
+def test_a_forest_fills_what_may_be_claimed_and_draws_zero_and_margin(comparison):
+    found = [one for one in compared(comparison, "gpt2") if one.measure.key == "bits_per_byte"]
+    (axes,) = figures.forest("x", comparison, found, columns=1).figure.axes
+    markers = [line for line in axes.get_lines() if line.get_marker() not in ("None", None, "")]
+    filled = {line.get_ydata()[0]: line.get_markerfacecolor() != "white" for line in markers}
+    assert filled == {2 - place: one.detected for place, one in enumerate(found)} and len(found) == 3
+    assert any(list(line.get_xdata()) == [0, 0] for line in axes.get_lines())
+    (band,) = axes.patches
+    assert band.get_x() == pytest.approx(-0.01) and band.get_width() == pytest.approx(0.02)
+
+
+def test_families_of_tests_are_counted(comparison):
+    rows = {row["Statements"].partition(" ")[0]: row for row in tables.families(comparison).values["rows"]}
+    assert rows["differences"]["Tests"] == len(compared(comparison)) and "Holm" in rows["differences"]["Adjustment"]
+    assert rows["components"]["Tests"] == 2 and rows["claims"]["Tests"] == len(claims.CLAIMS)
+
+
 def test_sentences_and_table_adjust_over_the_same_family(comparison):
-    told = {one["p_adjusted"] for one in tables.standing(comparison, "distilgpt2").values["differences"]}
-    assert {one.adjusted for one in compared(comparison, "distilgpt2")} == told
-    assert {one.a for one in compared(comparison, "distilgpt2")} == {"distilgpt2"}
+    shown = {one["p_adjusted"] for one in tables.standing(comparison).values["differences"]}
+    assert {one.adjusted for one in compared(comparison, "gpt2", "distilgpt2")} == shown
     assert {one.b for one in compared(comparison, "distilgpt2")} == {"gpt2", "pretrain", "sft", "dpo"}
 
 

@@ -17,7 +17,7 @@ from papertrail import records
 from papertrail.plan import dependents
 from papertrail.run import read_run_file
 from study import stages
-from study.comparison import Comparison, claims, insights, limits, seeds, tables
+from study.comparison import Comparison, claims, confounds, findings, seeds, tables
 from study.comparison.measures import HEADLINE
 from study.preset import Preset, load_preset, parse_overrides
 from study.run import Run, open_run, open_stage
@@ -290,7 +290,7 @@ def test_a_replicate_that_the_preset_asks_for_and_that_is_not_there_is_named(run
     assert Comparison.load(Run.of("fake", copied, preset)).replicates == {}
     part = Comparison.load(seal(Run.of("fake", copied, replace(preset, seeds=4))))
     stages = [f"{kind}{stage}-seed4" for stage in LINEAGE for kind in ("", "evaluate-")]
-    assert sorted(part.absent) == sorted(stages) and "pretrain-seed4" in limits.limitations(part)[0].sentence
+    assert sorted(part.absent) == sorted(stages) and "pretrain-seed4" in findings.opening(part).markdown
 
 
 def test_spreads_are_those_of_the_records(comparison):
@@ -329,25 +329,20 @@ def test_tables_and_sentences_of_three_seeds(comparison):
     assert len(changes.values["rows"]) == 12 and changes.markdown.startswith("| Measure")
     row = next(row for row in spread.values["rows"] if row["Measure"] == "Sentiment")
     assert row["Value by seed"].count("%") == 3 and row["SE over items"].endswith(" pp")
-    said = {one.key: one for one in insights.seed_spread(comparison)}
-    assert "trained 3 times (seeds 1337, 1338 and 1339)" in said["seeds"].sentence
-    assert "GPT-2 (trained here) and DistilGPT-2 (trained here): once" in said["seeds"].sentence
-    assert "perplexity of Threefold SFT (sd" in said["seeds-over-seeds"].sentence
-    assert "mean of 3 seeds" in said["seeds-sft"].sentence and said["seeds-sft"].differs
-    assert "3 seeds only" in said["seeds-sft"].sentence and "items only" not in said["seeds-sft"].sentence
-    known = {name for one in said.values() for name in one.evidence}
-    assert known and known <= set(comparison.records)
-    limited = " ".join(one.sentence for one in limits.limitations(comparison))
-    assert "first of 3 trainings" in limited and "trained once" not in limited
-    assert all("the first of 3 training seeds" in one.sentence for one in insights.stage_changes(comparison))
-    assert limits.variables(comparison)["trained"] == "3 times"
+    (said,) = findings.trust(comparison)
+    assert "Over 3 training seeds" in said.sentence and "standard deviation of" in said.sentence
+    assert set(said.evidence) <= set(comparison.records)
+    assert (
+        "Intervals hold the sampling of items for the first of 3 training seeds"
+        in confounds.listing(comparison).markdown
+    )
+    assert findings.variables(comparison)["trained"] == "3 times"
 
 
 def test_seeds_that_differ_by_noise_alone_are_not_said_to_vary_more(tmp_path):
     """Trainings of equal skill, whose answers differ by little noise: no claim that seeds outweigh items."""
     same = Comparison.load(make_run(tmp_path / "same", replicates=(shifted(), shifted())))
     assert not [one for one in seeds.spreads(same) if one.larger == seeds.OVER_SEEDS]
-    assert "seeds-over-seeds" not in {one.key for one in insights.seed_spread(same)}
 
 
 def test_one_seed_is_said_to_be_one(tmp_path):
@@ -356,12 +351,10 @@ def test_one_seed_is_said_to_be_one(tmp_path):
     for table in (tables.seed_spread(once), tables.seed_changes(once)):
         assert table.values["rows"] == [] and table.values["trainings"] == 1
         assert "not measured" in table.markdown and table.markdown == tables.ONE_SEED
-    assert [one.sentence for one in insights.seed_spread(once)] == [insights.ONCE]
-    assert insights.ONCE in [one.sentence for one in limits.limitations(once)]
-    assert all("one training seed" in one.sentence for one in insights.stage_changes(once))
-    measured = {key: one.measured for key, one in claims.judge(once).items()}
-    assert "one training seed" in measured["sft-perplexity"] and "training seed" not in measured["gpt2-perplexity"]
+    assert "trained once" in findings.trust(once)[0].sentence
+    assert "of items for one training seed" in confounds.listing(once).markdown
+    assert claims.judge(once)["sft-perplexity"].finding.scope.basis.endswith("one training seed")
     executed = execute_compare(run, paths.PROJECT / "notebooks" / "percent" / "06_compare.py")
     found = records.read(executed)
-    assert {"comparison/seeds", "comparison/seed-changes", "comparison/seed-insights"} <= set(found)
+    assert {"comparison/seeds", "comparison/seed-changes", "comparison/findings"} <= set(found)
     assert files.sha256_json(found["comparison/seeds"].values)  # finite JSON

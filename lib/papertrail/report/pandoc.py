@@ -84,7 +84,7 @@ def render(folder: Path) -> str:
         "--mathml",
         "--citeproc",
         "--toc",
-        "--toc-depth=2",
+        "--toc-depth=1",
         "--number-sections",
         "--columns=10000",  # no column widths guessed from the length of a table's source lines
         "--fail-if-warnings",

@@ -17,7 +17,8 @@ from papertrail.report.check import VARIABLES, require, variable_text
 from papertrail.scrub import scrub
 
 RENDERED = "rendered.json"  # hashes of the page and of what it was made from, beside it
-GENERATED = ("executed", "_variables.yml", "index.html", "index_files", "_site", ".quarto", RENDERED)
+GENERATED = ("executed", "_variables.yml", "index.html", "index.pdf", "index.typ", "index_files", "_site")
+GENERATED += (".quarto", ".gitignore", RENDERED)
 
 
 def executed_files(run: Path, report: Path) -> dict[str, str]:

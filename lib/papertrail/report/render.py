@@ -99,7 +99,7 @@ def render_folder(folder: Path, *, say: Callable[[str], None] = print) -> Path:
     require(folder)
     if quarto := shutil.which("quarto"):
         status, said, complaint = run_supervised(
-            [quarto, "render"], cwd=folder
+            [quarto, "render", "--to", "html"], cwd=folder
         )  # a path with [ or ] would be a pattern
         shutil.rmtree(folder / ".quarto", ignore_errors=True)
         text = page.read_text(encoding="utf-8") if page.is_file() else ""

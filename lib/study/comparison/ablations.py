@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from study.comparison.differences import ALPHA
+from study.comparison.models import SHOWN
 from study.comparison.results import bounds, count, estimate
 from threefold.evaluation import statistics
 from threefold.evaluation.statistics import paired_median, paired_student
@@ -22,6 +23,18 @@ from threefold.evaluation.statistics import paired_median, paired_student
 BASE = "base"
 QUANTITIES = {"heldout_loss": "perplexity", "tokens_per_second": "training speed"}  # and the words for them
 Variants = Mapping[str, Mapping[str, Any]]
+_COMPONENTS = {one["key"]: one for one in SHOWN["component"]}
+
+
+def title(variant: str) -> str:
+    """A variant for a reader: "norm=layer" is "Normalisation: LayerNorm"; what no component is stays as it is."""
+    if "=" not in variant:
+        return variant
+    key, _, value = variant.partition(",")[0].partition("=")
+    component = _COMPONENTS.get(key)
+    if key == "optimizer":
+        return f"Optimizer: {SHOWN['optimizer'].get(value, value)}"
+    return f"{component['name']}: {component.get('names', {}).get(value, value)}" if component else variant
 
 
 @dataclass(frozen=True)

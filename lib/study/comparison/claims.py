@@ -1,50 +1,86 @@
-"""The claims ledger: what the precedent's comparison page asserts, and what this run's records say of it.
+"""The claims ledger: what the original comparison asserts, and what this run's records say of it.
 
-A claim has a reading, fixed before any result: a band that the measured effect must fall into, its edges left out, so
-that no effect at all is no lower loss. The verdict is
-- supported: the whole interval lies inside the band;
-- contradicted: the whole interval lies outside it;
+A claim has a reading: a band that the measured effect must fall into, its edges left out, so that no effect at all is
+no lower loss. The verdict is
+- supported, contradicted: the whole interval lies inside the band, or outside it, under the claim's own conditions;
+- supported at this scale, not at this scale: the same, of a smaller model, budget or other device than the claim's;
 - not resolved: the interval crosses the band's edge, or there is none (one seed, timings that do not compare);
-- not measured here: this run holds no record of it, or only of another data set, baseline, scale or device.
+- not measured here: this run holds no record of it, or only of another data set, baseline or training.
 
-Tokens an hour, hours and steady curves are counts of what one run did: they have no sampling error, and come out
-supported, contradicted or not measured, never unresolved.
+Every verdict names its scope: parameters, tokens, device, data and what was repeated. Tokens an hour, hours and steady
+curves are counts of what one run did: they have no sampling error and are never unresolved.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
-from study.comparison import ablations, length, seeds, training, variance
+from study.comparison import ablations, length, recipes, seeds, training, variance
 from study.comparison.differences import comparable, difference
 from study.comparison.load import Comparison
 from study.comparison.models import PLAN
-from study.comparison.results import Result, bounds, compact, duration, estimate, number_of, plain, table, value_text
+from study.comparison.original import ORIGINAL
+from study.comparison.results import Result, bounds, compact, duration, estimate, number_of, table, value_text
 from study.preset import LINEAGE
 from threefold.evaluation.statistics import student_half_width
 
-SUPPORTED, CONTRADICTED = "supported", "contradicted"
-NOT_RESOLVED, NOT_MEASURED = "not resolved", "not measured here"
-PARAMETERS, TOKENS = 253e6, 600e6  # of the model that the precedent's page is about, as it gives them
+VERDICTS = SUPPORTED, CONTRADICTED, SUPPORTED_HERE, NOT_HERE, NOT_RESOLVED, NOT_MEASURED = (
+    "supported", "contradicted", "supported at this scale", "not at this scale", "not resolved", "not measured here"
+)  # fmt: skip
+PARAMETERS, TOKENS, DEVICE = 253e6, 600e6, "H100"  # of the model that the claims are about, as the original gives them
+
+
+class Scope(NamedTuple):
+    """What a verdict is about. data: what it was measured on; basis: what was repeated, "3 seeds"."""
+
+    parameters: int | None = None
+    tokens: float | None = None
+    device: str = ""
+    data: str = ""
+    basis: str = ""
+
+    @property
+    def text(self) -> str:
+        sizes = [
+            f"{compact(have)} {unit}" for have, unit in zip(self[:2], ("parameters", "tokens"), strict=True) if have
+        ]
+        return ", ".join([*sizes, *filter(None, self[2:])])
+
+    def unmet(self, timed: bool) -> str:
+        """Which condition of a claim is not met: a size or budget within a factor of two, and for times the device."""
+        for have, claimed, unit in ((self.parameters, PARAMETERS, "parameters"), (self.tokens, TOKENS, "tokens")):
+            if have is not None and not 0.5 <= have / claimed <= 2:
+                return f"{compact(have)} {unit}, not {compact(claimed)}"
+        if self.parameters is None:
+            return "a model whose size is not recorded"
+        return f"not an {DEVICE}" if timed and DEVICE not in self.device else ""
+
+
+NOWHERE = Scope()
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a claim's test found: an effect with its interval, the words for it, and why it may not count."""
+    """What a claim's test found: an effect with its interval, the words for it, its scope, and why it may not count."""
 
     text: str
     low: float | None = None
     high: float | None = None
-    instead: str = ""  # not the claim's own data, baseline or device: what it is instead
+    instead: str = ""  # another question than the claim's: its data, baseline or training; what it is instead
     unresolved: str = ""  # why no verdict can be drawn although there is an effect
+    scope: Scope = NOWHERE
+    timed: bool = False  # whether the claim is about a time, and so about a device
+    met: bool = False  # whether the claim's conditions are met whatever the scope
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One assertion and how it is tested: the page's own figure, what it asserts, and the band fixed for it."""
+    """One assertion and how it is tested: the original's own words, where they stand, what they assert, and the band
+    that counts as true."""
 
     key: str
     source: str
@@ -52,6 +88,7 @@ class Claim:
     reading: str
     band: tuple[float, float]
     test: Callable[[Comparison], Finding | None]
+    where: str = ""
 
     def judge(self, comparison: Comparison) -> "Verdict":
         """The claim's verdict from a run's records."""
@@ -66,7 +103,10 @@ class Claim:
         else:
             inside = self.band[0] < low and high < self.band[1]
             outside, why = high <= self.band[0] or low >= self.band[1], ""
-            verdict = SUPPORTED if inside else CONTRADICTED if outside else NOT_RESOLVED
+            verdict = NOT_RESOLVED
+            if inside or outside:
+                why = "" if finding.met else finding.scope.unmet(finding.timed)
+                verdict = VERDICTS[(2 if why else 0) + outside]
         return Verdict(self, verdict, replace(finding, text=f"{finding.text} ({why})") if why else finding)
 
 
@@ -88,13 +128,33 @@ class Verdict:
 def _ablation(comparison: Comparison, variant: str, quantity: str) -> Finding | None:
     """What a component brings against the variant without it, in percent."""
     effect = ablations.effect(comparison.by_variant("ablation"), variant, quantity)
-    return effect and Finding(f"{effect.text}, {effect.basis}", *_times_100(effect.low, effect.high))
+    scope = effect and _of_ablations(comparison, effect.basis)
+    timed = quantity == "tokens_per_second"
+    return effect and Finding(effect.text, *_times_100(effect.low, effect.high), scope=scope, timed=timed)
+
+
+def _of_ablations(comparison: Comparison, basis: str) -> Scope:
+    base, stage = comparison.by_variant("ablation").get(ablations.BASE, {}), comparison.stage("ablations") or {}
+    tokens = max((curve["tokens"][-1] for curve in base.get("curves", ())), default=None)
+    return Scope(base.get("parameters"), tokens, training.device(stage), "held-out text", basis)
+
+
+def _of_lineage(comparison: Comparison, model: str, data: str | None, n: int | None = None) -> Scope:
+    """The scope of a figure of one of our stages."""
+    found = {one.stage: one for one in training.trainings(comparison)}
+    budget, last = sum(recipes.tokens(comparison, model)), found.get(model)
+    basis = ", ".join([*([number_of(n)] if n else []), seeds.basis(comparison)])
+    size = training.total_parameters(comparison, model)
+    return Scope(size, budget or None, last.device if last else "", data or "", basis)
 
 
 def _length(comparison: Comparison, effect: str) -> Finding | None:
     """An effect past the training length, in nats per token."""
     measured = {"rope": length.rope, "sinks": length.sinks}[effect](length.found(comparison))
-    return measured and Finding(measured.text, measured.interval.low, measured.interval.high)
+    if measured is None:
+        return None
+    scope = _of_ablations(comparison, measured.basis)._replace(data="streams of the test text")
+    return Finding(measured.text, measured.interval.low, measured.interval.high, scope=scope)
 
 
 def _change(comparison: Comparison, measure: str, a: str, b: str, data: str) -> Finding | None:
@@ -107,9 +167,8 @@ def _change(comparison: Comparison, measure: str, a: str, b: str, data: str) -> 
     instead = _other_set(comparison.protocol(measure), data)
     if not instead and a == "gpt2" and comparison.stage("gpt2") is not None:
         instead = "against a GPT-2 trained here on this run's text, not the published one"
-    trained = f", {seeds.basis(comparison)}" if {a, b} <= {*LINEAGE} else ""
-    text = f"{change.text}, {number_of(change.n)}{trained}"
-    return Finding(text, *_times_100(change.low, change.high), instead=instead)
+    scope = _of_lineage(comparison, b, comparison.protocol(measure), change.n)
+    return Finding(change.text, *_times_100(change.low, change.high), instead=instead, scope=scope)
 
 
 _times_100 = partial(bounds, lambda x: 100 * x)
@@ -125,10 +184,12 @@ def _problems(comparison: Comparison, data: str) -> Finding | None:
     model = next((name for name in reversed(LINEAGE) if comparison.value("problems", name)), None)
     if model is None:
         return None
-    value, size = comparison.value("problems", model), training.total_parameters(comparison, model)
-    scale = f", {compact(size)} parameters" if size else ""
-    text = f"{value_text(value)} ({comparison.name(model)}{scale}, {number_of(value.n)})"
-    return Finding(text, *_times_100(value.low, value.high), instead=_other_set(value.protocol, data))
+    value, instead = comparison.value("problems", model), _other_set(comparison.protocol("problems"), data)
+    text, scope = (
+        f"{value_text(value)} ({comparison.name(model)})",
+        _of_lineage(comparison, model, value.protocol, value.n),
+    )
+    return Finding(text, *_times_100(value.low, value.high), instead=instead, scope=scope)
 
 
 def _speed(comparison: Comparison, a: str, b: str) -> Finding | None:
@@ -152,16 +213,21 @@ def _speed(comparison: Comparison, a: str, b: str) -> Finding | None:
         return Finding(f"{ratio:.2f}×", unresolved=f"{n} repeats")
     half = student_half_width(float(logs.std(ddof=1) / math.sqrt(n)), n - 1)
     low, high = ratio * math.exp(-half), ratio * math.exp(half)
-    instead = "GPT-2's architecture at this run's size" if comparison.stage("gpt2") is not None else ""
-    return Finding(f"{estimate(ratio, low, high, decimals=2, unit='×')}, {n} repeats", low, high, instead=instead)
+    settings = comparison.settings(b, "speed")
+    size = training.total_parameters(comparison, b)
+    scope = Scope(size, None, settings.get("device", ""), "decoding at batch 1", f"{n} repeats")
+    published = comparison.stage(a) is None
+    return Finding(estimate(ratio, low, high, decimals=2, unit="×"), low, high, scope=scope, met=published)
 
 
 def _tokens_per_hour(comparison: Comparison) -> Finding | None:
     """Millions of tokens an hour of pretraining."""
     for stage in training.trainings(comparison, "pretrain"):
         rate = stage.tokens_per_hour / 1e6
-        text = f"{compact(stage.tokens_per_hour)} tokens/hour on {stage.device}"
-        return Finding(text, rate, rate, instead=_elsewhere([stage.device], stage.parameters))
+        scope = Scope(stage.parameters, None, stage.device, basis="one training")
+        return Finding(
+            f"{compact(stage.tokens_per_hour)} tokens/hour", rate, rate, instead=scope.unmet(True), scope=scope
+        )
     return None
 
 
@@ -170,22 +236,11 @@ def _hours(comparison: Comparison) -> Finding | None:
     stages = training.trainings(comparison, *LINEAGE)
     if len(stages) < 3:
         return None
-    seconds, devices = sum(one.seconds for one in stages), sorted({one.device for one in stages})
-    text = f"{duration(seconds)} on {', '.join(devices)}"
-    instead = _elsewhere(devices, stages[0].parameters, stages[0].tokens)
-    return Finding(text, seconds / 3600, seconds / 3600, instead=instead)
-
-
-def _elsewhere(devices: list[str], parameters: int | None, tokens: float = TOKENS) -> str:
-    """Why a time is not that of the page's model: another device, or a size or budget not within a factor of two."""
-    if not all("H100" in device for device in devices):
-        return "not an H100"
-    if parameters is None:
-        return "of a model whose size is not recorded"
-    for have, claimed, unit in ((parameters, PARAMETERS, "parameters"), (tokens, TOKENS, "tokens")):
-        if not 0.5 <= have / claimed <= 2:
-            return f"{compact(have)} {unit}, not {compact(claimed)}"
-    return ""
+    whole, devices = training.total(stages), sorted({one.device for one in stages})
+    scope = Scope(stages[0].parameters, stages[0].tokens, ", ".join(devices), basis="one training")
+    instead = scope.unmet(True) if all(DEVICE in device for device in devices) else f"not an {DEVICE}"
+    hours = whole.seconds / 3600
+    return Finding(duration(whole.seconds), hours, hours, instead=instead, scope=scope)
 
 
 def _unsteady_curves(comparison: Comparison) -> Finding | None:
@@ -193,10 +248,9 @@ def _unsteady_curves(comparison: Comparison) -> Finding | None:
     curves = [one for one in training.curves(comparison) if one.stage in ("gpt2", "pretrain")]
     if len(curves) < 2:
         return None
-    worst, unsteady = training.worst(curves), [one.name for one in curves if not one.stable]
-    text = f"largest setback {plain(worst.setback, 3)} nats ({worst.name})"
-    text += f"; unsteady: {', '.join(unsteady)}" if unsteady else ""
-    return Finding(text, float(len(unsteady)), float(len(unsteady)))
+    unsteady = float(sum(not one.stable for one in curves))
+    text = "; ".join(f"{one.name}: {'steady' if one.stable else 'unsteady'}, {one.setback_text}" for one in curves)
+    return Finding(text, unsteady, unsteady, scope=_of_lineage(comparison, "pretrain", "training loss"))
 
 
 def _variances(comparison: Comparison) -> Finding | None:
@@ -208,19 +262,22 @@ def _variances(comparison: Comparison) -> Finding | None:
     method, model, low, high = variance.method_against_model(100 * found[0].mean(axis=2).transpose(2, 0, 1))
     over = [math.sqrt(max(part, 0)) for part in (method, model)]
     text = (
-        f"sentiment: sd {over[0]:.1f} pp over templates, {over[1]:.1f} pp over models; difference of variances "
+        f"sd {over[0]:.1f} pp over templates, {over[1]:.1f} pp over models; difference of variances "
         f"{estimate(method - model, low, high, decimals=1, sign=True)}"
     )
-    return Finding(text, low, high)
+    count_ = f"{len(found[1]['model'])} models × {len(found[1]['template'])} templates"
+    return Finding(text, low, high, scope=_of_lineage(comparison, "pretrain", protocol)._replace(basis=count_))
 
 
 _FUNCTIONS = (_ablation, _change, _hours, _length, _problems, _speed, _tokens_per_hour, _unsteady_curves, _variances)
 TESTS: dict[str, Callable[..., Finding | None]] = {test.__name__.removeprefix("_"): test for test in _FUNCTIONS}
 
 
-def _claim(key: str, source: str, claimed: str, reading: str, band: list[float], test: str, **arguments: str) -> Claim:
-    """A claim of plan.toml: `arguments` are the test's own."""
-    return Claim(key, source, claimed, reading, tuple(band), partial(TESTS[test], **arguments))
+def _claim(*, band: list[float], test: str, **row: str) -> Claim:
+    """A claim of plan.toml; what is no field of a claim is an argument of its test."""
+    own = {name: row.pop(name) for name in ("key", "source", "claimed", "reading")}
+    where = ORIGINAL["where"].get(own["key"], "")
+    return Claim(**own, where=where, band=tuple(band), test=partial(TESTS[test], **row))
 
 
 CLAIMS = [_claim(**row) for row in PLAN["claim"]]
@@ -239,11 +296,15 @@ def ledger(comparison: Comparison) -> Result:
     """The claims ledger as a table."""
     verdicts = judge(comparison)
     values = {
-        key: {name: getattr(one.claim, name) for name in ("source", "claimed", "reading")}
+        key: {name: getattr(one.claim, name) for name in ("source", "where", "claimed", "reading")}
         | {"verdict": one.verdict, "measured": one.measured, "low": one.finding.low, "high": one.finding.high}
+        | {"scope": one.finding.scope._asdict()}
         for key, one in verdicts.items()
     }
-    rows = ({"claim": one.claim, "measured": one.measured, "verdict": one.verdict} for one in verdicts.values())
+    rows = (
+        {"claim": one.claim, "measured": one.measured, "verdict": one.verdict, "scope": one.finding.scope.text or None}
+        for one in verdicts.values()
+    )
     empty = all(one.verdict == NOT_MEASURED for one in verdicts.values())
     return replace(table("claims", rows), values={"claims": values}, empty=empty)
 
@@ -251,4 +312,4 @@ def ledger(comparison: Comparison) -> Result:
 def counts(verdicts: Iterable[Verdict]) -> dict[str, int]:
     """How many claims came out how."""
     every = [one.verdict for one in verdicts]
-    return {name: every.count(name) for name in (SUPPORTED, CONTRADICTED, NOT_RESOLVED, NOT_MEASURED)}
+    return {name: every.count(name) for name in VERDICTS}

@@ -24,7 +24,7 @@ def ablation_effects(variants: Variants) -> Result:
         share, losses = values["parameters"] / variants[ablations.BASE]["parameters"] - 1, values["heldout_loss"]
         spread = f" ± {plain(statistics.stdev(losses), 4)}" if len(losses) > 1 else ""
         return {
-            "name": name,
+            "title": ablations.title(name),
             "one": one,
             "values": values,
             "size": f"{values['parameters']:,}" + (f" ({signed(100 * share, 2, '%')})" if one else ""),
@@ -51,7 +51,7 @@ def ablation_resolution(variants: Variants) -> Result:
         reach=reach if half is None else say("ablations-reach", seeds=seeds, half=half),
         every=len(found),
         detected=len(detected),
-        named=f" ({', '.join(detected)})" if detected else "",
+        named=f" ({'; '.join(map(ablations.title, detected))})" if detected else "",
         slower=sum(test["p_adjusted"] < ALPHA for test in timed),
         rounds=rounds,
     )

@@ -1,33 +1,30 @@
-"""What else could explain a difference between two models: found in the records, and attached to the sentence.
+"""What else could explain a difference between two models: found in the records, stated once and referred to by number.
 
-Each caveat names its cause only; `clause` says which measures of a sentence it touches.
+`of` finds the confounds of one difference, `numbered` those of the whole report with the sentence of each
+(words.toml), and `marks` refers to them from a sentence or a row.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from papertrail.records import escape
-from study.comparison import models, seeds
-from study.comparison.differences import Difference
+from study.comparison import seeds
+from study.comparison.differences import Difference, compared
 from study.comparison.load import Comparison
-from study.comparison.results import count
-from study.preset import LINEAGE
+from study.comparison.recipes import FACETS, ancestry, apart, recipe, sources
+from study.comparison.results import WORDS, Result, count, listed
 
 FEW = 30  # units below which an interval rests on its t distribution more than on its units
+ANCHOR = "#sec-confounds"
+Numbers = dict[str, tuple[int, list[str]]]  # key of a confound -> its number, and its details
 
 
 class Caveat(NamedTuple):
-    """One confound of one comparison. Plain Markdown."""
+    """One confound of one comparison: its key, what it concerns, and whose value that is, if anyone's."""
 
     key: str
-    text: str
-
-
-def sources(comparison: Comparison, *stages: str) -> set[str]:
-    """Names of the sources that stages trained on, from the configuration in their fingerprints."""
-    configs = [((comparison.stage(stage) or {}).get("fingerprint") or {}).get("config", {}) for stage in stages]
-    parts = [item for config in configs if isinstance(data := config.get("data"), dict) for item in data.items()]
-    entries = [entry for part, found in parts if not part.endswith("heldout") for entry in found]
-    return {entry["source"] for entry in entries if entry.get("source")}
+    detail: str
+    model: str = ""
 
 
 def family(source: str) -> str:
@@ -35,65 +32,87 @@ def family(source: str) -> str:
     return source.split("-")[0] if source.startswith("wikitext") else source
 
 
-def seen(comparison: Comparison, model: str, source: str) -> list[str] | None:
-    """Sources of the family of `source` in a model's weights: none in the random control's, None where it was trained
-    elsewhere."""
-    if model == "random":
-        return []
-    if comparison.stage(model) is None:
-        return None
-    stages = LINEAGE[: LINEAGE.index(model) + 1] if model in LINEAGE else (model,)
-    return sorted(one for one in sources(comparison, *stages) if family(one) == family(source))
+def seen(comparison: Comparison, model: str, source: str) -> list[str]:
+    """Sources of the family of `source` that a model was trained on, as far as is known."""
+    trained = sources(comparison, *ancestry(comparison, model))
+    return sorted(one for one in trained if family(one) == family(source))
 
 
 def of(comparison: Comparison, one: Difference) -> list[Caveat]:
-    """The confounds of one difference."""
-    if comparison.same_weights(one.a, one.b):
-        return [Caveat("same-weights", "the two are the same weights")]
+    """The confounds of one difference, in the order of words.toml."""
+    pair = one.a, one.b
+    name = {model: escape(comparison.name(model)) for model in pair}
+    if comparison.same_weights(*pair):
+        return [Caveat("same_weights", listed([*name.values()]))]
     found = []
-    if one.a in models.BASELINES and comparison.stage(one.a) is not None:
-        name = escape(comparison.name(one.a))
-        found.append(Caveat("baseline", f"{name} is the architecture at this run's budget, not the published model"))
-    if not comparison.share_tokenizer(one.a, one.b):
-        found.append(Caveat("tokenizer", "different tokenizers"))
+    for key in apart(comparison, *pair):
+        found += [Caveat(key, escape(recipe(comparison, model)[key]), name[model]) for model in pair]
+    for model in pair:
+        if model in comparison.baselines and comparison.stage(model) is not None:
+            found.append(Caveat("baseline", name[model]))
+        elif model != "random" and comparison.stage(model) is None:
+            found.append(Caveat("elsewhere", name[model]))
+    if not comparison.share_tokenizer(*pair):
+        found.append(Caveat("tokenizer", listed([*name.values()])))
     data = comparison.settings(one.b, comparison.protocol(one.measure.key)).get("data") or {}
     source = data.get("source") or ""
-    if source:
-        found += _trained_on(comparison, one, source)
+    for model in pair if source else ():
+        if trained := seen(comparison, model, source):
+            key = "train_split" if one.measure.unit == "share" else "in_domain"
+            found.append(Caveat(key, ", ".join(map(escape, trained)), name[model]))
     if data.get("subsampled"):
-        found.append(Caveat("subsampled", f"a sub-sample of {escape(source)}"))
-    if {one.a, one.b} <= {*LINEAGE} and one.method != seeds.METHOD:
+        found.append(Caveat("subsampled", f"{escape(source)} ({count(one.n, 'item')})"))
+    if one.method != seeds.METHOD and not set(pair) <= {"random"}:
         found.append(Caveat("seeds", seeds.basis(comparison)))
     if one.n < FEW:
         units = one.method.rpartition(" ")[2] if " over " in one.method else "items"
-        found.append(Caveat("units", f"{count(one.n, units.removesuffix('s'))} only"))
-    return found
+        found.append(Caveat("units", f"{one.measure.title.lower()} ({count(one.n, units.removesuffix('s'))})"))
+    return sorted(found, key=lambda caveat: list(WORDS["confounds"]).index(caveat.key))
 
 
-def _trained_on(comparison: Comparison, one: Difference, source: str) -> list[Caveat]:
-    """In-domain text against zero-shot use, or training on the task's own training split."""
-    a, b = (seen(comparison, model, source) for model in (one.a, one.b))
-    if not a and not b:
-        return []
-    task = one.measure.unit == "share"
-    key, what = ("train-split", "other items") if task else ("in-domain", "other text")
-    trained = f"trained on {what} of {', '.join(map(escape, sorted({*(a or ()), *(b or ())})))}"
-    if a and b:
-        return [Caveat(key, f"both {trained}")]
-    subject, other, known = (one.b, one.a, a is not None) if b else (one.a, one.b, b is not None)
-    subject, other = (escape(comparison.name(model)) for model in (subject, other))
-    return [Caveat(key, f"{subject} {trained}, {other} did not{'' if known else ' as far as is known'}")]
-
-
-def clause(comparison: Comparison, found: list[Difference]) -> tuple[tuple[str, ...], str]:
-    """(keys, sentence) of the confounds of several differences; a caveat that touches some names their measures."""
-    touched: dict[Caveat, list[str]] = {}
-    for one in found:
+def numbered(comparison: Comparison) -> Numbers:
+    """Key -> (number, details) of every confound of the report's comparisons, in the order of words.toml. A detail that
+    is the value of models names them: "Muon: Threefold pretrain, Threefold SFT"."""
+    found: dict[str, dict[str, dict[str, None]]] = {key: {} for key in WORDS["confounds"]}
+    for one in compared(comparison):
         for caveat in of(comparison, one):
-            touched.setdefault(caveat, []).append(one.measure.title.lower())
-    parts = [
-        caveat.text if len(titles) == len(found) else f"{caveat.text} ({', '.join(titles)})"
-        for caveat, titles in touched.items()
-    ]
-    keys = tuple(dict.fromkeys(caveat.key for caveat in touched))
-    return keys, f" *Confounds:* {'; '.join(parts)}." if parts else ""
+            found[caveat.key].setdefault(caveat.detail, {})[caveat.model] = None
+    present = {
+        key: [f"{detail}: {', '.join(models)}" if any(models) else detail for detail, models in details.items()]
+        for key, details in found.items()
+        if details
+    }
+    return {key: (number, details) for number, (key, details) in enumerate(present.items(), 1)}
+
+
+def marks(comparison: Comparison, found: Iterable[Difference], numbers: Numbers | None = None) -> str:
+    """The numbers of the confounds of several differences, "C1–C3, C5"; "" where there is none. numbers: of `numbered`,
+    where several are referred to."""
+    numbers = numbered(comparison) if numbers is None else numbers
+    touched = sorted(
+        {numbers[caveat.key][0] for one in found for caveat in of(comparison, one) if caveat.key in numbers}
+    )
+    spans: list[list[int]] = []
+    for number in touched:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    pairs = {0: "C{0}", 1: "C{0}, C{1}"}
+    return ", ".join(pairs.get(last - first, "C{0}–C{1}").format(first, last) for first, last in spans)
+
+
+def listing(comparison: Comparison) -> Result:
+    """The numbered list that the whole page refers to."""
+    found, lines = numbered(comparison), []
+    for key, (number, details) in found.items():
+        title, text = WORDS["confounds"][key]
+        lines.append(f"- **C{number} {title}.** {text.format(details='; '.join(details))}")
+    values = {key: {"number": number, "details": details} for key, (number, details) in found.items()}
+    text = "\n".join(lines) or "None was found."
+    return Result("comparison/confounds", {"confounds": values}, markdown=text, empty=not found)
+
+
+def apart_in_words(comparison: Comparison, a: str, b: str) -> list[str]:
+    """What a reader calls the facets in which two models differ."""
+    return [FACETS[key] for key in apart(comparison, a, b)]

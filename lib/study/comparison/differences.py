@@ -24,7 +24,6 @@ from study.comparison import models
 from study.comparison.load import Comparison
 from study.comparison.measures import KEYS, MEASURES, SHARED, STAGED, Measure
 from study.comparison.results import NBSP, probability
-from study.preset import LINEAGE
 from threefold.evaluation import statistics
 
 ALPHA = 0.05
@@ -143,11 +142,9 @@ def _questions(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
     present = models.lineage(comparison.models)
     yield from ((STAGES, measure, a, b) for measure in STAGED for a, b in pairwise(present))
     yield from ((SINCE, measure, present[0], stage) for measure in STAGED for stage in present[2:])
-    for baseline in models.BASELINES:
-        subjects = LINEAGE if baseline == "gpt2" else ("gpt2", *LINEAGE)  # DistilGPT-2's teacher too
-        if baseline in comparison.models:
-            others = [model for model in subjects if model in comparison.models]
-            yield from ((baseline, measure, baseline, model) for measure in SHARED for model in others)
+    for place, baseline in enumerate(comparison.baselines):
+        others = [*comparison.baselines[:place], *present]
+        yield from ((baseline, measure, baseline, model) for measure in SHARED for model in others)
 
 
 def adjust(differences: Iterable[Difference | None]) -> list[Difference | None]:
@@ -233,6 +230,8 @@ def _difference(pair: Pair, measure: Measure, a: str, b: str, resamples: int) ->
         n, _, only_a, only_b, _, *estimate, p = statistics.paired_proportions(pair.a, pair.b)
         discordant = (only_a + only_b) / n
         return Difference(measure, a, b, *estimate, p, n, "McNemar, exact", discordant, identical=pair.identical)
+    if pair.identical:
+        return _identical(pair, measure, a, b)
     found = statistics.paired_bootstrap(*pair[:4], clusters=pair.clusters, resamples=resamples)
     change, method = measure.change(found.difference), f"bootstrap over {pair.unit}"
     if found.low is None or found.high is None:  # one unit: nothing to judge by
@@ -241,7 +240,19 @@ def _difference(pair: Pair, measure: Measure, a: str, b: str, resamples: int) ->
     half = statistics.student_half_width(error, found.n - 1)
     low = measure.change(min(found.low, found.difference - half))
     high = measure.change(max(found.high, found.difference + half))
-    return Difference(measure, a, b, change, low, high, p, found.n, method, error=error, identical=pair.identical)
+    return Difference(measure, a, b, change, low, high, p, found.n, method, error=error)
+
+
+def _identical(pair: Pair, measure: Measure, a: str, b: str) -> Difference:
+    """Two models with the same result on every row. That no unit differs does not mean that none would: of right and
+    wrong answers the interval is that of as many single answers of which none differs, Bonett and Price's. Of other
+    results nothing bounds a difference that was never seen, and there is no interval."""
+    n = len(pair.a if pair.clusters is None else np.unique(pair.clusters))
+    method = f"same result on all {pair.unit}"
+    if measure.unit != "share":
+        return Difference(measure, a, b, 0.0, None, None, 1.0, n, method, identical=True)
+    none = statistics.paired_proportions(np.zeros(n), np.zeros(n))
+    return Difference(measure, a, b, 0.0, none.low, none.high, 1.0, n, method, discordant=0.0, identical=True)
 
 
 def clustered_t(pair: Pair) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """The report's figures: one colour a model, units on the axes, intervals where there are any."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from study.comparison import ablations, length, models
-from study.comparison.differences import comparable
+from study.comparison.differences import Difference
 from study.comparison.load import Comparison
-from study.comparison.measures import HEADLINE, MEASURES, Measure
+from study.comparison.measures import Measure
 from study.comparison.models import SHOWN
-from study.comparison.results import UNITS, Result, percent
+from study.comparison.results import NBSP, UNITS, Result, percent
 from study.comparison.training import smooth
+from study.preset import LINEAGE
 
 INK, RULE, GREY = "#1B1F24", "#D5DAE0", "#8A939C"
 WIDTH = 7.6  # inches
@@ -61,26 +62,13 @@ def _tokens(axes: Axes, largest: float) -> float:
     return scale
 
 
-def _point(axes: Axes, row: Any, place: float, colour: str, *, across: bool = False, **options: Any) -> None:
-    """A row of the long table with its interval; across: the value on the horizontal axis."""
-    error = None
-    if row.low is not None and row.high is not None:
-        error = [[max(0.0, row.value - row.low)], [max(0.0, row.high - row.value)]]
-    x, y = (row.value, place) if across else (place, row.value)
-    marker = models.marker(row.model)
-    axes.errorbar(x, y, **{"xerr" if across else "yerr": error}, fmt=marker, color=colour, **options)
-
-
-def _title(measures: Iterable[Measure]) -> str:
-    return ", ".join(measure.title.lower() for measure in measures)
-
-
 # Training ------------------------------------------------------------------------------------------------------------
 
 
 def loss_curves(comparison: Comparison) -> Result:
     """Training loss against tokens, one panel a stage family, held-out points on top."""
-    panels = {"Pretraining and baselines": (*models.BASELINES, "pretrain"), "SFT": ("sft",), "DPO": ("dpo",)}
+    panels = {"Pretraining and baselines": [one for one in comparison.trained if one not in LINEAGE[1:]]}
+    panels |= {stage.upper(): [stage] for stage in LINEAGE[1:]}
     curves = {stage: comparison.values(f"curve/{stage}") or {} for stages in panels.values() for stage in stages}
     curves = {stage: curve for stage, curve in curves.items() if curve.get("loss")}
     panels = {title: [stage for stage in stages if stage in curves] for title, stages in panels.items()}
@@ -109,7 +97,8 @@ def loss_curves(comparison: Comparison) -> Result:
     grid[0].set_ylabel("training loss (nats per token)")
     if "DPO" in panels:
         grid[-1].set_ylabel("DPO loss (nats per pair)")
-    text = f"Loss against tokens for {', '.join(map(comparison.name, curves))}."
+    ends = (f"{comparison.name(stage)} {np.mean(curve['loss'][-10:]):.2f}" for stage, curve in curves.items())
+    text = f"Training loss falls with tokens; mean of the last ten steps: {', '.join(ends)}."
     return _figure("loss-curves", figure, text, drawn=list(curves))
 
 
@@ -127,78 +116,68 @@ def ablation_curves(variants: ablations.Variants) -> Result:
     for name, values in variants.items():
         tokens, loss = (np.mean([curve[key][1:] for curve in values["curves"]], axis=0) for key in ("tokens", "loss"))
         style = {"color": INK, "linewidth": 2.2, "zorder": 3} if name == ablations.BASE else {"color": next(colours)}
-        axes.plot(tokens / scale, loss, marker="o", markersize=3, label=name, **{"linewidth": 1.2} | style)
+        label = ablations.title(name)
+        axes.plot(tokens / scale, loss, marker="o", markersize=3, label=label, **{"linewidth": 1.2} | style)
     axes.legend(frameon=False, fontsize=8, ncols=2)
     n = len(next(iter(variants.values()))["curves"])
-    text = f"Held-out loss against tokens of {', '.join(variants)}; means over {n} seed{'s' if n > 1 else ''}."
+    ends = (f"{ablations.title(name)} {np.mean(one['heldout_loss']):.3f}" for name, one in variants.items())
+    text = (
+        f"Held-out loss falls with tokens; at the end, in means over {n} seed{'s' if n > 1 else ''}: {'; '.join(ends)}."
+    )
     return _figure("ablation-curves", figure, text, drawn=list(variants))
 
 
 # Results -------------------------------------------------------------------------------------------------------------
 
 
-def cross_model(comparison: Comparison) -> Result:
-    """Every headline measure as a panel, every model as a point with its 95% interval."""
-    measures = [MEASURES[key] for key in HEADLINE if key != "perplexity" and comparison.protocol(key)]
-    if not measures:
-        return _figure("cross-model", None, "No headline measure was taken.")
-    names = [comparison.name(model) for model in comparison.models]
-    places = range(len(names))[::-1]
-    figure, grid = _panels(len(measures), 0.24 * len(names) + 0.95, sharey=True)
-    lines = {"sentiment": comparison.majority, "preferences": 0.5}
-    for axes, measure in zip(grid, measures, strict=True):
-        unit = f"{UNITS[measure.unit]['axis']}, {measure.better} is better"
-        _style(axes, measure.title, unit, grid="x", size=8.5)
-        for place, model in zip(places, comparison.models, strict=True):
-            if row := comparison.value(measure.key, model):
-                colour = models.colour(model, comparison.models)
-                _point(axes, row, place, colour, across=True, markersize=6, capsize=2.5, linewidth=1.4)
-        axes.set_yticks(places, names, fontsize=8.5)
-        axes.set_ylim(-0.6, len(names) - 0.4)
-        if measure.unit == "share":
-            axes.set_xlim(-0.03, 1.03)
-            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-            if (line := lines.get(measure.key)) is not None:
-                axes.axvline(line, color=GREY, linewidth=1, linestyle=DASHED)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-    text = f"Points with 95% intervals for {', '.join(names)} on {_title(measures)}."
-    return _figure("cross-model", figure, text, measures=[measure.key for measure in measures])
+def forest(name: str, comparison: Comparison, found: Sequence[Difference], columns: int = 3) -> Result:
+    """Differences with their 95% intervals, a panel a measure: the zero line, the margin of equivalence as a band,
+    filled markers where a difference may be claimed. With one column the numbers stand beside the points."""
+    if not found:
+        return _figure(f"forest-{name}", None, "No two models were evaluated on the same items.")
+    panels: dict[Measure, list[Difference]] = {}
+    for one in found:
+        panels.setdefault(one.measure, []).append(one)
+    heights = [0.25 * len(part) + 0.85 for part in panels.values()]
+    columns = min(columns, len(panels))
+    rows = [max(heights[place : place + columns]) for place in range(0, len(heights), columns)]
+    figure = Figure(figsize=(WIDTH, sum(rows)), layout="constrained")
+    grid = list(figure.subplots(len(rows), columns, squeeze=False, height_ratios=rows).flat)
+    pairs = [[(one.a, one.b) for one in part] for part in panels.values()]
+    shared = columns > 1 and all(part == pairs[0] for part in pairs)
+    for place, (axes, (measure, part)) in enumerate(zip(grid, panels.items(), strict=False)):
+        _forest_panel(_style(axes, measure.title, grid="x", size=8.5), measure, part, comparison, columns == 1)
+        if shared and place % columns:
+            axes.tick_params(labelleft=False)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    told = "; ".join(f"{one.measure.title}, {one.names[1]} against {one.names[0]}: {one.text}" for one in found)
+    text = f"Differences with 95% intervals. {told.replace(NBSP, ' ')}."
+    return _figure(f"forest-{name}", figure, text, differences=[one.values() for one in found])
 
 
-def stage_evolution(comparison: Comparison) -> Result:
-    """Pretrain, SFT, DPO from left to right: perplexity and tasks, with the baselines as level lines."""
-    stages = models.lineage(comparison.models)
-    measures = [MEASURES[key] for key in HEADLINE if key != "bits_per_byte" and comparison.protocol(key)]
-    if len(stages) < 2 or not measures:
-        return _figure("stage-evolution", None, "Fewer than two stages were evaluated.")
-    figure, grid = _panels(len(measures), 2.5)
-    handles = {}
-    for axes, measure in zip(grid, measures, strict=True):
-        _style(axes)
-        axes.set_title(f"{measure.title} ({UNITS[measure.unit]['axis']})", fontsize=9, color=INK, loc="left")
-        rows = {place: comparison.value(measure.key, stage) for place, stage in enumerate(stages)}
-        rows = {place: row for place, row in rows.items() if row is not None}
-        axes.plot(rows.keys(), [row.value for row in rows.values()], color=GREY, linewidth=1.2, zorder=1)
-        for place, row in rows.items():
-            _point(axes, row, place, models.colour(row.model), markersize=7, capsize=3, linewidth=1.5, zorder=3)
-        for baseline, style in (("gpt2", (0, (5, 2))), ("distilgpt2", (0, (1.5, 1.5)))):
-            row = comparison.value(measure.key, baseline)
-            if row is not None and comparable(comparison, measure.key, baseline, stages[0]):
-                colour = models.colour(baseline)
-                line = axes.axhline(row.value, color=colour, linestyle=style, linewidth=1.3, zorder=2)
-                handles[comparison.name(baseline)] = line
-        axes.set_xticks(range(len(stages)), ["pretrain", "SFT", "DPO"][: len(stages)], fontsize=9)
-        axes.set_xlim(-0.4, len(stages) - 0.6)
-        if measure.unit == "share":
-            axes.set_ylim(-0.03, 1.03)
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-    if handles:
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=8.5
-        )
-    text = f"{_title(measures)} after {', '.join(map(comparison.name, stages))}."
-    return _figure("stage-evolution", figure, text, measures=[measure.key for measure in measures])
+def _forest_panel(
+    axes: Axes, measure: Measure, part: Sequence[Difference], comparison: Comparison, numbers: bool
+) -> None:
+    change = UNITS[measure.unit]["change"]
+    scale, margin = change.get("scale", 1), change.get("scale", 1) * measure.margin
+    axes.axvspan(-margin, margin, color=RULE, alpha=0.6, linewidth=0, zorder=0)
+    axes.axvline(0, color=INK, linewidth=1, zorder=1)
+    for place, one in zip(range(len(part))[::-1], part, strict=True):
+        colour = models.colour(one.b, comparison.models)
+        if one.low is not None and one.high is not None:
+            axes.plot([scale * one.low, scale * one.high], [place, place], color=colour, linewidth=1.6, zorder=2)
+        face = colour if one.detected else "white"
+        marker = {"marker": models.marker(one.b), "markersize": 6.5, "markerfacecolor": face, "color": colour}
+        axes.plot(scale * one.change, place, **marker, zorder=3)
+        if numbers:
+            axes.annotate(one.text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    short = [[name.removesuffix(" (trained here)").removeprefix("Threefold ") for name in one.names] for one in part]
+    axes.set_yticks(range(len(part))[::-1], [f"{b} − {a}" for a, b in short], fontsize=8)
+    axes.set_ylim(-0.7, len(part) - 0.3)
+    unit = change.get("unit", "").strip() or UNITS[measure.unit]["axis"]
+    axes.set_xlabel(f"{unit}, {'left' if measure.better == 'lower' else 'right'} is better", fontsize=8.5)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
 
 
 # Length --------------------------------------------------------------------------------------------------------------

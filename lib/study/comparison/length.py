@@ -81,10 +81,15 @@ class Effect:
         return crossed_mean(self.values_SN)
 
     @property
-    def text(self) -> str:
-        """ "+0.120 nats [+0.080, +0.160], what; 3 seeds × 8 streams"."""
+    def basis(self) -> str:
+        """ "3 seeds × 8 streams"."""
         seeds, streams = self.values_SN.shape
-        return f"{in_nats(*self.interval[:3])}, {self.what}; {count(seeds, 'seed')} × {count(streams, 'stream')}"
+        return f"{count(seeds, 'seed')} × {count(streams, 'stream')}"
+
+    @property
+    def text(self) -> str:
+        """ "+0.120 nats [+0.080, +0.160], what"."""
+        return f"{in_nats(*self.interval[:3])}, {self.what}"
 
 
 def rope(curves: Curves) -> Effect | None:

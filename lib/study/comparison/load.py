@@ -17,7 +17,7 @@ from papertrail.records import Record
 from papertrail.run import read_run_file
 from study.comparison import models
 from study.comparison.measures import MEASURES, unit_of
-from study.preset import OWN_MODELS, REPLICATED
+from study.preset import REPLICATED
 from study.run import Run
 from study.stages import replicate_folder
 
@@ -165,8 +165,18 @@ class Comparison:
     @cached_property
     def trained(self) -> list[str]:
         """Stages with a loss curve or tokens, in the fixed order."""
-        stages_ = [name.split("/")[1] for name in self.records if name.startswith(("stage/", "curve/"))]
-        return [name for name in models.ordered(stages_) if name in OWN_MODELS]
+        curves = [name.split("/")[1] for name in self.records if name.startswith("curve/")]
+        counted = [name for name in self._stages if (self.stage(name) or {}).get("tokens")]
+        return [name for name in models.ordered(counted + curves) if name in {*models.MODELS, *self.models, *curves}]
+
+    @property
+    def _stages(self) -> list[str]:
+        return [name.split("/")[1] for name in self.records if name.startswith("stage/")]
+
+    @cached_property
+    def baselines(self) -> list[str]:
+        """Evaluated models that our stages are compared with, in the fixed order."""
+        return [one for one in self.models if models.is_baseline(one, trained_here=self.stage(one) is not None)]
 
     def name(self, model: str) -> str:
         """The model's name for a reader."""

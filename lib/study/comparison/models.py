@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Iterable
 
 from basics import paths
-from study.preset import LINEAGE, OWN_MODELS
+from study.preset import LINEAGE
 
 PLAN, SHOWN, _CHANGED = (
     tomllib.loads(paths.PLAN.with_name(f"{name}.toml").read_text(encoding="utf-8"))
@@ -13,14 +13,19 @@ PLAN, SHOWN, _CHANGED = (
 )
 EXPLORATORY = _CHANGED.get("exploratory", [])  # what was changed after results were seen
 MODELS = SHOWN["model"]
-BASELINES = tuple(key for key, model in MODELS.items() if model.get("baseline"))
 _EXTERNAL_COLOURS = ("#CC79A7", "#000000", "#B8A700")
 
 
 def ordered(models: Iterable[str]) -> list[str]:
-    """Known models in the fixed order, then externals as they come."""
+    """The models of display.toml in its order, then others as they come."""
     present = dict.fromkeys(models)
-    return [name for name in OWN_MODELS if name in present] + [name for name in present if name not in OWN_MODELS]
+    return [name for name in MODELS if name in present] + [name for name in present if name not in MODELS]
+
+
+def is_baseline(model: str, *, trained_here: bool) -> bool:
+    """Whether our stages are compared with a model: a baseline of display.toml, or any other that was trained here."""
+    known = MODELS.get(model)
+    return trained_here if known is None else known.get("baseline", False)
 
 
 def lineage(models: Iterable[str]) -> list[str]:
@@ -32,7 +37,8 @@ def lineage(models: Iterable[str]) -> list[str]:
 def name(model: str, *, trained_here: bool = False) -> str:
     """What a reader is shown. A baseline says where its weights come from."""
     shown = MODELS.get(model, {}).get("name", model)
-    return f"{shown} ({'trained here' if trained_here else 'hub'})" if model in BASELINES else shown
+    baseline = is_baseline(model, trained_here=trained_here)
+    return f"{shown} ({'trained here' if trained_here else 'hub'})" if baseline else shown
 
 
 def marker(model: str) -> str:
@@ -44,5 +50,5 @@ def colour(model: str, models: Iterable[str] = ()) -> str:
     """The model's colour; externals take theirs in the order in which they stand among `models`."""
     if model in MODELS:
         return MODELS[model]["colour"]
-    externals = [name for name in ordered(models) if name not in OWN_MODELS]
+    externals = [name for name in ordered(models) if name not in MODELS]
     return _EXTERNAL_COLOURS[(externals.index(model) if model in externals else 0) % len(_EXTERNAL_COLOURS)]

@@ -6,13 +6,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from papertrail import preregistration
-from study.comparison import ablations, models, seeds, training
-from study.comparison.differences import SINCE, STAGES, compared, difference
+from study.comparison import ablations, claims, confounds, models, recipes, seeds, training
+from study.comparison.differences import EQUIVALENT, SINCE, STAGES, compared, difference
 from study.comparison.load import Comparison
 from study.comparison.measures import HEADLINE, MEASURES, STAGED
-from study.comparison.models import SHOWN
-from study.comparison.results import WORDS, Result, compact, percent, plain, table, value_text
+from study.comparison.models import PLAN, SHOWN
+from study.comparison.results import WORDS, Result, percent, plain, table, value_text
 from study.comparison.variance import fuller
+from study.preset import LINEAGE
 from study.run import project
 
 Columns = Mapping[str, tuple[str | None, str]]  # title -> (protocol, metric)
@@ -21,16 +22,14 @@ Columns = Mapping[str, tuple[str | None, str]]  # title -> (protocol, metric)
 
 
 def model_configurations(comparison: Comparison) -> Result:
-    """Size, shape and origin of every model."""
+    """Size, architecture and origin of every model."""
 
     def fields(model: str) -> dict[str, Any]:
         config, facts = comparison.model(model).get("config") or {}, comparison.facts(model)
-        heads, kv = config.get("n_head"), config.get("n_kv_head")
         return {
             "name": comparison.name(model),
             "total": training.total_parameters(comparison, model) or None,
-            "config": config,
-            "heads": f"{heads} ({kv} KV)" if heads and kv and kv not in (-1, heads) else heads,
+            "recipe": recipes.recipe(comparison, model),
             "context": config.get("context") or facts.get("context"),
             "vocabulary": config.get("vocab_size") or facts.get("vocabulary"),
             "origin": _origin(comparison, model),
@@ -42,19 +41,23 @@ def model_configurations(comparison: Comparison) -> Result:
 def _origin(comparison: Comparison, model: str) -> str:
     if model == "random":
         return "random initialisation"
-    if (stage := comparison.stage(model)) is None:
+    if comparison.stage(model) is None:
         revision = comparison.facts(model).get("revision")
         return f"published, revision {revision[:8]}" if revision else "published"
-    tokens = stage.get("tokens")
-    return f"trained here on {compact(tokens)} tokens" if tokens else "trained here"
+    return "trained here"
+
+
+def training_recipes(comparison: Comparison) -> Result:
+    """How every model was trained, the stages that it continues included."""
+    shown = [model for model in comparison.models if model != "random"]
+    return table(
+        "recipes", ({"name": comparison.name(one), "recipe": recipes.recipe(comparison, one)} for one in shown)
+    )
 
 
 def parameters(comparison: Comparison) -> Result:
     """Parameters by component of the models trained here."""
-    every = {
-        model: (comparison.values(f"model/{model}") or {}).get("parameters")
-        for model in (*models.BASELINES, "pretrain")
-    }
+    every = {model: (comparison.values(f"model/{model}") or {}).get("parameters") for model in comparison.trained}
     counted = {comparison.name(model): counts for model, counts in every.items() if isinstance(counts, dict)}
     parts = dict.fromkeys(part for counts in counted.values() for part in counts if part != "total")
     rows = [
@@ -198,27 +201,38 @@ def speed(comparison: Comparison) -> Result:
 def stage_evolution(comparison: Comparison) -> Result:
     """Each stage's value, its change from the stage before and since pretraining, always on the same items."""
     every = {(one.question, one.measure.key, one.b): one for one in compared(comparison, STAGES, SINCE)}
-    found = [
-        {
-            "measure": MEASURES[key],
-            "model": comparison.name(stage),
-            "value": value,
-            "change": every.get((STAGES, key, stage)),
-            "total": every.get((SINCE, key, stage)),
-        }
-        for key in STAGED
-        for stage in models.lineage(comparison.models)
-        if (value := comparison.value(key, stage)) is not None
-    ]
+    found, numbers = [], confounds.numbered(comparison)
+    for key in STAGED:
+        for stage in models.lineage(comparison.models):
+            if (value := comparison.value(key, stage)) is not None:
+                both = {"change": every.get((STAGES, key, stage)), "total": every.get((SINCE, key, stage))}
+                marks = confounds.marks(comparison, filter(None, both.values()), numbers) or None
+                row = {"measure": MEASURES[key], "model": comparison.name(stage), "value": value}
+                found.append(row | both | {"confounds": marks})
     differences = [one.values() for row in found for one in (row["change"], row["total"]) if one is not None]
     return table("stages", found, differences=differences)
 
 
-def standing(comparison: Comparison, baseline: str = "gpt2") -> Result:
-    """Where our stages, and DistilGPT-2's teacher, match, exceed or lag a baseline on every measure that any two models
-    share."""
-    found, name = compared(comparison, baseline), "distilgpt2" if baseline == "distilgpt2" else f"against-{baseline}"
-    return table(name, found, "standing", differences=[one.values() for one in found])
+def standing(comparison: Comparison) -> Result:
+    """Every model against each baseline, on every measure that any two models share."""
+    found, numbers = compared(comparison, *comparison.baselines), confounds.numbered(comparison)
+    rows = ({"one": one, "confounds": confounds.marks(comparison, [one], numbers) or None} for one in found)
+    return table("standing", rows, differences=[one.values() for one in found])
+
+
+def families(comparison: Comparison) -> Result:
+    """Which statements of the report belong to which family of tests, and how each family is adjusted."""
+    every, over_seeds = compared(comparison), seeds.changes(comparison)
+    variants = len(comparison.by_variant("ablation"))
+    counted = {
+        "models": len(every),
+        "equivalences": sum(one.verdict == EQUIVALENT for one in every),
+        "seeds": len(over_seeds) + len(seeds.spreads(comparison)),
+        "ablations": max(variants - 1, 0),
+        "claims": len(claims.CLAIMS),
+    }
+    rows = [row | {"tests": counted[row["key"]]} for row in PLAN["family"]]
+    return table("families", rows)
 
 
 ONE_SEED = "*Training was run once (seeds = 1): how far a figure moves with the seed of training was not measured.*"
@@ -281,11 +295,13 @@ def efficiency(comparison: Comparison, price_per_hour: float = -1) -> Result:
         if one.share_of_limit is not None:
             share = f"{percent(one.share_of_limit)} of {one.limit[0] / 1e9:,.0f} GFLOP/s ({one.limit[1]})"
         flops = one.flops_per_second
-        name = comparison.name(one.stage)
+        name = "Threefold, all stages" if one.stage == "total" else comparison.name(one.stage)
         return {"one": one, "name": name, "gigaflops": flops and flops / 1e9, "share": share, "cost": cost}
 
     found = training.trainings(comparison)
     seconds = sum((one.seconds for one in found), 0.0)
+    ours = [one for one in found if one.stage in LINEAGE]
+    found += [training.total(ours)] if len(ours) > 1 else []
     return table("efficiency", map(fields, found), seconds=seconds, price_per_hour=price_per_hour)
 
 

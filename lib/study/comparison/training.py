@@ -1,12 +1,14 @@
 """Facts of training: tokens, time, efficiency and stability, from the stages' records and loss curves."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from study.comparison.load import Comparison
 from study.comparison.models import SHOWN
+from study.comparison.results import percent, plain
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,11 @@ class Training:
 
     @property
     def gpus(self) -> list[str]:
-        """The GPUs that it trained on, one a worker; the machine may have more."""
-        workers = (self.facts.get("training") or {}).get("workers", 1)
-        return ((self.facts.get("hardware") or {}).get("gpu") or [])[:workers]
+        return gpus(self.facts)
 
     @property
     def device(self) -> str:
-        cores = (self.facts.get("hardware") or {}).get("cores")
-        if gpus := self.gpus:
-            return f"{len(gpus)} × {gpus[0]}" if len(gpus) > 1 else gpus[0]
-        return f"CPU, {cores} cores" if cores else "CPU"
+        return device(self.facts)
 
     @property
     def limit(self) -> tuple[float, str] | None:
@@ -56,6 +53,20 @@ class Training:
         """Model FLOPs utilisation (Chowdhery et al. 2022, 2204.02311, appendix B, without attention's term), where the
         limit is known."""
         return self.flops_per_second / self.limit[0] if self.flops_per_second and self.limit else None
+
+
+def gpus(facts: Mapping[str, Any]) -> list[str]:
+    """The GPUs that a stage trained on, one a worker; the machine may have more."""
+    workers = (facts.get("training") or {}).get("workers", 1)
+    return ((facts.get("hardware") or {}).get("gpu") or [])[:workers]
+
+
+def device(facts: Mapping[str, Any]) -> str:
+    """The device that a stage ran on: "2 × NVIDIA H100", "CPU, 2 cores"."""
+    if used := gpus(facts):
+        return f"{len(used)} × {used[0]}" if len(used) > 1 else used[0]
+    cores = (facts.get("hardware") or {}).get("cores")
+    return f"CPU, {cores} cores" if cores else "CPU"
 
 
 def total_parameters(comparison: Comparison, model: str) -> int | None:
@@ -79,6 +90,13 @@ def trainings(comparison: Comparison, *stages: str) -> list[Training]:
     return found
 
 
+def total(found: list[Training]) -> Training:
+    """Several stages of one model as one."""
+    tokens, seconds = (sum(getattr(one, key) for one in found) for key in ("tokens", "seconds"))
+    timed = "/".join(dict.fromkeys(one.timed for one in found))
+    return replace(found[0], stage="total", tokens=tokens, seconds=seconds, timed=timed, parameters=None)
+
+
 @dataclass(frozen=True)
 class Curve:
     """A stage's losses: mean over the first and last tenth of the steps, held-out at start and end, the worst
@@ -97,6 +115,11 @@ class Curve:
         """No smoothed setback larger than a tenth of what the stage started from, and an end no worse than the
         start."""
         return self.setback <= 0.1 * self.start and self.end <= self.start
+
+    @property
+    def setback_text(self) -> str:
+        """The largest setback in nats, and as a share of what the stage started from."""
+        return f"setback {plain(self.setback, 3)} nats ({percent(self.setback / self.start)} of the start)"
 
     @property
     def steady(self) -> str:
@@ -127,8 +150,3 @@ def curves(comparison: Comparison) -> list[Curve]:
             Curve(stage, comparison.name(stage), int(step[-1]) if step else len(loss), first, last, ends, setback)
         )
     return found
-
-
-def worst(found: list[Curve]) -> Curve:
-    """The curve with the largest setback for what it started from."""
-    return max(found, key=lambda curve: curve.setback / curve.start)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from study.comparison import models
 from study.comparison.load import Comparison
 from study.comparison.models import SHOWN
 from study.comparison.results import Result, plain, table
@@ -20,13 +21,14 @@ def fuller(comparison: Comparison, protocol: str | None) -> str | None:
 
 
 def scores(comparison: Comparison, protocol: str) -> tuple[np.ndarray, dict[str, list]] | None:
-    """Right or wrong of every trained model: models x templates x draws x items of 0/1, and the levels of each.
+    """Right or wrong of every stage and baseline: models x templates x draws x items of 0/1, and the levels of each.
 
-    The items and cells are those that all models share; None with fewer than two models or incomplete cells.
+    A model from elsewhere is left out: one that saw far more text would by itself decide how far models differ. The
+    items and cells are those that all models share; None with fewer than two models or incomplete cells.
     """
     wide = {}
-    for model in comparison.models:
-        frame = comparison.items(model, protocol) if model != "random" else None
+    for model in (*comparison.baselines, *models.lineage(comparison.models)):
+        frame = comparison.items(model, protocol)
         if frame is not None and {"item", "template", "draw", "correct"} <= set(frame.columns):
             wide[model] = frame.pivot(index="item", columns=["template", "draw"], values="correct")
     if len(wide) < 2:

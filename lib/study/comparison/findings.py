@@ -1,0 +1,235 @@
+"""The findings that open the report, and the numbers that its prose quotes.
+
+Each finding is a function of records: a sentence of at most `LONGEST` words (words.toml) with its number, its interval,
+a link to the table or figure that holds the rest, and the numbers of its confounds. A difference is stated only where
+`Difference.detected` says so; equivalence only where the whole interval lies within the measure's margin; everything
+else is "no detectable difference".
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scipy import stats
+
+from papertrail.records import Markdown, escape, table
+from study.comparison import claims, confounds, figures, length, seeds, training
+from study.comparison.differences import ALPHA, BETTER, STAGES, UNRESOLVED, WORSE, Difference, compared
+from study.comparison.load import Comparison
+from study.comparison.measures import HEADLINE, MEASURES, STAGED
+from study.comparison.models import PLAN
+from study.comparison.original import ORIGINAL
+from study.comparison.recipes import sources
+from study.comparison.results import WORDS, Result, compact, fill, listed, percent, value_text
+from study.preset import LINEAGE
+from threefold.evaluation.statistics import standard_error
+
+MOST, LONGEST = 8, 30  # findings of the page, words of each
+PRIMARY = PLAN["primary"]  # the measure by which a comparison is summed up: of a stage, or "baseline"
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One sentence (Markdown), where the page holds the rest, and the records that it rests on."""
+
+    key: str
+    sentence: str
+    link: str  # label of a table, figure or section of the page
+    evidence: tuple[str, ...]
+    differs: bool = False  # whether it claims that two things differ
+    values: tuple[dict[str, Any], ...] = ()  # of each difference: change, interval, p, n, margin
+    difference: Difference | None = None  # that the opening figure shows
+
+
+def _say(key: str, **fields: Any) -> str:
+    return fill(WORDS["findings"][key], {"b": "", "a": ""} | fields)
+
+
+def words(sentence: str) -> int:
+    """The number of words of a sentence, an interval being two."""
+    return len(sentence.split())
+
+
+def _of_difference(comparison: Comparison, key: str, one: Difference, link: str, *extra: str) -> Statement:
+    """A finding on two models. extra: clauses that are added as long as the sentence stays short enough."""
+    a, b = map(escape, one.names)
+    margin = f"±{one.measure.size_text(one.measure.margin)}"
+    sentence = _say(one.verdict, a=a, b=b, measure=one.measure.title.lower(), change=one.text, margin=margin)
+    apart = confounds.apart_in_words(comparison, one.a, one.b)
+    able = one.detectable_text if one.verdict == UNRESOLVED else None
+    marks = confounds.marks(comparison, [one])
+    clauses = [_say("marks", marks=f"[{marks}]({confounds.ANCHOR})")] if marks else []
+    clauses += extra
+    clauses += [_say("apart", apart=listed(apart))] if apart else []
+    clauses += [_say("able", able=able)] if able else []
+    kept: list[str] = []
+    for clause in clauses:
+        if words(f"{sentence}{''.join(kept)}{clause}") <= LONGEST:
+            kept.append(clause)
+    order = sorted(kept, key=lambda clause: clause is clauses[0] and bool(marks))  # the marks stand last
+    evidence = tuple(dict.fromkeys(row.record for row in one.rows if row is not None))
+    differs = one.verdict in (BETTER, WORSE)
+    return Statement(key, f"{sentence}{''.join(order)}.", link, evidence, differs, (one.values(),), one)
+
+
+def against_baselines(comparison: Comparison, most: int = 2) -> list[Statement]:
+    """Our pretrained model against each of the first baselines, by the primary measure."""
+    found = [
+        one
+        for one in compared(comparison, *comparison.baselines)
+        if (one.b, one.measure.key) == ("pretrain", PRIMARY["baseline"])
+    ]
+    return [_of_difference(comparison, f"against-{one.a}", one, "fig-baselines") for one in found[:most]]
+
+
+def stages(comparison: Comparison) -> list[Statement]:
+    """What SFT and DPO each changed in what they are for; and what a DPO that changed nothing had to learn from."""
+    found = []
+    for one in compared(comparison, STAGES):
+        if PRIMARY.get(one.b) != one.measure.key:
+            continue
+        extra = [_learned(comparison, one.b)] if one.verdict not in (BETTER, WORSE) else []
+        found.append(_of_difference(comparison, one.b, one, "fig-stages", *extra))
+    return found
+
+
+def _learned(comparison: Comparison, stage: str) -> str:
+    """Steps, examples and divergence from the reference of a stage."""
+    listed_ = (comparison.values("data/sources") or {}).get("sources", ())
+    examples = sum(one.get("documents", 0) for one in listed_ if one.get("use") == stage)
+    kl = comparison.metric(stage, comparison.protocol("preferences"), "kl")
+    steps = ((comparison.stage(stage) or {}).get("training") or {}).get("steps")
+    parts = [f"{steps:,} steps"] if steps else []
+    parts += [f"{examples:,} {'pairs' if stage == 'dpo' else 'examples'}"] if examples else []
+    parts += [f"KL {value_text(kl, with_interval=False)}"] if kl and stage == "dpo" else []
+    return f"; {', '.join(parts)}" if parts else ""
+
+
+def _last(comparison: Comparison, measure: str) -> Any | None:
+    """A measure's value of the last stage that has one."""
+    rows = [comparison.value(measure, stage) for stage in LINEAGE]
+    return next((row for row in reversed(rows) if row is not None), None)
+
+
+def sentiment(comparison: Comparison) -> list[Statement]:
+    """The last stage beside always giving the more frequent label."""
+    row, majority = _last(comparison, "sentiment"), comparison.majority
+    if row is None or row.low is None or majority is None:
+        return []
+    side = "above" if row.low > majority else "below" if row.high < majority else "level"
+    fields = {"value": value_text(row), "majority": percent(majority), "side": WORDS["findings"]["sides"][side]}
+    sentence = _say("sentiment", b=comparison.name(row.model), **fields)
+    return [Statement("sentiment", sentence, "tbl-sentiment", (row.record,), values=({"side": side},))]
+
+
+def problems(comparison: Comparison) -> list[Statement]:
+    """How many word problems the last stage solves."""
+    row = _last(comparison, "problems")
+    if row is None:
+        return []
+    sentence = _say("problems", b=comparison.name(row.model), value=value_text(row), n=row.n)
+    return [Statement("problems", sentence, "tbl-tasks", (row.record,))]
+
+
+def control(comparison: Comparison) -> list[Statement]:
+    """Untrained weights that are not at chance, as they must be where the protocols leak nothing."""
+    value, majority = comparison.value("sentiment", "random"), comparison.majority
+    if value is None or value.low is None:
+        return []
+    most, error = max(0.5, majority or 0.5), standard_error(value.low, value.high)
+    off = max(min(0.5, 1 - (majority or 0.5)) - value.value, value.value - most, 0.0)
+    p = float(2 * stats.norm.sf(off / error)) if error else float(off == 0)
+    if p >= ALPHA / (1 + len(compared(comparison))):  # one test more, at its share of their 5%
+        return []
+    return [Statement("control", _say("control", value=value_text(value)), "tbl-sentiment", (value.record,), True)]
+
+
+def trust(comparison: Comparison) -> list[Statement]:
+    """How far the figures move with the seed of training, as far as that was measured."""
+    count = len(comparison.trainings)
+    spread = next(
+        (one for one in seeds.spreads(comparison) if (one.stage, one.measure.key) == ("pretrain", PRIMARY["baseline"])),
+        None,
+    )
+    if spread is None:
+        return [Statement("seeds", _say("once"), "sec-limitations", ())]
+    size = spread.measure.spread_text
+    error = spread.error_over_items
+    fields = {
+        "measure": spread.measure.title.lower(),
+        "sd": size(*spread.deviation[:3]),
+        "error": error and size(error),
+    }
+    sentence = _say("seeds", count=count, **fields)
+    return [Statement("seeds", sentence, "tbl-seeds", (spread.first.record,), values=(spread.as_record(),))]
+
+
+def ledger(comparison: Comparison) -> list[Statement]:
+    """How the claims came out."""
+    counted = claims.counts(claims.judge(comparison).values())
+    if counted[claims.NOT_MEASURED] == sum(counted.values()):
+        return []
+    fields = {verdict.split(" here")[0].replace(" ", "_"): number for verdict, number in counted.items()}
+    return [Statement("ledger", _say("ledger", total=sum(counted.values()), **fields), "tbl-claims", ())]
+
+
+def findings(comparison: Comparison) -> list[Statement]:
+    """The page's findings in their order, at most `MOST`."""
+    every = [control, against_baselines, stages, sentiment, problems, trust, ledger]
+    return [one for made in every for one in made(comparison)][:MOST]
+
+
+def opening(comparison: Comparison, notice: str = "") -> Result:
+    """The findings as a list, after the preset's notice where it has one."""
+    found = findings(comparison)
+    lines = [f"{number}. {one.sentence} [Evidence](#{one.link})" for number, one in enumerate(found, 1)]
+    values = [asdict(one) | {"difference": None} for one in found]
+    part = [_say("part", stages=listed([*comparison.absent]))] if comparison.absent else []
+    head = [line for text in ([f"**{escape(notice)}**"] if notice else []) + part for line in (text, "")]
+    return Result("comparison/findings", {"findings": values}, markdown="\n".join(head + lines))
+
+
+def figure(comparison: Comparison) -> Result:
+    """The differences that the findings state."""
+    found = [one.difference for one in findings(comparison) if one.difference is not None]
+    return figures.forest("findings", comparison, found, columns=1)
+
+
+# Numbers that the prose quotes ---------------------------------------------------------------------------------------
+
+
+def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[str, str | None]:
+    """Everything `index.qmd` quotes, as Markdown; None for what was not measured. What it quotes as code (run, preset,
+    protocols) has names for values, which `check_name` and `records` restrict to characters that mean nothing there."""
+    found = {one.stage: one for one in training.trainings(comparison, *LINEAGE)}
+    size, several = training.total_parameters(comparison, "pretrain"), len(comparison.trainings)
+    values = {
+        "run": run,
+        "preset": preset,
+        "n_models": str(len(comparison.models) or ""),
+        "models": listed([escape(comparison.name(model)) for model in comparison.models]),
+        "parameters": compact(size) if size else "",
+        "tokens_pretrain": compact(found["pretrain"].tokens) if "pretrain" in found else "",
+        "device": listed([escape(device) for device in sorted({one.device for one in found.values()})]),
+        "n_compared": str(len(compared(comparison)) or ""),
+        "trained": f"{several} times" if several > 1 else "once",
+        "resamples": f"{comparison.resamples:,}",
+        "margins": listed([f"{measure.size_text(measure.margin)} ({measure.title.lower()})" for measure in _margins()]),
+        "majority": "" if comparison.majority is None else percent(comparison.majority),
+        "original_parameters": ORIGINAL["model"]["pretrain"]["parameters"],
+        "original_commit": ORIGINAL["commit"],
+        **{f"sources_{one}": listed([*map(escape, sorted(sources(comparison, one)))]) for one in LINEAGE},
+        **{f"protocol_{key}": comparison.protocol(key) or "" for key in ("perplexity", "sentiment", "problems")},
+    }
+    return {name: value or None for name, value in values.items()} | length.variables(comparison)
+
+
+def _margins() -> list[Any]:
+    """A measure of each unit, for its margin of equivalence."""
+    return list({MEASURES[key].unit: MEASURES[key] for key in reversed([*HEADLINE, *STAGED])}.values())
+
+
+def publishable_variables(comparison: Comparison, run: str = "", preset: str = "") -> Result:
+    """The record "variables", shown as a table of names and values."""
+    values = variables(comparison, run, preset)
+    rows = [{"Variable": name, "Value": value and Markdown(value)} for name, value in values.items()]
+    return Result("variables", values, markdown=table(rows))
