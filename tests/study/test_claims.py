@@ -365,7 +365,6 @@ FORCED = {
         SUPPORTED: lambda: timed("gpt2", "pretrain", 1.0),
         CONTRADICTED: lambda: timed("gpt2", "pretrain", 0.5),
         NOT_RESOLVED: lambda: timed("gpt2", "pretrain", 1.0, spread=0.5),
-        NOT_MEASURED: lambda: timed("gpt2", "pretrain", 1.0, stages=("gpt2",)),
     },
     "speed-distilgpt2": {
         SUPPORTED: lambda: timed("gpt2", "distilgpt2", 2.0),
@@ -414,6 +413,13 @@ def test_records_force_each_verdict(key, verdict):
 @pytest.mark.parametrize("key", list(FORCED))
 def test_without_records_nothing_is_measured(key):
     assert claims.judge(in_memory({}), key)[key].verdict == NOT_MEASURED
+
+
+def test_a_speed_against_a_gpt2_trained_here_is_about_its_own_size():
+    assert (
+        claims.judge(timed("gpt2", "pretrain", 1.0, stages=("gpt2",)), "speed-gpt2")["speed-gpt2"].verdict
+        == SUPPORTED_HERE
+    )
 
 
 def test_times_of_another_size_or_budget_are_not_the_claims():
