@@ -1,12 +1,12 @@
-"""Training on several devices: its cost, its predicted duration, and the prediction against a measurement.
+"""`full` on one or several devices: its cost, its predicted duration, and the prediction against a measurement.
 
-    python benchmarks/scale.py                                       # the plan: tables by calculation, a few seconds
-    torchrun --nproc-per-node 2 benchmarks/scale.py --rounds 30      # predicted against measured, about a minute
+    python -m benchmarks.scale                                       # the plan: tables by calculation, a few seconds
+    torchrun --nproc-per-node 2 -m benchmarks.scale --rounds 30      # predicted against measured, about a minute
 
-The plan takes `full` on H100s; its output states the rate and the links that it assumes. The check interleaves, in one
-run, what the model of time in `benchmarks.cost` is made of (the forward and backward pass alone, the gradients'
-exchange alone, AdamW alone) and whole steps, which it predicts from them. It takes one worker per GPU, or CPU processes
-of one thread each, whose communication hides behind nothing.
+The plan states what it assumes; all but two of its lines stand in docs/scale.md, as a test checks. The check
+interleaves, in one run, what the model of time in `benchmarks.cost` is made of (the forward and backward pass alone,
+the gradients' exchange alone, AdamW alone) and whole steps, which it predicts from them. It takes one worker per GPU,
+or CPU processes of one thread each, whose communication hides behind nothing.
 """
 
 import argparse
@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import cost  # beside this script
 import torch
 
+from benchmarks import cost, pipeline
+from benchmarks.pipeline import NVLINK, VOCABULARY
 from study.preset import load_preset
 from threefold.config import ModelConfig, TrainConfig
 from threefold.model import Decoder
@@ -25,12 +26,10 @@ from threefold.training import distributed
 from threefold.training.loop import build_optimizers
 from threefold.training.numerics import choose
 
-VOCABULARY = 50258  # GPT-2's and a sink
-SHARE = 0.42  # of an H100's 989e12: 250,000 tokens/s of `full`, about what published runs of this size reach
-H100 = {"flops": SHARE * 989e12, "memory": 0.8 * 3.35e12}
+H100 = pipeline.CARDS["H100"]
 # Bytes/s that a worker passes on in a ring: 80% of NVLink within a node, of what leaves a node between nodes.
 LINKS = {
-    "8, NVLink": (8, 0.8 * 450e9),
+    "8, NVLink": (8, NVLINK),
     "64, 8 x 400 Gb/s per node": (64, 0.8 * 400e9),
     "64, 100 Gb/s per node": (64, 0.8 * 12.5e9),
 }
@@ -52,20 +51,22 @@ def plan() -> None:
         ("bytes per token on the disk", "2"),
         ("bytes per token kept for the backward pass, eager (measured)", f"{a_token:,.0f}"),
         ("tokens per step", f"{tokens:,}"),
-        (
-            "GB kept for a micro-batch's backward pass, eager",
-            f"{a_token * micro_tokens / 1e9:.1f}",
-        ),
+        ("GB kept for a micro-batch's backward pass, eager (measured)", f"{a_token * micro_tokens / 1e9:.1f}"),
         ("bytes per token moved by the update", f"{cost.UPDATE * model.parameters / tokens:,.0f}"),
         ("GB of weights, gradients and AdamW's states", f"{distributed.BYTES * model.parameters / 1e9:.2f}"),
         ("GFLOP per token of Muon's iterations", f"{model.muon_flops() / tokens / 1e9:.3f}"),
+        *(
+            (f"ms a step in which an H100 moves the logits' bytes, {kind}", f"{1e3 * bytes_moved / H100.reading:.0f}")
+            for kind, each_logit in cost.LOSS.items()
+            for bytes_moved in [each_logit * tokens * -(-VOCABULARY // 64) * 64]
+        ),
         ("bytes of gradients each of 8 workers sends per step", f"{cost.ring_bytes(model.gradient_bytes, 8):,.0f}"),
     ]
     print("| full | |\n|---|---:|")
     print("\n".join(f"| {name} | {value} |" for name, value in rows))
     print(
-        f"\nPredicted for H100s at {SHARE:.0%} of 989 TFLOP/s, 80% of 3.35 TB/s memory and of each link; "
-        f"{preset.pretrain.tokens:,} tokens.\n"
+        f"\nPredicted for H100s at {H100.training / H100.bf16:.0%} of 989 TFLOP/s, 80% of 3.35 TB/s memory and of each "
+        f"link; {preset.pretrain.tokens:,} tokens.\n"
     )
     columns = ("GPUs", "tokens/step", "compute, ms", "exchange, ms", "exposed", "Muon", "update", "step", "tokens/s")
     print("| " + " | ".join((*columns, "efficiency", "minutes")) + " |")
@@ -75,13 +76,14 @@ def plan() -> None:
         for size in (tokens, 4 * tokens) if workers == 64 else (tokens,):
             own = size // workers // config.context
             micro = -(-own // preset.pretrain.batch_size)
-            step = cost.step(model, cost.Device(link=link, **H100), workers, size, micro)
+            step = cost.step(model, cost.Device(H100.training, H100.reading, link), workers, size, micro)
             rate = size / step.total
             one = one or rate
             parts = (step.compute, step.exchange, step.exposed, step.muon, step.update, step.total)
             shown = [f"{size:,}", *(f"{1e3 * part:.1f}" for part in parts), f"{rate:,.0f}"]
             minutes = preset.pretrain.tokens / rate / 60
             print(f"| {name} | {' | '.join(shown)} | {rate / one / workers:.0%} | {minutes:.1f} |")
+    print(f"\n{pipeline.tables()}")
 
 
 def kept_bytes(config: ModelConfig) -> tuple[float, float]:

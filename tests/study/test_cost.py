@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cost
+from basics import paths
+from benchmarks import cost, pipeline, scale
 from study.preset import load_preset
 from threefold.config import ModelConfig, TrainConfig
 from threefold.model.decoder import Decoder
@@ -91,3 +92,44 @@ def test_the_full_models_figures():
     full = cost.Model.of(replace(load_preset("full").model, vocab_size=50258))
     assert 6 * full.parameters == pytest.approx(1.52e9, rel=0.005)
     assert full.flops_a_token == pytest.approx(1.67e9, rel=0.005)
+
+
+# The pipeline ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_holds_the_tables_that_the_command_prints(monkeypatch, capsys):
+    monkeypatch.setattr(scale, "kept_bytes", lambda config: (0.0, 0.0))
+    scale.plan()
+    page = (paths.PROJECT / "docs" / "scale.md").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and "(measured)" not in line]
+    assert len(lines) > 70 and [line for line in lines if line not in page and line[:-1] not in " ".join(page)] == []
+
+
+def test_full_is_predicted_within_what_was_asked():
+    one = pipeline.Pipeline(pipeline.CARDS["H100"])
+    found = pipeline.minutes(one)
+    assert found["all"] <= 90 and found["ablations"] <= 25 and found["step times"] <= 3
+    assert found["SFT"] <= 5 and found["DPO"] <= 15
+    assert found["all"] == pytest.approx(sum(value for name, value in found.items() if name != "all"))
+    for half in (True, False):
+        models = [one.config, *pipeline.EXTERNAL.values()]
+        assert max(pipeline.Pipeline(one.card, half=half).problems(model) for model in models) <= 60
+    assert pipeline.CARDS["H100"].price == load_preset("full").price_per_hour
+    exact = pipeline.minutes(pipeline.Pipeline(one.card, half=False))
+    assert exact["evaluations"] > found["evaluations"] and exact["pretrain"] == found["pretrain"]
+
+
+def test_a_decoded_step_by_hand():
+    one = pipeline.Pipeline(pipeline.Card(bf16=1e12, fp32=1e12, bandwidth=1e9, memory=1e9, price=1.0))
+    config = ModelConfig(n_layer=2, d_model=8, n_head=2, d_ff=8, context=16, vocab_size=10)
+    parameters = sum(p.numel() for p in Decoder(config).parameters())
+    cached = 3 * 5 * 2 * 2 * 8  # rows, positions, keys and values, layers, width
+    for half, size in ((True, 2), (False, 4)):
+        expected = (parameters + cached) * size / 0.8e9 + (14 * 2 + 10) * pipeline.known("kernel")
+        assert one._decoded(config, 3, 5, half) == pytest.approx(expected)
+
+
+def test_the_bytes_of_the_loss_add_up():
+    product, widen, largest, subtract, exponential, total, narrow, products = 2, 6, 4, 8, 8, 4, 6, 4
+    eager = product + widen + largest + subtract + exponential + total + narrow + products
+    assert {"eager": eager, "fused": 2 + 2 + 4 + 4} == cost.LOSS
