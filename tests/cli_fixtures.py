@@ -37,14 +37,17 @@ def trained_run(folder: Path, monkeypatch) -> Run:
     return made
 
 
-def sealed_run(folder: Path, monkeypatch) -> Run:
-    """Run `tiny` with three finished stages, their notebooks written and sealed as `threefold run` does."""
+def sealed_run(folder: Path, monkeypatch, size: int = 0) -> Run:
+    """Run `tiny` with three finished stages, their notebooks written and sealed as `threefold run` does.
+
+    size: bytes that the weights have at least.
+    """
     monkeypatch.setattr(paths, "RUNS", folder / "runs")
     monkeypatch.delenv("THREEFOLD_DATA", raising=False)
     (folder / "tiny.toml").write_text('name = "tiny"\n' + ONE_STEP)
     for name in ("data", "pretrain", "sft"):
         stage = open_stage(name, preset=str(folder / "tiny.toml"))
-        (stage.begin() / "model.safetensors").write_text(f"weights of {name}")
+        (stage.begin() / "model.safetensors").write_text(f"weights of {name}".ljust(size))
         facts = stage.finish(tokens=5)
         executed = stage.run.notebook(stage.run.spec(name).executed)
         notebook(executed, cell("finish()", output(f"stage/{name}", facts, "done"), output("loss", {"loss": 2.5}, "|")))

@@ -15,6 +15,8 @@ from basics.errors import DISK_FULL, SourceError
 
 # Hashes -------------------------------------------------------------------------------------------------------------
 
+SMALL = 1 << 20  # bytes; a smaller file is read at once, and hashed each time
+
 
 def sha256_bytes(data: bytes) -> str:
     """SHA-256 of bytes, in hex."""
@@ -22,8 +24,10 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's content, in hex, read in pieces."""
+    """SHA-256 of a file's content, in hex; a large file is read in pieces."""
     with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size < SMALL:  # without the buffer that reading in pieces takes
+            return sha256_bytes(file.read())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -217,11 +221,9 @@ def remembered(function: Callable[..., Any], *arguments: Any) -> Any:
     return _memory[key]
 
 
-SMALL = 1 << 20  # bytes; a smaller file is hashed each time
-
-
 def sha256_cached(path: Path) -> str:
-    """SHA-256 of a file; of a large one the hash kept for its path, size and modification time.
+    """SHA-256 of a file; of a large one the hash kept for its path, size, inode and times, of which the last
+    change (ctime) cannot be set back.
 
     Good enough to decide what to run; `threefold verify` reads every byte.
     """
@@ -229,7 +231,7 @@ def sha256_cached(path: Path) -> str:
     if stat.st_size < SMALL:
         return remembered(sha256_file, path)
     kept = paths.cache_folder() / "hashes" / f"{sha256_bytes(str(path.resolve()).encode())[:32]}.json"
-    state = [stat.st_size, stat.st_mtime_ns]
+    state = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
     known = read_note(kept)
     if known is None or known.get("state") != state:
         known = {"state": state, "sha256": sha256_file(path)}

@@ -2,14 +2,19 @@
 
 import ast
 import os
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from basics.files import sha256_bytes, sha256_json
+from basics import paths
+from basics.files import read_note, sha256_bytes, sha256_json, write_note
 
 ROOT = Path(__file__).resolve().parents[1]  # the folder that holds the packages
 DIGITS = 16  # of a module's hash
+MOST_KEPT = 2000  # modules parsed, of all versions of the code
 
 
 def code_fingerprint(*modules: str) -> str:
@@ -60,20 +65,38 @@ def imports(tree: ast.AST, package: str = "") -> Iterator[str]:
 @lru_cache(maxsize=64)
 def _code_hashes(modules: tuple[str, ...], files: tuple[tuple[str, tuple[str, int, int]], ...]) -> tuple:
     """The items of `code_hashes`. files: the items of `module_files`; their times and sizes are keys of the cache."""
-    known, hashes, waiting = dict(files), {}, list(modules)
+    note = paths.cache_folder() / "code.json"
+    known, hashes, waiting, kept = dict(files), {}, list(modules), _kept(note)
+    before = len(kept)
     while waiting:
         name = waiting.pop()
         if name in known and name not in hashes:
-            hashes[name], imported = _parsed(name, *known[name])
+            hashes[name], imported = _parsed(name, Path(known[name][0]), kept)
             waiting += [*imported, name.rpartition(".")[0]]  # importing it runs its package's __init__ too
+    if len(kept) > before:
+        with suppress(OSError):  # a cache that cannot be written: they are parsed again next time
+            write_note(note, kept)
     return tuple(sorted(hashes.items()))
 
 
-@lru_cache(maxsize=512)
-def _parsed(name: str, file: str, _mtime: int, _size: int) -> tuple[str, tuple[str, ...]]:
+@lru_cache(maxsize=1)
+def _kept(note: Path) -> dict[str, Any]:
+    """What `_parsed` returned in earlier processes, by the hash of its input; empty again when it has grown large."""
+    kept = read_note(note) or {}
+    return kept if len(kept) < MOST_KEPT else {}
+
+
+def _parsed(name: str, file: Path, kept: dict[str, Any]) -> tuple[str, list[str]]:
     """(hash of the module's syntax tree, names that it imports)."""
-    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
-    imported = tuple(imports(tree, name if file.endswith("__init__.py") else name.rpartition(".")[0]))
+    package, text = name if file.name == "__init__.py" else name.rpartition(".")[0], file.read_text(encoding="utf-8")
+    key = sha256_json([sys.version_info[:2], package, text])
+    if key not in kept:
+        kept[key] = _hashed(ast.parse(text), package)
+    return kept[key]
+
+
+def _hashed(tree: ast.Module, package: str) -> tuple[str, list[str]]:
+    imported = list(imports(tree, package))
     for node in ast.walk(tree):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         if documented and ast.get_docstring(node, clean=False) is not None:

@@ -68,6 +68,9 @@ class Fingerprint:
         "version torch 2.12 -> 2.13".
         """
 
+        if self == other:
+            return []
+
         def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             for key in {**old, **new}:
                 if key not in old or key not in new or old[key] != new[key]:

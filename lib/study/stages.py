@@ -6,6 +6,7 @@ Nothing here imports torch, so that asking is quick.
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def sections(preset: Preset, stage: str) -> dict[str, Any]:
     gpt2 = [*corpus, kind, "baselines.gpt2", "baselines.gpt2_revision"]
     keys = {
         "data": ["model.context", "model.sinks", "tokenizer", "data", "overlap"]
-        + [f"evaluation.{key}" for key in evaluation_sources(preset)],
+        + [f"evaluation.{key}" for key in (evaluation_sources(preset) if kind == "data" else ())],
         "pretrain": [*corpus, "pretrain"],
         "gpt2": gpt2,
         "gpt2-adamw": [*corpus, "gpt2_adamw"],
@@ -208,7 +209,8 @@ def sections(preset: Preset, stage: str) -> dict[str, Any]:
 # Data ---------------------------------------------------------------------------------------------------------------
 
 
-def sources(preset: Preset, stage: str) -> list[SourceConfig]:
+@lru_cache(maxsize=256)
+def sources(preset: Preset, stage: str) -> tuple[SourceConfig, ...]:
     """The data sources a stage reads, each once: those in its sections of the preset."""
 
     def tables(value: Any) -> Iterator[SourceConfig]:
@@ -218,7 +220,7 @@ def sources(preset: Preset, stage: str) -> list[SourceConfig]:
             for item in value.values() if isinstance(value, dict) else value:
                 yield from tables(item)
 
-    return list(dict.fromkeys(source for source in tables(sections(preset, stage)) if source.is_set))
+    return tuple(dict.fromkeys(source for source in tables(sections(preset, stage)) if source.is_set))
 
 
 def data_fingerprints(

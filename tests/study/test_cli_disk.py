@@ -2,12 +2,17 @@
 
 import io
 import json
+import os
+import shutil
+import subprocess
 import sys
 
 import pytest
+from cli_fixtures import sealed_run
 from shared import call
 
 from basics import paths
+from basics.files import SMALL
 from papertrail import scheduler
 from papertrail import stage as run_folder
 from study.cli import folders
@@ -189,7 +194,7 @@ def test_nothing_is_removed_under_a_run_at_work(runs, capsys):
             assert status == 2 and "run mine is at work" in err and err.count("\n") == 1
     finally:
         run_folder.release(work)
-    assert files(runs) - {"mine/.lock"} == before
+    assert files(runs) - {"mine/.lock", ".cache/code.json"} == before  # `status` keeps what it parsed
     assert not scheduler.at_work(runs / "mine")
     assert call(capsys, "clean", "--run", "mine", "--yes")[0] == 0
 
@@ -233,3 +238,31 @@ def test_no_runs_yet(tmp_path, capsys, monkeypatch):
     assert call(capsys, "status") == (0, "no runs yet: `threefold run --preset smoke` makes one\n", "")
     assert json.loads(call(capsys, "status", "--json")[1]) == {"runs": [], "cache_bytes": 0}
     assert not (tmp_path / "none").exists()
+
+
+WATCHED = """
+import sys, time
+opened = []
+sys.addaudithook(lambda event, given: opened.append(str(given[0])) if event == "open" else None)
+from study.cli import main
+assert main(["status"]) == 0
+print(sum(file.endswith(".safetensors") for file in opened), {"torch", "numpy", "pandas"} & sys.modules.keys())
+print(time.process_time())
+"""
+
+
+def test_status_of_fifty_runs_takes_seconds(tmp_path, monkeypatch):
+    """Large files that have not changed are not read again, and nothing is imported that takes seconds. (Five seconds
+    are the limit on a quiet machine; this is CPU time, which other processes do not count in.)"""
+    run = sealed_run(tmp_path, monkeypatch, size=SMALL)
+    for number in range(49):
+        shutil.copytree(run.path, paths.RUNS / f"copy{number}", copy_function=os.link)
+    said = []
+    for _ in range(2):
+        environment = os.environ | {"THREEFOLD_RUNS": str(paths.RUNS), "PYTHONPATH": str(paths.PACKAGES)}
+        done = subprocess.run([sys.executable, "-c", WATCHED], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.splitlines())
+    assert [lines[-2] for lines in said] == ["150 set()", "0 set()"]
+    assert said[0][:50] == said[1][:50] and all("3 fresh" in line for line in said[1][:50])
+    assert float(said[1][-1]) < 5

@@ -206,7 +206,7 @@ def cache() -> list[Path]:
 
 def cache_notes() -> list[Path]:
     """The checked notes of what the cache keeps: tokens, overlap searches and hashes."""
-    patterns = ("tokens/[!.]*/meta.json", "overlap/[!.]*.json", "hashes/[!.]*.json")
+    patterns = ("code.json", "tokens/[!.]*/meta.json", "overlap/[!.]*.json", "hashes/[!.]*.json")
     return [note for pattern in patterns for note in sorted(paths.cache_folder().glob(pattern))]
 
 
@@ -226,12 +226,13 @@ def remove(entries: Sequence[Path]) -> None:
 # Sizes --------------------------------------------------------------------------------------------------------------
 
 
-def size(path: Path) -> int:
+def size(path: Path | os.DirEntry) -> int:
     """Bytes of a file, or of all files below a folder; a link counts as the link it is."""
-    if path.is_dir() and not path.is_symlink():
-        return sum(size(entry) for entry in path.iterdir())
     try:
-        return path.lstat().st_size
+        if os.path.isdir(path) and not path.is_symlink():
+            with os.scandir(path) as entries:
+                return sum(map(size, entries))
+        return os.lstat(path).st_size
     except FileNotFoundError:  # gone since the folder was listed: a run at work
         return 0
 

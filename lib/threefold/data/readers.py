@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from basics.errors import DataError
 from threefold.data.rows import PLAIN, TABULAR, Row, is_null, kind_of, read_rows, read_text, suffix
 from threefold.data.templates import LABELS, review
@@ -249,6 +247,8 @@ def reviews(items: list[dict], seed: int = 0) -> list[str]:
 
     A model learns to use demonstrations only if its pretraining text has several labelled examples in a row.
     """
+    import numpy as np
+
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(items))
     least, most = REVIEWS_A_DOCUMENT

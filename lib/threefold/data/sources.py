@@ -12,11 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from basics import paths
 from basics.errors import DataError, SourceError
@@ -61,7 +60,7 @@ class Resolved:
         """Whether items are taken in the fixed random order."""
         return self.source is not None and self.source.shuffle
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the content, the reader and the order of items; it does not depend on the place."""
         return sha256_json([self.content, self.reader, self.shuffle])
@@ -257,6 +256,8 @@ def _rows(resolved: Resolved, config: SourceConfig) -> Iterator[Any]:
     end = None if config.max_examples < 0 else config.skip_examples + config.max_examples
     if not resolved.shuffle:
         return _few_odd(resolved, islice(items, config.skip_examples, end))
+    import numpy as np  # late, as in `readers.reviews`: `threefold status` does not wait for it
+
     everything = list(_few_odd(resolved, items))
     order = np.random.default_rng(SHUFFLE_SEED).permutation(len(everything))
     return (everything[index] for index in order[config.skip_examples : end])
