@@ -10,6 +10,9 @@ import re
 from collections.abc import Iterable, Iterator
 
 
+TITLE = re.compile(r" ?= [^=](?:.*[^=])? = ?\n")
+
+
 def split_lines(text: str) -> list[str]:
     """Lines with their newlines, split at "\\n" alone (`splitlines` would also split at U+2028 and others)."""
     return re.findall(r"[^\n]*\n|[^\n]+", text)
@@ -26,7 +29,7 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     starts = [
         number
         for number, line in enumerate(lines)
-        if _is_title(line)
+        if TITLE.fullmatch(line)
         and (number == 0 or not lines[number - 1].strip())
         and (number + 1 == len(lines) or not lines[number + 1].strip())
     ]
@@ -37,10 +40,6 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     starts[0] = 0
     for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
         yield "".join(lines[start:end])
-
-
-def _is_title(line: str) -> bool:
-    return re.fullmatch(r" ?= [^=](?:.*[^=])? = ?\n", line) is not None
 
 
 def hub_rows(article: str) -> list[str]:

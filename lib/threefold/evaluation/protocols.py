@@ -188,9 +188,10 @@ def _plan(
         ("preferences", {"reference": reference, "beta": beta}),
     ]
     plan = []
+    given = [key for key, value in vars(config).items() if isinstance(value, SourceConfig) and _name(value)]
     for key, arguments in rows:
         protocol = PROTOCOLS[key]
-        missing = [name for name in (protocol.source, protocol.demonstrations) if name and not _named(config, name)]
+        missing = [name for name in (protocol.source, protocol.demonstrations) if name and name not in given]
         if protocol.source in missing or (missing and key == "precedent"):
             continue
         if missing and arguments["shots"] > 0:
@@ -201,11 +202,6 @@ def _plan(
             )
         plan.append((protocol, arguments))
     return plan
-
-
-def _named(config: EvaluationConfig, key: str) -> bool:
-    source: SourceConfig = getattr(config, key)
-    return bool(source.source or source.path)
 
 
 def _name(source: SourceConfig) -> str:

@@ -124,8 +124,8 @@ def stream(
     sampling: fields of `Sampling`; greedy by default.
 
     Raises ConfigError (impossible settings) and DataError (an empty prompt or an unknown token id; learned positions,
-    which cannot stream past their table) before the first token is asked for, EvaluationError (logits that are no
-    finite numbers).
+    which cannot stream past their table) before the first token is asked for, EvaluationError (logits that are not
+    finite).
     """
     sampler = Sampling(**sampling)
     if max_new_tokens < -1:
