@@ -1,14 +1,13 @@
 """WikiText's form: articles, the hub's rows, and the text as it would be written.
 
-Read, WikiText keeps its published form, in which perplexities are defined: documents are articles, and all documents
-end to end are the file. That text is spaced (`1 @,@ 000 words .`) and, in the `.tokens` files, holed (`<unk>`). For
-pretraining `natural_text` undoes the spacing, as the other sources and GPT-2's training text are natural, and leaves
-sentences with holes out: a model that has seen them writes them.
+WikiText is read in its published form, for which perplexities are defined: documents are articles, and the file is all
+documents joined. That text has spaces around punctuation (`1 @,@ 000 words .`) and, in the `.tokens` files, `<unk>` in
+the place of rare words. For pretraining `natural_text` undoes the spacing, because the other sources and GPT-2's
+training text are natural, and leaves out sentences with `<unk>`, because a model that has seen them writes them.
 """
 
 import re
 from collections.abc import Iterable, Iterator
-
 
 TITLE = re.compile(r" ?= [^=](?:.*[^=])? = ?\n")
 

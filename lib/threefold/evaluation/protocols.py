@@ -188,7 +188,8 @@ def _plan(
         ("preferences", {"reference": reference, "beta": beta}),
     ]
     plan = []
-    given = [key for key, value in vars(config).items() if isinstance(value, SourceConfig) and _name(value)]
+    sources_of = {key: value for key, value in vars(config).items() if isinstance(value, SourceConfig)}
+    given = [key for key, source in sources_of.items() if source.source or source.path]
     for key, arguments in rows:
         protocol = PROTOCOLS[key]
         missing = [name for name in (protocol.source, protocol.demonstrations) if name and name not in given]
