@@ -26,8 +26,8 @@ def earlier_seconds(run: Run) -> dict[str, float]:
 
 
 def seconds_left(plan: Plan, left: Iterable[str], seconds: Mapping[str, float], jobs: int) -> float | None:
-    """Seconds until these stages are made, None where no stage's time is known; of other stages it is estimated by
-    their weights."""
+    """Seconds until these stages are made, None if no stage's time is known. An unknown time is estimated from the
+    stage's weight."""
     left = list(left)
     if not seconds:
         return None

@@ -80,7 +80,7 @@ class Run:
     # What the scheduler asks
 
     def environment(self) -> dict[str, str]:
-        """Environment variables of this run's kernels: what must not be a parameter, which notebooks show."""
+        """Environment variables of this run's kernels, for what must not be a parameter: notebooks show those."""
         return {}
 
     def private(self) -> dict[str, str]:

@@ -245,7 +245,7 @@ class _Notebooks:
             shutil.rmtree(self._executing, ignore_errors=True)
 
     def start(self, spec: StageSpec, threads: int, later: list[str], place: str) -> None:
-        """Begin a stage. later: the stages that are still to come after it. place: a text, where in the run it is."""
+        """Begin a stage. later: the stages that are still to come after it. place: where in the run it is, as text."""
         if self._server is None:
             sources = self._sources([spec.name, *later]) if len(later) >= PRELOAD_FROM and forking_is_safe() else ()
             self._server = ForkServer(self._variables(max(1, cores() // self.jobs)), self._sockets, sources)

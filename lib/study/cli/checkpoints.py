@@ -18,7 +18,7 @@ from study.preset import lineage
 
 def generate(options: argparse.Namespace) -> int:
     """Prints the continuation of a prompt, at once or as a stream. A stream ends after as many tokens as asked for, or
-    with Ctrl-C, which is a good end."""
+    with Ctrl-C, which counts as success."""
     if not options.stream and (options.window or options.stop_at_eos):
         raise ConfigError(f"{'--window' if options.window else '--stop-at-eos'} goes with --stream")
     if options.stream and options.form != "text":

@@ -67,7 +67,7 @@ def _train(run: Run, stage: str, begun: bool) -> None:
 
 
 def _leave_with_stdin() -> None:
-    """End this process when whoever started it is gone, however that went."""
+    """End this process when stdin is closed, because the process that started it has ended."""
     with contextlib.suppress(OSError):
         while os.read(0, 1024):
             pass
