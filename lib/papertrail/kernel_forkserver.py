@@ -17,9 +17,9 @@ SOURCE: files whose imports are made before kernels are forked; without any, a k
 import ast
 import contextlib
 import gc
-import importlib
 import json
 import os
+import pkgutil
 import select
 import shutil
 import signal
@@ -27,11 +27,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
 from basics.processes import end_with_parent
-from basics.source_code import ROOT
+from basics.source_code import ROOT, imports
 from papertrail.processes import supervise
 
 # What no source names: the kernel itself, and what torch imports at an optimizer's first step.
@@ -44,52 +46,39 @@ STOP_SECONDS = 10.0
 
 
 def preload(sources: Iterable[str]) -> Iterator[None]:
-    """Import what the sources import from other packages, one module a step."""
-    for module in ALSO:
-        _import(module, ())
+    """Import what the sources import from other packages, one name a step."""
+    trees = (ast.parse(Path(source).read_text(encoding="utf-8")) for source in sources)
+    for name in chain(ALSO, chain.from_iterable(map(imports, trees))):
+        _import(name)
         yield
-    for source in sources:
-        with open(source, encoding="utf-8") as file:
-            tree = ast.parse(file.read())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                for alias in node.names:
-                    _import(alias.name, ())
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                _import(node.module, [alias.name for alias in node.names])
-            else:
-                continue
-            yield
     gc.collect()
     gc.freeze()  # the collector must not touch, and so copy, the memory that all kernels share
 
 
-def _import(module: str, names: Iterable[str]) -> None:
-    if (ROOT / module.partition(".")[0]).is_dir():  # the project's own
-        return
-    with contextlib.suppress(Exception):  # an optional or a wrong import is for the notebook that needs it to report
-        imported = importlib.import_module(module)
-        for name in names:
-            getattr(imported, name)  # transformers loads its classes when they are asked for
+@cache
+def _import(name: str) -> None:
+    if not (ROOT / name.partition(".")[0]).is_dir():  # else it is the project's own
+        with contextlib.suppress(Exception):  # the notebook that needs an optional or wrong import will report it
+            pkgutil.resolve_name(name)  # a class, too: transformers loads its classes when they are asked for
 
 
 def serve(requests: socket.socket, sockets: str, sources: list[str]) -> NoReturn:
     """Start kernels until the other end of the socket is closed."""
     leave = supervise(lambda: shutil.rmtree(sockets, ignore_errors=True))
     os.environ["JPY_PARENT_PID"] = str(os.getpid())  # ipykernel, too, ends with its parent
-    imports = preload(sources) if sources else None
+    preloading = preload(sources) if sources else None
     kernels: dict[int, socket.socket] = {}
     started = False  # the first kernel does not wait for the imports
     while True:
-        listening = [*([] if imports and started else [requests]), *kernels.values()]
-        ready, _, _ = select.select(listening, [], [], 0 if imports else POLL_SECONDS)
+        listening = [*([] if preloading and started else [requests]), *kernels.values()]
+        ready, _, _ = select.select(listening, [], [], 0 if preloading else POLL_SECONDS)
         if requests in ready:
             byte, descriptors, _, _ = socket.recv_fds(requests, 1, 1)
             if not byte:
                 leave()
             client = socket.socket(fileno=descriptors[0])
             if request := client.makefile("r", encoding="utf-8").readline():
-                in_process = bool(sources) and imports is None
+                in_process = bool(sources) and preloading is None
                 pid = fork_kernel(json.loads(request), in_process, [requests, client, *kernels.values()])
                 kernels[pid], started = client, True
                 _tell(client, pid)
@@ -100,8 +89,8 @@ def serve(requests: socket.socket, sockets: str, sources: list[str]) -> NoReturn
             if ended:
                 _tell(kernels.pop(pid), os.waitstatus_to_exitcode(status))
                 client.close()
-        if imports and next(imports, "done"):
-            imports = None
+        if preloading and next(preloading, "done"):
+            preloading = None
 
 
 def _tell(client: socket.socket, number: int) -> None:
