@@ -16,7 +16,7 @@ from basics import files, machine, paths
 from basics.errors import ConfigError, SourceError, ThreefoldError
 from basics.names import replicate_of
 from study import checks, sizes, stages
-from study.preset import TRAINED
+from study.preset import TRAINED, section
 from study.run import Run
 from threefold.config import GPT2_VOCABULARY, TrainConfig
 from threefold.graphics import Graphics
@@ -59,7 +59,9 @@ class Case:
     def __post_init__(self) -> None:
         self.preset, self.model = self.run.preset, self.run.preset.model
         self.trained = [name for name in self.todo if replicate_of(name)[0] in TRAINED]
-        self.trainings: list[TrainConfig] = [getattr(self.preset, replicate_of(name)[0]) for name in self.trained]
+        self.trainings: list[TrainConfig] = [
+            getattr(self.preset, section(replicate_of(name)[0])) for name in self.trained
+        ]
         if "ablations" in self.todo:
             self.trainings.append(self.preset.ablations.train)
 

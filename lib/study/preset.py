@@ -116,6 +116,10 @@ class AblationConfig:
         "qk_norm=true",
         "optimizer=adamw",
     )
+    # An attribution: the parts that make the base GPT-2's recipe, in the order in which they are taken back, and what
+    # then makes the base larger. Each is written like a variant; see `attribution_chain`.
+    chain: tuple[Text, ...] = ()
+    scale: Text = ""
     rounds: Positive = 15  # timed steps of each, interleaved; from 6 on their median has a 95% interval
     train: TrainConfig = TrainConfig()
     length_streams: PositiveOrOff = 8  # streams of evaluation.perplexity's text for loss by position; -1: not measured
@@ -379,11 +383,21 @@ def _check_ablations(preset: Preset) -> None:
             f"ablations.train: leave out steps, tokens and epochs, ablations.steps = {ablations.steps} says how long"
         )
     trainings = {"ablations.base": (base, ablations.train)}
-    for variant in ablations.variants:
+    named = [("variants", one) for one in ablations.variants] + [("chain", one) for one in ablations.chain]
+    named += [("chain", ",".join(ablations.chain))] if ablations.chain else []
+    named += [("scale", ablations.scale)] if ablations.scale else []
+    for key, variant in named:
         try:
-            trainings[f"ablations.variants: {variant!r}"] = apply_variant(base, ablations.train, variant)
+            trainings[f"ablations.{key}: {variant!r}"] = apply_variant(base, ablations.train, variant)
         except ConfigError as error:
-            raise ConfigError(f"ablations.variants: {error}") from None
+            raise ConfigError(f"ablations.{key}: {error}") from None
+    for key, variant in named:
+        if key != "variants" and trainings[f"ablations.{key}: {variant!r}"] == (base, ablations.train):
+            raise ConfigError(f"ablations.{key}: {variant!r} is what the base has already")
+    if ablations.chain and len(attribution_chain(ablations)) < 1 + len(ablations.chain) + bool(ablations.scale):
+        raise ConfigError("ablations.chain: two of its parts begin with the same key, by which a part is named")
+    if ablations.scale and not ablations.chain:
+        raise ConfigError("ablations.scale: it is the last link of ablations.chain, which is empty")
     for key, (model, train) in trainings.items():
         changed = {"model": to_dict(model), "ablations": {**to_dict(ablations), "train": to_dict(train)}}
         try:
@@ -406,6 +420,19 @@ def ablation_base(preset: Preset) -> ModelConfig:
         return replace(preset.model, **model_changes)
     except ConfigError as error:
         raise ConfigError(f"ablations.base: {error}") from None
+
+
+def attribution_chain(ablations: AblationConfig) -> dict[str, str]:
+    """{link: variant that it leads to} of the attribution, from "recipe", GPT-2's, to "scale"; empty without a chain.
+
+    A link is named after the key that it takes back: ["optimizer=adamw", "norm=layer"] gives {"recipe":
+    "optimizer=adamw,norm=layer", "optimizer": "norm=layer", "norm": "base"}.
+    """
+    if not ablations.chain:
+        return {}
+    links = ["recipe", *(part.partition("=")[0].strip() for part in ablations.chain)]
+    ends = [",".join(ablations.chain[place:]) or "base" for place in range(len(links))]
+    return dict(zip(links, ends, strict=True)) | ({"scale": ablations.scale} if ablations.scale else {})
 
 
 def lineage(preset: Preset) -> tuple[str, ...]:

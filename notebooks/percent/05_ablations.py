@@ -34,8 +34,8 @@ seeds = None
 from dataclasses import asdict, replace
 
 from papertrail import records
-from study.comparison import components, figures
-from study.preset import ablation_base, measured_on
+from study.comparison import attribution, components, figures
+from study.preset import ablation_base, attribution_chain, measured_on
 from study.run import open_stage
 from threefold.data.tokenizer import load_tokenizer, sink_ids, with_sinks
 from threefold.evaluation import attention, length
@@ -74,17 +74,18 @@ rows = SourceRows(
     measured_on(stage.preset),
     stage.run.data_dir,
 )
-variants = stage.config.variants
+variants, chain = stage.config.variants, attribution_chain(stage.config)
 
-results = run_variants(
+every = run_variants(
     small,
-    variants,
+    (*variants, *(variant for variant in chain.values() if variant != "base")),
     training,
     rows,
     seeds=range(stage.preset.seed, stage.preset.seed + stage.config.seeds),
     folder=folder,
     reuse=stage.folder,
 )
+results = [result for result in every if result.variant in ("base", *variants)]
 
 # %% [markdown]
 # ## Step times
@@ -149,6 +150,35 @@ replace(components.ablation_resolution(found), name="ablation-resolution").publi
 
 # %%
 replace(figures.ablation_curves(found), name="ablation-curves").publish()
+
+# %% [markdown]
+# ## Where a difference from GPT-2 comes from
+#
+# Where the preset has a chain: from GPT-2's recipe on, its optimizer and then one component after another is replaced by this
+# model's, and at last the model made larger. The order is the preset's, and a link's effect depends on what stands before it.
+
+# %%
+losses = {
+    result.variant: {
+        "heldout_loss": [one.heldout_loss for one in result.runs],
+        "seeds": [one.seed for one in result.runs],
+        "parameters": result.parameters,
+        "tokens": result.runs[0].tokens,
+    }
+    for result in every
+}
+links = attribution.links(losses, chain)
+for link in links:
+    line = f"**{attribution.title(link['link'])}**: {link['difference']:+.4f} nats per token over {link['n']} seed(s)"
+    records.publish(attribution.record_name(link), link, markdown=line)
+
+# %%
+if links:
+    replace(attribution.effects(links), name="attribution-links").publish()
+
+# %%
+if links:
+    replace(figures.attribution_waterfall(links), name="attribution-figure").publish()
 
 # %% [markdown]
 # ## Components alone

@@ -33,6 +33,7 @@ overwrite = False  # True: other parameters than those of a finished run replace
 from papertrail import records
 from study.comparison import (
     Comparison,
+    attribution,
     claims,
     components,
     confounds,
@@ -159,6 +160,24 @@ components.ablation_resolution(variants).publish()
 #| label: fig-ablations
 #| fig-cap: "Held-out loss of the base and every variant against the tokens trained on, means over seeds."
 figures.ablation_curves(variants).publish()
+
+# %% [markdown]
+# Where does the difference from GPT-2 come from? A chain from GPT-2's recipe to this model, one part replaced after another.
+
+# %%
+#| label: tbl-attribution
+#| tbl-cap: "From GPT-2's recipe to this model: the held-out loss after each replacement less that before it, mean over seeds with Student's 95% interval; then the links by group, and the whole. p is Holm-adjusted over the links, and apart from them over the groups. Shares are means over seeds. A link's effect depends on what stands before it in the chain."
+links = attribution.found(comparison)
+attribution.effects(links).publish()
+
+# %%
+#| label: fig-attribution
+#| fig-cap: "Held-out loss from GPT-2's recipe to this model, means over seeds; black: the 95% interval of each difference. Green lowers the loss, orange raises it."
+figures.attribution_waterfall(links).publish()
+
+# %%
+#| label: txt-attribution
+attribution.summary(links).publish()
 
 # %%
 #| label: tbl-ablations

@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from study.comparison import ablations, length, recipes, seeds, training, variance
+from study.comparison import ablations, attribution, length, recipes, seeds, training, variance
 from study.comparison.differences import comparable, difference
 from study.comparison.load import Comparison
 from study.comparison.models import PLAN
 from study.comparison.original import ORIGINAL
-from study.comparison.results import Result, bounds, compact, duration, estimate, number_of, table, value_text
+from study.comparison.results import Result, bounds, compact, count, duration, estimate, number_of, table, value_text
 from study.preset import LINEAGE
 from threefold.evaluation.statistics import student_half_width
 
@@ -269,7 +269,23 @@ def _variances(comparison: Comparison) -> Finding | None:
     return Finding(text, low, high, scope=_of_lineage(comparison, "pretrain", protocol)._replace(basis=count_))
 
 
-_FUNCTIONS = (_ablation, _change, _hours, _length, _problems, _speed, _tokens_per_hour, _unsteady_curves, _variances)
+def _attribution(comparison: Comparison, group: str) -> Finding | None:
+    """What a group of links of the attribution chain does to the held-out loss, in nats per token."""
+    links = attribution.found(comparison)
+    if (effect := attribution.of(links, group)) is None:
+        return None
+    share = attribution.share_text(effect)
+    text = estimate(effect["difference"], effect["low"], effect["high"], decimals=3, unit=" nats", sign=True)
+    text += f", {share} of the whole difference" if share else ""
+    size, device = max(one["parameters"] for one in attribution.single(links)), comparison.stage("ablations") or {}
+    basis = Scope(size, effect["tokens"], training.device(device), "held-out text", count(effect["n"], "seed"))
+    return Finding(text, effect["low"], effect["high"], scope=basis)
+
+
+_FUNCTIONS = (
+    *(_ablation, _attribution, _change, _hours, _length, _problems, _speed, _tokens_per_hour, _unsteady_curves),
+    _variances,
+)
 TESTS: dict[str, Callable[..., Finding | None]] = {test.__name__.removeprefix("_"): test for test in _FUNCTIONS}
 
 

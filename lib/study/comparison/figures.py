@@ -9,12 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from study.comparison import ablations, length, models
+from study.comparison import ablations, attribution, length, models
 from study.comparison.differences import Difference
 from study.comparison.load import Comparison
 from study.comparison.measures import Measure
 from study.comparison.models import SHOWN
-from study.comparison.results import NBSP, UNITS, Result, percent
+from study.comparison.results import NBSP, UNITS, Result, percent, signed
 from study.comparison.training import smooth
 from study.preset import LINEAGE
 
@@ -257,3 +257,35 @@ def attention_sinks(variants: Mapping[str, Mapping[str, Any]]) -> Result:
     bar.set_label("attention on the sinks", fontsize=8.5)
     text = f"Share of attention on the sinks by layer and head; means over all heads: {'; '.join(means)}."
     return _figure("attention-sinks", figure, text, drawn=list(variants))
+
+
+_FALLING, _RISING = "#009E73", "#D55E00"  # a link that lowers the loss, one that raises it
+
+
+def attribution_waterfall(links: Sequence[Mapping[str, Any]]) -> Result:
+    """Held-out loss from GPT-2's recipe down to this model, a bar a link with the interval of its difference."""
+    steps = attribution.single(links)
+    if not steps:
+        return _figure("attribution-waterfall", None, "No attribution was made in this run.")
+    figure = Figure(figsize=(WIDTH, 0.42 * (len(steps) + 2) + 0.9), layout="constrained")
+    axes = _style(figure.subplots(), x="held-out loss (nats per token)", grid="x")
+    start, end = (float(np.mean(one[key])) for one, key in ((steps[0], "loss_before"), (steps[-1], "loss_after")))
+    names = ["GPT-2’s recipe", *(attribution.title(one["link"]) for one in steps), "All replaced"]
+    for place, one in enumerate(steps, start=1):
+        before, after = (float(np.mean(one[key])) for key in ("loss_before", "loss_after"))
+        axes.barh(place, after - before, left=before, color=_FALLING if after < before else _RISING, height=0.6)
+        axes.plot([after, after], [place, place + 1], color=GREY, linewidth=0.8)
+        if one["low"] is not None:
+            axes.plot([before + one["low"], before + one["high"]], [place, place], color=INK, linewidth=1.2)
+        near = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+        axes.annotate(signed(one["difference"], 3), (max(before, after), place), **near)
+    axes.plot([start, start], [0, 1], color=GREY, linewidth=0.8)
+    axes.plot([start, end], [0, len(steps) + 1], "o", color=INK, markersize=5)
+    axes.set_yticks(range(len(names)), names, fontsize=8.5)
+    axes.invert_yaxis()
+    axes.use_sticky_edges = False
+    axes.margins(x=0.14)
+    parts = "; ".join(f"{attribution.title(one['link'])} {signed(one['difference'], 3)}" for one in steps)
+    alt = f"Held-out loss from {start:.3f} with GPT-2’s recipe to {end:.3f} nats per token, link by link: {parts}."
+    drawn = [one["link"] for one in steps]
+    return _figure("attribution-waterfall", figure, alt, start=start, end=end, drawn=drawn)
