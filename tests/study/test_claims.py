@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ import pytest
 from report_fixtures import SKILL, cell, length_curves, make_run, notebook, output, sha, stage_values
 
 from papertrail.records import Record, escape
-from study.comparison import Comparison, claims, variance
+from study.comparison import Comparison, attribution, claims, variance
 from study.comparison.claims import (
     CONTRADICTED,
     NOT_HERE,
@@ -66,7 +67,7 @@ def test_a_verdict_follows_from_interval_and_band(finding, verdict):
 
 def test_keys_are_unique_and_every_claim_of_the_design_is_there():
     keys = [claim.key for claim in claims.CLAIMS]
-    assert len(set(keys)) == len(keys) == 16
+    assert len(set(keys)) == len(keys) == 19
     assert all(claim.source and claim.claimed and claim.reading for claim in claims.CLAIMS)
 
 
@@ -301,6 +302,28 @@ def worded(template_sd, model_sd, noise=0.5, n=2000, templates=5):
 FALLING = np.linspace(3, 1, 100)
 JUMPING = np.concatenate([FALLING[:50], np.full(50, 2.9)])
 NINE = seeds(*[0] * 9)  # rounds
+
+
+def chained(group: str, effect: float, noise: float = 0.01):
+    """A chain of three links, one a group, over three seeds; the links of the other groups lower the loss by 0.3."""
+    chain = {"recipe": "a", "optimizer": "b", "norm": "base", "scale": "c"}
+    losses, loss = [[5.0, 5.1, 5.2]], np.array([5.0, 5.1, 5.2])
+    for name in ("pipeline", "architecture", "scale"):
+        loss = loss + (effect + noise * np.array([-1, 0, 1]) if name == group else -0.3 + 0.001 * np.array([1, 0, -1]))
+        losses.append(loss.tolist())
+    known = {"seeds": [1, 2, 3], "parameters": 253_000_000, "tokens": 600_000_000}
+    variants = {variant: {"heldout_loss": one, **known} for variant, one in zip(chain.values(), losses, strict=True)}
+    return in_memory({attribution.record_name(one): one for one in attribution.links(variants, chain)})
+
+
+REASONS = {
+    f"attribution-{group}": {
+        SUPPORTED: partial(chained, group, -0.2),
+        CONTRADICTED: partial(chained, group, 0.2),
+        NOT_RESOLVED: partial(chained, group, -0.01, 0.1),
+    }
+    for group in attribution.GROUPS
+}
 RMS = ablation("norm=layer", "tokens_per_second", NINE, seeds(*[-0.13, -0.131, -0.129] * 3))
 SWIGLU = ablation("ffn=gelu", "heldout_loss", [2.0, 2.0, 2.0], [2.03, 2.031, 2.029])
 FORCED = {
@@ -391,6 +414,7 @@ FORCED = {
         CONTRADICTED: lambda: worded(0.01, 0.2),
         NOT_RESOLVED: lambda: worded(0.1, 0.084),
     },
+    **REASONS,
 }
 COUNTS = {"tokens-per-hour", "hours", "stability"}  # counts of what one run did: measured or not, never unresolved
 
