@@ -127,9 +127,10 @@ def test_table_words_and_figure_follow_from_the_records(comparison, links):
 
 def test_claims_about_the_three_reasons_are_read_off_the_chain(comparison):
     verdicts = claims.judge(comparison, "attribution-architecture", "attribution-scale", "attribution-pipeline")
-    assert {key: one.verdict for key, one in verdicts.items()} == dict.fromkeys(verdicts, claims.SUPPORTED)
+    assert {key: one.verdict for key, one in verdicts.items()} == dict.fromkeys(verdicts, claims.SUPPORTED_HERE)
     assert "of the whole difference" in verdicts["attribution-pipeline"].measured
-    assert "3 seeds, at most 1,004 parameters and 300,000 tokens" in verdicts["attribution-scale"].measured
+    scope = verdicts["attribution-scale"].finding.scope
+    assert (scope.parameters, scope.tokens, scope.basis) == (1004, 300_000, "3 seeds")
 
 
 def test_a_run_without_a_chain_says_so(tmp_path):

@@ -311,7 +311,7 @@ def chained(group: str, effect: float, noise: float = 0.01):
     for name in ("pipeline", "architecture", "scale"):
         loss = loss + (effect + noise * np.array([-1, 0, 1]) if name == group else -0.3 + 0.001 * np.array([1, 0, -1]))
         losses.append(loss.tolist())
-    known = {"seeds": [1, 2, 3], "parameters": 253_000_000, "tokens": 600_000_000}
+    known = {"seeds": [1, 2, 3], "parameters": 1_400_000, "tokens": 300_000}
     variants = {variant: {"heldout_loss": one, **known} for variant, one in zip(chain.values(), losses, strict=True)}
     return in_memory({attribution.record_name(one): one for one in attribution.links(variants, chain)})
 
