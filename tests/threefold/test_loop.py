@@ -22,7 +22,7 @@ from threefold.training import half_depth, held_out_loss, loop, monitor, numeric
 from threefold.training.feed import Feed
 from threefold.training.loop import Trained, train
 from threefold.training.objectives import Distillation, Loss, MicroBatch, NextToken, Preference
-from threefold.training.state import curve, read_metrics
+from threefold.training.state import State, StateWriter, collect, curve, load_state, read_metrics, restore
 
 EOS, SINK, VOCABULARY = 0, 1, 37
 TINY = ModelConfig(n_layer=2, d_model=16, n_head=2, d_ff=24, context=24, vocab_size=VOCABULARY)
@@ -292,19 +292,50 @@ def test_resumed_preferences_are_bit_identical(pairs, tmp_path, monkeypatch):
     straight = preferred(tmp_path / "a")
     saves = []
 
-    def interrupt(folder, state, values, save=monitor.save_state):
-        save(folder, state, values)
+    def interrupt(writer, state, values, write=StateWriter.write):
+        write(writer, state, values)
         saves.append(state.step)
         if len(saves) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(monitor, "save_state", interrupt)
+        patch.setattr(StateWriter, "write", interrupt)
         preferred(tmp_path / "b")
     assert saves == [2, 4]
     resumed = preferred(tmp_path / "b")
     for name, value in weights(straight).items():
         assert torch.equal(weights(resumed)[name], value), name
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_state_is_written_while_the_next_steps_are_taken(text, tmp_path, optimizer):
+    config = replace(SHORT, optimizer=optimizer)
+    step = loop.TrainStep(model(2), NextToken(), config, numerics.choose(config, 0, 0, "cpu"))
+    batches = [MicroBatch.of(batch) for batch in text.batches(4, seed=0, steps=1)]
+    writer, state = StateWriter(tmp_path, 0), State({}, step=1)
+    for number in range(2):  # the optimizers' states are there from the first step on
+        if number:
+            writer.write(state, collect(step.model, step.optimizers))
+            kept = {name: value.clone() for name, value in step.model.state_dict().items()}
+            state.step = 99
+        step.gradients(batches, 100)
+        step.update()
+    writer.wait()
+    written, values = load_state(tmp_path, {})
+    assert written.step == writer.step == 1
+    assert all(torch.equal(values[f"model/{name}"], value) for name, value in kept.items())
+    before = step.optimizers[0].state_dict()["state"]
+    restore(values, step.model, step.optimizers)
+    after = step.optimizers[0].state_dict()["state"]
+    assert any(not torch.equal(before[0][key], after[0][key]) for key in before[0])  # of one step less
+    writer.close()
+    lost = StateWriter(tmp_path / "gone", 7)
+    lost.write(State({}, step=8), {})
+    with pytest.raises(OSError):
+        lost.wait()
+    assert lost.step == 7
+    lost.wait()  # said once
+    lost.close()
 
 
 def test_what_was_noted_before_the_first_state_does_not_count_twice(text, heldout, tmp_path):

@@ -19,7 +19,7 @@ from threefold.training.feed import Feed
 from threefold.training.interruption import Interruption
 from threefold.training.numerics import in_memory, matmul_flops, out_of_memory
 from threefold.training.progress import Console, duration
-from threefold.training.state import STATE, Metrics, State, collect, save_state
+from threefold.training.state import STATE, Metrics, State, StateWriter, collect
 
 if TYPE_CHECKING:
     from threefold.training.loop import TrainStep
@@ -81,6 +81,7 @@ class Monitor:
         self.say = Console(progress if step.workers.first else lambda message: None)
         self.unit = "pairs" if isinstance(feed.rows, PairedRows) else "rows"
         self.saved_step = self.first_step = state.step
+        self.writer = StateWriter(folder, state.step)
         self.interruption = Interruption(patience=1.0 if step.workers.size > 1 else 0.0)
         # of steps whose metrics are not yet written: what the host knows, their rows, names and values on the device
         self.pending: list[tuple[dict[str, Any], list[int], list[str], Tensor]] = []
@@ -104,6 +105,7 @@ class Monitor:
             self.begun = self.mark = self.saved_at = time.perf_counter()
             self.next_message = self.begun + self.say.pause(0) / 2
             yield
+            self.writer.wait()
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
@@ -113,6 +115,7 @@ class Monitor:
             ) from error
         finally:
             self.interruption.__exit__()
+            self.writer.close()
             self.say.close()
             with contextlib.suppress(OSError):  # of a full disk, which is reported already
                 if self.metrics:
@@ -146,6 +149,7 @@ class Monitor:
             self._flush()
             if self.saved_step != state.step:
                 self._save()
+            self.writer.wait()
             self.say(
                 f"{self.name}: interrupted after step {state.step} of {steps}; the same command resumes from there"
             )
@@ -207,9 +211,10 @@ class Monitor:
         return self.step.workers.agreed(time.perf_counter() - self.saved_at >= CHECKPOINT_SECONDS)
 
     def _save(self) -> None:
+        self.writer.wait()  # before a second copy is made
         values = collect(self.step.model, self.step.optimizers)
         if self.step.workers.first:
-            save_state(self.folder, self.state, values)
+            self.writer.write(self.state, values)
         self.saved_step = self.state.step
         self.mark = self.saved_at = time.perf_counter()
 
@@ -229,8 +234,10 @@ class Monitor:
         )
 
     def _last_state(self) -> str:
-        if self.saved_step:
-            return f"the last good state is that of step {self.saved_step}, in {self.folder.name}/{STATE}"
+        with contextlib.suppress(OSError):  # of a full disk: then the state before it is there
+            self.writer.wait()
+        if step := self.writer.step if self.step.workers.first else self.saved_step:
+            return f"the last good state is that of step {step}, in {self.folder.name}/{STATE}"
         return "no state was saved before it"
 
     def halve_micro_batches(self, error: Exception, tokens_BT: Tensor) -> None:

@@ -1,6 +1,7 @@
 """What a training keeps in its folder: metrics.jsonl, append-only, and resume.safetensors, the state to resume from."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from basics.errors import TrainingError
 from basics.files import sync
@@ -150,7 +153,8 @@ _COMPLETE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def collect(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Weights, optimizer states and random number generators under unique names, as one process has them.
+    """Weights, optimizer states and random number generators under unique names, as one process has them: copies, which
+    later steps do not change.
 
     All workers must call it together; the first one gets the result.
     """
@@ -160,8 +164,19 @@ def collect(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> di
         values[f"groups{number}"] = states.get("param_groups")
         for name, state in states.get("state", {}).items():
             values |= {f"optimizer{number}/{name}/{key}": value for key, value in state.items()}
+    states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    live = {_storage(value) for value in (*model.parameters(), *model.buffers(), *states) if isinstance(value, Tensor)}
+    for name, value in values.items():  # on a CPU the weights and moments themselves
+        if isinstance(value, Tensor):
+            values[name] = value.clone() if _storage(value) in live else value
+        else:
+            values[name] = copy.deepcopy(value)
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return values | {"rng/cpu": torch.get_rng_state()} | {f"rng/cuda{i}": value for i, value in enumerate(cuda)}
+
+
+def _storage(tensor: Tensor) -> int:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage().data_ptr()
 
 
 def restore(values: Mapping[str, Any], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -188,6 +203,33 @@ def save_state(folder: Path, state: State, values: Mapping[str, Any]) -> None:
     tensors = {name: value.contiguous() for name, value in values.items() if isinstance(value, Tensor)}
     settings = {name: value for name, value in values.items() if name not in tensors}
     write_tensors(folder / STATE, tensors, {"state": asdict(state), "settings": settings})
+
+
+class StateWriter:
+    """Writes the states of a training in a thread of its own, one after the other, while the next steps are taken.
+
+    step: of the newest state on the disk.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self.folder, self.step = folder, step
+        self._thread = ThreadPoolExecutor(1, "state")
+        self._writing: tuple[int, Future] | None = None
+
+    def write(self, state: State, values: Mapping[str, Any]) -> None:
+        """Begin to write counters, as they are now, and the values of `collect`."""
+        self.wait()
+        self._writing = (state.step, self._thread.submit(save_state, self.folder, copy.deepcopy(state), values))
+
+    def wait(self) -> None:
+        """Wait for the state that is being written. Raises its OSError; the one before it then remains."""
+        if self._writing is not None:
+            (step, writing), self._writing = self._writing, None
+            writing.result()
+            self.step = step
+
+    def close(self) -> None:
+        self._thread.shutdown()
 
 
 def load_state(folder: Path, identity: dict[str, Any]) -> tuple[State, dict[str, Any]] | None:
