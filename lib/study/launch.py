@@ -1,6 +1,5 @@
 """Starts the workers of a stage's training with torchrun, as a subprocess: a fork would not survive CUDA."""
 
-import contextlib
 import os
 import re
 import signal
@@ -8,13 +7,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import IO
 
 import torch
 
 from basics import paths
 from basics.errors import TrainingError
+from basics.processes import terminable
 from study.run import Stage
 
 STOP_SECONDS = 50.0  # between asking the workers to save their state and killing them
@@ -54,7 +54,7 @@ def launch(stage: Stage, nproc: int, say: Callable[[str], None]) -> None:
         )
         # Where torchrun itself is killed, its workers are left, and hold the pipe that is read here.
         threading.Thread(target=_let_go, args=(process,), daemon=True).start()
-        with _terminable():
+        with terminable():
             try:
                 for line in process.stdout:
                     say(line.rstrip("\n"))
@@ -82,19 +82,6 @@ def _end(process: subprocess.Popen) -> None:
         process.stdin.close()
         process.wait()
         process.stdout.close()
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises SystemExit inside the block, instead of ending this process, and the workers with it, at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _explanation(errors: IO[str], status: int, say: Callable[[str], None]) -> str:

@@ -253,10 +253,18 @@ def test_quarto_renders_in_a_folder_whose_path_is_a_pattern(run, tmp_path, monke
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_renderer_ends_with_the_report(tmp_path, number):
-    """And so does whatever it has started."""
-    script = f"echo $$ > {tmp_path}/one; sleep 600 & echo $! > {tmp_path}/two; wait"
-    code = f"from papertrail.processes import run_supervised; run_supervised(['sh', '-c', {script!r}])"
+def test_a_renderer_ends_with_the_report_and_leaves_no_folder(copy, tmp_path, monkeypatch, number):
+    """And so does whatever it has started. What a SIGKILL leaves, the next rendering removes."""
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("PYTHONPATH", str(paths.PACKAGES))
+    fake_quarto(tmp_path / "bin", f"echo $$ > {tmp_path}/one; sleep 600 & echo $! > {tmp_path}/two; wait")
+    code = f"""
+from pathlib import Path
+from basics.processes import terminable
+from papertrail.report import render
+with terminable():
+    render(Path({str(copy)!r}), Path({str(paths.REPORT)!r}))"""
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     files = [tmp_path / name for name in ("one", "two")]
     while not all(file.is_file() and file.read_text().endswith("\n") for file in files):
@@ -264,8 +272,11 @@ def test_a_renderer_ends_with_the_report(tmp_path, number):
         assert child.poll() is None
     family = [psutil.Process(int(file.read_text())) for file in files]
     child.send_signal(number)
-    child.wait(60)
+    assert child.wait(60) == (128 + number if number == signal.SIGTERM else -number)
     assert psutil.wait_procs(family, timeout=60)[1] == []
+    assert (copy / ".report.partial").exists() == (number == signal.SIGKILL)
+    fake_quarto(tmp_path / "bin", 'echo "<p>by quarto</p>" > index.html')
+    assert render(copy, paths.REPORT) == copy / "report" / "index.html" and not list(copy.glob(".report*"))
 
 
 def test_a_run_that_cannot_be_written_is_rendered_elsewhere(copy, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from basics.errors import ReportError
 from papertrail import notebooks, records
 from papertrail.plan import dependents
 from study import cli
+from study.cli import results
 from study.cli.common import open_existing
 from study.preset import load_preset, preset_names
 from study.run import Run, open_run, open_stage
@@ -538,3 +540,17 @@ def test_a_checkpoint_that_changed_is_not_used(checkpoint, capsys):
         assert status == 2 and out == ""
         assert "pretrain/model.safetensors of run tiny is not what the stage wrote" in err
     assert call(capsys, "generate", "--run", "tiny", "--stage", "dpo", "x")[0] == 2  # never made
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_report_as_an_exit(project, capsys, monkeypatch, number):
+    """So that its renderer and its temporary folder go (tests/papertrail/test_report_render.py)."""
+    make("data")
+    monkeypatch.setattr(results, "report", lambda options: signal.raise_signal(number))
+    before = signal.signal(number, signal.SIG_DFL)  # nohup, for one, has SIGHUP ignored
+    try:
+        assert call(capsys, "report", "--run", "tiny")[0] == 128 + number
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)

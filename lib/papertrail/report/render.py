@@ -1,5 +1,6 @@
 """One HTML file from a report folder, by Quarto where it is installed, else by Pandoc. A failure leaves no page."""
 
+import contextlib
 import errno
 import re
 import shutil
@@ -69,7 +70,7 @@ def render(run: Path, report: Path, *, say: Callable[[str], None] = print) -> Pa
     Raises:
         ReportError: what does not hold together, one line a problem.
     """
-    target, work = run / "report", run / ".report.partial"
+    target, work, home = run / "report", run / ".report.partial", None
     try:
         if work.exists():
             shutil.rmtree(work)
@@ -79,16 +80,16 @@ def render(run: Path, report: Path, *, say: Callable[[str], None] = print) -> Pa
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        home = Path(tempfile.mkdtemp(prefix=f"{run.name}-"))
+        home = Path(tempfile.mkdtemp(prefix=f"threefold-{run.name}-"))
         target, work = home / "report", home / ".report.partial"
         say(f"{run} cannot be written: rendering into {target}")
-    try:
+    with contextlib.ExitStack() as unfinished:
+        unfinished.callback(shutil.rmtree, home or work, ignore_errors=True)
         assemble(run, report, work)
         render_folder(work, say=say)
         write_note(work / RENDERED, {"files": sha256_tree(work)})
         replace_folder(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        unfinished.pop_all()
     return target / PAGE
 
 

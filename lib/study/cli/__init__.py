@@ -5,6 +5,7 @@ and status do not wait for torch.
 """
 
 import argparse
+import contextlib
 import errno
 import importlib
 import io
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 
 from basics import paths
 from basics.errors import DISK_FULL, ThreefoldError
+from basics.processes import terminable
 
 # Errors of the operating system that the environment causes, not the program.
 ENVIRONMENT = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
@@ -115,7 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in filter(None, [*getattr(options, "runs", []), getattr(options, "run", "")]):
                 common.run_folder(name)  # before the command's module, whose imports can take seconds
         module = importlib.import_module(f"study.cli.{options.module}")
-        return getattr(module, options.command)(options)
+        # `run` and `train` answer signals themselves
+        with contextlib.nullcontext() if options.command in ("run", "train") else terminable():
+            return getattr(module, options.command)(options)
     except ThreefoldError as error:
         message, status = str(error), 2
     except ModuleNotFoundError as error:
