@@ -388,7 +388,7 @@ def execute_compare(run: Path, script: Path) -> Path:
             name = "fake"
 
         class preset:
-            name, notice, price_per_hour = "smoke", "A fake run.", -1
+            name, notice, description, price_per_hour = "smoke", "A fake run.", "", -1
 
     namespace = {"comparison": Comparison.load(run), "stage": Stage}
     opening = next(entry.source for entry in source.cells if entry.source.startswith("from papertrail import records"))

@@ -59,8 +59,12 @@ print(f"{len(comparison.records)} records; models: {', '.join(comparison.name(mo
 # the test come out otherwise.
 
 # %%
+#| label: txt-notice
+findings.notice(comparison, stage.preset).publish()
+
+# %%
 #| label: txt-findings
-findings.opening(comparison, stage.preset.notice).publish()
+findings.opening(comparison).publish()
 
 # %%
 #| label: fig-findings

@@ -61,7 +61,7 @@ def test_what_refers_to_nothing_is_left_out(names, gone, kept):
 PARTS = {
     "pretraining alone": (
         ["01_pretrain-*", "02_*", "03_*", "04_*", "05_*"],
-        ["SFT", "GPT-2 (", "counterpart, alone", "Claims ledger", "Confounds", "seed-", "beside the one", "answer the same"],
+        ["SFT", "GPT-2 (", "counterpart, alone", "Claims ledger", "Confounds", "seed-", "answer the same"],
         ["Threefold is a decoder of 1.05M parameters, pretrained on 2.5M tokens. This page reports run `fake`"],
     ),
     "no baselines, no speed": (

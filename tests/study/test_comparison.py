@@ -138,7 +138,7 @@ def test_a_notebook_that_was_not_run_is_named_with_the_command(copy, monkeypatch
     shutil.rmtree(copy / "evaluation" / "dpo")
     part = Comparison.load(opened)  # a stage that was not run is left out, and the limitations say so
     assert part.absent == ("evaluate-dpo",) and "dpo" not in part.models
-    assert "the stages evaluate-dpo have not been run." in findings.opening(part).markdown
+    assert "the stages evaluate-dpo have not been run." in findings.notice(part, opened.preset).markdown
     for path in (*(copy / "notebooks").iterdir(), *copy.rglob("run.json")):
         path.unlink()
     with pytest.raises(MissingInput, match="no finished stage: `threefold run --run fake`"):

@@ -14,6 +14,7 @@ from papertrail.report import sources
 from study.comparison import Comparison, confounds, findings, original, tables
 from study.comparison.differences import STAGES, compared, difference
 from study.comparison.results import WORDS, compact, duration, listed, percent, plain, probability, signed
+from study.preset import Preset, load_preset
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,15 @@ def test_findings_are_few_short_and_linked_to_the_page(comparison):
     assert "[Evidence](#fig-baselines)" in text and "](#sec-confounds)" in text
 
 
-def test_a_notice_of_the_preset_opens_the_page(comparison):
-    assert findings.opening(comparison, "A self-made world.").markdown.startswith("**A self-made world.**\n\n1. ")
+def test_a_line_of_the_preset_opens_the_page(comparison):
+    preset = Preset(name="x", notice="A self-made world.", description="Ten thousand tokens.")
+    assert findings.notice(comparison, preset).markdown == "**A self-made world.**"
+    assert findings.notice(comparison, replace(preset, notice="")).markdown == "Ten thousand tokens."
+    assert findings.notice(comparison, Preset(name="x")).empty
+    part = replace(comparison, absent=("evaluate-dpo",))
+    assert findings.notice(part, preset).markdown.endswith("the stages evaluate-dpo have not been run.")
+    smoke = load_preset("smoke")
+    assert "self-made world" in smoke.notice and "no result" in smoke.notice
 
 
 def test_findings_on_stages_give_change_and_interval(comparison):

@@ -290,7 +290,7 @@ def test_a_replicate_that_the_preset_asks_for_and_that_is_not_there_is_named(run
     assert Comparison.load(Run.of("fake", copied, preset)).replicates == {}
     part = Comparison.load(seal(Run.of("fake", copied, replace(preset, seeds=4))))
     stages = [f"{kind}{stage}-seed4" for stage in LINEAGE for kind in ("", "evaluate-")]
-    assert sorted(part.absent) == sorted(stages) and "pretrain-seed4" in findings.opening(part).markdown
+    assert sorted(part.absent) == sorted(stages) and "pretrain-seed4" in findings.notice(part, preset).markdown
 
 
 def test_spreads_are_those_of_the_records(comparison):

@@ -178,14 +178,20 @@ def findings(comparison: Comparison) -> list[Statement]:
     return [one for made in every for one in made(comparison)][:MOST]
 
 
-def opening(comparison: Comparison, notice: str = "") -> Result:
-    """The findings as a list, after the preset's notice where it has one."""
+def notice(comparison: Comparison, preset: Any) -> Result:
+    """What the run is, in the preset's words, and whether it is whole: the line that opens the page."""
+    lines = [f"**{escape(preset.notice)}**" if preset.notice else escape(preset.description)]
+    lines += [_say("part", stages=listed([*comparison.absent]))] if comparison.absent else []
+    text = "\n\n".join(filter(None, lines))
+    return Result("comparison/notice", {"text": text}, markdown=text or "No description.", empty=not text)
+
+
+def opening(comparison: Comparison) -> Result:
+    """The findings as a list."""
     found = findings(comparison)
     lines = [f"{number}. {one.sentence} [Evidence](#{one.link})" for number, one in enumerate(found, 1)]
     values = [asdict(one) | {"difference": None} for one in found]
-    part = [_say("part", stages=listed([*comparison.absent]))] if comparison.absent else []
-    head = [line for text in ([f"**{escape(notice)}**"] if notice else []) + part for line in (text, "")]
-    return Result("comparison/findings", {"findings": values}, markdown="\n".join(head + lines))
+    return Result("comparison/findings", {"findings": values}, markdown="\n".join(lines))
 
 
 def figure(comparison: Comparison) -> Result:

@@ -143,20 +143,10 @@ def sinks_title(values: Mapping[str, Any]) -> str:
 
 
 def variables(comparison: Comparison) -> dict[str, str | None]:
-    """What the report's sentences on length and on the sinks' attention quote; None for what was not measured."""
-    curves, shares = found(comparison), attention(comparison)
-    base = curves.get(BASE, {"nats": {}})
-    values = {f"length_{key}": str(base.get(key, "")) or None for key in ("factor", "context", "streams")}
-    effects = {f"rise_{mode}": rise(base, mode) if mode in base["nats"] else None for mode in MODES}
-    effects |= {key: effect and effect.values_SN for key, effect in (("rope", rope(curves)), ("sinks", sinks(curves)))}
-    for key, nats_SN in effects.items():
+    """What the report's sentences on length quote; None for what was not measured."""
+    base, effect = found(comparison).get(BASE, {"nats": {}}), sinks(found(comparison))
+    values = {f"length_{key}": str(base.get(key, "")) or None for key in ("factor", "context")}
+    measured = {f"rise_{mode}": rise(base, mode) if mode in base["nats"] else None for mode in ("full", "window")}
+    for key, nats_SN in (measured | {"sinks": effect and effect.values_SN}).items():
         values[f"length_{key}"] = None if nats_SN is None else in_nats(*crossed_mean(nats_SN)[:3])
-    quoted = dict.fromkeys(("base", "least", "most", "uniform", "four", "none"))
-    for key, name in (("base", BASE), ("four", "sinks=4"), ("none", "sinks=0")):
-        if name in shares:
-            quoted[key] = percent(float(np.mean(shares[name]["share"])), 0)
-    if BASE in shares:
-        share_LH = np.asarray(shares[BASE]["share"])
-        quoted["least"], quoted["most"] = percent(float(share_LH.min()), 0), percent(float(share_LH.max()), 0)
-        quoted["uniform"] = percent(shares[BASE]["uniform"], 1)
-    return values | {f"sink_share_{key}": text for key, text in quoted.items()}
+    return values

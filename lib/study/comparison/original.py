@@ -15,6 +15,7 @@ from study.comparison import training
 from study.comparison.differences import SINCE, STAGES, Difference, compared, difference
 from study.comparison.load import Comparison
 from study.comparison.measures import MEASURES
+from study.comparison.models import MODELS
 from study.comparison.recipes import recipe
 from study.comparison.results import UNITS, Result, estimate, number_of, percent, say, table, value_text
 from study.comparison.training import total_parameters
@@ -45,14 +46,14 @@ def by_model(comparison: Comparison, name: str) -> Result:
             continue
         rows.append(
             {
-                "name": comparison.name(model),
+                "name": MODELS[model]["name"],
                 "there": there | _changes(there, previous),
                 "parameters": total_parameters(comparison, model),
                 "recipe": recipe(comparison, model),
                 "here": {key: comparison.value(key, model) for key in VALUES},
                 "against": None if model == "gpt2" else difference(comparison, "perplexity", "gpt2", model),
                 "change": {key: stages.get((STAGES, key, model)) for key in VALUES},
-                "total": {key: stages.get((SINCE, key, model)) for key in VALUES},
+                "total": {key: stages.get((SINCE if model == "dpo" else STAGES, key, model)) for key in VALUES},
             }
         )
         previous = there
@@ -111,7 +112,7 @@ def distilgpt2(comparison: Comparison) -> Result:
         ("Decoding speed", there["speed"], _speed(comparison, *pair)),
         ("Perplexity", there["perplexity"], change and change.text),
     ]
-    return _table("original-distilgpt2", ({"Row": row, "There": theirs, "Here": ours} for row, theirs, ours in rows))
+    return _table("original-distilgpt2", ({"Aspect": row, "There": theirs, "Here": ours} for row, theirs, ours in rows))
 
 
 def spread(comparison: Comparison) -> Result:
@@ -138,7 +139,7 @@ def efficiency(comparison: Comparison) -> Result:
     if len(ours) > 1:
         ours["total"] = training.total(list(ours.values()))
     rows = [
-        {"name": comparison.name(row["name"]) if row["name"] != "total" else "Total", "there": row,
+        {"name": MODELS.get(row["name"], {"name": "Total"})["name"], "there": row,
          "one": ours.get(row["name"])}
         for row in ORIGINAL["efficiency"]
     ]  # fmt: skip
@@ -197,7 +198,7 @@ def statements(comparison: Comparison) -> Result:
     least = detectable_difference(PRECEDENT_ITEMS)
     control = comparison.value("sentiment_prompt", "random")
     fields = {
-        "n": PRECEDENT_ITEMS, "problems": PROBLEM_ITEMS, "least": least, "most": none.high,
+        "n": PRECEDENT_ITEMS, "problems": PROBLEM_ITEMS, "least": 100 * least, "most": none.high,
         "half": estimate(*half[:3], **UNITS["share"]["value"]),
     }  # fmt: skip
     lines.append(f"- {say('original-widths', **fields)}")
