@@ -109,13 +109,14 @@ def test_inherited_tokens_count(comparison):
     assert "tokens" in {caveat.key for caveat in confounds.of(comparison, one)}
 
 
-def test_a_further_baseline_is_compared_by_its_records_alone(tmp_path):
-    run = make_run(tmp_path / "fake", extra=("gpt2-adamw",))
-    loaded = Comparison.load(run)
-    assert loaded.baselines == ["gpt2", "distilgpt2", "gpt2-adamw"] and "gpt2-adamw" in loaded.trained
-    pairs = {(one.a, one.b) for one in compared(loaded, "gpt2-adamw")}
-    assert pairs == {("gpt2-adamw", other) for other in ("gpt2", "distilgpt2", "pretrain", "sft", "dpo")}
-    assert "gpt2-adamw (trained here)" in tables.training_recipes(loaded).markdown.replace("\\", "")
+def test_further_baselines_are_compared_by_their_records_alone(tmp_path):
+    """Also one that no file of the comparison names."""
+    loaded = Comparison.load(make_run(tmp_path / "fake", extra=("gpt2-adamw", "gpt2-sgd")))
+    assert loaded.baselines == ["gpt2", "gpt2-adamw", "distilgpt2", "gpt2-sgd"] and "gpt2-sgd" in loaded.trained
+    pairs = {(one.a, one.b) for one in compared(loaded, "gpt2-sgd")}
+    assert pairs == {("gpt2-sgd", other) for other in (*loaded.baselines[:3], "pretrain", "sft", "dpo")}
+    assert "gpt2-sgd (trained here)" in tables.training_recipes(loaded).markdown.replace("\\", "")
+    assert [one.difference.a for one in findings.against_baselines(loaded)] == ["gpt2", "gpt2-adamw"]
 
 
 def test_runs_whose_differences_are_noise_claim_none(tmp_path):

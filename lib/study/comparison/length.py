@@ -15,7 +15,7 @@ import numpy as np
 from study.comparison.ablations import BASE
 from study.comparison.load import Comparison
 from study.comparison.models import SHOWN
-from study.comparison.results import count, estimate, percent
+from study.comparison.results import count, estimate
 from threefold.evaluation.statistics import Interval, crossed_mean
 
 Curves = Mapping[str, Mapping[str, Any]]  # variant -> values of its record
