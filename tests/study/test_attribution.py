@@ -6,7 +6,7 @@ from report_fixtures import cell, make_run, notebook, output
 from scipy import stats
 
 from basics.errors import ConfigError
-from study.comparison import Comparison, attribution, claims, figures
+from study.comparison import Comparison, attribution, claims, figures, findings
 from study.preset import AblationConfig, ablation_base, attribution_chain, load_preset, parse_overrides
 from threefold.evaluation.statistics import holm
 from threefold.training.variants import all_configs
@@ -94,11 +94,11 @@ def test_shares_are_means_over_seeds_and_add_up(links):
     assert total["share"] == 1 and total["difference"] == pytest.approx(whole.mean())
 
 
-def test_nothing_is_shared_out_where_the_whole_difference_is_not_told_from_zero(chain, variants):
+def test_no_shares_are_given_where_the_whole_difference_may_be_zero(chain, variants):
     last = {**variants["d_model=192"], "heldout_loss": [5.1, 4.9, 5.06]}
     found = attribution.links({**variants, "d_model=192": last}, chain)
     assert {one["share"] for one in found} == {None}
-    assert "nothing is shared out" in attribution.summary(found).markdown
+    assert "no shares are given" in attribution.summary(found).markdown
 
 
 def test_one_seed_has_effects_without_intervals(chain, variants):
@@ -120,6 +120,10 @@ def test_table_words_and_figure_follow_from_the_records(comparison, links):
     assert rows[0]["Difference (nats per token)"].startswith("−0.4000 [")
     said = attribution.summary(found).markdown
     assert "over 3 seeds" in said and "training pipeline 57%" in said
+    (reason,) = findings.reasons(comparison)
+    assert "training pipeline 57% [" in reason.sentence and "scale" in reason.sentence
+    assert len(reason.sentence.split()) <= findings.LONGEST and set(reason.evidence) <= set(comparison.records)
+    assert reason in findings.findings(comparison)
     result = figures.attribution_waterfall(found)
     assert result.values["start"] == pytest.approx(np.mean([5.00, 5.02, 5.05])) and "Optimizer −0.400" in result.text
     assert result.values["end"] == pytest.approx(np.mean([4.30, 4.31, 4.35]))

@@ -40,7 +40,7 @@ def links(variants: Variants, chain: Mapping[str, str]) -> list[Link]:
     Each link: {"kind" ("link", "group" or "total"), "link" (its name), "group", "order", "before" and "after"
     (variants), "parameters" (after it), "loss_before" and "loss_after" (one a seed), "seeds", "tokens", "difference",
     "low", "high", "p", "n", "p_adjusted", "share", "share_low", "share_high"}. Shares are None where the whole
-    difference is not told from zero; low and high with one seed; before, after and parameters for groups.
+    difference cannot be distinguished from zero; low and high with one seed; before, after and parameters for groups.
     """
     if not chain:
         return []
@@ -142,7 +142,7 @@ def summary(every: Sequence[Link]) -> Result:
         "attribution",
         total=total,
         seeds=count(total["n"], "seed"),
-        shares=f" Of it: {listed(shares)}." if shares else " It is not told from zero, so that nothing is shared out.",
+        shares=f" Of it: {listed(shares)}." if shares else " Zero is not excluded, so no shares are given.",
         detected=f" After Holm’s adjustment, these links change the loss: {listed(detected)}." if detected else "",
         reach="" if half is None else say("attribution-reach", half=half),
     )

@@ -12,7 +12,7 @@ from typing import Any
 from scipy import stats
 
 from papertrail.records import Markdown, escape, table
-from study.comparison import claims, confounds, figures, length, seeds, training
+from study.comparison import attribution, claims, confounds, figures, length, seeds, training
 from study.comparison.differences import ALPHA, BETTER, STAGES, UNRESOLVED, WORSE, Difference, compared
 from study.comparison.load import Comparison
 from study.comparison.measures import HEADLINE, MEASURES, STAGED
@@ -71,14 +71,30 @@ def _of_difference(comparison: Comparison, key: str, one: Difference, link: str,
     return Statement(key, f"{sentence}{''.join(order)}.", link, evidence, differs, (one.values(),), one)
 
 
-def against_baselines(comparison: Comparison, most: int = 2) -> list[Statement]:
-    """Our pretrained model against each of the first baselines, by the primary measure."""
+def against_baselines(comparison: Comparison) -> list[Statement]:
+    """Our pretrained model against the first baseline by the primary measure; and the second, where no attribution says
+    what a difference is due to."""
+    most = 1 if reasons(comparison) else 2
     found = [
         one
         for one in compared(comparison, *comparison.baselines)
         if (one.b, one.measure.key) == ("pretrain", PRIMARY["baseline"])
     ]
     return [_of_difference(comparison, f"against-{one.a}", one, "fig-baselines") for one in found[:most]]
+
+
+def reasons(comparison: Comparison) -> list[Statement]:
+    """How much of the difference from GPT-2's recipe each group of its parts accounts for."""
+    links = attribution.found(comparison)
+    total = attribution.of(links, attribution.TOTAL)
+    groups = {
+        key: one for key in attribution.GROUPS if (one := attribution.of(links, key)) and one["share"] is not None
+    }
+    if total is None or not groups:
+        return []
+    parts = listed([f"{attribution.GROUPS[key]} {attribution.share_text(one)}" for key, one in groups.items()])
+    evidence = tuple(attribution.record_name(one) for one in (total, *groups.values()))
+    return [Statement("reasons", _say("reasons", parts=parts, total=total), "fig-attribution", evidence, True)]
 
 
 def stages(comparison: Comparison) -> list[Statement]:
@@ -174,7 +190,7 @@ def ledger(comparison: Comparison) -> list[Statement]:
 
 def findings(comparison: Comparison) -> list[Statement]:
     """The page's findings in their order, at most `MOST`."""
-    every = [control, against_baselines, stages, sentiment, problems, trust, ledger]
+    every = [control, against_baselines, reasons, stages, sentiment, problems, trust, ledger]
     return [one for made in every for one in made(comparison)][:MOST]
 
 

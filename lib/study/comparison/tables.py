@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from papertrail import preregistration
-from study.comparison import ablations, claims, confounds, models, recipes, seeds, training
+from study.comparison import ablations, attribution, claims, confounds, models, recipes, seeds, training
 from study.comparison.differences import EQUIVALENT, SINCE, STAGES, compared, difference
 from study.comparison.load import Comparison
 from study.comparison.measures import HEADLINE, MEASURES, STAGED
@@ -229,6 +229,7 @@ def families(comparison: Comparison) -> Result:
         "equivalences": sum(one.verdict == EQUIVALENT for one in every),
         "seeds": len(over_seeds) + len(seeds.spreads(comparison)),
         "ablations": max(variants - 1, 0),
+        "attribution": len(attribution.found(comparison)),
         "claims": len(claims.CLAIMS),
     }
     rows = [row | {"tests": counted[row["key"]]} for row in PLAN["family"]]
