@@ -173,10 +173,11 @@ def _memory(case: Case) -> Iterator[str]:
         fit, largest = (there - states / split) / row, max(config.batch_size for config in case.trainings)
         halved = "" if fit >= largest else f"; micro-batches of {largest} rows are halved until they fit"
         yield f"GPU: {states / 1e9:,.1f} GB of weights and optimizer states, {row / 1e9:,.1f} GB a row{halved}"
-        states = sizes.STATE_BYTES * parameters  # that the host holds a copy of, to write it
-    if states > host:
-        raise ConfigError(f"{size} needs {states / 1e9:,.0f} GB to train, this machine has {host / 1e9:,.0f} GB")
-    yield f"host: {states / 1e9:,.1f} of {host / 1e9:,.0f} GB for weights and optimizer states"
+    # the host holds the state that is being written, and without a GPU all that is trained
+    needed = sizes.STATE_BYTES * parameters + (0 if gpus else states)
+    if needed > host:
+        raise ConfigError(f"{size} needs {needed / 1e9:,.0f} GB to train, this machine has {host / 1e9:,.0f} GB")
+    yield f"host: {needed / 1e9:,.1f} of {host / 1e9:,.0f} GB for weights and optimizer states"
 
 
 # Data and models from outside ---------------------------------------------------------------------------------------
