@@ -181,3 +181,8 @@ def test_streamed_text_comes_with_the_token_that_completes_it(trained):
     ids = iter(trained("a€b", add_special_tokens=False)["input_ids"])
     pieces = decode_stream(trained, ids)
     assert (next(pieces), len(list(ids))) == ("a", 4), "nothing is read ahead"
+
+
+def test_streamed_text_keeps_a_byte_that_no_character_has(trained):
+    ids = trained("aé", add_special_tokens=False)["input_ids"]
+    assert list(decode_stream(trained, [ids[0], ids[2], ids[0], ids[2]])) == ["a", "\ufffd", "a", "\ufffd"]

@@ -5,6 +5,7 @@ and pads. A tokenizer with sinks puts them before every sequence by itself (its 
 vLLM or llama.cpp run the model as it was trained.
 """
 
+import codecs
 import copy
 import json
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from basics.errors import DataError, SourceError
 from basics.files import refuse_pointer, sha256_json
@@ -175,11 +177,15 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Iterator
 
 def decode_stream(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> Iterator[str]:
     """The text of ids as they come, special tokens left out. A token may hold only a part of a character, which waits
-    for the rest. The pieces together are what `tokenizer.decode` makes of all ids, but for an incomplete end."""
-    stream = decoders.DecodeStream(skip_special_tokens=True)
+    for the rest. The pieces together are what `tokenizer.decode` makes of all ids, but for a character cut off at the
+    end. The tokenizer must be a byte-level BPE, as all are here."""
+    special, byte_of = set(tokenizer.all_special_ids), {char: byte for byte, char in bytes_to_unicode().items()}
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # unlike tokenizers', it holds no invalid byte
     for id in ids:
-        if piece := stream.step(tokenizer.backend_tokenizer, id):
-            yield piece
+        if id not in special:
+            token = tokenizer.convert_ids_to_tokens(id)
+            if piece := decoder.decode(bytes(map(byte_of.__getitem__, token))):
+                yield piece
 
 
 def _prefixing(prefix: list[str], ids: list[int]) -> processors.PostProcessor:
