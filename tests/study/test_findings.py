@@ -88,7 +88,7 @@ def test_identical_architectures_with_different_optimizers_never_differ_by_archi
     first = findings.against_baselines(swapped)[0]
     assert first.differs and "they differ in optimizer and learning rate" in first.sentence
     assert "rchitecture" not in said(swapped).replace("named after a published model", "")
-    assert "**C1 Optimizer.**" in said(swapped) and "AdamW: GPT-2 (trained here)" in said(swapped)
+    assert "**C1 Optimizer.**" in said(swapped) and "AdamW: GPT-2" in said(swapped)
     one = first.difference
     assert {"optimizer", "learning_rate"} <= {caveat.key for caveat in confounds.of(swapped, one)}
     assert "C1" in tables.standing(swapped).values["rows"][0]["Confounds"]
@@ -254,7 +254,7 @@ def test_confounds_are_numbered_once_and_referred_to_by_number(tmp_path):
     loaded.stage("sft")["fingerprint"]["config"]["data"] = {"sft": [{"source": "gsm8k"}]}
     assert {"train_split", "subsampled"} <= keys("problems", "pretrain", "sft")
     text = confounds.listing(loaded).markdown.replace("\\", "")
-    assert "gsm8k: Threefold SFT, Threefold DPO" in text and "wikitext-103: Threefold pretrain" in text
+    assert "gsm8k: SFT, DPO" in text and "wikitext-103: pretrain" in text
     numbers = re.findall(r"\*\*C(\d+) ", text)
     assert numbers == [str(number) for number in range(1, len(numbers) + 1)]
     titles = [WORDS["confounds"][key][0] for key in confounds.numbered(loaded)]
@@ -284,7 +284,7 @@ def test_two_names_of_the_same_weights_are_said_to_be_the_same(tmp_path):
         record["weights_sha256"] = loaded.stage("pretrain")["weights_sha256"]
     found = [one for one in compared(loaded, STAGES) if one.b == "sft"]
     assert {caveat.key for one in found for caveat in confounds.of(loaded, one)} == {"same_weights"}
-    assert "One model under two names: Threefold pretrain and Threefold SFT." in confounds.listing(loaded).markdown
+    assert "One model under two names: pretrain and SFT." in confounds.listing(loaded).markdown
 
 
 def test_a_control_that_is_not_at_chance_is_the_first_finding(tmp_path):

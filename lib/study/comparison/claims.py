@@ -31,7 +31,7 @@ from threefold.evaluation.statistics import student_half_width
 VERDICTS = SUPPORTED, CONTRADICTED, SUPPORTED_HERE, NOT_HERE, NOT_RESOLVED, NOT_MEASURED = (
     "supported", "contradicted", "supported at this scale", "not at this scale", "not resolved", "not measured here"
 )  # fmt: skip
-PARAMETERS, TOKENS, DEVICE = 253e6, 600e6, "H100"  # of the model that the claims are about, as the original gives them
+CLAIMED = ORIGINAL["conditions"]  # parameters, tokens and device of the training that the claims are about
 
 
 class Scope(NamedTuple):
@@ -52,12 +52,12 @@ class Scope(NamedTuple):
 
     def unmet(self, timed: bool) -> str:
         """Which condition of a claim is not met: a size or budget within a factor of two, and for times the device."""
-        for have, claimed, unit in ((self.parameters, PARAMETERS, "parameters"), (self.tokens, TOKENS, "tokens")):
-            if have is not None and not 0.5 <= have / claimed <= 2:
-                return f"{compact(have)} {unit}, not {compact(claimed)}"
+        for have, unit in zip(self[:2], ("parameters", "tokens"), strict=True):
+            if have is not None and not 0.5 <= have / CLAIMED[unit] <= 2:
+                return f"{compact(have)} {unit}, not {compact(CLAIMED[unit])}"
         if self.parameters is None:
             return "a model whose size is not recorded"
-        return f"not an {DEVICE}" if timed and DEVICE not in self.device else ""
+        return f"not an {CLAIMED['device']}" if timed and CLAIMED["device"] not in self.device else ""
 
 
 NOWHERE = Scope()
@@ -115,6 +115,11 @@ class Verdict:
     claim: Claim
     verdict: str
     finding: Finding
+
+    @property
+    def scope(self) -> str | None:
+        """What the verdict is about, where there is one."""
+        return self.finding.scope.text if self.verdict != NOT_MEASURED else None
 
     @property
     def measured(self) -> str:
@@ -238,7 +243,7 @@ def _hours(comparison: Comparison) -> Finding | None:
         return None
     whole, devices = training.total(stages), sorted({one.device for one in stages})
     scope = Scope(stages[0].parameters, stages[0].tokens, ", ".join(devices), basis="one training")
-    instead = scope.unmet(True) if all(DEVICE in device for device in devices) else f"not an {DEVICE}"
+    instead = next(filter(None, (scope._replace(device=device).unmet(True) for device in devices)), "")
     hours = whole.seconds / 3600
     return Finding(duration(whole.seconds), hours, hours, instead=instead, scope=scope)
 
@@ -318,7 +323,7 @@ def ledger(comparison: Comparison) -> Result:
         for key, one in verdicts.items()
     }
     rows = (
-        {"claim": one.claim, "measured": one.measured, "verdict": one.verdict, "scope": one.finding.scope.text or None}
+        {"claim": one.claim, "measured": one.measured, "verdict": one.verdict, "scope": one.scope}
         for one in verdicts.values()
     )
     empty = all(one.verdict == NOT_MEASURED for one in verdicts.values())

@@ -9,7 +9,7 @@ import numpy as np
 from study.comparison import ablations, length
 from study.comparison.ablations import Variants
 from study.comparison.differences import ALPHA
-from study.comparison.results import Result, plain, ratio, say, signed, table
+from study.comparison.results import NBSP, Result, plain, ratio, say, signed, table
 from threefold.evaluation.statistics import crossed_mean, paired_median
 
 SIZES = {"preset": "preset’s size", "ablation": "ablations’ size"}
@@ -22,7 +22,7 @@ def ablation_effects(variants: Variants) -> Result:
     def fields(name: str) -> dict[str, Any]:
         values, one = variants[name], found.get(name)
         share, losses = values["parameters"] / variants[ablations.BASE]["parameters"] - 1, values["heldout_loss"]
-        spread = f" ± {plain(statistics.stdev(losses), 4)}" if len(losses) > 1 else ""
+        spread = f"{NBSP}±{NBSP}{plain(statistics.stdev(losses), 4)}" if len(losses) > 1 else ""
         return {
             "title": ablations.title(name),
             "one": one,

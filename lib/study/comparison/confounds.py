@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from papertrail.records import escape
-from study.comparison import seeds
+from study.comparison import models, seeds
 from study.comparison.differences import Difference, compared
 from study.comparison.load import Comparison
 from study.comparison.recipes import FACETS, ancestry, apart, recipe, sources
@@ -41,7 +41,7 @@ def seen(comparison: Comparison, model: str, source: str) -> list[str]:
 def of(comparison: Comparison, one: Difference) -> list[Caveat]:
     """The confounds of one difference, in the order of words.toml."""
     pair = one.a, one.b
-    name = {model: escape(comparison.name(model)) for model in pair}
+    name = {model: escape(models.short(comparison.name(model))) for model in pair}
     if comparison.same_weights(*pair):
         return [Caveat("same_weights", listed([*name.values()]))]
     found = []
@@ -78,7 +78,7 @@ def numbered(comparison: Comparison) -> Numbers:
         for caveat in of(comparison, one):
             found[caveat.key].setdefault(caveat.detail, {})[caveat.model] = None
     present = {
-        key: [f"{detail}: {', '.join(models)}" if any(models) else detail for detail, models in details.items()]
+        key: [f"{detail}: {', '.join(whose)}" if any(whose) else detail for detail, whose in details.items()]
         for key, details in found.items()
         if details
     }

@@ -151,8 +151,8 @@ def forest(name: str, comparison: Comparison, found: Sequence[Difference], colum
             axes.tick_params(labelleft=False)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    told = "; ".join(f"{one.measure.title}, {one.names[1]} against {one.names[0]}: {one.text}" for one in found)
-    text = f"Differences with 95% intervals. {told.replace(NBSP, ' ')}."
+    said = "; ".join(f"{one.measure.title}, {one.names[1]} against {one.names[0]}: {one.text}" for one in found)
+    text = f"Differences with 95% intervals. {said.replace(NBSP, ' ')}."
     return _figure(f"forest-{name}", figure, text, differences=[one.values() for one in found])
 
 
@@ -172,8 +172,8 @@ def _forest_panel(
         axes.plot(scale * one.change, place, **marker, zorder=3)
         if numbers:
             axes.annotate(one.text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-    short = [[name.removesuffix(" (trained here)").removeprefix("Threefold ") for name in one.names] for one in part]
-    axes.set_yticks(range(len(part))[::-1], [f"{b} − {a}" for a, b in short], fontsize=8)
+    labels = [" − ".join(map(models.short, reversed(one.names))) for one in part]
+    axes.set_yticks(range(len(part))[::-1], labels, fontsize=8)
     axes.set_ylim(-0.7, len(part) - 0.3)
     unit = change.get("unit", "").strip() or UNITS[measure.unit]["axis"]
     axes.set_xlabel(f"{unit}, {'left' if measure.better == 'lower' else 'right'} is better", fontsize=8.5)

@@ -41,6 +41,11 @@ def name(model: str, *, trained_here: bool = False) -> str:
     return f"{shown} ({'trained here' if trained_here else 'hub'})" if baseline else shown
 
 
+def short(name: str) -> str:
+    """A reader's name for a figure or a list: without "Threefold", and without where a baseline was trained."""
+    return name.removesuffix(" (trained here)").removeprefix("Threefold ")
+
+
 def marker(model: str) -> str:
     """The model's marker in figures; externals share one."""
     return MODELS.get(model, {}).get("marker", "P")
