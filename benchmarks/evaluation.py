@@ -53,8 +53,18 @@ class _Scoring(ABC):
     def score(self) -> list[float]:
         """The log-likelihood of each label, in the order of the requests."""
 
+    @property
+    @abstractmethod
+    def embedding(self) -> torch.nn.Module:
+        """What each computed position passes first."""
+
     def check(self) -> dict[str, list[float]]:
-        return {"log-likelihoods": self.score()}
+        positions = []
+        hook = self.embedding.register_forward_hook(lambda _, inputs, out: positions.append(inputs[0].numel()))
+        found = {"log-likelihoods": self.score()}
+        hook.remove()
+        self.settings["positions an item"] = round(sum(positions) / len(self.items), 1)
+        return found
 
     def round(self) -> Times:
         begun = time.perf_counter()
@@ -67,6 +77,10 @@ class OurScoring(_Scoring):
         super().__init__(setup)
         self.model = LanguageModel.from_model(setup.model(), setup.tokenizer, "ours", "")
 
+    @property
+    def embedding(self) -> torch.nn.Module:
+        return self.model.decoder.embed
+
     def score(self) -> list[float]:
         return [span.sum() for span in self.model.loglikelihoods(self.requests)]
 
@@ -78,6 +92,10 @@ class TransformersScoring(_Scoring):
         super().__init__(setup)
         self.model = to_transformers(setup.model()).eval()
         self.settings["batch"] = BATCH
+
+    @property
+    def embedding(self) -> torch.nn.Module:
+        return self.model.get_input_embeddings()
 
     @torch.inference_mode()
     def score(self) -> list[float]:
@@ -110,6 +128,10 @@ class HarnessScoring(_Scoring):
         self.model = HFLM(pretrained=model, tokenizer=setup.tokenizer, batch_size=BATCH, device="cpu")
         self.settings["batch"] = BATCH
 
+    @property
+    def embedding(self) -> torch.nn.Module:
+        return self.model.model.get_input_embeddings()
+
     def score(self) -> list[float]:
         # lm-eval uses the strings as keys of its cache only; it does not tokenise them again.
         requests = [((str(i // 2), str(i % 2)), context, target) for i, (context, target) in enumerate(self.requests)]
@@ -132,7 +154,9 @@ class _Generation(ABC):
         self.prompts = {"": setup.prompts(), "few-shot, ": fitting[: setup.size.prompts]}
         self.settings = {"prompts": setup.size.prompts, "new tokens each": self.new}
         for name, prompts in self.prompts.items():
-            self.settings[f"{name}tokens a prompt"] = round(sum(map(len, prompts)) / len(prompts))
+            mean = sum(map(len, prompts)) / len(prompts)
+            self.settings[f"{name}tokens a prompt"] = round(mean)
+            self.settings[f"{name}padding if all are read together"] = f"{1 - mean / max(map(len, prompts)):.0%}"
 
     @abstractmethod
     def generate(self, model: Any, prompts: list[list[int]]) -> list[list[int]]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ class Contestant:
 def run(name: str, options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure a part; returns the content of its JSON file."""
     part = PARTS[name]
+    options = replace(options, data=part.data or options.data)
     threads = options.threads or len(os.sched_getaffinity(0))
     targets = {
         key: target
@@ -90,11 +91,13 @@ def run(name: str, options: Options, say: Callable[[str], None] = print) -> dict
     }
     contestants: list[Contestant] = []
     try:
-        checks, settings = {}, {}
+        checks, settings, data = {}, {}, {}
         for key, target in targets.items():
             contestants.append(Contestant(key, target, options, threads))
             answer = contestants[-1].ask("check")
             checks[key], settings[key] = answer["values"], answer["settings"]
+            if key == OURS:
+                data = answer["data"]
             say(f"{name}: {key} is ready ({answer['wall']:.0f} s for its check)")
         agreement = agree(checks, part.tolerance)
         rounds: list[dict[str, dict[str, list[float]]]] = []
@@ -120,7 +123,7 @@ def run(name: str, options: Options, say: Callable[[str], None] = print) -> dict
         "part": name,
         "title": part.title,
         "size": options.size,
-        "data": settings.get("data", options.data),
+        "data": data,
         "threads": threads,
         "hardware": hardware(),
         "load": [round(value, 2) for value in os.getloadavg()],
@@ -202,6 +205,9 @@ def summary(part: Part, rounds: list[dict[str, Any]], settings: dict[str, Any]) 
         value, low, high, coverage = median_interval(series[OURS, measure] / theirs)
         least = part.least.get((key, measure))
         found_ratio = {"ratio": value, "low": low, "high": high, "coverage": coverage, "least": least}
+        ours, peer = (settings.get(one, {}).get("positions an item") for one in (OURS, key))
+        if ours and peer and measure in ("train", "score"):
+            found_ratio |= {"positions": peer / ours, "step": value * ours / peer}
         ratios.append({"peer": key, "measure": measure, **found_ratio})
     found: dict[str, Any] = {"rates": rates, "ratios": ratios}
     limits = [key for key in part.limits if key in rates]
@@ -238,29 +244,29 @@ def overview(results: Sequence[dict[str, Any]]) -> str:
         "means that threefold is faster; the interval covers the median ratio with the probability in parentheses. The",
         "targets were set before the measurement, and not all of them are reached.",
         "",
-        "| part | threefold against | unit | ratio | interval of the median | target |",
-        "|---|---|---|---:|---:|---:|",
+        "| part | data | threefold against | unit | ratio | interval of the median | target |",
+        "|---|---|---|---|---:|---:|---:|",
     ]
     for result in results:
         part, page = PARTS[result["part"]], f"[{result['title']}]({result['part']}.md)"
+        sources = ", ".join(entry["source"] for entry in result["data"].values()) or "embedded sample"
         for entry in result["ratios"]:
             unit = part.measures[entry["measure"].removesuffix(" with reference")]
             what = unit if entry["measure"] in ("train", "score") else f"{unit}, {entry['measure']}"
             least = "" if entry["least"] is None else f"{entry['least']:g}"
             lines.append(
-                f"| {page} | {entry['peer']} | {what} | {entry['ratio']:.2f} | {entry['low']:.2f} to "
+                f"| {page} | {sources} | {entry['peer']} | {what} | {entry['ratio']:.2f} | {entry['low']:.2f} to "
                 f"{entry['high']:.2f} ({entry['coverage']:.0%}) | {least} |"
             )
         for entry in result.get("shares", []):
             if entry["contestant"] == OURS:
                 least = part.least.get((entry["limit"], entry["count"]))
                 asked = "" if least is None else f"{least:.0%}"
-                lines.append(
-                    f"| {page} | the machine's {entry['limit']} | {entry['count']} | {entry['share']:.0%} | | {asked} |"
-                )
+                limit, share = f"the machine's {entry['limit']}", f"{entry['share']:.0%}"
+                lines.append(f"| {page} | {sources} | {limit} | {entry['count']} | {share} | | {asked} |")
         if not result["ratios"]:
             for measure, rate in result["rates"][OURS].items():
-                lines.append(f"| {page} | | seconds per {measure} | {rate['seconds']:.0f} | | |")
+                lines.append(f"| {page} | {sources} | | seconds per {measure} | {rate['seconds']:.0f} | | |")
     return "\n".join(lines) + "\n"
 
 
@@ -275,9 +281,10 @@ def markdown(result: dict[str, Any]) -> str:
         + (f", {', '.join(machine['gpu'])}" if machine["gpu"] else ", no GPU")
         + f"; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}; commit {str(git.get('commit'))[:10]}"
         + (" with changes" if git.get("dirty") else "")
-        + f"; load average {result['load'][0]} at the end. {n} interleaved rounds after one warm-up round; model "
-        f"`{result['size']}`, data `{result['data']}`.",
+        + f"; load average {result['load'][0]} at the end. {n} interleaved round{'s' * (n > 1)} after one warm-up "
+        f"round; model `{result['size']}`.",
         "",
+        *(f"{line}\n" for line in (described(result["data"]), PARTS[result["part"]].note) if line),
     ]
     if result["agreement"]["differences"]:
         largest = max(max(values.values()) for values in result["agreement"]["differences"].values())
@@ -286,32 +293,67 @@ def markdown(result: dict[str, Any]) -> str:
             f"{largest:.1g} (allowed {result['agreement']['tolerance']:g}).",
             "",
         ]
-    lines += ["| contestant | measure | median | quartiles | unit | first round, s |", "|---|---|---:|---:|---|---:|"]
+    own = {key: result["settings"].get(key, {}) for key in result["rates"]}
+    extra = [column for column in ("positions an item", "padding") if any(column in found for found in own.values())]
+    columns = ("contestant", "measure", "median", "quartiles", "unit", "first round, s", *extra)
+    lines += [f"| {' | '.join(columns)} |", "|---|---|---:|---:|---|" + "---:|" * (1 + len(extra))]
+    shown = {"positions an item": "{:g}", "padding": "{:.0%}"}
     for key, measures in result["rates"].items():
+        computed = [shown[column].format(own[key][column]) if column in own[key] else "" for column in extra]
         for measure, rate in measures.items():
-            lines.append(
-                f"| {key} | {measure} | {_figure(rate['median'])} | {_figure(rate['q25'])} to {_figure(rate['q75'])} | "
-                f"{rate['unit']} | {result['first_round_seconds'][key]:.0f} |"
+            rates = (rate["median"], rate["q25"], rate["q75"])
+            median, low, high = map(_figure, rates)
+            cells = (
+                key,
+                measure,
+                median,
+                f"{low} to {high}",
+                rate["unit"],
+                f"{result['first_round_seconds'][key]:.0f}",
             )
+            lines.append(f"| {' | '.join((*cells, *computed))} |")
     if result["ratios"]:
-        lines += [
-            "",
-            "| threefold against | measure | ratio | interval of the median | target |",
-            "|---|---|---:|---:|---:|",
-        ]
-        for entry in result["ratios"]:
-            least = "" if entry["least"] is None else f"{entry['least']:g}"
-            lines.append(
-                f"| {entry['peer']} | {entry['measure']} | {entry['ratio']:.2f} | {entry['low']:.2f} to "
-                f"{entry['high']:.2f} ({entry['coverage']:.0%}) | {least} |"
-            )
+        lines += ["", *_ratios(result["ratios"])]
     if result.get("shares"):
         lines += ["", "| share of the limit | limit | FLOPs counted | share |", "|---|---|---|---:|"]
         for entry in result["shares"]:
             lines.append(f"| {entry['contestant']} | {entry['limit']} | {entry['count']} | {entry['share']:.0%} |")
-    note = result["settings"].get(OURS, {})
-    lines += ["", "Threefold: " + "; ".join(f"{key} {value}" for key, value in note.items()) + ".", ""]
+    note = "; ".join(f"{key} {value}" for key, value in result["settings"].get(OURS, {}).items() if key not in shown)
+    lines += ["", *([f"Threefold: {note}.", ""] if note else [])]
     return "\n".join(lines)
+
+
+def _ratios(ratios: Sequence[dict[str, Any]]) -> list[str]:
+    """The lines of the ratios to peers; with their two factors where both computed positions are known."""
+    factors = any("positions" in entry for entry in ratios)
+    lines = []
+    if factors:
+        lines += [
+            "A ratio is that of the positions computed for an item times that of the positions a second (step).",
+            "",
+        ]
+    columns = ("threefold against", "measure", "ratio", "interval of the median", *(("positions", "step") * factors))
+    lines += [f"| {' | '.join((*columns, 'target'))} |", "|---|---|---:|---:|" + "---:|" * (1 + 2 * factors)]
+    for entry in ratios:
+        interval = f"{entry['low']:.2f} to {entry['high']:.2f} ({entry['coverage']:.0%})"
+        cells = [entry["peer"], entry["measure"], f"{entry['ratio']:.2f}", interval]
+        if factors:
+            cells += [f"{entry[key]:.2f}" if key in entry else "" for key in ("positions", "step")]
+        cells.append("" if entry["least"] is None else f"{entry['least']:g}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def described(data: dict[str, dict[str, Any]]) -> str:
+    """A sentence on what was measured: sources, numbers and lengths."""
+    found = [
+        f"{entry['items']:,} {what} of `{entry['source']}` with {mean:.0f} tokens on average ({low:.0f} to {high:.0f} "
+        "for nine in ten)"
+        for what, entry in data.items()
+        for mean, low, high in [entry["tokens"]]
+    ]
+    vocabulary = next((entry["vocabulary"] for entry in data.values()), 0)
+    return f"Data: {'; '.join(found)}; a tokenizer of {vocabulary:,} tokens." if found else ""
 
 
 def _figure(value: float) -> str:

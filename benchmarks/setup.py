@@ -1,11 +1,12 @@
 """The data and the model that all contestants of a part share, built identically in each process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from threefold.config import ModelConfig, SourceConfig, TokenizerConfig
@@ -58,7 +59,11 @@ SAMPLE = {
 
 
 class Setup:
-    """data: "real" (`../shared/data` or $THREEFOLD_DATA), "sample" (the embedded one) or "auto": real if present."""
+    """data: "real" (`../shared/data` or $THREEFOLD_DATA), "sample" (the embedded one) or "auto": real if present.
+
+    used: what has been asked for, by name: its source, how many items, and their tokens: the mean, and the range of
+        nine in ten.
+    """
 
     SPLITS: ClassVar = {"examples": "train", "pairs": "test"}  # of a local folder's HH-RLHF the small files suffice
 
@@ -68,6 +73,18 @@ class Setup:
         if data == "real" and not self.folder:
             raise SystemExit("data: no ../shared/data and no $THREEFOLD_DATA; --data sample runs without")
         self.names = REAL if self.folder else SAMPLE
+        self.used: dict[str, dict[str, Any]] = {}
+
+    def _note(self, what: str, items: Sequence[Sequence[int] | tuple], called: str = "") -> None:
+        """Keep how long items are: of a tuple, its parts together. what: as in `names`; called: in the pages."""
+        lengths = [sum(map(len, item)) if isinstance(item, tuple) else len(item) for item in items]
+        low, high = np.quantile(lengths, [0.05, 0.95])
+        self.used[called or what] = {
+            "source": self.names[what],
+            "items": len(items),
+            "tokens": [float(np.mean(lengths)), float(low), float(high)],
+            "vocabulary": len(self.tokenizer),
+        }
 
     def _items(self, what: str, n: int, split: str = "train", skip: int = 0) -> list[Any]:
         source = SourceConfig(source=self.names[what], split=split, max_examples=n, skip_examples=skip)
@@ -115,22 +132,24 @@ class Setup:
     def stream(self) -> list[int]:
         """The stories as one document: every packed row is full and sees only its own past, as in a plain loop."""
         ids: list[int] = []
-        for story in encode(self.tokenizer, self.stories):
+        stories = list(encode(self.tokenizer, self.stories))
+        self._note("stories", stories)
+        for story in stories:
             ids += [*story.tolist(), self.eos]
         return ids
 
     def examples(self, n: int) -> list[tuple[list[int], list[int]]]:
         """(prompt, response) ids of the first examples that fit a row."""
         texts = [self._text("instructions", item) for item in self._items("examples", 2 * n, self.SPLITS["examples"])]
-        return self._fitting(texts, n)
+        return self._fitting("examples", texts, n)
 
     def pairs(self, n: int) -> list[tuple[list[int], list[int], list[int]]]:
         """(prompt, chosen, rejected) ids of the first pairs that fit a row."""
         items = self._items("pairs", 3 * n, self.SPLITS["pairs"])
         texts = [(item["prompt"], item["chosen"], item["rejected"]) for item in items]
-        return self._fitting(texts, n)
+        return self._fitting("pairs", texts, n)
 
-    def _fitting(self, texts: list[tuple[str, ...]], n: int) -> list[tuple[list[int], ...]]:
+    def _fitting(self, what: str, texts: list[tuple[str, ...]], n: int) -> list[tuple[list[int], ...]]:
         # EOS ends a response; what is left out are the few long ones that TRL would cut and we would not train on.
         room = self.size.model.context - self.size.model.sinks
         encoded = zip(
@@ -139,14 +158,18 @@ class Setup:
         fitting = [ids for ids in encoded if all(map(len, ids)) and len(ids[0]) + max(map(len, ids[1:])) < room]
         if len(fitting) < n:
             raise SystemExit(f"only {len(fitting)} of {len(texts)} texts fit the context; {n} are needed")
+        self._note(what, fitting[:n])
         return fitting[:n]
 
     def sentiment(self) -> tuple[list[dict], list[dict]]:
         """(items to score, demonstrations)."""
-        size = self.size
-        return self._items("sentiment", size.items, "validation"), self._items("sentiment", 50, "train")
+        items = self._items("sentiment", self.size.items, "validation")
+        self._note("sentiment", list(encode(self.tokenizer, [item["sentence"] for item in items])), "sentences")
+        return items, self._items("sentiment", 50, "train")
 
     def prompts(self) -> list[list[int]]:
         """Starts of stories of several lengths, BOS first."""
         texts = encode(self.tokenizer, self.stories[: self.size.prompts])
-        return [[*self.sinks, *ids.tolist()[: 8 + 5 * index % 41]] for index, ids in enumerate(texts)]
+        prompts = [[*self.sinks, *ids.tolist()[: 8 + 5 * index % 41]] for index, ids in enumerate(texts)]
+        self._note("stories", prompts, "starts of stories")
+        return prompts

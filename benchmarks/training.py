@@ -30,6 +30,11 @@ DISTURBED = (
 Times = dict[str, tuple[float, float]]
 
 
+def computed(items: int, positions: int, padding: int) -> dict[str, float]:
+    """What a contestant computes for its items: positions for each, padding included, and the share of padding."""
+    return {"positions an item": round(positions / items, 1), "padding": round(padding / positions, 3)}
+
+
 # Ours ---------------------------------------------------------------------------------------------------------------
 
 
@@ -86,6 +91,8 @@ class OurFineTuning(_Ours):
         self.steps = math.ceil(len(self.rows) / batch)
         self.batch = batch
         self.settings |= {"rows per step": batch, "examples a row": round(len(self.examples) / len(self.rows), 2)}
+        whole = self.rows.rows(range(len(self.rows)))
+        self.settings |= computed(len(self.examples), whole.tokens_BT.numel(), whole.n_padding)
 
     def check(self) -> dict[str, list[float]]:
         setup = self.setup
@@ -105,6 +112,9 @@ class OurPreferences(_Ours):
         self.rows = pack_pairs(pairs[: self.size.pairs * self.size.steps], self.size.model, setup.eos, setup.sinks)
         self.asked = pack_pairs(pairs[: self.size.reference], self.size.model, setup.eos, setup.sinks)
         self.first = pack_pairs(pairs[: self.size.pairs], self.size.model, setup.eos, setup.sinks)
+        batches = list(self.rows.batches(self.size.pairs, seed=0, steps=self.size.steps))
+        positions, padding = sum(b.tokens_BT.numel() for b in batches), sum(b.n_padding for b in batches)
+        self.settings |= computed(len(self.rows), positions, padding)
         self.reference = copy.deepcopy(self.model)
         self.logprobs_P2 = reference_logprobs(self.reference, self.rows, batch_size=self.size.pairs)
 
@@ -212,6 +222,13 @@ class _Trained:
         self.thread = threading.Thread(target=run, daemon=True)
         self.thread.start()
 
+    def computed(self, items: int) -> dict[str, float]:
+        """`computed` over an epoch of this many items."""
+        batches = list(self.trainer.get_train_dataloader())
+        positions = sum(batch["input_ids"].numel() for batch in batches)
+        padding = sum(int((batch["attention_mask"] == 0).sum()) for batch in batches if "attention_mask" in batch)
+        return computed(items, positions, padding)
+
     def round(self) -> Times:
         if self.thread is None:
             self._start()
@@ -279,27 +296,29 @@ class TrlFineTuning(_Trained):
     def __init__(self, setup: Setup):
         self.setup, self.size = setup, setup.size
         self.examples = setup.examples(self.size.examples * self.size.steps)
-        super().__init__(self.size.steps, self.size.examples * self.size.steps)
-        self.trainer = self._trainer(self.options)
-        self.settings = {**self.options, "optimizer": self.trainer.args.optim}
+        self.trainer = self._trainer(self.options, self.examples)
+        rows = self.trainer.args.per_device_train_batch_size * self.size.steps
+        super().__init__(self.size.steps, len(self.examples) * rows / len(self.trainer.train_dataset))
+        self.settings = {**self.options, "optimizer": self.trainer.args.optim, **self.computed(len(self.examples))}
 
-    def _trainer(self, options: dict[str, Any]) -> Any:
+    def _trainer(self, options: dict[str, Any], examples: list) -> Any:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        setup = self.setup
+        setup, model = self.setup, self.size.model
         data = [
             {
                 "input_ids": [*setup.sinks, *prompt, *response, setup.eos],
                 "completion_mask": [0] * (len(setup.sinks) + len(prompt)) + [1] * (len(response) + 1),
             }
-            for prompt, response in self.examples
+            for prompt, response in examples
         ]
+        batch = self.size.examples
+        if options.get("packing"):  # as many rows as ours has for the examples of a step
+            batch = math.ceil(len(pack_examples(self.examples, model, setup.eos, setup.sinks)) / self.size.steps)
         arguments = SFTConfig(
             completion_only_loss=True,
-            max_length=self.size.model.context + 1,
-            **_arguments(setup, self.size.examples),
-            **options,
+            **{"max_length": model.context + 1, **_arguments(setup, batch), **options},
         )
         return SFTTrainer(
             to_transformers(setup.model()).train(),
@@ -309,15 +328,41 @@ class TrlFineTuning(_Trained):
         )
 
     def check(self) -> dict[str, list[float]]:
-        exact = self._trainer({"bf16": False, "gradient_checkpointing": False})
-        rows = [exact.train_dataset[index] for index in range(self.size.examples)]
+        options = {**self.options, "bf16": False, "gradient_checkpointing": False}
+        exact = self._trainer(options, self.examples[: self.size.examples])
+        rows = [exact.train_dataset[index] for index in range(len(exact.train_dataset))]
         with torch.no_grad():
             loss = exact.model(**exact.data_collator(rows)).loss
         return {"loss": [loss.item()]}
 
 
 class TrlFineTuningGrouped(TrlFineTuning):
+    """Batches of similar length. transformers' sampler sorts groups of at most a quarter of the data: of a round's few
+    batches it would sort none, so it is told to sort them all, as it sorts 50 batches of a long training."""
+
     options = {**TrlFineTuning.options, "train_sampling_strategy": "group_by_length"}  # noqa: RUF012
+
+    def _trainer(self, options: dict[str, Any], examples: list) -> Any:
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        trainer = super()._trainer(options, examples)
+        lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+        batch = trainer.args.per_device_train_batch_size
+        order = get_length_grouped_indices(lengths, batch, mega_batch_mult=self.size.steps)
+        trainer._get_train_sampler = lambda _=None: order
+        return trainer
+
+
+class TrlFineTuningPacked(TrlFineTuning):
+    """Several examples a row, kept apart by their positions."""
+
+    options = {**TrlFineTuning.options, "packing": True}  # noqa: RUF012
+
+
+class TrlFineTuningPaddingFree(TrlFineTuning):
+    """All examples of a batch in one row, kept apart by their positions."""
+
+    options = {**TrlFineTuning.options, "padding_free": True, "max_length": None}  # noqa: RUF012
 
 
 class TrlFineTuningDefault(TrlFineTuning):
@@ -335,7 +380,7 @@ class TrlPreferences(_Trained):
         self.pairs = setup.pairs(max(n, self.size.reference))
         super().__init__(self.size.steps, n)
         self.trainer = self._trainer(self.options, self.pairs[:n])
-        self.settings = {**self.options, "optimizer": self.trainer.args.optim}
+        self.settings = {**self.options, "optimizer": self.trainer.args.optim, **self.computed(n)}
 
     def _trainer(self, options: dict[str, Any], pairs: list) -> Any:
         from datasets import Dataset

@@ -22,11 +22,12 @@ def main() -> None:
     module, name = target.split(":")
     from benchmarks.setup import Setup
 
-    contestant = getattr(importlib.import_module(f"benchmarks.{module}"), name)(Setup(size, data))
+    setup = Setup(size, data)
+    contestant = getattr(importlib.import_module(f"benchmarks.{module}"), name)(setup)
     for line in sys.stdin:
         begun = time.perf_counter()
         if line.strip() == "check":
-            answer = {"values": contestant.check(), "settings": contestant.settings}
+            answer = {"values": contestant.check(), "settings": contestant.settings, "data": setup.used}
         else:
             answer = {"measures": contestant.round()}
         answers.write(json.dumps({**answer, "wall": time.perf_counter() - begun}) + "\n")

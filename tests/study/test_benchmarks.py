@@ -36,6 +36,45 @@ def test_all_contestants_of_a_part_compute_the_same(name, setup):
     assert set(found["differences"]) == set(part.contestants) - {OURS, *part.limits}
 
 
+def test_the_peer_that_groups_by_length_does_so(setup):
+    """On examples of few tokens and of many, of which a round's batches would each hold some."""
+    short, long = setup.examples(setup.size.examples * setup.size.steps), []
+    for prompt, response in short[::2]:
+        long += [(prompt, response * 3), (prompt, response)]
+    positions = {}
+    for name in ("TrlFineTuning", "TrlFineTuningGrouped"):
+        peer = contestant(f"training:{name}", setup)
+        peer.trainer = peer._trainer(peer.options, long)
+        positions[name] = peer.computed(len(long))["positions an item"]
+    assert positions["TrlFineTuningGrouped"] < 0.9 * positions["TrlFineTuning"]
+
+
+def test_scoring_counts_the_positions_that_are_computed(setup):
+    ours, batched = (contestant(f"evaluation:{name}", setup) for name in ("OurScoring", "TransformersScoring"))
+    ours.check(), batched.check()
+    n = len(batched.items)
+    real = sum(len(context) + len(target) - 1 for context, target in batched.requests) / n
+    longest = max(len(context) + len(target) - 1 for context, target in batched.requests)
+    assert real <= batched.settings["positions an item"] == 2 * longest  # one batch
+    assert ours.settings["positions an item"] < real / 2  # shots once, both labels in a row
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_padding_is_that_of_the_items_lengths(name, setup):
+    """Tokens of the items and sinks are what is not padding, whatever a contestant packs; a pair's prompt counts once
+    where it is computed once."""
+    part, size = PARTS[name], setup.size
+    n = size.steps * (size.examples if name == "sft" else size.pairs)
+    items = setup.examples(n) if name == "sft" else setup.pairs(n)
+    for key, target in part.contestants.items():
+        own = contestant(target, setup).settings
+        real = n * own["positions an item"] * (1 - own["padding"])
+        times = 1 if key == OURS or name == "sft" else 2
+        least = sum(times * len(prompt) + sum(map(len, responses)) for prompt, *responses in items)
+        assert least * 0.99 <= real <= (least + 2 * times * n) * 1.01, key  # sinks and EOS beside them
+        assert (own["padding"] == 0) == ("padding-free" in key or "packed" in key), key
+
+
 def test_the_check_of_dpo_is_not_that_of_equal_models(setup):
     (loss,) = contestant(PARTS["dpo"].contestants[OURS], setup).check()["loss"]
     assert abs(loss - np.log(2)) > 1e-3
@@ -98,9 +137,10 @@ def test_ratios_are_paired_and_shares_count_the_limit():
         for a, b, c in speeds
     ]
     found = summary(part, rounds, {OURS: {"flops_per_token": {"6N": 5e6}}})
-    assert found["ratios"] == [
-        {"peer": "peer", "measure": "train", "ratio": 2.0, "low": 2.0, "high": 4.0, "coverage": 0.75, "least": 2.0}
-    ]
+    ratio = {"peer": "peer", "measure": "train", "ratio": 2.0, "low": 2.0, "high": 4.0, "coverage": 0.75, "least": 2.0}
+    assert found["ratios"] == [ratio]
+    packed = {OURS: {"positions an item": 20.0}, "peer": {"positions an item": 50.0}}
+    assert summary(part, rounds, packed)["ratios"] == [ratio | {"positions": 2.5, "step": 0.8}]
     assert found["rates"][OURS]["train"]["median"] == 40
     shares = {entry["contestant"]: entry["share"] for entry in found["shares"]}
     assert shares == {OURS: pytest.approx(0.5), "peer": pytest.approx(0.25)}
@@ -125,7 +165,14 @@ def test_a_part_is_run_by_turns_and_written(tmp_path):
     assert all(items == 18 and seconds > 0 for r in kept["rounds"] for m in r.values() for items, seconds in m.values())
     table = as_table.read_text()
     overview = (tmp_path / "README.md").read_text()
-    assert "[Batched generation](generation.md) | transformers generate | tokens/s, few-shot, bf16 |" in overview
+    line = (
+        "[Batched generation](generation.md) | sample-sentiment, sample-stories | transformers generate | tokens/s, few"
+    )
+    assert line in overview
+    assert (
+        kept["data"]["sentences"]["source"] == "sample-sentiment" and "3 starts of stories of `sample-stories`" in table
+    )
+    assert "nine in ten); a tokenizer of" in table and "`auto`" not in table
     assert table.startswith("## Batched generation") and "| transformers generate | fp32 |" in table
     columns = [line.count("|") for line in table.splitlines()]
     assert all(a == b for a, b in pairwise(columns) if a and b)
