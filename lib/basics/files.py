@@ -50,14 +50,20 @@ def sha256_json(value: Any) -> str:
     return sha256_bytes(text.encode())
 
 
-POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
+POINTERS = {  # how a file begins that stands for another, and the command that fetches that one
+    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the file itself: run `git lfs pull`",
+    b"/annex/objects/": "a git-annex pointer, not the file itself: run `git annex get`",
+}
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise SourceError for a file that Git LFS has not fetched, which holds a pointer instead of its content."""
+    """Raise SourceError for a file that Git LFS or git-annex has not fetched, which holds a pointer instead of its
+    content."""
     with open(path, "rb") as file:
-        if file.read(len(POINTER)) == POINTER:
-            raise SourceError(f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned")
+        begins = file.read(max(map(len, POINTERS)))
+    for pointer, what in POINTERS.items():
+        if begins.startswith(pointer):
+            raise SourceError(f"{path}: {what} where it was cloned")
 
 
 # Atomic files -------------------------------------------------------------------------------------------------------

@@ -59,6 +59,8 @@ def taken(folder: Path, split: str = "train") -> list[str]:
         (["train2.ndjson", "train1.ndjson", "val.ndjson"], "train", ["train1.ndjson", "train2.ndjson"]),
         (["data/train-00000-of-00002.csv", "data/train-00001-of-00002.csv", "data/test-00000-of-00001.csv"], "test", 1),
         (["train_sft-0.jsonl", "test_sft-0.jsonl", "train_prefs-0.jsonl"], "train_prefs", ["train_prefs-0.jsonl"]),
+        (["myTrain.txt", "myTest.txt"], "train", ["myTrain.txt"]),
+        (["trainset.jsonl", "testData.jsonl", "dev_split.jsonl"], "test", ["testData.jsonl"]),
         # a split word inside another word names nothing, so all files are read
         (["moby.txt", "testament.txt", "trainer.txt", "latest.txt"], "train", 4),
         (["evaluate.txt", "developers.txt", "invalid.txt"], "train", 3),
@@ -68,7 +70,7 @@ def taken(folder: Path, split: str = "train") -> list[str]:
         (["readme_de.txt", "licence", "CITATION.cff", "NOTICE.txt", "a.txt", "b.txt"], "train", ["a.txt", "b.txt"]),
         (["dataset_infos.json", "dataset_info.json", "state.json", "a.json"], "train", ["a.json"]),
         (
-            [".git/a.jsonl", ".cache/huggingface/b.jsonl", ".c.jsonl", "__MACOSX/d.jsonl", "e.jsonl"],
+            [".git/a.jsonl", ".cache/huggingface/b.jsonl", ".c.jsonl", "__MACOSX/d.jsonl", "~$e.jsonl", "e.jsonl"],
             "train",
             ["e.jsonl"],
         ),
@@ -90,7 +92,7 @@ def test_the_files_of_a_split(tmp_path, names, split, expected):
     else:
         assert taken(folder, split) == expected
     files, left_out = select(folder, split)
-    hidden = [name for name in names if any(part.startswith((".", "__", "cache")) for part in Path(name).parts)]
+    hidden = [name for name in names if any(part.startswith((".", "__", "~", "cache")) for part in Path(name).parts)]
     assert len(files) + len(left_out) + len(hidden) == len(names)
 
 
@@ -200,6 +202,9 @@ def test_a_pointer_of_git_lfs_stops_in_one_line(tmp_path, name, reader):
             sources.resolve(SourceConfig(path=str(path), reader=reader))
     with pytest.raises(SourceError, match="git lfs pull"):
         list(readers.read_files(reader, [file]))
+    file.write_text("/annex/objects/SHA256E-s12345--ab.jsonl\n")
+    with pytest.raises(SourceError, match="a git-annex pointer, not the file itself: run `git annex get`"):
+        sources.resolve(SourceConfig(path=str(file), reader=reader))
 
 
 def test_a_pointer_in_a_local_folder_a_clone_and_a_checkpoint(tmp_path):

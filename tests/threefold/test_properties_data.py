@@ -3,6 +3,7 @@ line."""
 
 import gzip
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -86,7 +87,11 @@ def test_damaged_files(tmp_path_factory, data, reader, kind):
 
 @examples("row", 200)
 @given(
-    answer=st.lists(st.sampled_from(["18", "18.0", "-3", "1,200", "$", "####", " ", "\n", "x", "is ", "answer ", "."]))
+    answer=st.lists(
+        st.sampled_from(
+            ["18", "18.0", "007", ".5", "1.800,50", "-3", "1,200", "$", "####", " ", "\n", "x", "is ", "answer ", "."]
+        )
+    )
 )
 def test_answers_of_word_problems_score_or_are_refused(answer):
     marked = readers.with_final_number("".join(answer))
@@ -164,8 +169,14 @@ def test_what_was_tried_by_hand(tmp_path):
 
 
 @examples("data file", 30)
-@given(path=st.text(max_size=20) | st.sampled_from(["a" * 5000, "a/" * 3000, "\0", "~no-such-user/x", "/dev/null"]))
-def test_own_paths_of_any_text(path):
+@given(
+    path=st.text(max_size=20)
+    | st.sampled_from(["a" * 5000, "a/" * 3000, "\0", "~no-such-user/x", "/dev/null", "/dev/zero", "pipe"])
+)
+def test_own_paths_of_any_text(tmp_path_factory, path):
+    if path == "pipe":
+        path = str(tmp_path_factory.mktemp("pipe") / "pipe.txt")
+        os.mkfifo(path)
     documented(lambda: sources.load(SourceConfig(path=path, reader="text", split="x")) if path else None)
     folder = documented(lambda: sources.local_folder(path))
     assert folder is None or folder.is_dir()

@@ -214,6 +214,8 @@ def test_odd_pairs_are_set_aside(chosen, rejected, reason):
         (r"\boxed{1,800}", "\\boxed{1,800}\n#### 1800"),
         ("18.0", "18"),
         ("#### 18.00", "#### 18"),
+        ("#### 007", "#### 7"),
+        ("-.5", "-0.5"),
     ],
 )
 def test_a_final_number_is_read_where_there_is_one(answer, expected):
@@ -236,6 +238,7 @@ def test_a_final_number_is_read_where_there_is_one(answer, expected):
         r"\boxed{\frac{1}{2}}",
         "1,8 km",
         "#### 3 or 4",
+        "#### 1.800,50",
     ],
 )
 def test_no_number_is_made_up(answer):

@@ -1,7 +1,7 @@
 """Which files of a folder are data, and which of them belong to a split.
 
 Names decide, in the manner of `datasets`' data_files resolution: a split is named by a word between delimiters in the
-name of a file or of a folder above it (`test/part-1.jsonl`, `my_data.train.txt`, but not `testament.txt`), or by the
+name of a file or of a folder above it (`test/part-1.jsonl`, `myData.train.txt`, but not `testament.txt`), or by the
 data card at the top of the folder (README.md, `configs`). Where `datasets` guesses, a SourceError names the files.
 """
 
@@ -21,6 +21,8 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+ENDINGS = ("", "set", "data", "split")  # of a split's word: "trainset", "testdata"
+HIDDEN = (".", "__", "~")  # "~$notes.txt" is the lock of an office program
 CACHES = ("cache", "caches")
 OTHER_PACKING = (".bz2", ".xz", ".zst", ".lz4")  # not read; a file packed so must not go unnoticed
 NOT_DATA = re.compile(  # stems of files that describe data
@@ -43,8 +45,8 @@ def files_in(folder: Path) -> list[Path]:
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")) and name not in CACHES)
-        files += [Path(root, name) for name in names if not name.startswith((".", "__"))]
+        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN) and name not in CACHES)
+        files += [Path(root, name) for name in names if not name.startswith(HIDDEN)]
     for path in files:
         if not path.exists():
             raise SourceError(f"{path}: a link to a file that does not exist ({os.readlink(path)})")
@@ -112,10 +114,11 @@ def _of_split(folder: Path, data: list[Path], split: str) -> list[Path]:
 
 def _splits(path: Path, asked: str) -> set[str]:
     """The splits that a relative path names. A part that names exactly one outweighs one that names several."""
-    of_word = {word: name for name, words in SPLIT_WORDS.items() for word in words}
+    of_word = {word + ending: name for name, words in SPLIT_WORDS.items() for word in words for ending in ENDINGS}
     parts = []
     for part in path.parts:
-        named = {of_word[word] for word in re.split(r"[\W\d_]+", part.lower()) if word in of_word}
+        words = re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", part)  # "myTest.txt" is two words
+        named = {of_word[word.lower()] for word in words if word.lower() in of_word}
         if asked not in of_word and re.search(rf"(?<![^\W\d_]){re.escape(asked)}(?![^\W\d_])", part, re.IGNORECASE):
             named = {asked}
         parts.append(named)

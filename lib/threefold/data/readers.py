@@ -152,12 +152,12 @@ _NUMBER = re.compile(
 def with_final_number(answer: str) -> str | None:
     """The answer of a word problem in the form that is scored: alone, or with its final number after a last `#### `.
 
-    An answer in this form is returned unchanged. Otherwise the final number is looked for after the last `####`, else
-    in the last `\\boxed{}`, else behind the last "answer is" or "answer:", else in the whole answer. None if there is
-    no number there, or more than one.
+    An answer in this form is returned unchanged (1,800 but not 1.800,50; 7 but not 007). Otherwise the final number is
+    looked for after the last `####`, else in the last `\\boxed{}`, else behind the last "answer is" or "answer:", else
+    in the whole answer. None if there is no number there, or more than one.
     """
-    scored = re.sub(r"[,$]", "", answer.rpartition("#### ")[2]).removesuffix(".")
-    if re.fullmatch(r"-?[0-9]*\.?[0-9]+", scored) and not re.search(r"\.0+$", scored):
+    scored = answer.rpartition("#### ")[2].removesuffix(".")
+    if _NUMBER.fullmatch(scored) and not re.search(r"^[-$]*(0[0-9]|\.)|\.0+$", scored):
         return answer
     solution, mark, final = answer.rpartition("####")
     if "\n" in final.strip():  # a heading, not a mark
@@ -167,7 +167,8 @@ def with_final_number(answer: str) -> str | None:
         said = re.findall(r"(?i)answer\s*(?:is|[:=])(.*)", answer)
         solution, final = answer, (boxed or said or [answer])[-1]
     written = _NUMBER.findall(final.replace("\N{MINUS SIGN}", "-"))
-    numbers = {re.sub(r"\.0+$", "", re.sub(r"[,$]", "", number)) for number in written}
+    numbers = {re.sub(r"^(-?)0+(?=[0-9])|\.0+$", r"\1", re.sub(r"[,$]", "", number)) for number in written}
+    numbers = {re.sub(r"^(-?)\.", r"\g<1>0.", number) for number in numbers}  # as a model writes it: 0.5
     if len(numbers) != 1:
         return None
     number = numbers.pop()

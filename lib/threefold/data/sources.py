@@ -185,6 +185,8 @@ def _resolve_path(config: SourceConfig, data_dir: str | Path) -> Resolved:
     files = tuple(file for file in files if file.is_file())
     if path is None and not files:
         raise SourceError(f"path {config.path!r}: no such file or folder; looked for {', '.join(map(str, places))}")
+    if path is not None and not (path.is_file() or path.is_dir()):
+        raise SourceError(f"path {config.path!r}: a pipe or device, expected a file or folder")
     if not config.reader:
         raise SourceError(f"path {config.path!r} needs a reader: {', '.join(readers.READERS)}")
     check_reader(config.reader)
@@ -206,7 +208,7 @@ def _content(files: tuple[Path, ...], digest: Callable[[Path], str] = sha256_cac
             refuse_pointer(file)
         return sha256_json([digest(file) for file in every])
     except OSError as error:
-        raise SourceError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
+        raise SourceError(f"{error.filename or file}: cannot be read ({error.strerror or error})") from error
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
