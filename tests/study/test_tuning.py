@@ -9,13 +9,15 @@ from basics import paths
 from basics.errors import ConfigError, MissingInput
 from basics.files import read_note, sha256_file, write_note
 from study import tuning
-from study.preset import load_preset, model_names, parse_overrides, replicated, trained
+from study.comparison.models import PLAN
+from study.preset import load_preset, model_names, parse_overrides, replicated, section, trained
 from study.run import CHOICE, open_run, open_stage
 from study.training import prepare, recipe, train_stage
 from study.tuning import Trial, choose, run_trials, trial_config
-from threefold.config import TrainConfig
+from threefold.config import TrainConfig, gpt2_counterpart
 from threefold.data import corpus
 from threefold.data.tokenizer import build_tokenizer
+from threefold.model.decoder import parameter_counts
 from threefold.training.loop import train
 
 PRESET = str(Path(__file__).parents[1] / "presets" / "tiny.toml")
@@ -204,3 +206,35 @@ def test_the_notebook_says_what_makes_trials_where_the_preset_has_none():
         open_stage("tune", preset=PRESET, model="sft")
     with pytest.raises(ConfigError, match=r"did you mean distilgpt2?"):
         open_stage("tune", preset=PRESET, model="distilgpt", overrides=TUNED)
+
+
+def test_the_reference_preset_is_what_the_plan_says():
+    preset, budget = load_preset("reference"), PLAN["budget"]
+    assert (budget["preset"], budget["seeds"], budget["seeded"]) == ("reference", preset.seeds, replicated(preset))
+    assert [*budget["training"]] == trained(preset)
+    for name, planned in budget["training"].items():
+        config = getattr(preset, section(name))
+        assert planned == {"epochs": config.epochs, "optimizer": config.optimizer}, name
+    assert PLAN["tuning"] == {"multipliers": [*preset.tuning.multipliers], "share": preset.tuning.share}
+
+
+def test_the_reference_preset_is_fair():
+    """The same text, batches and optimizer for ours and GPT-2's architecture, parameters within 3%; what chooses rates
+    is not what is measured."""
+    preset = load_preset("reference")
+    assert preset.gpt2 == preset.pretrain
+    assert replace(preset.gpt2_adamw, optimizer="muon", learning_rate=3e-3) == preset.pretrain
+    model = replace(preset.model, vocab_size=preset.tokenizer.vocab_size)
+    ours, theirs = (parameter_counts(config)["total"] for config in (model, gpt2_counterpart(model)))
+    assert abs(theirs / ours - 1) < 0.03
+    chosen_on, measured_by = preset.data.sft_heldout + preset.data.dpo_heldout, preset.evaluation
+    for heldout, measured in zip(chosen_on, (measured_by.instructions, measured_by.preferences), strict=True):
+        spans = [(part.skip_examples, part.skip_examples + part.max_examples) for part in (heldout, measured)]
+        assert heldout.source == measured.source and (spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0])
+    for part in ("sft", "dpo"):
+        first = getattr(preset.data, part)[0]
+        assert first.skip_examples >= max(
+            one.skip_examples + one.max_examples
+            for one in (*chosen_on, measured_by.instructions, measured_by.preferences)
+            if one.source == first.source
+        )
