@@ -137,12 +137,12 @@ def replicate_folder(run: Path, replicate: int) -> Path:
 
 
 def select(preset: Preset, name: str) -> list[str]:
-    """The stages a person means by a name: a stage, or "evaluate" for all of them. Raises ConfigError."""
+    """The stages a person means by a name: a stage, or "evaluate" or "tune" for all of them. Raises ConfigError."""
     names = list(plan(preset))
     if name in names:
         return [name]
-    if name == "evaluate":
-        return [stage for stage in names if stage.startswith("evaluate-")]
+    if name in ("evaluate", "tune") and (found := [stage for stage in names if stage.startswith(f"{name}-")]):
+        return found
     raise ConfigError(
         f"stage {name!r}{did_you_mean(name, [*names, 'evaluate'])}; "
         f"stages of preset {preset.name}: {', '.join(names)}; evaluate means all evaluations"

@@ -16,7 +16,7 @@ from study.comparison.differences import ALPHA, Difference, adjust, described
 from study.comparison.load import Comparison
 from study.comparison.measures import HEADLINE, MEASURES, STAGED, Measure
 from study.comparison.results import bounds
-from study.preset import LINEAGE
+from study.preset import LINEAGE, REPLICATED
 from threefold.evaluation import statistics
 
 METHOD = "Student's t over seeds"
@@ -68,10 +68,10 @@ def basis(comparison: Comparison) -> str:
 
 
 def spreads(comparison: Comparison) -> list[Spread]:
-    """Every headline measure of every stage that two trainings or more were measured by, adjusted together."""
+    """Every headline measure of every model that two trainings or more were measured by, adjusted together."""
     found = []
     for measure in map(MEASURES.get, HEADLINE):
-        for stage in LINEAGE:
+        for stage in REPLICATED:
             values = _values(comparison, measure, stage)
             if len(values) < 2:
                 continue
@@ -87,7 +87,8 @@ def spreads(comparison: Comparison) -> list[Spread]:
 
 
 def changes(comparison: Comparison) -> list[tuple[Difference, tuple[float, ...]]]:
-    """Each stage's change from the one before over the seeds (n is their number), with each seed's own change.
+    """Each stage's change from the one before, and that from GPT-2's rows to our pretraining, over the seeds (n is their
+    number), with each seed's own change.
 
     In the measure's unit of change; perplexities are compared as logarithms. Adjusted together.
     """
@@ -95,7 +96,7 @@ def changes(comparison: Comparison) -> list[tuple[Difference, tuple[float, ...]]
     for measure in map(MEASURES.get, STAGED):
         relative = measure.unit == "perplexity"
         back = math.expm1 if relative else float
-        for a, b in pairwise(LINEAGE):
+        for a, b in [*pairwise(LINEAGE), *((baseline, "pretrain") for baseline in REPLICATED[len(LINEAGE) :])]:
             series = [_values(comparison, measure, stage) for stage in (a, b)]
             before, after = ([math.log(value) for value in values] if relative else values for values in series)
             if min(len(before), len(after)) < 2:

@@ -240,7 +240,7 @@ ONE_SEED = "*Training was run once (seeds = 1): how far a figure moves with the 
 
 
 def seed_spread(comparison: Comparison) -> Result:
-    """Every headline measure of every stage over the training seeds, beside its sampling error over items."""
+    """Every headline measure of every model over the training seeds, beside its sampling error over items."""
 
     def fields(one: seeds.Spread) -> dict[str, Any]:
         mean, *each = (value_text(one.first._replace(value=x), with_interval=False) for x in (one.mean, *one.values))
@@ -258,7 +258,7 @@ def seed_spread(comparison: Comparison) -> Result:
 
 
 def seed_changes(comparison: Comparison) -> Result:
-    """Each stage's change from the stage before, seed by seed, beside the change of the first training over items."""
+    """Each stage's change from the stage before, and from GPT-2's rows, seed by seed, beside the change of the first training over items."""
     found = seeds.changes(comparison)
     shown = [
         {
