@@ -142,7 +142,7 @@ tables.seed_spread(comparison).publish()
 
 # %%
 #| label: tbl-seed-changes
-#| tbl-cap: "Each stage's change from the stage before, seed by seed, with Student's 95% interval of the mean over seeds (Holm-adjusted over the table), and beside it the first seed's change with its interval over items."
+#| tbl-cap: "Each stage's change from the stage before, and that from GPT-2's rows to our pretraining where these were repeated, seed by seed, with Student's 95% interval of the mean over seeds (Holm-adjusted over the table), and beside it the first seed's change with its interval over items."
 tables.seed_changes(comparison).publish()
 
 # %% [markdown]

@@ -322,6 +322,23 @@ def test_changes_are_paired_by_seed_and_compare_logarithms_of_perplexity(compari
     assert all(pair[0].adjusted >= pair[0].p for pair in found.values())
 
 
+def test_gpt2s_rows_that_were_repeated_are_compared_with_ours_over_the_seeds(comparison):
+    """The first GPT-2's records stand for those of its replicates."""
+    gpt2 = {name: record for name, record in comparison.records.items() if name.startswith("evaluation/gpt2/")}
+    again = {
+        place: replace(one, records={**one.records, **gpt2}, differences={}, _items={})
+        for place, one in comparison.replicates.items()
+    }
+    repeated = replace(comparison, replicates=again, differences={}, _items={})
+    found = {(one.measure.key, one.a, one.b): each for one, each in seeds.changes(repeated)}
+    trained = comparison.trainings.values()
+    theirs, ours = ([one.value("perplexity", name) for one in trained] for name in ("gpt2", "pretrain"))
+    expected = [one.value / theirs[0].value - 1 for one in ours]
+    assert found["perplexity", "gpt2", "pretrain"] == pytest.approx(expected)
+    assert {one.stage for one in seeds.spreads(repeated)} == {*LINEAGE, "gpt2"}
+    assert not [one for one, _ in seeds.changes(comparison) if one.a == "gpt2"]
+
+
 def test_tables_and_sentences_of_three_seeds(comparison):
     spread, changes = tables.seed_spread(comparison), tables.seed_changes(comparison)
     assert spread.name == "comparison/seeds" and spread.values["seeds"] == [1337, 1338, 1339]

@@ -87,8 +87,8 @@ def spreads(comparison: Comparison) -> list[Spread]:
 
 
 def changes(comparison: Comparison) -> list[tuple[Difference, tuple[float, ...]]]:
-    """Each stage's change from the one before, and that from GPT-2's rows to our pretraining, over the seeds (n is their
-    number), with each seed's own change.
+    """Each stage's change from the one before, and that from GPT-2's rows to our pretraining, over the seeds (n is
+    their number), with each seed's own change.
 
     In the measure's unit of change; perplexities are compared as logarithms. Adjusted together.
     """
