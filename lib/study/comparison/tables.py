@@ -258,8 +258,8 @@ def seed_spread(comparison: Comparison) -> Result:
 
 
 def seed_changes(comparison: Comparison) -> Result:
-    """Each stage's change from the stage before, and ours from GPT-2's rows, seed by seed, beside the change of the first
-    training over items."""
+    """Each stage's change from the stage before, and ours from GPT-2's rows, seed by seed, beside the change of the
+    first training over items."""
     found = seeds.changes(comparison)
     shown = [
         {
