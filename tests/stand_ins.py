@@ -41,7 +41,7 @@ def data_sets() -> dict[str, dict[str, bytes]]:
         return {f"{folder}/{split}-00000-of-00001.parquet": content for split, content in rows.items()}
 
     instructions = [{"instruction": f"{text(5)}", "input": "", "output": text(6), "text": ""} for _ in range(1060)]
-    problems = [{"question": f"{text(9)} How many?", "answer": f"{text(5)}\n#### {n}"} for n in range(24)]
+    problems = [{"question": f"{text(9)} How many?", "answer": f"{text(5)}\n#### {n}"} for n in range(20)]
     sentences = [{"sentence": text(6), "label": n % 2, "idx": n} for n in range(60)]
     stories = [[{"text": text(80)} for _ in range(20)] for _ in range(5)]
     articles = [{"id": str(n), "url": "", "title": "", "text": text(60)} for n in range(3 * SHARDS)]
@@ -52,7 +52,7 @@ def data_sets() -> dict[str, dict[str, bytes]]:
             "wikitext-103-raw-v1/train-00000-of-00002.parquet": wikitext(20),
             "wikitext-103-raw-v1/train-00001-of-00002.parquet": wikitext(20),
             **split_files("wikitext-103-raw-v1", {"validation": wikitext(2), "test": wikitext(2)}),
-            **split_files("wikitext-2-raw-v1", {split: wikitext(6) for split in all_three}),
+            **split_files("wikitext-2-raw-v1", {split: wikitext(2) for split in all_three}),
         },
         "datasets/wikimedia/wikipedia": {
             "README.md": _card("20231101.ang", "20231101.en", splits=("train",), rows=len(articles)),
@@ -78,13 +78,13 @@ def data_sets() -> dict[str, dict[str, bytes]]:
             **{
                 f"{folder}/{split}.jsonl.gz": dialogues(rows)
                 for folder in ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
-                for split, rows in (("train", 12), ("test", 4))
+                for split, rows in (("train", 3), ("test", 1))
             },
         },
         "datasets/nyu-mll/glue": {
             "README.md": _card("cola", "sst2", splits=("train", "validation")),
             **split_files("cola", {split: parquet(sentences[:1]) for split in ("train", "validation")}),
-            **split_files("sst2", {"train": parquet(sentences), "validation": parquet(sentences[:12])}),
+            **split_files("sst2", {"train": parquet(sentences), "validation": parquet(sentences[:4])}),
         },
         "datasets/openai/gsm8k": {
             "README.md": _card("main", "socratic", splits=("train", "test")),
