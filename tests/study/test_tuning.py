@@ -8,7 +8,7 @@ import pytest
 from basics import paths
 from basics.errors import ConfigError, MissingInput
 from basics.files import read_note, sha256_file, write_note
-from study import tuning
+from study import stages, tuning
 from study.comparison.models import PLAN
 from study.preset import load_preset, model_names, parse_overrides, replicated, section, trained
 from study.run import CHOICE, open_run, open_stage
@@ -184,6 +184,16 @@ def test_what_trials_and_the_further_row_add_to_the_plan():
     }
     assert run.config_of("gpt2-adamw")["gpt2_adamw"]["steps"] == 6
     assert run.data_of("tune-pretrain") == run.data_of("pretrain")
+    assert stages.select(run.preset, "tune") == [name for name in run.plan if name.startswith("tune-")] != []
+    with pytest.raises(ConfigError, match="stage 'tune'"):
+        stages.select(load_preset("smoke"), "tune")
+
+
+@pytest.mark.parametrize("name", ["laptop", "reference"])
+def test_gpt2s_architecture_is_trained_by_our_recipe_and_by_its_own(name):
+    preset = load_preset(name)
+    assert preset.gpt2 == preset.pretrain and preset.gpt2_adamw.optimizer == "adamw"
+    assert preset.gpt2_adamw.lengths == preset.pretrain.lengths and "gpt2-adamw" in trained(preset)
 
 
 @pytest.mark.parametrize(
