@@ -48,7 +48,7 @@ def project(tmp_path, monkeypatch):
     """A runs folder, notebooks that are never executed, and the preset tiny.toml in the current folder."""
     books = tmp_path / "notebooks"
     books.mkdir()
-    for name in ("00_data", "01_pretrain", "02_sft", "03_dpo", "04_evaluate", "04_speed", "06_compare"):
+    for name in ("00_data", "01_tune", "01_pretrain", "02_sft", "03_dpo", "04_evaluate", "04_speed", "06_compare"):
         nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), books / f"{name}.ipynb")
     (tmp_path / "tiny.toml").write_text(PRESET)
     monkeypatch.setattr(paths, "NOTEBOOKS", books)
@@ -316,6 +316,25 @@ def test_after_ctrl_c_it_says_from_which_step_each_training_resumes(project, cap
     status, _, err = call(capsys, "run", "--preset", "tiny.toml")
     told = "pretrain from step 8, sft from step 1, dpo is trained, gpt2 from step 1"
     assert (status, err) == (130, f"threefold: stopped; the same command resumes the run: {told}\n")
+
+
+def test_after_ctrl_c_it_says_from_which_step_of_which_trial_a_choice_resumes(project, capsys, monkeypatch):
+    from papertrail import scheduler
+    from threefold.training.state import State, save_state
+
+    def interrupted(run, **_):
+        folder = open_stage("tune-pretrain", preset="tiny.toml", overrides="tuning.multipliers=0.5,1").begin()
+        files.write_note(folder / "trial-1.json", {})
+        (folder / "trial-2").mkdir()
+        save_state(folder / "trial-2", State({}, step=4), {})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scheduler, "execute", interrupted)
+    status, _, err = call(capsys, "run", "--preset", "tiny.toml", "--set", "tuning.multipliers=0.5,1")
+    assert (status, err) == (
+        130,
+        "threefold: stopped; the same command resumes the run: tune-pretrain from step 5 of trial 2\n",
+    )
 
 
 def test_verify(project, capsys):

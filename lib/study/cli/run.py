@@ -15,7 +15,7 @@ from papertrail.run import RUN_FILE
 from study import doctor, stages
 from study import new as studies
 from study.cli.common import fail, say
-from study.preset import TRAINED, load_preset, parse_overrides
+from study.preset import TRAINED, kind_and_model, load_preset, parse_overrides
 from study.run import Run, data_dir_of, open_run
 
 
@@ -81,12 +81,17 @@ def _resumed(run: Run) -> str:
     still the same."""
     places = []
     for stage in run.plan:
-        folder = run.partial_folder(stage)
-        if names.replicate_of(stage)[0] not in TRAINED or not folder.is_dir():
+        folder, (kind, model) = run.partial_folder(stage), kind_and_model(names.replicate_of(stage)[0])
+        if model not in TRAINED or kind == "evaluate" or not folder.is_dir():
             continue
         begun = files.read_note(folder / RUN_FILE)
         same = begun is not None and begun["fingerprint"].get("digest") == run.fingerprint(stage).digest
-        if same and (folder / "training.json").is_file():
+        if kind == "tune":
+            trial = 1 + len(list(folder.glob("trial-*.json"))) if same else 1
+            places.append(
+                f"{stage} from step {(saved_step(folder / f'trial-{trial}') if same else 0) + 1} of trial {trial}"
+            )
+        elif same and (folder / "training.json").is_file():
             places.append(f"{stage} is trained")
         else:
             places.append(f"{stage} from step {(saved_step(folder) if same else 0) + 1}")
