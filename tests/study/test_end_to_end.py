@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -201,10 +203,55 @@ def test_swapped_weights_are_refused_with_both_hashes(runs, run, tmp_path):
 # To the bit -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_what_its_run_json_says_and_its_tables_come_out_again(runs, run):
-    done = call(runs, "verify", "--run", "tiny")
-    assert done.returncode == 0, done.stderr
-    assert "files are what their run.json says" in done.stdout and "compare: done" in done.stdout
+@contextmanager
+def archived(runs: Path) -> Iterator[None]:
+    """Inside the block no folder of the runs can be written; root gives up its right to write all the same."""
+    modes = {folder: folder.stat().st_mode for folder in [runs, *runs.rglob("*/")] if not folder.is_symlink()}
+    for folder, mode in modes.items():
+        folder.chmod(mode & ~0o222)
+    try:
+        yield
+    finally:
+        for folder, mode in modes.items():
+            folder.chmod(mode)
+
+
+EXPLORED = """
+from study.explore import read
+run = read.open_run("tiny")
+print(read.checkpoint(run, "sft") is not None, read.loss_curve(run, "sft", 9)["step"][0], read.evaluated(run)[1])"""
+
+
+@pytest.mark.skipif(
+    os.name != "posix" or (os.geteuid() == 0 and not shutil.which("setpriv")), reason="root writes everywhere"
+)
+def test_a_run_in_an_archive_is_what_its_run_json_says_and_its_tables_come_out_again(runs, run, tmp_path):
+    """What reads a run needs to write nothing in it: status, verify, compare, report, explore."""
+    home = shutil.copytree(runs, tmp_path / "runs", symlinks=True)
+    shutil.copytree(home / "tiny", home / "trial")
+    shutil.rmtree(home / "trial" / "report", ignore_errors=True)
+    unprivileged = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+
+    def read(*words: str) -> str:
+        environment = os.environ | {"THREEFOLD_RUNS": str(home), "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        command = [*unprivileged, sys.executable, *words]
+        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    with archived(home):
+        assert "Permission denied" in read("-c", f"try: open({str(home / 'x')!r}, 'w')\nexcept OSError as e: print(e)")
+        before = {path: path.lstat().st_mtime_ns for path in home.rglob("*")}
+        assert read("-m", "study", "status").count(f"{STAGES} fresh") == 2
+        assert re.search(
+            r"run tiny: \d+ files are what their run\.json says", read("-m", "study", "verify", "--run=tiny")
+        )
+        assert "The presets are the same." in read("-m", "study", "compare", "tiny", "trial")
+        said = read("-m", "study", "report", "--run", "trial").splitlines()
+        assert Path(said[-1]).is_file() and "trial cannot be written: rendering into" in "".join(said)
+        assert read("-c", EXPLORED) == "True 1 []\n"
+        assert {path: path.lstat().st_mtime_ns for path in home.rglob("*")} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", Path(said[-1]).parents[1].name]
 
 
 @pytest.mark.parametrize("stage", ["sft", "evaluate-sft"])
