@@ -32,7 +32,7 @@ from basics.errors import SourceError
 from basics.files import sha256_file
 from threefold.config import SourceConfig
 from threefold.data import sources
-from threefold.evaluation import LanguageModel, answers, pairs, perplexity, sentiment
+from threefold.evaluation import LanguageModel, pairs, perplexity, problems, sentiment
 from threefold.evaluation.results import Dataset, Scoring
 from threefold.model import Decoder, save_checkpoint, to_transformers
 
@@ -275,12 +275,12 @@ def test_gsm8k_extraction(tmp_path):
     seen = {"strict-match": 0, "flexible-extract": 0}
     for sample in samples:
         generation, answer = made[sample["doc_id"]]
-        extract = answers.extract_strict if sample["filter"] == "strict-match" else answers.extract_flexible
+        extract = problems.extract_strict if sample["filter"] == "strict-match" else problems.extract_flexible
         assert extract(generation) == sample["filtered_resps"][0], generation
-        assert answers.matches(extract(generation), answer) == bool(sample["exact_match"]), generation
+        assert problems.matches(extract(generation), answer) == bool(sample["exact_match"]), generation
         seen[sample["filter"]] += bool(sample["exact_match"])
     assert min(seen.values()) > 20, "right answers occur under both"
-    assert tuple(given.until[0]) == answers.STOP
+    assert tuple(given.until[0]) == problems.STOP
 
 
 @pytest.mark.slow

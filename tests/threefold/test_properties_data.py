@@ -16,7 +16,7 @@ from threefold.config import SourceConfig
 from threefold.data import readers, sources
 from threefold.data.data_files import files_in, select
 from threefold.data.templates import TEXT_READERS, as_document
-from threefold.evaluation.answers import extract_strict, matches
+from threefold.evaluation.problems import extract_strict, matches
 
 ROWS = {
     "text": {"text": "A fox ran over the hill."},

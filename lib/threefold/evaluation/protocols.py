@@ -12,7 +12,7 @@ from typing import Any
 from basics.errors import EvaluationError
 from threefold.config import EvaluationConfig, SourceConfig
 from threefold.data import sources
-from threefold.evaluation import answers, length, pairs, perplexity, precision, sentiment, speed
+from threefold.evaluation import length, pairs, perplexity, precision, problems, sentiment, speed
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import Dataset, Evaluation, Progress, Scoring, quiet
 
@@ -65,8 +65,8 @@ PROTOCOLS = {
         Protocol("few-shot", "Sentiment, few-shot", sentiment.few_shot, *_SENTIMENT),
         Protocol("grid", "Sentiment, every template and draw", sentiment.grid, *_SENTIMENT),
         Protocol("precedent", "Sentiment, the precedent's prompt", sentiment.precedent, *_SENTIMENT),
-        Protocol("problems", "Word problems", answers.problems, "problems", "problem_demonstrations"),
-        Protocol("instructions", "Held-out instructions", answers.instructions, "instructions"),
+        Protocol("problems", "Word problems", problems.problems, "problems", "problem_demonstrations"),
+        Protocol("instructions", "Held-out instructions", problems.instructions, "instructions"),
         Protocol("preferences", "Preference pairs", pairs.preferences, "preferences"),
         Protocol("speed", "Speed", speed.measure, version=speed.VERSION),
     )
