@@ -271,7 +271,7 @@ def test_headline_prints_intervals_and_zero_as_zero(comparison):
 def test_stage_table_shows_changes_from_the_stage_before_and_since_pretraining(comparison):
     result = tables.stage_evolution(comparison)
     rows = [row for row in result.values["rows"] if row["Measure"].startswith("Perplexity")]
-    assert [row["Stage"] for row in rows] == ["Threefold pretrain", "Threefold SFT", "Threefold DPO"]
+    assert [row["Stage"] for row in rows] == ["pretrain", "SFT", "DPO"]
     assert rows[0]["Change from the stage before"] is None and rows[1]["Change since pretraining"] is None
     assert rows[2]["Change since pretraining"].startswith("+12")
     assert result.markdown.count("Perplexity") == 1  # the repeated name is left blank

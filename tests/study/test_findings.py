@@ -321,7 +321,7 @@ def test_numbers_for_prose():
     assert percent(0) == "0.0%" and percent(0.8754) == "87.5%"
     assert signed(0.04, 1) == "0.0" and signed(-1.25, 1, " pp") == "−1.2 pp" and signed(3, 1) == "+3.0"
     assert plain(-1234.5, 1) == "−1,234.5" and plain(-0.001, 2) == "0.00"
-    assert probability(0.0004) == "< 0.001" and probability(1) == "1.000"
+    assert probability(0.0004) == "<\u00a00.001" and probability(1) == "1.000"
     assert compact(253_000_000) == "253M" and compact(4096) == "4,096" and compact(1.5e9) == "1.5B"
     assert duration(90) == "90.0 s" and duration(600) == "10.0 min" and duration(97_200) == "27.0 h"
     assert listed(["a"]) == "a" and listed(["a", "b", "c"]) == "a, b and c" and listed([]) == ""

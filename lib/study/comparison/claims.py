@@ -254,7 +254,9 @@ def _unsteady_curves(comparison: Comparison) -> Finding | None:
     if len(curves) < 2:
         return None
     unsteady = float(sum(not one.stable for one in curves))
-    text = "; ".join(f"{one.name}: {'steady' if one.stable else 'unsteady'}, {one.setback_text}" for one in curves)
+    text = "; ".join(
+        f"{one.name}: {'steady' if one.stable else 'unsteady'}, largest setback {one.setback_text}" for one in curves
+    )
     return Finding(text, unsteady, unsteady, scope=_of_lineage(comparison, "pretrain", "training loss"))
 
 

@@ -86,6 +86,11 @@ class Difference:
         return self.measure.change_text(self.change, self.low, self.high)
 
     @property
+    def pair(self) -> str:
+        """What was subtracted from what, in short names: "SFT − pretrain"."""
+        return " − ".join(map(models.short, reversed(self.names)))
+
+    @property
     def p_text(self) -> str:
         return probability(self.p if self.adjusted is None else self.adjusted)
 

@@ -172,8 +172,7 @@ def _forest_panel(
         axes.plot(scale * one.change, place, **marker, zorder=3)
         if numbers:
             axes.annotate(one.text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-    labels = [" − ".join(map(models.short, reversed(one.names))) for one in part]
-    axes.set_yticks(range(len(part))[::-1], labels, fontsize=8)
+    axes.set_yticks(range(len(part))[::-1], [one.pair for one in part], fontsize=8)
     axes.set_ylim(-0.7, len(part) - 0.3)
     unit = change.get("unit", "").strip() or UNITS[measure.unit]["axis"]
     axes.set_xlabel(f"{unit}, {'left' if measure.better == 'lower' else 'right'} is better", fontsize=8.5)

@@ -161,7 +161,7 @@ def plain(value: float, decimals: int = 2) -> str:
 
 def probability(p: float) -> str:
     """A p-value for a reader: "< 0.001" or three decimals."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return f"<{NBSP}0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def compact(value: float) -> str:

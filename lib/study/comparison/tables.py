@@ -207,7 +207,7 @@ def stage_evolution(comparison: Comparison) -> Result:
             if (value := comparison.value(key, stage)) is not None:
                 both = {"change": every.get((STAGES, key, stage)), "total": every.get((SINCE, key, stage))}
                 marks = confounds.marks(comparison, filter(None, both.values()), numbers) or None
-                row = {"measure": MEASURES[key], "model": comparison.name(stage), "value": value}
+                row = {"measure": MEASURES[key], "model": models.short(comparison.name(stage)), "value": value}
                 found.append(row | both | {"confounds": marks})
     differences = [one.values() for row in found for one in (row["change"], row["total"]) if one is not None]
     return table("stages", found, differences=differences)
@@ -216,7 +216,15 @@ def stage_evolution(comparison: Comparison) -> Result:
 def standing(comparison: Comparison) -> Result:
     """Every model against each baseline, on every measure that any two models share."""
     found, numbers = compared(comparison, *comparison.baselines), confounds.numbered(comparison)
-    rows = ({"one": one, "confounds": confounds.marks(comparison, [one], numbers) or None} for one in found)
+    rows = [
+        {
+            "one": one,
+            "pair": one.pair,
+            "values": " − ".join(value_text(row, with_interval=False) or "–" for row in reversed(one.rows)),
+            "confounds": confounds.marks(comparison, [one], numbers) or None,
+        }
+        for one in found
+    ]
     return table("standing", rows, differences=[one.values() for one in found])
 
 

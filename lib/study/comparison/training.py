@@ -119,7 +119,7 @@ class Curve:
     @property
     def setback_text(self) -> str:
         """The largest setback in nats, and as a share of what the stage started from."""
-        return f"setback {plain(self.setback, 3)} nats ({percent(self.setback / self.start)} of the start)"
+        return f"{plain(self.setback, 3)} nats ({percent(self.setback / self.start)} of the start)"
 
     @property
     def steady(self) -> str:
