@@ -272,8 +272,8 @@ def _variances(comparison: Comparison) -> Finding | None:
         f"sd {over[0]:.1f} pp over templates, {over[1]:.1f} pp over models; difference of variances "
         f"{estimate(method - model, low, high, decimals=1, sign=True)}"
     )
-    count_ = f"{len(found[1]['model'])} models × {len(found[1]['template'])} templates"
-    return Finding(text, low, high, scope=_of_lineage(comparison, "pretrain", protocol)._replace(basis=count_))
+    basis = f"{len(found[1]['model'])} models × {len(found[1]['template'])} templates"
+    return Finding(text, low, high, scope=_of_lineage(comparison, "pretrain", protocol)._replace(basis=basis))
 
 
 def _attribution(comparison: Comparison, group: str) -> Finding | None:

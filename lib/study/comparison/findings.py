@@ -110,8 +110,8 @@ def stages(comparison: Comparison) -> list[Statement]:
 
 def _learned(comparison: Comparison, stage: str) -> str:
     """Steps, examples and divergence from the reference of a stage."""
-    listed_ = (comparison.values("data/sources") or {}).get("sources", ())
-    examples = sum(one.get("documents", 0) for one in listed_ if one.get("use") == stage)
+    known = (comparison.values("data/sources") or {}).get("sources", ())
+    examples = sum(one.get("documents", 0) for one in known if one.get("use") == stage)
     kl = comparison.metric(stage, comparison.protocol("preferences"), "kl")
     steps = ((comparison.stage(stage) or {}).get("training") or {}).get("steps")
     parts = [f"{steps:,} steps"] if steps else []
