@@ -287,6 +287,10 @@ def make_run(
             }  # fmt: skip
             name = f"speed/{subject}" if timed else f"evaluation/{subject}/{protocol}"
             (speed_cells if timed else cells).append(cell("evaluate()", output(name, values, "evaluated")))
+        if place == 1:
+            shown = {"prompts": ["The old", "A <b>"], "texts": [f" miller of\n{model}", ""]}
+            shown["weights_sha256"] = sha(f"weights of {subject}")
+            cells.append(cell("go_on()", output(f"continuations/{subject}", shown, "x")))
         notebook(notebooks / f"04_evaluate-{subject}.ipynb", *cells)
     notebook(notebooks / "04_speed.ipynb", *speed_cells)
     if ablations:

@@ -33,7 +33,7 @@ replicate = 1  # which of the preset's `seeds` trainings of pretrain, sft or dpo
 from papertrail import records
 from study.run import open_stage
 from study.subjects import subject as open_subject
-from threefold.evaluation import LanguageModel, evaluate, headline, save_items
+from threefold.evaluation import LanguageModel, continuations, evaluate, headline, save_items
 
 stage = open_stage(
     "evaluate",
@@ -92,6 +92,16 @@ for evaluation in evaluations:
         markdown=f"**{evaluation.protocol}**\n\n"
         + records.table(metrics, columns, formats={"value": ".4g", "low": ".4g", "high": ".4g"}),
     )
+
+# %% [markdown]
+# How the model goes on from the same held-out lines as every other model (greedy; not scored).
+
+# %%
+if stage.replicate == 1 and config.perplexity.is_set:
+    shown = continuations(subject, config.perplexity, stage.run.data_dir, seed=stage.seed)
+    lines = [{"prompt": a, "continuation": b} for a, b in zip(shown["prompts"], shown["texts"], strict=True)]
+    if lines:
+        records.publish(f"continuations/{subject.name}", shown, markdown=records.table(lines))
 
 # %%
 records.publish(f"stage/{stage.name}", stage.finish(model_weights_sha256=subject.weights_sha256))

@@ -129,6 +129,11 @@ figures.forest("stages", comparison, compared(comparison, STAGES, SINCE), column
 #| tbl-cap: "Each stage's value, its change from the stage before and since pretraining, on the same items. Perplexity changes are relative, proportions in percentage points, losses absolute. p is Holm-adjusted over the report."
 tables.stage_evolution(comparison).publish()
 
+# %%
+#| label: tbl-continuations
+#| tbl-cap: "The first words of held-out lines chosen by the seed of the preset, and how each stage goes on: greedily, up to the end of the text or 32 tokens."
+tables.continuations(comparison).publish()
+
 # %% [markdown]
 # ## From seed to seed
 #

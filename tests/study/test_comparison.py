@@ -100,6 +100,24 @@ def test_a_notebook_that_tells_another_hash_than_run_json_is_refused(copy):
         Comparison.load(copy)
 
 
+def test_continuations_stand_side_by_side_and_are_of_the_stages_weights(comparison, copy):
+    made = tables.continuations(comparison)
+    rows = made.values["rows"]
+    assert [(row["Prompt"], row["Model"]) for row in rows[2:4]] == [
+        ("The old", "Threefold DPO"),
+        ("A <b>", "Threefold pretrain"),
+    ]
+    assert rows[1]["Continuation"] == "miller of sft" and rows[3]["Continuation"] is None
+    assert "A &lt;b&gt;" in made.markdown and "<b>" not in made.markdown and made.markdown.count("The old") == 1
+
+    def change(name, values):
+        return values | {"weights_sha256": sha("other")} if name.startswith("continuations/") else values
+
+    edit(copy / "notebooks" / "04_evaluate-sft.ipynb", change)
+    with pytest.raises(RecordError, match="continuations of sft has weights"):
+        Comparison.load(copy)
+
+
 def test_evaluations_of_a_model_without_a_stage_must_agree(copy):
     def change(name, values):
         return values | {"weights_sha256": sha("other")} if name == "speed/random" else values

@@ -119,6 +119,8 @@ class Comparison:
             file = self.folder / model / "model.safetensors"
             if file.is_file():
                 yield f"{model}/{file.name}", files.sha256_file(file), model
+        if shown := self.values(f"continuations/{model}"):
+            yield f"continuations of {model}", shown["weights_sha256"], f"evaluate-{model}"
         for protocol, values in self.evaluations(model).items():
             yield f"evaluation {protocol} of {model}", values.get("weights_sha256"), f"evaluate-{model}"
 

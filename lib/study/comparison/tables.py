@@ -244,6 +244,18 @@ def families(comparison: Comparison) -> Result:
     return table("families", rows)
 
 
+def continuations(comparison: Comparison) -> Result:
+    """How every stage goes on from the same prompts."""
+    found = {stage: comparison.values(f"continuations/{stage}") for stage in models.lineage(comparison.models)}
+    found = {stage: values for stage, values in found.items() if values}
+    rows = [
+        {"Prompt": prompt, "Model": comparison.name(stage), "Continuation": " ".join(values["texts"][place].split())}
+        for place, prompt in enumerate(next(iter(found.values()))["prompts"] if found else ())
+        for stage, values in found.items()
+    ]
+    return table("continuations", [row | {"Continuation": row["Continuation"] or None} for row in rows])
+
+
 ONE_SEED = "*Training was run once (seeds = 1): how far a figure moves with the seed of training was not measured.*"
 
 
