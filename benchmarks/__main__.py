@@ -25,7 +25,7 @@ def main() -> int:
         help="of parts that leave it open. auto: ../shared/data where it exists, else the sample",
     )
     parser.add_argument("--rounds", type=int, default=-1, help="default: each part's own number")
-    parser.add_argument("--threads", type=int, default=0, help="default: the number of usable cores")
+    parser.add_argument("--threads", type=int, default=0, help="default: the number of idle cores")
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="peers with TEXT in their name")
     parser.add_argument("--missing", action="store_true", help="leave out parts that have results")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")

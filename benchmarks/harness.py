@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binom
 
-from basics import paths
+from basics import machine, paths
 from basics.files import atomic_write
 from benchmarks.parts import OURS, PARTS, Part
 from papertrail.provenance import git_state, hardware, versions
@@ -83,7 +83,8 @@ def run(name: str, options: Options, say: Callable[[str], None] = print) -> dict
     """Measure a part; returns the content of its JSON file."""
     part = PARTS[name]
     options = replace(options, data=part.data or options.data)
-    threads = options.threads or len(os.sched_getaffinity(0))
+    threads = options.threads or machine.free_cores()
+    say(f"{name}: threads {threads}, of {machine.cores()} cores, as many as are idle unless --threads is given")
     targets = {
         key: target
         for key, target in part.contestants.items()

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1"}  # environment of a process that uses no GPU
@@ -23,6 +24,34 @@ def cores() -> int:
         if quota != "max":
             count = min(count, max(1, round(int(quota) / int(period))))
     return count
+
+
+def free_cores(seconds: float = 0.3) -> int:
+    """Of the cores this process may use those that are idle now, at least 1. Takes so many seconds to look."""
+    import psutil  # late: a machine that only trains may not have it
+
+    shares = psutil.cpu_times_percent(seconds)
+    return max(1, min(cores(), round((shares.idle + getattr(shares, "iowait", 0.0)) / 100 * psutil.cpu_count())))
+
+
+class OtherLoad:
+    """Cores that other processes kept busy since it was made."""
+
+    def __init__(self) -> None:
+        self._begun = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        import psutil
+
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        twice = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted as user and nice as well
+        return time.perf_counter(), sum(times) - twice - idle - time.process_time()
+
+    def cores(self) -> float:
+        (begun, before), (now, after) = self._begun, self._now()
+        return max(0.0, (after - before) / max(1e-3, now - begun))
 
 
 def memory(limits: tuple[Path, ...] = LIMITS) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from basics.files import sha256_file
+from basics.machine import cores
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,12 @@ def ancestors(plan: Plan, name: str) -> set[str]:
 def dependents(plan: Plan, name: str) -> set[str]:
     """The stages that need this one, directly or not."""
     return {other for other in plan if name in ancestors(plan, other)}
+
+
+def threads_for(plan: Plan, spec: StageSpec, jobs: int) -> int:
+    """Threads of a stage: all cores if nothing in the plan could ever run beside it, else cores // jobs."""
+    alone = spec.alone or len(ancestors(plan, spec.name)) + len(dependents(plan, spec.name)) + 1 == len(plan)
+    return cores() if alone else max(1, cores() // jobs)
 
 
 def critical_path(plan: Plan, weights: Mapping[str, float] | None = None) -> dict[str, float]:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from basics import errors, files
+from basics import errors, files, machine
 from basics.errors import MissingInput, RecordError, ThreefoldError
 from basics.machine import cores, has_gpu
 from basics.source_code import module_files
@@ -35,7 +35,7 @@ from papertrail import notebook_files
 from papertrail import stage as stage_folder
 from papertrail.estimate import duration_text, earlier_seconds, seconds_left
 from papertrail.kernel_forkserver import ForkServer
-from papertrail.plan import Plan, StageSpec, ancestors, critical_path, dependents
+from papertrail.plan import StageSpec, critical_path, threads_for
 from papertrail.run import Run
 from papertrail.scrub import scrub
 from papertrail.staleness import state
@@ -128,7 +128,9 @@ def execute(
                     left = seconds_left(plan, [*notebooks.began, spec.name, *later], earlier | outcome.executed, jobs)
                     place = f"stage {len(ended)} of {len(wanted)}"
                     place += f", about {duration_text(left)} left" if left else ""
-                    notebooks.start(spec, threads or threads_for(plan, spec, jobs), later, place)
+                    # what measures times must not wait for cores that other programs use
+                    chosen = machine.free_cores() if spec.alone else threads_for(plan, spec, jobs)
+                    notebooks.start(spec, threads or chosen, later, place)
             if notebooks.began:
                 name, seconds = notebooks.wait()
                 outcome.executed[name] = seconds
@@ -140,12 +142,6 @@ def execute(
 def can_start(spec: StageSpec, running: list[StageSpec], jobs: int) -> bool:
     """Whether a stage may start beside those that are running: there is room, and none of them must be alone."""
     return len(running) < jobs and not (running and any(other.alone for other in (spec, *running)))
-
-
-def threads_for(plan: Plan, spec: StageSpec, jobs: int) -> int:
-    """Threads of a stage: all cores if nothing in the plan could ever run beside it, else cores // jobs."""
-    alone = spec.alone or len(ancestors(plan, spec.name)) + len(dependents(plan, spec.name)) + 1 == len(plan)
-    return cores() if alone else max(1, cores() // jobs)
 
 
 def check(run: Run, selected: Iterable[str] | None = None, say: Callable[[str], None] | None = None) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import psutil
 
-from basics import files, names, paths
+from basics import files, machine, names, paths
 from basics.errors import DISK_FULL, ConfigError
 from basics.names import did_you_mean, shown
 from papertrail import run as papertrail_run
 from papertrail import stage as papertrail_stage
-from papertrail.plan import Project
+from papertrail.plan import Plan, Project, threads_for
 from papertrail.provenance import Fingerprint
 from study import stages
 from study.preset import (
@@ -321,9 +321,27 @@ def open_stage(stage: str, /, **parameters: Any) -> Stage:
     if overwrite in (False, "false"):
         _check_overwriting(run)
     run.create()  # only now, so that a wrong parameter leaves nothing behind
+    if kind in (*TRAINED, "tune", "evaluate", "ablations", "speed"):
+        _choose_threads(run.plan, name)
     return Stage(
         name=name, run=run, config=getattr(run.preset, section(model) if kind == "tune" else part), nproc=nproc
     )
+
+
+def _choose_threads(plan: Plan, stage: str) -> None:
+    """Set torch's threads where nothing else has, as `threefold run` does with OMP_NUM_THREADS: as many as it would
+    take, so that sums come out the same, but no more than cores are idle. Prints the choice."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    import torch  # late: it takes seconds; the stages that choose need it anyway
+
+    most, free = threads_for(plan, plan[stage], min(2, machine.cores())), machine.free_cores()
+    threads = min(most, free)
+    why = f"as in threefold run, of {machine.cores()} cores"
+    if threads < most:
+        why = f"threefold run would take {most}, but {free} of {machine.cores()} cores are idle; last digits may differ"
+    torch.set_num_threads(threads)
+    print(f"{stage}: {threads} {'thread' if threads == 1 else 'threads'} ({why}); OMP_NUM_THREADS sets another number")
 
 
 def _with_replicate(stage: str, replicate: Any, preset: Preset) -> str:

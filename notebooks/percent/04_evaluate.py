@@ -33,7 +33,7 @@ replicate = 1  # which of the preset's `seeds` trainings of pretrain, sft or dpo
 from papertrail import records
 from study.run import open_stage
 from study.subjects import subject as open_subject
-from threefold.evaluation import LanguageModel, continuations, evaluate, headline, save_items
+from threefold.evaluation import LanguageModel, evaluate, headline, sample_continuations, save_items
 
 stage = open_stage(
     "evaluate",
@@ -98,7 +98,7 @@ for evaluation in evaluations:
 
 # %%
 if stage.replicate == 1 and config.perplexity.is_set:
-    shown = continuations(subject, config.perplexity, stage.run.data_dir, seed=stage.seed)
+    shown = sample_continuations(subject, config.perplexity, stage.run.data_dir, seed=stage.seed)
     lines = [{"prompt": a, "continuation": b} for a, b in zip(shown["prompts"], shown["texts"], strict=True)]
     if lines:
         records.publish(f"continuations/{subject.name}", shown, markdown=records.table(lines))

@@ -151,7 +151,7 @@ def test_selecting_stages(project):
 
 
 def test_threads_follow_from_the_plan(project, monkeypatch):
-    monkeypatch.setattr(scheduler, "cores", lambda: 8)
+    monkeypatch.setattr("papertrail.plan.cores", lambda: 8)
     plan = opened(project).plan
     threads = {name: scheduler.threads_for(plan, step, 2) for name, step in plan.items()}
     assert threads.pop("data") == threads.pop("speed") == threads.pop("compare") == 8

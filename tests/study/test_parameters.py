@@ -5,12 +5,16 @@ import os
 import re
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import nbformat
+import psutil
 import pytest
+import torch
 from shared import ONE_STEP
 
-from basics import paths
+from basics import machine, paths
 from basics.errors import ConfigError
 from study import explore
 from study import run as study_run
@@ -110,3 +114,55 @@ def test_other_settings_than_those_of_a_finished_stage_are_asked_about(project):
         assert open_stage("sft", preset="tiny.toml", steps=11, overwrite=yes).config.steps == 11
     with pytest.raises(ConfigError, match="parameter overwrite = 'yes': expected true or false"):
         open_stage("sft", preset="tiny.toml", overwrite="yes")
+
+
+# Threads -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cores", "idle", "stage", "threads", "said"),
+    [
+        (8, 8, "pretrain", 4, "pretrain: 4 threads (as in threefold run, of 8 cores); OMP_NUM_THREADS sets"),
+        (
+            8,
+            2,
+            "pretrain",
+            2,
+            "pretrain: 2 threads (threefold run would take 4, but 2 of 8 cores are idle; last digits",
+        ),
+        (2, 1, "pretrain", 1, "pretrain: 1 thread (as in threefold run, of 2 cores)"),
+        (8, 8, "speed", 8, "speed: 8 threads (as in threefold run"),
+        (8, 8, "data", None, ""),
+    ],
+)
+def test_a_bare_notebook_takes_the_threads_that_are_idle_and_says_so(
+    project, monkeypatch, capsys, cores, idle, stage, threads, said
+):
+    monkeypatch.setattr("papertrail.plan.cores", lambda: cores)
+    monkeypatch.setattr(machine, "cores", lambda: cores)
+    monkeypatch.setattr(machine, "free_cores", lambda: idle)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    open_stage(stage, preset="tiny.toml")
+    assert chosen == [] and capsys.readouterr().out == ""  # whoever set it has chosen
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    open_stage(stage, preset="tiny.toml")
+    assert chosen == ([threads] if threads else []) and capsys.readouterr().out.startswith(said)
+
+
+def test_idle_cores_are_counted_within_those_of_the_process(monkeypatch):
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 16)
+    monkeypatch.setattr(machine, "cores", lambda: 4)
+    for idle, expected in ((100, 4), (20, 3), (8, 1), (0, 1)):
+        monkeypatch.setattr(psutil, "cpu_times_percent", lambda _, idle=idle: SimpleNamespace(idle=idle))
+        assert machine.free_cores() == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the processes of other users count on Linux")
+def test_the_load_of_other_processes_is_seen(monkeypatch):
+    """A child that computes for half a second or more of the processor; this process alone counts nothing."""
+    load, began, mine = machine.OtherLoad(), time.perf_counter(), time.process_time()
+    subprocess.run([sys.executable, "-c", "while __import__('time').process_time() < 0.5: pass"], check=True)
+    wall = time.perf_counter() - began
+    assert load.cores() * wall > 0.4 and time.process_time() - mine < 0.3

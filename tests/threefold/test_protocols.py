@@ -234,6 +234,18 @@ def test_the_page_is_up_to_date():
 # Speed ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("others", "busy"), [(0.0, False), (3.9, True)])
+def test_speed_says_when_the_machine_was_too_busy(monkeypatch, others, busy):
+    monkeypatch.setattr(speed, "cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(speed.OtherLoad, "cores", lambda self: others)
+    said: list[str] = []
+    options = {"batch_sizes": (1,), "prompt": 4, "new_tokens": 2, "repeats": 1}
+    (result,) = speed.measure([language_model()], **options, progress=said.append)
+    assert (result.settings["machine_busy"], result.settings["other_processes_cores"]) == (busy, others)
+    assert any("too busy to time reliably: other processes used 3.9 of 4 cores" in line for line in said) == busy
+
+
 def test_speed_measures_models_by_turns(monkeypatch):
     calls = []
     monkeypatch.setattr(speed, "_time", lambda model, batch, *_: calls.append((model.name, batch)) or (0.5, 2.0))

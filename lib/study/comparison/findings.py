@@ -198,6 +198,9 @@ def notice(comparison: Comparison, preset: Any) -> Result:
     """What the run is, in the preset's words, and whether it is whole: the line that opens the page."""
     lines = [f"**{escape(preset.notice)}**" if preset.notice else escape(preset.description)]
     lines += [_say("part", stages=listed([*comparison.absent]))] if comparison.absent else []
+    timed = (comparison.settings(model, "speed") for model in comparison.models)
+    used = next((one["other_processes_cores"] for one in timed if one.get("machine_busy")), None)
+    lines += [] if used is None else [_say("busy", used=used)]
     text = "\n\n".join(filter(None, lines))
     return Result("comparison/notice", {"text": text}, markdown=text or "No description.", empty=not text)
 

@@ -11,7 +11,7 @@ from threefold.evaluation.adapter import LanguageModel
 PROMPTS, WORDS, TOKENS = 5, 12, 32
 
 
-def continuations(
+def sample_continuations(
     model: LanguageModel, source: SourceConfig, data_dir: str | Path = "", *, seed: int = 1337
 ) -> dict[str, Any]:
     """How a model goes on from the first words of `PROMPTS` lines of a text: values of a record.

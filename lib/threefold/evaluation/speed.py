@@ -2,15 +2,18 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from basics.errors import EvaluationError
+from basics.machine import OtherLoad, cores
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import Evaluation, Progress, metric, quiet
 
+RELIABLE = 0.8  # cores that the other processes must leave, for each thread, so that times count as reliable
 VERSION = 1  # of the protocols in this module; raised when a number would come out differently
 
 
@@ -31,7 +34,8 @@ def measure(
     - Prompt: `evaluation.speed_prompt` positions (prefix included) in every row.
     - Scoring: every repeat times all batch sizes (and all models given) in turn, after one round that is not counted.
       On a GPU each timing ends with a synchronisation. A model runs as the evaluations run it (see `backend` and
-      `precision` in the settings).
+      `precision` in the settings). Where other processes leave less than 0.8 cores a thread, it says that the times
+      are not reliable, and so does the record (`machine_busy`).
     - Metrics, tokens per second: `prefill_b{B}` (positions of the prompts over the time of one forward that fills the
       cache and yields the next token's logits), `decode_b{B}` (tokens of `new_tokens` greedy steps over their time);
       values are medians, low and high the quartiles of the repeats, not a confidence interval.
@@ -46,6 +50,7 @@ def measure(
     if min(prompt, new_tokens, repeats) < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise EvaluationError("speed: evaluation.speed_* must be at least 1 each")
     rows: list[dict] = []
+    load = OtherLoad()
     for repeat in range(-1, repeats):
         for batch in batch_sizes:
             for index, model in enumerate(models):
@@ -56,12 +61,21 @@ def measure(
                     rows.append({**common, "phase": "decode", "tokens": batch * new_tokens, "seconds": decode})
         if repeat >= 0:
             progress(f"speed: repeat {repeat + 1} of {repeats}")
+    others = load.cores()
+    if busy := cores() - others < RELIABLE * torch.get_num_threads():
+        progress(
+            f"speed: the machine was too busy to time reliably: other processes used {others:.1f} of {cores()} cores; "
+            "repeat it on a quiet machine, `threefold run --only speed --force`"
+        )
     table = pd.DataFrame(rows)
     table["tokens_per_second"] = table["tokens"] / table["seconds"]
-    return [_evaluation(model, models, table[table["model"] == index]) for index, model in enumerate(models)]
+    noted = {"other_processes_cores": round(others, 2), "machine_busy": busy}
+    return [_evaluation(model, models, table[table["model"] == index], noted) for index, model in enumerate(models)]
 
 
-def _evaluation(model: LanguageModel, models: Sequence[LanguageModel], rows: pd.DataFrame) -> Evaluation:
+def _evaluation(
+    model: LanguageModel, models: Sequence[LanguageModel], rows: pd.DataFrame, noted: dict[str, Any]
+) -> Evaluation:
     metrics = {}
     for (phase, batch), group in rows.groupby(["phase", "batch"], sort=False):
         low, value, high = np.quantile(group["tokens_per_second"], [0.25, 0.5, 0.75])
@@ -71,6 +85,7 @@ def _evaluation(model: LanguageModel, models: Sequence[LanguageModel], rows: pd.
         "version": VERSION,
         "device": model.device.type,
         "threads": torch.get_num_threads(),
+        **noted,
         "measured_by_turns_with": [other.name for other in models if other is not model],
         **model.facts,
     }
