@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from basics import paths
-from basics.errors import DISK_FULL, SourceError
+from basics.errors import DISK_FULL, CheckpointError, SourceError
 
 # Hashes -------------------------------------------------------------------------------------------------------------
 
@@ -105,6 +105,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise OSError(full[0], os.strerror(full[0]), str(path)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_empty(destination: Path) -> None:
+    """Raise CheckpointError unless there is nothing at a destination, or an empty folder."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise CheckpointError(f"{destination} is not empty; name another destination")
 
 
 def replace_folder(new: Path, path: Path) -> None:

@@ -34,7 +34,7 @@ def executed_files(run: Path, report: Path) -> dict[str, str]:
     if variables is None:
         raise MissingInput(
             f"run {run.name!r} has no executed notebook with the record {VARIABLES!r}, which is the comparison's: "
-            f"`threefold run --run {run.name}` makes it, with `--only compare` from the stages that are finished"
+            f"`threefold run --run {run.name}` makes it"
         )
     text = {name: variable_text(value) for name, value in variables.values.items()}
     head = f"# Generated from the record '{VARIABLES}' of executed/{variables.notebook}; not edited by hand.\n"

@@ -8,10 +8,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from basics import files
 from basics.errors import ConfigError, DataError, MissingInput
 from study.chat import Speaker, forms
 from study.cli import common
 from study.preset import lineage
+from threefold.config import check_sampling
 
 # torch is imported late, as it takes seconds: after what can be refused without it
 
@@ -23,13 +25,15 @@ def generate(options: argparse.Namespace) -> int:
         raise ConfigError(f"{'--window' if options.window else '--stop-at-eos'} goes with --stream")
     if options.stream and options.form != "text":
         raise ConfigError(f"--form {options.form} asks for an answer, which ends; --stream continues a text")
+    sampling = _sampling(options)
     folder = common.checkpoint(options)
     if any("\ud800" <= char <= "\udfff" for char in options.prompt):
         raise ConfigError("the prompt is not UTF-8: the shell passed bytes that are not text")
     from threefold import model as models
     from threefold.data.tokenizer import decode_stream
 
-    speaker, sampling = Speaker.load(options.stage, options.form, folder), _sampling(options)
+    speaker = Speaker.load(options.stage, options.form, folder)
+    sampling["generator"] = _generator(options)
     if options.form != "text":
         _print(chain(speaker.answer(options.prompt, options.max_new_tokens or 64, **sampling), ["\n"]))
         return 0
@@ -55,6 +59,7 @@ def generate(options: argparse.Namespace) -> int:
 
 def chat(options: argparse.Namespace) -> int:
     """The checkpoints of a run answer what is typed, or the lines of stdin."""
+    sampling = _sampling(options)
     run = common.open_existing(options.run)
     stages = [options.stage] if options.stage else [name for name in lineage(run.preset) if run.finished(name)]
     if not stages:
@@ -63,7 +68,7 @@ def chat(options: argparse.Namespace) -> int:
     for stage in stages:
         folder = common.checkpoint(argparse.Namespace(run=run.name, stage=stage))
         speakers.append(Speaker.load(stage, options.form or forms(run.preset, stage)[0], folder))
-    sampling, terminal = _sampling(options), sys.stdin.isatty()
+    sampling["generator"], terminal = _generator(options), sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):  # Windows has its own
             import readline  # noqa: F401  (arrow keys and earlier lines)
@@ -87,10 +92,15 @@ def chat(options: argparse.Namespace) -> int:
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+    check_sampling(**settings)
+    return settings
+
+
+def _generator(options: argparse.Namespace) -> Any:
     import torch
 
-    settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
-    return settings | {"generator": torch.Generator().manual_seed(options.seed)}
+    return torch.Generator().manual_seed(options.seed)
 
 
 def _print(pieces: Iterable[str]) -> None:
@@ -110,6 +120,7 @@ def _message(terminal: bool) -> str | None:
 
 def export(options: argparse.Namespace) -> int:
     folder, out = common.checkpoint(options), Path(options.out)
+    files.require_empty(out)
     from transformers.utils import logging
 
     from threefold.model import export

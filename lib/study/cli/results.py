@@ -3,6 +3,7 @@
 import argparse
 
 from basics import paths
+from basics.errors import MissingInput
 from papertrail import preregistration, scheduler
 from papertrail import report as papertrail_report
 from papertrail import verify as verification
@@ -44,8 +45,12 @@ def report(options: argparse.Namespace) -> int:
         say("report/: everything it embeds, quotes and cites is there")
         return 0
     run = open_intact(options.run, options.data_dir)
-    if run.finished("compare") is not None:
-        warn_if_behind(run, "the report shows")
+    if run.finished("compare") is None:
+        again = f"`threefold run --run {run.name}`"
+        raise MissingInput(
+            f"run {run.name} has no comparison yet: {again} makes it, with --only compare of the finished stages alone"
+        )
+    warn_if_behind(run, "the report shows")
     say(preregistration.require(preregistration.of_notebooks(run.project, run.path / "notebooks")))
     if options.publish:
         published = papertrail_report.publish(run.path, paths.REPORT)

@@ -22,6 +22,9 @@ def train(options: argparse.Namespace) -> int:
     run, stage = open_existing(options.run, options.data_dir), options.stage
     if names.replicate_of(stage)[0] not in TRAINED:
         raise ConfigError(f"{stage}: allowed are {', '.join(TRAINED)} and their replicates, as in sft-seed2")
+    run.spec(stage)
+    for need in run.plan[stage].needs:
+        run.require(need)
     from threefold.training import rendezvous  # late: torch takes seconds
 
     rank, size = rendezvous.rank_and_size()
@@ -45,8 +48,6 @@ def _train(run: Run, stage: str, begun: bool) -> None:
     from threefold.training import distributed
 
     fingerprint = run.fingerprint(stage)
-    for need in run.plan[stage].needs:
-        run.require(need)
     with distributed.joined(say) as workers, contextlib.ExitStack() as held:
         opened = open_stage(stage, preset="", run=run.name, data_dir=run.data_dir, nproc=1)
         if workers.first and not begun:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from basics.errors import ConfigError, DataError, EvaluationError
+from threefold.config import check_sampling
 from threefold.model.cache import KVCache, StreamingCache
 from threefold.model.decoder import Decoder
 from threefold.model.decoding import steps
@@ -178,13 +179,7 @@ class Sampling:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed, right in (
-            ("temperature", "0 (greedy) or more", 0 <= self.temperature < float("inf")),
-            ("top_k", "-1 (all) or at least 1", self.top_k == -1 or self.top_k >= 1),
-            ("top_p", "more than 0 and at most 1", 0 < self.top_p <= 1),
-        ):
-            if not right:
-                raise ConfigError(f"{name} = {getattr(self, name)}: allowed is {allowed}")
+        check_sampling(self.temperature, self.top_k, self.top_p)
 
     def pick(self, logits_BV: Tensor, rows: Sequence[int], prompts: int) -> Tensor:
         """The next token of each row [B]; -1 where its logits are not finite.

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from basics.errors import CheckpointError
-from basics.files import atomic_folder, atomic_write, refuse_pointer, sha256_bytes, sha256_file
+from basics.files import atomic_folder, atomic_write, refuse_pointer, require_empty, sha256_bytes, sha256_file
 from basics.names import first_few
 from threefold.config import ModelConfig
 from threefold.model.decoder import Decoder
@@ -346,8 +346,7 @@ def export(source: str | Path, destination: str | Path) -> str:
 
     source, destination = Path(source), Path(destination)
     _must_be_standard(read_config(source), str(source))
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise CheckpointError(f"{destination} is not empty; name another destination")
+    require_empty(destination)
     model = load_checkpoint(source)
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     with atomic_folder(destination) as folder:
