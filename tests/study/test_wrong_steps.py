@@ -104,9 +104,10 @@ def ends(tmp_path_factory):
     made = "from study.run import open_run; open_run('tiny.toml')"
     options = {"cwd": home, "env": environment, "check": True, "text": True, "capture_output": True}
     subprocess.run([sys.executable, "-c", made], **options)
-    before = sorted(home.rglob("*"))
+    before = list(home.rglob("*"))
     done = subprocess.run([sys.executable, "-c", DRIVER], input=json.dumps(list(STEPS)), **options)
-    assert [path for path in sorted(home.rglob("*")) if path not in before and path.name != ".lock"] == []
+    made = {path.relative_to(home).as_posix() for path in set(home.rglob("*")).difference(before)}
+    assert made <= {"runs/.cache", "runs/.cache/code.json", "runs/tiny/.lock"}
     return json.loads(done.stdout)
 
 
