@@ -1,6 +1,6 @@
 """A first run on a GPU in at most nine minutes: is it right there, and how fast is it?
 
-    PYTHONPATH=lib python -m benchmarks.gpu [--seconds 540] [--out results.json] [--rehearse]
+    PYTHONPATH=lib python -m benchmarks.gpu [--seconds 520] [--out results.json] [--rehearse]
 
 It needs torch 2.11 or later, transformers 5, numpy, pydantic, safetensors and tokenizers, and neither network nor data:
 documents are random tokens with lengths like those of real ones. The model is that of lib/study/presets/full.toml, and

@@ -88,7 +88,7 @@ def run(box: Box, name: str, seconds: float) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="A first run on a GPU.")
-    parser.add_argument("--seconds", type=float, default=540, help="in all, imports excepted (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=520, help="in all, imports excepted (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results.json"), help="default: %(default)s")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with a tiny model")
     options = parser.parse_args()

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 from basics import paths
-from benchmarks import cost, pipeline, scale
+from benchmarks import cost, pipeline, scale, seeds
 from study.preset import load_preset
 from threefold.config import ModelConfig, TrainConfig
 from threefold.model.decoder import Decoder
@@ -133,3 +134,14 @@ def test_the_bytes_of_the_loss_add_up():
     product, widen, largest, subtract, exponential, total, narrow, products = 2, 6, 4, 8, 8, 4, 6, 4
     eager = product + widen + largest + subtract + exponential + total + narrow + products
     assert {"eager": eager, "fused": 2 + 2 + 4 + 4} == cost.LOSS
+
+
+def test_what_seeds_detect_is_found_four_times_in_five():
+    """By simulation; and the deviation is that of each variant around its own mean."""
+    generator = np.random.default_rng(0)
+    for n in (3, 5, 8):
+        differences = generator.normal(seeds.detectable(0.3, n), 0.3, (20_000, n))
+        found = stats.ttest_1samp(differences, 0, axis=1).pvalue < 0.05
+        assert found.mean() == pytest.approx(0.8, abs=0.015)
+    shifted = generator.normal([[0.0], [5.0], [-2.0]], 0.3, (3, 4000))
+    assert seeds.pooled(shifted) == pytest.approx(0.3, rel=0.03)
