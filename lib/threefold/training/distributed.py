@@ -152,7 +152,8 @@ EXCHANGE_NOTE = "torch before 2.11: compiled models exchange gradients after the
 def overlaps_compiled() -> bool:
     """Whether DDP splits a compiled graph with FlexAttention, so that gradients are exchanged during the backward pass.
 
-    Before torch 2.11 it raised "Found a higher order op in the graph".
+    Versions before 2.11 were reported to stop there with "Found a higher order op in the graph". torch 2.9 splits such
+    a graph on a CPU; on GPUs it was not tried.
     """
     return Version(torch.__version__).release >= (2, 11)
 
