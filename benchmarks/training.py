@@ -19,6 +19,7 @@ from benchmarks.setup import Setup
 from threefold.config import TrainConfig
 from threefold.data.packing import pack_documents, pack_examples, pack_pairs
 from threefold.model import to_transformers
+from threefold.model.device import pick_device
 from threefold.training import train
 from threefold.training.objectives import MicroBatch, NextToken, Objective, Preference, reference_logprobs
 
@@ -27,7 +28,14 @@ DISTURBED = (
     1.1  # scales the policy's last norm in the check: with equal models the DPO loss is log 2, whatever is computed
 )
 
+DEVICE = pick_device()
+
 Times = dict[str, tuple[float, float]]
+
+
+def on_device(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A collated batch where the model is."""
+    return {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
 
 
 def computed(items: int, positions: int, padding: int) -> dict[str, float]:
@@ -71,8 +79,8 @@ class OurPretraining(_Ours):
         }
 
     def check(self) -> dict[str, list[float]]:
-        batch = MicroBatch.of(next(self.rows.batches(self.size.rows, seed=0)))
-        loss = NextToken()(self.model, batch)
+        batch = MicroBatch.of(next(self.rows.batches(self.size.rows, seed=0))).to(DEVICE)
+        loss = NextToken()(self.model.to(DEVICE), batch)
         return {"loss": [loss.sum.item() / loss.weight]}
 
     def round(self) -> Times:
@@ -97,7 +105,7 @@ class OurFineTuning(_Ours):
     def check(self) -> dict[str, list[float]]:
         setup = self.setup
         rows = pack_examples(self.examples[: self.size.examples], self.size.model, setup.eos, setup.sinks)
-        loss = NextToken()(self.model, rows.rows(range(len(rows))))
+        loss = NextToken()(self.model.to(DEVICE), MicroBatch.of(rows.rows(range(len(rows)))).to(DEVICE))
         return {"loss": [loss.sum.item() / loss.weight]}
 
     def round(self) -> Times:
@@ -120,10 +128,12 @@ class OurPreferences(_Ours):
 
     def check(self) -> dict[str, list[float]]:
         logprobs_P2 = reference_logprobs(self.reference, self.first, batch_size=self.size.pairs, precision="fp32")
-        policy = copy.deepcopy(self.model)
+        policy, objective = copy.deepcopy(self.model).to(DEVICE), Preference(BETA, logprobs_P2)
+        objective.to(DEVICE)
         with torch.no_grad():
             policy.norm.weight.mul_(DISTURBED)
-            loss = Preference(BETA, logprobs_P2)(policy, next(self.first.batches(self.size.pairs, shuffle=False)))
+            batch = MicroBatch.of(next(self.first.batches(self.size.pairs, shuffle=False)))
+            loss = objective(policy, batch.to(DEVICE))
         return {"logprobs": logprobs_P2.T.flatten().tolist(), "loss": [loss.sum.item() / loss.weight]}
 
     def round(self) -> Times:
@@ -146,7 +156,7 @@ class PlainLoop:
     def __init__(self, setup: Setup):
         self.size = setup.size
         self.rows = pack_documents([setup.stream()], self.size.model, setup.eos, setup.sinks)
-        self.model = to_transformers(setup.model()).train()
+        self.model = to_transformers(setup.model()).train().to(DEVICE)
         self.model.config.use_cache = False
         self.forward = torch.compile(self.model) if self.compiled else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.1, fused=True)
@@ -154,7 +164,8 @@ class PlainLoop:
 
     def loss(self, batch: Any, forward: Any) -> torch.Tensor:
         """Each row is one text after a BOS, so plain causal attention equals what ours computes."""
-        return forward(input_ids=batch.tokens_BT, labels=batch.targets_BT, shift_labels=batch.targets_BT).loss
+        tokens_BT, targets_BT = batch.tokens_BT.to(DEVICE), batch.targets_BT.to(DEVICE)
+        return forward(input_ids=tokens_BT, labels=targets_BT, shift_labels=targets_BT).loss
 
     def check(self) -> dict[str, list[float]]:
         with torch.no_grad():
@@ -163,7 +174,7 @@ class PlainLoop:
     def round(self) -> Times:
         tokens, begun = 0, time.perf_counter()
         for batch in self.rows.batches(self.size.rows, seed=0, steps=self.size.steps):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE, torch.bfloat16):
                 loss = self.loss(batch, self.forward)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
@@ -205,6 +216,8 @@ class _Trained:
             def on_step_end(self, args, state, control, **rest):
                 outer.taken += 1
                 if outer.taken == outer.steps:
+                    if DEVICE == "cuda":
+                        torch.cuda.synchronize()
                     outer.spent, outer.taken = time.perf_counter() - outer.begun, 0
                     outer.done.release()
                     outer.go.acquire()
@@ -246,7 +259,7 @@ def _arguments(setup: Setup, batch_size: int) -> dict[str, Any]:
         "max_steps": 1_000_000,
         "learning_rate": RATE,
         "max_grad_norm": CLIP,
-        "use_cpu": True,
+        "use_cpu": DEVICE == "cpu",
         "report_to": [],
         "save_strategy": "no",
         "logging_strategy": "no",
@@ -282,9 +295,9 @@ class TransformersTrainer(_Trained):
 
     def check(self) -> dict[str, list[float]]:
         with torch.no_grad():
-            found = self.model(
-                input_ids=self.first.tokens_BT, labels=self.first.targets_BT, shift_labels=self.first.targets_BT
-            )
+            targets_BT = self.first.targets_BT.to(DEVICE)
+            tokens_BT = self.first.tokens_BT.to(DEVICE)
+            found = self.model.to(DEVICE)(input_ids=tokens_BT, labels=targets_BT, shift_labels=targets_BT)
         return {"loss": [found.loss.item()]}
 
 
@@ -332,7 +345,7 @@ class TrlFineTuning(_Trained):
         exact = self._trainer(options, self.examples[: self.size.examples])
         rows = [exact.train_dataset[index] for index in range(len(exact.train_dataset))]
         with torch.no_grad():
-            loss = exact.model(**exact.data_collator(rows)).loss
+            loss = exact.model(**on_device(exact.data_collator(rows))).loss
         return {"loss": [loss.item()]}
 
 
@@ -418,7 +431,7 @@ class TrlPreferences(_Trained):
 
     def _batch(self, trainer: Any, pairs: list) -> dict[str, torch.Tensor]:
         rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), self._ids(pair), strict=True)) for pair in pairs]
-        return trainer.data_collator(rows)
+        return on_device(trainer.data_collator(rows))
 
     def check(self) -> dict[str, list[float]]:
         pairs = self.pairs[: self.size.pairs]
