@@ -36,5 +36,5 @@ def sample_continuations(
         "new_tokens": new,
         "weights_sha256": model.weights_sha256,
         "prompts": prompts,
-        "texts": model.generate(prompts, new),
+        "texts": [text for text, _ in model.generate(prompts, new)],
     }
