@@ -131,7 +131,7 @@ tables.stage_evolution(comparison).publish()
 
 # %%
 #| label: tbl-continuations
-#| tbl-cap: "The first words of held-out lines chosen by the seed of the preset, and how each stage goes on: greedily, up to the end of the text or 32 tokens."
+#| tbl-cap: "The first words of held-out lines chosen by the seed of the preset, and how each stage goes on: greedily, up to the end of the text or a fixed number of tokens."
 tables.continuations(comparison).publish()
 
 # %% [markdown]
