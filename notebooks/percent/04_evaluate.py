@@ -33,7 +33,8 @@ replicate = 1  # which of the preset's `seeds` trainings of pretrain, sft or dpo
 from papertrail import records
 from study.run import open_stage
 from study.subjects import subject as open_subject
-from threefold.evaluation import LanguageModel, evaluate, headline, sample_continuations, save_items
+from threefold.evaluation import LanguageModel, evaluate, headline, save_items
+from threefold.evaluation.continuations import sample_continuations
 
 stage = open_stage(
     "evaluate",

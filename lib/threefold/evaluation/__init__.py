@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
-    "continuations": ("sample_continuations",),
     "adapter": ("LanguageModel", "sha256_state"),
     "protocols": ("PROTOCOLS", "Protocol", "describe", "evaluate", "headline", "summary"),
     "results": ("Dataset", "Evaluation", "Scoring", "save_items"),
