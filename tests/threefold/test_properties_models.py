@@ -198,7 +198,7 @@ def test_code_and_pickles_of_a_model_folder_are_not_run(tmp_path, monkeypatch):
         (folder / weights).unlink()
         torch.save(Evil(), folder / "pytorch_model.bin")
         (folder / f"{weights}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": shard}}))
-        assert documented(lambda folder=folder: LanguageModel.from_checkpoint(folder), "no file name") is None
+        assert documented(lambda folder=folder: LanguageModel.from_checkpoint(folder), "not a file name") is None
     folder = other("adapter")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
     torch.save(Evil(), folder / "adapter_model.bin")
