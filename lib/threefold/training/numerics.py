@@ -25,7 +25,7 @@ from threefold.training.distributed import current
 # of training. The FLOP/s that a device trains at are only needed to within a factor of two. On a GPU, blocks are
 # compiled for shorter trainings, such as those of ablations: one graph serves all blocks of a model and all seeds.
 FLOPS = {"cpu": 1.5e11, "cuda": 1.5e14}
-COMPILE_FROM_SECONDS = {"cpu": 240, "cuda": 30}
+COMPILE_FROM_SECONDS = {"cpu": 240, "cuda": 20}
 WHOLE_FROM_SECONDS = {"cpu": 0, "cuda": 600}  # from which the whole model is one graph
 
 
