@@ -113,14 +113,6 @@ def parsed(command: str) -> None:
 
 # An environment without the test extra -------------------------------------------------------------------------------
 
-# Run at the start of a Python process: modules of packages that a user has not installed are not found.
-HIDING = """
-import importlib.machinery, os
-hidden, find = set(os.environ["HIDDEN_MODULES"].split(",")), importlib.machinery.PathFinder.find_spec
-def find_spec(cls, name, path=None, target=None):
-    return None if path is None and name in hidden else find(name, path, target)
-importlib.machinery.PathFinder.find_spec = classmethod(find_spec)
-"""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -144,49 +136,64 @@ def closure(requirements: list[str]) -> set[str]:
     return {name for name, *_ in found}
 
 
-def hidden_modules(requirements: list[str]) -> set[str]:
-    """The modules installed here that an environment with only these requirements lacks."""
-    have = closure(requirements) | {"threefold", "pip", "setuptools"}
-    modules = metadata.packages_distributions()
-    return {
-        module for module, owners in modules.items() if not have & {canonicalize_name(owner) for owner in owners}
-    } - {"_pytest", "basics", "threefold", "papertrail", "study"}
+def environment(requirements: list[str], folder: Path) -> Path:
+    """The Python of a new virtual environment that holds only what pip would install for these requirements: links to
+    the distributions that are installed here, and their commands."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for name in closure(requirements) - {"threefold"}:
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:  # of an optional need that is not installed here
+            continue
+        # a package's folder as a whole; what lies beside site-packages (commands, kernels) file by file
+        files = {file if file.parts[0] == ".." else Path(file.parts[0]) for file in distribution.files}
+        for file in files - {Path("__pycache__")}:
+            target, link = Path(distribution.locate_file(file)), Path(os.path.normpath(site / file))
+            if os.path.lexists(link) or not target.exists():
+                continue
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if link.parent.name == "bin" and target.read_bytes().startswith(b"#!"):
+                code = target.read_text(encoding="utf-8").partition("\n")[2]
+                link.write_text(f"#!{folder}/bin/python\n{code}", encoding="utf-8")
+                link.chmod(0o755)
+            else:
+                link.symlink_to(target.resolve())
+    return folder / "bin" / "python"
 
 
 def python(code: str, requirements: list[str], folder: Path) -> subprocess.CompletedProcess:
     """Python code in an environment with only these requirements."""
-    (folder / "sitecustomize.py").write_text(HIDING)
-    environment = os.environ | {
-        "PYTHONPATH": f"{folder}:{ROOT / 'lib'}",
-        "HIDDEN_MODULES": ",".join(hidden_modules(requirements)),
-        "HF_HUB_OFFLINE": "1",
-    }
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    executable = environment(requirements, folder)
+    variables = os.environ | {"PYTHONPATH": str(ROOT / "lib"), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300)
 
 
 def test_an_environment_without_the_test_extra_lacks_what_it_installs(tmp_path):
-    done = python("import trl", PROJECT["dependencies"], tmp_path)
-    assert done.returncode and "No module named 'trl'" in done.stderr
-    assert {"trl", "lm_eval", "statsmodels"} <= hidden_modules(PROJECT["dependencies"])
-    assert not {"torch", "pandas", "ipywidgets"} & hidden_modules(PROJECT["dependencies"])
+    code = "import pandas, study.cli; from importlib import metadata, util; "
+    code += "print(metadata.version('papermill'), *[util.find_spec(one) for one in ('trl', 'lm_eval', 'statsmodels')])"
+    done = python(code, PROJECT["dependencies"], tmp_path / "core")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{metadata.version('papermill')} None None None\n"
+    assert (tmp_path / "core" / "bin" / "papermill").read_text().startswith(f"#!{tmp_path}/core/bin/python\n")
 
 
 def test_a_gguf_file_is_read_without_the_test_extra(tmp_path):
     """README's real data: SmolLM2 is a GGUF file, for which transformers asks for gguf and accelerate."""
     code = "from transformers.utils import is_accelerate_available, is_gguf_available as gguf; import accelerate; "
-    done = python(code + "assert gguf() and is_accelerate_available()", PROJECT["dependencies"], tmp_path)
+    done = python(code + "assert gguf() and is_accelerate_available()", PROJECT["dependencies"], tmp_path / "core")
     assert done.returncode == 0, done.stderr
     without = [name for name in PROJECT["dependencies"] if name != "accelerate"]
-    assert python(code, without, tmp_path).returncode, "the test would not notice that it is missing"
+    assert python(code, without, tmp_path / "without").returncode, "the test would not notice that it is missing"
 
 
 def test_the_recipe_for_lm_eval_installs_what_its_model_needs(tmp_path):
     (recipe,) = [command for command in commands(ROOT / "README.md") if "lm-eval" in command and "pip" in command]
     assert shlex.split(recipe)[-1] == "lm-eval[hf]"
     code = "import lm_eval.models.huggingface, accelerate, transformers, torch"
-    done = python(code, [shlex.split(recipe)[-1]], tmp_path)
+    done = python(code, [shlex.split(recipe)[-1]], tmp_path / "recipe")
     assert done.returncode == 0, done.stderr[-1500:]
-    assert python(code, ["lm-eval"], tmp_path).returncode, "without the extra it lacks something"
+    assert python(code, ["lm-eval"], tmp_path / "without").returncode, "without the extra it lacks something"
 
 
 def test_optional_packages_are_extras_that_readme_names():
@@ -231,11 +238,10 @@ def project(tmp_path_factory):
             shutil.copy2(ROOT / name, folder / name)
     (folder / "lib" / "study" / "presets" / "smoke.toml").write_text(small_smoke(), encoding="utf-8")
     assert load_preset(folder / "lib" / "study" / "presets" / "smoke.toml").seeds == 1
-    (folder.parent / "site").mkdir()
-    (folder.parent / "site" / "sitecustomize.py").write_text(HIDING)
+    environment(PROJECT["dependencies"], folder.parent / "core")
     tools = folder.parent / "bin"
     tools.mkdir()
-    (tools / "threefold").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m study "$@"\n')
+    (tools / "threefold").write_text('#!/bin/sh\nexec python -m study "$@"\n')
     (tools / "threefold").chmod(0o755)
     return folder
 
@@ -243,13 +249,12 @@ def project(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_runs_or_parses(project, name, capsys):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("THREEFOLD")}
-    binaries = f"{project.parent / 'bin'}:{Path(sys.executable).parent}"
-    missing = hidden_modules(PROJECT["dependencies"]) if name != "CONTRIBUTING.md" else ()  # that page runs tests
-    environment |= {
-        "PYTHONPATH": f"{project.parent / 'site'}:{project / 'lib'}",
-        "HIDDEN_MODULES": ",".join(missing),
-        "PATH": f"{binaries}:{os.environ['PATH']}",
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("THREEFOLD")}
+    # without the test extra, but for the page that runs tests
+    tools = Path(sys.executable).parent if name == "CONTRIBUTING.md" else project.parent / "core" / "bin"
+    variables |= {
+        "PYTHONPATH": str(project / "lib"),
+        "PATH": f"{project.parent / 'bin'}:{tools}:/usr/bin:/bin",
         "HF_HUB_OFFLINE": "1",
     }
     for command in commands(ROOT / name):
@@ -260,7 +265,7 @@ def test_every_command_runs_or_parses(project, name, capsys):
             continue
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command],
-            cwd=project, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900,
+            cwd=project, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         assert done.returncode == 0, f"{name}: {command}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
 
