@@ -42,7 +42,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 EXCEPTIONS = (
     (r"make (report|test|check|campaign|bench|lab|notebooks|protocols|env|lock)\b", "installs an environment first"),
     (r"pip install\b|python3 -m venv\b", "the network"),
-    (r"threefold run --preset (full|laptop)\b", "needs real data, hours or a GPU"),
+    (r"threefold (run|doctor) --preset (full|laptop)\b", "needs real data, hours or a GPU"),
     (r".*\bmy-study\b", "tests/study/test_new.py runs these"),
     (r"threefold (tensorboard|wandb|clean)\b", "an optional package; a question at a terminal"),
     (r"threefold generate --stream\b", "goes on until Ctrl-C"),
