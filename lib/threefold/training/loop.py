@@ -102,10 +102,7 @@ def train(
     keep_freed_memory()
     numerics = choose(config, sum(p.numel() for p in model.parameters()), feed.positions, device)
     step = TrainStep(model, objective, config, numerics)
-    state, restored = load_state(folder, identity) or (State(identity), {})
-    if restored:
-        restore(restored, model, step.optimizers)
-        restored.clear()  # a second copy of the weights and the optimizers' states
+    state = step.resume(folder, identity)
     evaluate = None
     if heldout is not None:
         evaluate = partial(mean_loss, step.module, objective.for_heldout(), heldout, numerics=numerics)
@@ -132,11 +129,7 @@ def train(
     if workers.first:
         with system_errors(f"{folder.name}/{WEIGHTS}"):
             save_checkpoint(folder, model, tokenizer)
-        # Notes carry their own hash, and whoever writes one beside the checkpoint may rewrite it.
-        hashes = {path: digest for path, digest in sha256_tree(folder).items() if path != STATE}
-        files = {path: digest for path, digest in hashes.items() if not _is_note(folder / path)}
-        write_note(folder / RESULT, {"result": asdict(result), "identity": identity, "notes": noted, "files": files})
-        (folder / STATE).unlink(missing_ok=True)
+        _write_result(folder, {"result": asdict(result), "identity": identity, "notes": noted})
     return Trained(model, result, folder, noted)
 
 
@@ -168,6 +161,15 @@ def _finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
             "remove it, or train in another folder"
         )
     return done
+
+
+def _write_result(folder: Path, values: Mapping[str, Any]) -> None:
+    """Finish a training: write training.json, which holds the hashes of the folder's files, and remove the state."""
+    # Notes carry their own hash, and whoever writes one beside the checkpoint may rewrite it.
+    hashes = {path: digest for path, digest in sha256_tree(folder).items() if path != STATE}
+    files = {path: digest for path, digest in hashes.items() if not _is_note(folder / path)}
+    write_note(folder / RESULT, {**values, "files": files})
+    (folder / STATE).unlink(missing_ok=True)
 
 
 def _is_note(path: Path) -> bool:
@@ -212,6 +214,13 @@ class TrainStep:
             objective.compile(CompiledForward)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = build_optimizers(model, config)
+
+    def resume(self, folder: Path, identity: dict[str, Any]) -> State:
+        """The counters of an interrupted training, after restoring its weights and optimizers; else new ones."""
+        state, values = load_state(folder, identity) or (State(identity), {})
+        if values:
+            restore(values, self.model, self.optimizers)
+        return state
 
     def gradients(self, batches: Sequence[MicroBatch], weight: int) -> tuple[list[str], Tensor]:
         """Compute the gradients of a step and clip their norm.
