@@ -87,7 +87,7 @@ def test_all_stages_at_true_size(tmp_path):
         process = subprocess.Popen(command, env=environment(hub, tmp_path))
         while process.poll() is None:
             used = peaks(psutil.Process(process.pid))
-            largest = {pid: max(peak, largest.get(pid, 0)) for pid, (peak, _) in used.items()} | largest
+            largest |= {pid: peak for pid, (peak, _) in used.items()}
             together = max(together, sum(now for _, now in used.values()))
             time.sleep(1)
     assert process.returncode == 0
