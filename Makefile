@@ -26,7 +26,7 @@ check: env-test  ## after every change, under 2 minutes: lint, layers, notebook 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile $(QUICK)
 
 test: env-test  ## environment, then the checks and all tests
-	@echo "All checks and tests: about 10 minutes on two cores. make check takes under 2."
+	@echo "All checks and tests: about 15 minutes on two cores. make check takes under 2."
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports

@@ -75,14 +75,15 @@ def _epilog(table: Mapping[str, Any]) -> str:
             described = tomllib.loads(path.read_text(encoding="utf-8")).get("description", "")
         except ValueError:  # said by the command that reads it
             described = "(cannot be read)"
-        presets.append(f"  {path.stem:<8}{textwrap.shorten(str(described), 100, placeholder=' ...')}")
+        presets.append(f"  {path.stem:<11}{textwrap.shorten(str(described), 100, placeholder=' ...')}")
     return "\n".join(
         [
             "examples:",
             *(f"  {entry['example']}" for entry in table.values()),
             "\npresets:",
             *presets,
-            "\nstages: data, pretrain, gpt2, distilgpt2, sft, dpo, evaluate-MODEL, ablations, speed, compare",
+            "\nstages: data, tune-MODEL, pretrain, gpt2, gpt2-adamw, distilgpt2, sft, dpo, evaluate-MODEL, "
+            "ablations, speed, compare",
         ]
     )
 
