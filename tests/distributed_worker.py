@@ -78,7 +78,9 @@ class Stops(NextToken):
         self.folder = folder
 
     def __call__(self, decoder, batch):
-        if (self.folder / STATE).exists():
+        # the state is written in a thread: all workers stop together, where the first of them sees it
+        (seen,) = distributed.current().totals(int((self.folder / STATE).exists()))
+        if seen:
             raise Killed
         return super().__call__(decoder, batch)
 
