@@ -17,7 +17,7 @@ from study import launch
 from study.chat import forms
 from study.preset import measured_on
 from study.run import CHOICE, Stage
-from threefold.config import ModelConfig, gpt2_counterpart
+from threefold.config import ModelConfig, TrainConfig, gpt2_counterpart
 from threefold.data import corpus, exclusion
 from threefold.data.packing import PackedRows, PairedRows
 from threefold.data.tokenizer import load_tokenizer, set_chat_template, with_sinks
@@ -48,6 +48,20 @@ class Inputs:
     @property
     def config(self) -> ModelConfig:
         return self.model.config
+
+    def train(self, config: TrainConfig, folder: Path, **options: Any) -> Trained:
+        """Train the model in a folder. options: seed, progress, name and notes, as in `threefold.training.train`."""
+        return train(
+            self.model,
+            self.objective,
+            self.rows,
+            config,
+            folder,
+            tokenizer=self.tokenizer,
+            heldout=self.heldout,
+            replay=self.replay,
+            **options,
+        )
 
 
 def prepare(stage: Stage) -> Inputs:
@@ -159,20 +173,7 @@ def train_stage(stage: Stage, inputs: Inputs, folder: Path, progress: Progress |
     def notes() -> dict[str, Any]:
         return {"determinism": provenance.determinism(read_run_file(folder) or {"workers": [workers.size]})}
 
-    trained = train(
-        inputs.model,
-        inputs.objective,
-        inputs.rows,
-        stage.config,
-        folder,
-        seed=stage.seed,
-        tokenizer=inputs.tokenizer,
-        heldout=inputs.heldout,
-        replay=inputs.replay,
-        progress=progress,
-        name=stage.name,
-        notes=notes,
-    )
+    trained = inputs.train(stage.config, folder, seed=stage.seed, progress=progress, name=stage.name, notes=notes)
     if workers.first:
         stage.determinism = trained.notes["determinism"]  # of the process that trained, which need not be this one
     return trained

@@ -6,8 +6,8 @@ training: its schedule ends where it ends.
 """
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,7 @@ from basics.files import read_note, write_note
 from study.run import Stage
 from study.training import RATES, prepare
 from threefold.config import TrainConfig
-from threefold.training.loop import train
 from threefold.training.monitor import Progress
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One trial, with its held-out loss after the last step (nats per token; DPO: per pair)."""
-
-    multiplier: float
-    learning_rate: float
-    muon_learning_rate: float
-    steps: int
-    tokens: int
-    heldout_loss: float
-    seconds: float  # in training steps
 
 
 def trial_config(config: TrainConfig, multiplier: float, share: float) -> TrainConfig:
@@ -40,55 +26,41 @@ def trial_config(config: TrainConfig, multiplier: float, share: float) -> TrainC
     return replace(config, **{length: part}, **{key: multiplier * getattr(config, key) for key in RATES})
 
 
-def run_trials(stage: Stage, folder: Path, progress: Progress | None = None) -> list[Trial]:
+def run_trials(stage: Stage, folder: Path, progress: Progress | None = None) -> list[dict[str, Any]]:
     """Train every trial of a stage "tune-..." in its folder, in the order of the multipliers.
 
-    A finished trial leaves a note in the folder and is not repeated; an interrupted one is resumed from its last state.
-    Raises what `prepare` and `threefold.training.train` do.
+    Each gives {"multiplier", the rates, "steps", "tokens", "heldout_loss" (after the last step, in nats per token; DPO:
+    per pair), "seconds" (in training steps)}, which a finished trial keeps as a note in the folder: it is not repeated.
+    An interrupted trial is resumed from its last state. Raises what `prepare` and `threefold.training.train` do.
     """
     tuning, trials = stage.preset.tuning, []
     for number, multiplier in enumerate(tuning.multipliers, start=1):
         work, note = folder / f"trial-{number}", folder / f"trial-{number}.json"
         if (kept := read_note(note)) is None:
             inputs, config = prepare(stage), trial_config(stage.config, multiplier, tuning.share)
-            result = train(
-                inputs.model,
-                inputs.objective,
-                inputs.rows,
-                config,
-                work,
-                seed=stage.seed,
-                heldout=inputs.heldout,
-                replay=inputs.replay,
-                progress=progress,
-                name=f"{stage.name} × {multiplier:g}",
-            ).result
+            name = f"{stage.name} × {multiplier:g}"
+            result = inputs.train(config, work, seed=stage.seed, progress=progress, name=name).result
             measured = {key: getattr(result, key) for key in ("steps", "tokens", "heldout_loss", "seconds")}
             kept = {"multiplier": multiplier, **{key: getattr(config, key) for key in RATES}, **measured}
             write_note(note, kept)
         shutil.rmtree(work, ignore_errors=True)  # its weights; the note is what is kept
-        trials.append(Trial(**kept))
+        trials.append(kept)
     return trials
 
 
-def choose(model: str, config: TrainConfig, trials: Sequence[Trial], share: float) -> dict[str, Any]:
+def choose(model: str, config: TrainConfig, trials: Sequence[Mapping[str, Any]], share: float) -> dict[str, Any]:
     """The choice between trials, without times: {"model", "optimizer", "multiplier", the rates, "heldout_loss",
     "trials", "share", "edge"}. Of equal losses the first is taken.
 
     edge: whether the best multiplier is the smallest or the largest, so that the best rate may lie outside the grid.
     """
-    best = min(trials, key=lambda trial: trial.heldout_loss)
-    multipliers = [trial.multiplier for trial in trials]
+    best = min(trials, key=lambda trial: trial["heldout_loss"])
+    multipliers = [trial["multiplier"] for trial in trials]
     return {
         "model": model,
         "optimizer": config.optimizer,
-        **{key: getattr(best, key) for key in ("multiplier", *RATES, "heldout_loss")},
+        **{key: best[key] for key in ("multiplier", *RATES, "heldout_loss")},
         "trials": len(trials),
         "share": share,
-        "edge": best.multiplier in (min(multipliers), max(multipliers)),
+        "edge": best["multiplier"] in (min(multipliers), max(multipliers)),
     }
-
-
-def as_record(trials: Sequence[Trial], choice: dict[str, Any]) -> dict[str, Any]:
-    """The values of the record `tuning/<model>`: the choice with every trial under "tried"."""
-    return {**choice, "rule": "lowest held-out loss", "tried": [asdict(trial) for trial in trials]}

@@ -17,7 +17,7 @@
 # and from the same seed. The trial with the lowest held-out loss gives the rates. Every model has the same number of trials.
 #
 # Input: the inputs of the training itself. Output: `runs/<run>/tuning/<model>/choice.json`, which the training reads. Finished
-# trials are kept when the notebook is interrupted, and an interrupted trial goes on from its last state.
+# trials are kept when the notebook is interrupted, and an interrupted trial is resumed from its last state.
 
 # %% tags=["parameters"]
 preset = "smoke"
@@ -62,28 +62,29 @@ trials = tuning.run_trials(stage, folder)
 # %%
 choice = tuning.choose(stage.model, stage.config, trials, stage.preset.tuning.share)
 write_note(folder / CHOICE, choice)
+chosen = "yes, at the edge" if choice["edge"] else "yes"
 table = [
     {
-        "multiplier": trial.multiplier,
-        "learning rate": trial.learning_rate,
-        "Muon's": trial.muon_learning_rate if stage.config.optimizer == "muon" else None,
-        "steps": trial.steps,
-        "tokens": trial.tokens,
-        "held-out loss": trial.heldout_loss,
-        "chosen": ("yes, at the edge" if choice["edge"] else "yes")
-        if trial.multiplier == choice["multiplier"]
-        else None,
+        "multiplier": trial["multiplier"],
+        "learning rate": trial["learning_rate"],
+        "Muon's": trial["muon_learning_rate"] if stage.config.optimizer == "muon" else None,
+        "steps": trial["steps"],
+        "tokens": trial["tokens"],
+        "held-out loss": trial["heldout_loss"],
+        "chosen": chosen if trial["multiplier"] == choice["multiplier"] else None,
     }
     for trial in trials
 ]
 records.publish(
     f"tuning/{stage.model}",
-    tuning.as_record(trials, choice),
+    {**choice, "rule": "lowest held-out loss", "tried": trials},
     markdown=records.table(table, formats={"held-out loss": ".4f"}),
 )
 
 # %%
 records.publish(
     f"stage/{stage.name}",
-    stage.finish(tokens=sum(trial.tokens for trial in trials), device_seconds=sum(trial.seconds for trial in trials)),
+    stage.finish(
+        tokens=sum(trial["tokens"] for trial in trials), device_seconds=sum(trial["seconds"] for trial in trials)
+    ),
 )

@@ -5,7 +5,6 @@ import pytest
 from report_fixtures import cell, make_run, notebook, output
 from scipy import stats
 
-from basics.errors import ConfigError
 from study.comparison import Comparison, attribution, claims, figures, findings
 from study.preset import AblationConfig, ablation_base, attribution_chain, load_preset, parse_overrides
 from threefold.evaluation.statistics import holm
@@ -143,19 +142,3 @@ def test_a_run_without_a_chain_says_so(tmp_path):
     assert attribution.summary([]).markdown == "No attribution was made in this run."
     assert claims.judge(comparison, "attribution-scale")["attribution-scale"].verdict == claims.NOT_MEASURED
     assert figures.attribution_waterfall([]).values == {"drawn": []}
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ("ablations.chain=['nrm=layer']", "ablations.chain: 'nrm=layer': unknown key nrm, did you mean norm?"),
-        ("ablations.chain=['norm=rms']", "ablations.chain: 'norm=rms' is what the base has already"),
-        ("ablations.chain=['norm=layer', 'norm=layer,bias=true']", "two of its parts begin with the same key"),
-        ("ablations.scale='d_model=256'", "ablations.scale: it is the last link of ablations.chain, which is empty"),
-        ("ablations.chain=['norm=layer']; ablations.scale='d_model=63'", "ablations.scale: 'd_model=63'"),
-    ],
-)
-def test_impossible_chains_are_refused_with_the_key(overrides, message):
-    with pytest.raises(ConfigError) as caught:
-        load_preset("smoke", parse_overrides(overrides))
-    assert message in str(caught.value)
