@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 HIDDEN = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1"}  # environment of a process that uses no GPU
-# of a container: control groups, version 2 and 1
+# Files with the memory limit of a container: of control groups, version 2 and 1.
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -27,7 +27,7 @@ def cores() -> int:
 
 
 def free_cores(seconds: float = 0.3) -> int:
-    """Of the cores this process may use those that are idle now, at least 1. Takes so many seconds to look."""
+    """How many of the cores this process may use are idle, at least 1, measured over so many seconds."""
     import psutil  # late: a machine that only trains may not have it
 
     shares = psutil.cpu_times_percent(seconds)
@@ -35,7 +35,7 @@ def free_cores(seconds: float = 0.3) -> int:
 
 
 class OtherLoad:
-    """Cores that other processes kept busy since it was made."""
+    """Measures how many cores other processes have kept busy since it was made."""
 
     def __init__(self) -> None:
         self._begun = self._now()
@@ -95,7 +95,7 @@ def gpu_name() -> str:
 
 
 def driver_cuda(library: str = "libcuda.so.1") -> tuple[int, int] | None:
-    """The newest CUDA version, major and minor, that NVIDIA's driver supports; None without one.
+    """The newest CUDA version, major and minor, that NVIDIA's driver supports; None without a driver.
 
     library: the driver's, as the loader finds it or as a path.
     """

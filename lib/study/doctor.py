@@ -19,7 +19,7 @@ from study import checks, sizes, stages
 from study.preset import TRAINED, section
 from study.run import Run
 from threefold.config import GPT2_VOCABULARY, TrainConfig
-from threefold.graphics import Graphics
+from threefold.graphics import Graphics, missing_to_compile
 
 WEIGHT_FORMS = ("model*.safetensors", "pytorch_model*.bin")
 READS_GGUF = ("gguf", "accelerate")  # packages that transformers needs to read a GGUF file
@@ -64,7 +64,7 @@ class Case:
         ]
         if "ablations" in self.todo:
             self.trainings.append(self.preset.ablations.train)
-
+        self.tokens = max([0, *(config.tokens for config in self.trainings)])  # 0 if none is set in tokens
         self.graphics = Graphics.read()
 
     @property
@@ -126,7 +126,7 @@ def _preset(case: Case) -> Iterator[str]:
 
 def _gpu(case: Case) -> Iterator[str]:
     found = case.graphics.check()
-    longest = max(0, *(6 * case.parameters * config.tokens for config in case.trainings), 0) / CPU_FLOPS
+    longest = 6 * case.parameters * case.tokens / CPU_FLOPS
     if not case.graphics.count and longest > DAY:
         found = Note(f"none; one training alone takes more than {longest / DAY:,.0f} days on a CPU")
     yield found
@@ -143,10 +143,6 @@ def _compiler(case: Case) -> Iterator[str]:
     if all(config.compile == "off" for config in case.trainings):
         return
     device = "cuda" if case.graphics.count else "cpu"
-    if device == "cuda":
-        from threefold.training.numerics import missing_to_compile
-    else:
-        missing_to_compile = machine.missing_to_compile
     if not (missing := missing_to_compile(device)):
         yield f"found; long trainings on {'a GPU' if device == 'cuda' else 'the CPU'} are compiled"
     elif any(config.compile == "on" for config in case.trainings):
@@ -226,7 +222,7 @@ def _models(case: Case) -> Iterator[str | ThreefoldError]:
 
 
 def _place_of_model(case: Case, name: str, location: str, revision: str) -> str:
-    """Where a model from outside is. Raises SourceError or ConfigError if it is not to be had."""
+    """Where a model from outside is. Raises SourceError or ConfigError if it cannot be had."""
     if location.startswith("package:"):
         missing = [package for package in READS_GGUF if importlib.util.find_spec(package) is None]
         if missing:
@@ -270,7 +266,7 @@ def _disk(case: Case) -> Iterator[str]:
     # fp32 weights of each training, the state of the one that is at work, and the tokens of the text
     written = len(case.trained) * 4 * case.parameters + bool(case.trained) * sizes.STATE_BYTES * case.parameters
     if "data" in case.todo:
-        written += max(0, *(config.tokens for config in case.trainings), 0) * sizes.TOKEN_BYTES
+        written += case.tokens * sizes.TOKEN_BYTES
     places = (
         (paths.RUNS, written, "THREEFOLD_RUNS puts runs elsewhere, `threefold clean` frees what they take"),
         (Path(constants.HF_HUB_CACHE), sum(case.downloads.values()), "HF_HOME puts downloads elsewhere"),

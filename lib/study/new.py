@@ -27,6 +27,7 @@ from study.sizes import TRAINING_BYTES, parameters
 from threefold.config import SourceConfig
 from threefold.data import sources
 from threefold.data.templates import as_document
+from threefold.graphics import Graphics
 
 COLUMNS = {  # of the rows that each option reads, for messages
     "text": "plain text (.txt, .md), or rows with a column text",
@@ -62,12 +63,8 @@ class Machine:
 
     @classmethod
     def this(cls) -> "Machine":
-        import torch  # late: it takes seconds, and wrong input is refused before
-
-        if torch.cuda.is_available():
-            device = torch.cuda.get_device_properties(0)
-            return cls(cores(), device.total_memory, device.name)
-        return cls(cores(), psutil.virtual_memory().total)
+        graphics = Graphics.read()
+        return cls(cores(), graphics.memory or psutil.virtual_memory().total, graphics.name)
 
     @property
     def flops(self) -> float:

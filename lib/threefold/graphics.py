@@ -1,4 +1,4 @@
-"""The GPUs of this machine: what the driver shows of them, and whether torch can use them."""
+"""The GPUs of this machine: what the driver shows of them, whether torch can use them, and what it needs to compile."""
 
 from dataclasses import dataclass
 
@@ -86,3 +86,14 @@ def _runs(kernel: str, capability: tuple[int, int]) -> bool:
         return True
     built = (int(digits[:-1]), int(digits[-1]))
     return built <= capability and (form == "compute" or built[0] == capability[0])
+
+
+def missing_to_compile(device: str) -> str:
+    """What torch.compile lacks to build kernels for a device, "" if nothing. torch is imported only for a GPU."""
+    missing = machine.missing_to_compile(device)
+    if device == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            missing = " and ".join(filter(None, ("Triton on a GPU of compute capability 7.0 or later", missing)))
+    return missing

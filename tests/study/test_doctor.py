@@ -172,7 +172,9 @@ def test_what_keeps_torch_from_a_gpu_is_named(known, said):
     [((8, 9), ("sm_80", "sm_90")), ((12, 0), ("sm_90", "compute_90")), ((9, 4), ("gfx942",)), ((9, 0), ("sm_90a",))],
 )
 def test_a_gpu_that_torch_has_kernels_for(capability, kernels):
-    known = Graphics("a device file", (13, 0), "2.11", "13.0", 2, "Card", 80 * 10**9, capability, kernels)
+    versions = {"driver": (13, 0), "torch": "2.11", "cuda": "13.0"}
+    cards = {"count": 2, "name": "Card", "memory": 80 * 10**9, "capability": capability, "kernels": kernels}
+    known = Graphics(shown="a device file", **versions, **cards)
     assert known.check() == "2 x Card, 80 GB, driver for CUDA 13.0; torch 2.11"
 
 

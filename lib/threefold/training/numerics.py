@@ -14,9 +14,9 @@ from typing import TypeVar
 
 import torch
 
-from basics import machine
 from basics.errors import ConfigError
 from threefold.config import TrainConfig
+from threefold.graphics import missing_to_compile
 from threefold.memory import free_memory
 from threefold.model.device import pick_device
 from threefold.training.distributed import current
@@ -108,17 +108,6 @@ def matmul_flops(dtype: torch.dtype, seconds: float = 0.1) -> float:
             done += 1
         best = max(best, 2 * done * m * k * n / spent)
     return best
-
-
-def missing_to_compile(device: str) -> str:
-    """What torch.compile lacks to build kernels for this device, "" if nothing."""
-    missing = machine.missing_to_compile(device)
-    if device == "cuda":
-        from torch.utils._triton import has_triton
-
-        if not has_triton():
-            missing = " and ".join(filter(None, ("Triton on a GPU of compute capability 7.0 or later", missing)))
-    return missing
 
 
 def choose(config: TrainConfig, parameters: int, positions: int, device: str | None = None) -> Numerics:
