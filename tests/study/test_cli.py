@@ -20,7 +20,7 @@ from papertrail.plan import dependents
 from study import cli
 from study.cli import results
 from study.cli.common import open_existing
-from study.preset import load_preset, preset_names
+from study.preset import TRAINED, load_preset, preset_names
 from study.run import Run, open_run, open_stage
 
 PRESET = (
@@ -133,6 +133,12 @@ def test_help_and_version(capsys):
     assert call(capsys, "--version")[1].startswith("threefold 0.")
     for name in COMMANDS:
         assert call(capsys, name, "--help")[0] == 0
+
+
+@pytest.mark.parametrize("words", [["generate", "Once"], ["chat"], ["export", "out"]])
+def test_the_checkpoint_of_every_training_can_be_named(words):
+    for name in TRAINED:
+        assert cli.parser().parse_args([*words, "--stage", name]).stage == name
 
 
 def test_without_a_command_it_prints_examples_presets_and_stages(project, capsys):
