@@ -55,7 +55,8 @@ def write_card(stage: Stage, result: TrainResult) -> str:
     hashes the folder's files."""
     folder, plan = stage.partial, stage.run.plan
     own = {**read_run_file(folder), "tokens": result.tokens, "weights_sha256": sha256_file(folder / hf.WEIGHTS)}
-    before = [name for name in plan if name in ancestors(plan, stage.name) and replicate_of(name)[0] in TRAINED]
+    needed = ancestors(plan, stage.name)
+    before = [name for name in plan if name in needed and replicate_of(name)[0] in TRAINED]
     card = _card(stage, result, [*map(stage.run.require, before), own])
     atomic_write(folder / hf.CARD, card)
     return card

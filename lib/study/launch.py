@@ -71,7 +71,7 @@ def _let_go(process: subprocess.Popen) -> None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """No worker outlives this: those that torchrun cannot end leave when their stdin does."""
+    """End torchrun. Workers that it can no longer end do so themselves when their stdin is closed."""
     try:
         if process.poll() is None:
             process.terminate()
@@ -85,7 +85,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _explanation(errors: IO[str], status: int, say: Callable[[str], None]) -> str:
-    """Why the workers ended: the others fail in the wake of the first one to."""
+    """Why the workers ended. When one fails, the others fail because of it, so the first error counts."""
     errors.seek(0)
     text = errors.read()[-TAIL:]
     for rank, number in KILLED.findall(text):

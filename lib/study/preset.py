@@ -226,7 +226,7 @@ def to_toml(preset: Preset) -> str:
 def parse_overrides(texts: str | Iterable[str]) -> dict[str, Any]:
     """Texts such as `sft.learning_rate=1e-4` or `seed=3; model.norm=layer` as {dotted key: value}.
 
-    A value is read by the type of its key: as it stands for a string, as a TOML value otherwise (`3e-4`, `true`,
+    A value is read by the type of its key: literally for a string, as a TOML value otherwise (`3e-4`, `true`,
     `[0, 3]`, `{source = "x"}`; `0,3` for a list). One string may hold several overrides between semicolons.
     Raises ConfigError: no `=`, unknown key.
     """
@@ -383,17 +383,18 @@ def _check_ablations(preset: Preset) -> None:
             f"ablations.train: leave out steps, tokens and epochs, ablations.steps = {ablations.steps} says how long"
         )
     trainings = {"ablations.base": (base, ablations.train)}
-    named = [("variants", one) for one in ablations.variants] + [("chain", one) for one in ablations.chain]
-    named += [("chain", ",".join(ablations.chain))] if ablations.chain else []
-    named += [("scale", ablations.scale)] if ablations.scale else []
-    for key, variant in named:
+    variants = [("variants", variant) for variant in ablations.variants]
+    variants += [("chain", part) for part in ablations.chain]
+    variants += [("chain", ",".join(ablations.chain))] if ablations.chain else []
+    variants += [("scale", ablations.scale)] if ablations.scale else []
+    for key, variant in variants:
         try:
-            trainings[f"ablations.{key}: {variant!r}"] = apply_variant(base, ablations.train, variant)
+            training = apply_variant(base, ablations.train, variant)
         except ConfigError as error:
             raise ConfigError(f"ablations.{key}: {error}") from None
-    for key, variant in named:
-        if key != "variants" and trainings[f"ablations.{key}: {variant!r}"] == (base, ablations.train):
+        if key != "variants" and training == (base, ablations.train):
             raise ConfigError(f"ablations.{key}: {variant!r} is what the base has already")
+        trainings[f"ablations.{key}: {variant!r}"] = training
     if ablations.chain and len(attribution_chain(ablations)) < 1 + len(ablations.chain) + bool(ablations.scale):
         raise ConfigError("ablations.chain: two of its parts begin with the same key, by which a part is named")
     if ablations.scale and not ablations.chain:
@@ -448,8 +449,8 @@ def section(stage: str) -> str:
 
 
 def kind_and_model(stage: str) -> tuple[str, str]:
-    """("evaluate", "sft") of the stage "evaluate-sft", ("tune", "sft") of "tune-sft"; ("sft", "sft") of any other. The
-    name is that of a first training."""
+    """("evaluate", "sft") of the stage "evaluate-sft", ("tune", "sft") of "tune-sft", ("sft", "sft") of "sft". The
+    model keeps the replicate that the stage's name ends in."""
     kind, _, model = stage.partition("-")
     return (kind, model) if kind in ("evaluate", "tune") else (stage, stage)
 

@@ -37,7 +37,6 @@ from study.preset import (
 )
 
 COMMON_PARAMETERS = ("preset", "run", "data_dir", "overrides", "overwrite")  # of every notebook
-PRETRAINED = ("pretrain", "gpt2", "gpt2-adamw", "distilgpt2")  # the stages of notebook 01, by its parameter `model`
 CHOICE = "choice.json"  # of a stage that tunes: the learning rates that its trials chose
 # Stages whose parameters are the keys of another section than the one of their name.
 SECTIONS = {"tune": "tuning", "evaluate": "evaluation", "speed": "evaluation", "compare": "evaluation"}
@@ -115,8 +114,8 @@ class Run(papertrail_run.Run):
             return "missing"
         if stage == self.project.summary:
             return files.sha256_json(facts)
-        result = (facts["outputs"].get(name) for name in ("model.safetensors", CHOICE))
-        return next(filter(None, result), None) or files.sha256_json(facts["outputs"])
+        outputs = facts["outputs"]
+        return outputs.get("model.safetensors") or outputs.get(CHOICE) or files.sha256_json(outputs)
 
     def environment(self) -> dict[str, str]:
         return {
@@ -240,7 +239,7 @@ class Stage(papertrail_stage.Stage):
     @property
     def subject(self) -> str:
         """The model's name in records, with its replicate: "sft-seed2" of "evaluate-sft-seed2"."""
-        return self.name.removeprefix("evaluate-").removeprefix("tune-")
+        return kind_and_model(self.name)[1]
 
     @property
     def model(self) -> str:
@@ -275,7 +274,7 @@ def open_stage(stage: str, /, **parameters: Any) -> Stage:
     if kind not in stages.NOTEBOOKS:
         raise ConfigError(f"unknown stage {base!r}{did_you_mean(base, stages.NOTEBOOKS)}")
     part = SECTIONS.get(kind, section(kind))
-    takes_model = kind in PRETRAINED or kind in ("evaluate", "tune")
+    takes_model = kind in stages.PRETRAINED or kind in ("evaluate", "tune")
     keys = [
         *COMMON_PARAMETERS,
         *(["model"] if takes_model else []),
@@ -290,9 +289,9 @@ def open_stage(stage: str, /, **parameters: Any) -> Stage:
 
     model, replicate = given.pop("model", None), given.pop("replicate", replicate)
     if base == "pretrain" and model:
-        if model not in PRETRAINED:
-            hint = did_you_mean(str(model), PRETRAINED)
-            raise ConfigError(f"model {shown(model)}{hint}; allowed: {', '.join(PRETRAINED)}")
+        if model not in stages.PRETRAINED:
+            hint = did_you_mean(str(model), stages.PRETRAINED)
+            raise ConfigError(f"model {shown(model)}{hint}; allowed: {', '.join(stages.PRETRAINED)}")
         base, part = model, section(model)
     if base in ("evaluate", "tune"):
         base = f"{base}-{model or 'pretrain'}"
@@ -309,9 +308,11 @@ def open_stage(stage: str, /, **parameters: Any) -> Stage:
     common = {name: text_parameter(name, value) for name, value in common.items()}
     run = open_run(**common, overrides=values, create=False)
     model = kind_and_model(base)[1]
-    models = {"evaluate": model_names, "tune": trained}.get(kind, lambda preset: [model])(run.preset)
-    if model not in models:
-        raise ConfigError(f"model {model!r}{did_you_mean(model, models)}; allowed in this preset: {', '.join(models)}")
+    if kind in ("evaluate", "tune"):
+        models = model_names(run.preset) if kind == "evaluate" else trained(run.preset)
+        if model not in models:
+            hint = did_you_mean(model, models)
+            raise ConfigError(f"model {model!r}{hint}; allowed in this preset: {', '.join(models)}")
     if kind == "tune" and not run.preset.tuning.multipliers:
         raise ConfigError(
             "tuning.multipliers is empty: no learning rate is tuned; overrides='tuning.multipliers=0.5,1,2'"
@@ -321,7 +322,7 @@ def open_stage(stage: str, /, **parameters: Any) -> Stage:
     if overwrite in (False, "false"):
         _check_overwriting(run)
     run.create()  # only now, so that a wrong parameter leaves nothing behind
-    if kind in (*TRAINED, "tune", "evaluate", "ablations", "speed"):
+    if kind not in ("data", "compare"):
         _choose_threads(run.plan, name)
     return Stage(
         name=name, run=run, config=getattr(run.preset, section(model) if kind == "tune" else part), nproc=nproc
@@ -329,8 +330,8 @@ def open_stage(stage: str, /, **parameters: Any) -> Stage:
 
 
 def _choose_threads(plan: Plan, stage: str) -> None:
-    """Set torch's threads where nothing else has, as `threefold run` does with OMP_NUM_THREADS: as many as it would
-    take, so that sums come out the same, but no more than cores are idle. Prints the choice."""
+    """Set torch's threads where OMP_NUM_THREADS does not: as many as `threefold run` would choose, so that sums come
+    out the same, but no more than there are idle cores. Prints the choice."""
     if "OMP_NUM_THREADS" in os.environ:
         return
     import torch  # late: it takes seconds; the stages that choose need it anyway
@@ -380,7 +381,7 @@ def _check_overwriting(run: Run) -> None:
 def text_parameter(name: str, value: Any) -> str:
     """A notebook's parameter that is a text. papermill's -p makes numbers of texts such as 2024, 001 and 1e3.
 
-    Raises ConfigError where the number does not tell the text.
+    Raises ConfigError where the text cannot be known from the number.
     """
     text = value if isinstance(value, str) else passed_to_papermill(name)
     if isinstance(value, bool | float) or text not in (None, str(value)):

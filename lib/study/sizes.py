@@ -28,7 +28,7 @@ def _batch(rows: int, context: int, layers: int, width: int, vocabulary: int) ->
 _MODEL = ("model.n_layer", "model.d_model", "model.d_ff", "model.context")
 _PASS = ("model.context", "model.n_layer", "model.d_model")
 _SPEED = ("evaluation.speed_batch_sizes", "evaluation.speed_prompt", "evaluation.speed_new_tokens")
-_ABLATIONS = ("ablations.seeds", "ablations.variants", "ablations.chain", "ablations.steps")
+_VARIANTS = ("ablations.seeds", "ablations.variants", "ablations.chain")
 _LENGTH = ("ablations.length_factor", *_PASS)
 
 
@@ -52,12 +52,11 @@ def _demands(vocabulary: str, trainings: tuple[str, ...]) -> Iterator[Demand]:
             tokens,
             lambda tokens, rows, times, context: 200 * tokens / max(1, rows * times * context),
         )
-    every = _ABLATIONS[:3]
-    yield "trainings in one notebook", 10**4, every, lambda seeds, variants, chain: seeds * (variants + chain + 1)
+    yield "trainings in one notebook", 10**4, _VARIANTS, lambda seeds, variants, chain: seeds * (variants + chain + 1)
     yield (
         "bytes of metrics",
         METRICS,
-        _ABLATIONS,
+        (*_VARIANTS, "ablations.steps"),
         lambda seeds, variants, chain, steps: 200 * seeds * (variants + chain + 1) * steps,
     )
     timed = ("ablations.rounds", "ablations.variants")

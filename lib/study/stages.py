@@ -45,6 +45,7 @@ NOTEBOOKS = {
     "ablations": "05_ablations",
     "compare": "06_compare",
 }
+PRETRAINED = [stage for stage, notebook in NOTEBOOKS.items() if notebook == "01_pretrain"]  # by its parameter `model`
 READS_TRAINING_TEXT = (*TRAINED, "ablations")
 # Keys of [pretrain] that do not change the time of its steps, which is all that the ablations take from that section.
 UNTIMED = ("learning_rate", "muon_learning_rate", "schedule", "warmup", "decay", "final_lr_ratio")
@@ -86,8 +87,11 @@ def plan(preset: Preset) -> Plan:
     parents |= {name: "gpt2" if name == "distilgpt2" else "data" for name in trained(preset) if name not in own}
     needs: dict[str, tuple[str, ...]] = {"data": ()}
     for name, parent in parents.items():
-        tuned = (f"tune-{name}",) if preset.tuning.multipliers else ()
-        needs |= {**dict.fromkeys(tuned, (parent,)), name: (parent, *tuned)}
+        if preset.tuning.multipliers:
+            needs[f"tune-{name}"] = (parent,)
+            needs[name] = (parent, f"tune-{name}")
+        else:
+            needs[name] = (parent,)
     for model in model_names(preset):
         # DPO is measured against the SFT checkpoint it started from: reward margins and the KL divergence to it.
         after = {"dpo": ("sft", "dpo"), "sft": ("sft",), "pretrain": ("pretrain",)}.get(model, ("data",))
@@ -109,11 +113,10 @@ def _spec(name: str, needs: tuple[str, ...]) -> StageSpec:
     """ "gpt2": 01_pretrain with model=gpt2, executed as 01_pretrain-gpt2; "sft-seed2": 02_sft with replicate=2."""
     base, replicate = replicate_of(name)
     kind, model = kind_and_model(base)
+    part = section(model)
     notebook, folder = NOTEBOOKS[kind], {"evaluate": f"evaluation/{model}", "tune": f"tuning/{model}"}.get(kind, base)
-    given = kind != base or (
-        notebook == NOTEBOOKS["pretrain"] and base != "pretrain"
-    )  # one notebook for several models
-    chosen = {"model": model} if given else {}
+    # one notebook serves several models; that of the pretrainings has a default
+    chosen = {"model": model} if kind != base or base in PRETRAINED[1:] else {}
     return StageSpec(
         name,
         notebook,
@@ -126,7 +129,7 @@ def _spec(name: str, needs: tuple[str, ...]) -> StageSpec:
         weight=16 if kind == "evaluate" and model not in OWN_MODELS else WEIGHTS.get(kind, 1),
         parallel=kind in TRAINED,
         memory_keys=MEMORY_KEYS.get(
-            kind, "{0}.batch_size (and raise {0}.accumulate by the same factor) or model.context".format(section(model))
+            kind, f"{part}.batch_size (and raise {part}.accumulate by the same factor) or model.context"
         ),
     )
 
@@ -183,7 +186,7 @@ def sections(preset: Preset, stage: str) -> dict[str, Any]:
     gpt2 = [*corpus, kind, "baselines.gpt2", "baselines.gpt2_revision"]
     keys = {
         "data": ["model.context", "model.sinks", "tokenizer", "data", "overlap"]
-        + [f"evaluation.{key}" for key in (evaluation_sources(preset) if kind == "data" else ())],
+        + [f"evaluation.{key}" for key in evaluation_sources(preset)],
         "pretrain": [*corpus, "pretrain"],
         "gpt2": gpt2,
         "gpt2-adamw": [*corpus, "gpt2_adamw"],

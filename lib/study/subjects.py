@@ -15,7 +15,7 @@ def subject(stage: Stage, model: str) -> LanguageModel:
     """The model of that name (`model_names`) as the stage's run has it; the stage's replicate of it.
 
     Raises MissingInput (the stage that makes it has not been run), SourceError and CheckpointError (a model from
-    outside that is not to be had, or whose weights do not fit).
+    outside that cannot be had, or whose weights do not fit).
     """
     baselines = stage.preset.baselines
     external = {entry.name: entry for entry in baselines.external}

@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in filter(None, [*getattr(options, "runs", []), getattr(options, "run", "")]):
                 common.run_folder(name)  # before the command's module, whose imports can take seconds
         module = importlib.import_module(f"study.cli.{options.module}")
-        # `run` and `train` answer signals themselves
+        # `run` and `train` handle signals themselves
         with contextlib.nullcontext() if options.command in ("run", "train") else terminable():
             return getattr(module, options.command)(options)
     except ThreefoldError as error:

@@ -86,15 +86,12 @@ def _resumed(run: Run) -> str:
             continue
         begun = files.read_note(folder / RUN_FILE)
         same = begun is not None and begun["fingerprint"].get("digest") == run.fingerprint(stage).digest
-        if kind == "tune":
-            trial = 1 + len(list(folder.glob("trial-*.json"))) if same else 1
-            places.append(
-                f"{stage} from step {(saved_step(folder / f'trial-{trial}') if same else 0) + 1} of trial {trial}"
-            )
-        elif same and (folder / "training.json").is_file():
+        if same and (folder / "training.json").is_file():
             places.append(f"{stage} is trained")
-        else:
-            places.append(f"{stage} from step {(saved_step(folder) if same else 0) + 1}")
+            continue
+        trial = 1 + (len(list(folder.glob("trial-*.json"))) if same else 0)
+        work, of_trial = (folder / f"trial-{trial}", f" of trial {trial}") if kind == "tune" else (folder, "")
+        places.append(f"{stage} from step {1 + (saved_step(work) if same else 0)}{of_trial}")
     return f": {', '.join(places)}" if places else ""
 
 
