@@ -81,7 +81,7 @@ records.publish(
 # ## Tokenizer
 #
 # A byte-level BPE, learned on this preset's own pretraining text or GPT-2's. The *sink* is its BOS token: one reserved
-# vocabulary row that stands before every sequence and is never a target. The tokenizer puts it there by itself, so that any
+# vocabulary row that comes before every sequence and is never a target. The tokenizer puts it there by itself, so that any
 # tool that follows the tokenizer runs the model as it was trained.
 
 # %%
@@ -209,7 +209,7 @@ pd.DataFrame(
 # %% [markdown]
 # ## Examples
 #
-# What a model is asked and taught, as it stands in the rows.
+# What a model is asked and taught, as it is in the rows.
 
 # %%
 shown = []

@@ -99,8 +99,8 @@ print(
 # %% [markdown]
 # ## Training
 #
-# One loop serves all stages. A loss is a mean over target tokens, whatever rows they stand in. An interrupted training goes on
-# from its last state when the notebook is run again. With several GPUs, or `nproc`, it runs in processes of its own
+# One loop serves all stages. A loss is a mean over target tokens, whatever rows they are in. An interrupted training is
+# resumed from its last state when the notebook is run again. With several GPUs, or `nproc`, it runs in processes of its own
 # (`threefold train` under torchrun) that share each step's rows and show their progress here.
 
 # %%

@@ -65,7 +65,7 @@ folder = stage.begin()
 # %% [markdown]
 # ## Examples
 #
-# Prompts stand in the format in which the model is later asked. An example longer than a row is left out, and counted;
+# Prompts have the format in which the model is later asked. An example longer than a row is left out, and counted;
 # what is shared with the evaluation sets was left out before (notebook 00).
 
 # %%

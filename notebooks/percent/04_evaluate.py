@@ -95,14 +95,15 @@ for evaluation in evaluations:
     )
 
 # %% [markdown]
-# How the model goes on from the same held-out lines as every other model (greedy; not scored).
+# The model's continuations of the held-out lines that every model is given (greedy; not scored).
 
 # %%
 if stage.replicate == 1 and config.perplexity.is_set:
     shown = sample_continuations(subject, config.perplexity, stage.run.data_dir, seed=stage.seed)
-    lines = [{"prompt": a, "continuation": b} for a, b in zip(shown["prompts"], shown["texts"], strict=True)]
-    if lines:
-        records.publish(f"continuations/{subject.name}", shown, markdown=records.table(lines))
+    pairs = zip(shown["prompts"], shown["texts"], strict=True)
+    table = [{"prompt": prompt, "continuation": text} for prompt, text in pairs]
+    if table:
+        records.publish(f"continuations/{subject.name}", shown, markdown=records.table(table))
 
 # %%
 records.publish(f"stage/{stage.name}", stage.finish(model_weights_sha256=subject.weights_sha256))
