@@ -187,7 +187,10 @@ def stage_values(stage: str, weights: str | None, tokens: int | None = None, sou
         "fingerprint": {
             "digest": sha(f"fingerprint {stage}"),
             "stage": stage,
-            "config": {"data": {stage: [{"source": name, "split": "train"} for name in sources]}, stage: recipe},
+            "config": {
+                "data": {stage: [{"source": name, "split": "train"} for name in sources]},
+                model.replace("-", "_"): recipe,
+            },
             "parents": {f"{parent}-seed{suffix}" if suffix and parent != "data" else parent: "x"} if parent else {},
         },
         "training": {"note": "CPU, 1 threads; fp32, as asked for; not compiled", "steps": 100},
@@ -334,7 +337,7 @@ def seal(run: Run) -> Run:
     return run
 
 
-LENGTH_MODES = {"full": 1.5, "window": 0.4, "sinks": 0.02, "anew": 0.05}  # rise past the training length
+LENGTH_MODES = {"full": 1.5, "window": 0.4, "sinks": 0.02, "recomputed": 0.05}  # rise past the training length
 
 
 def length_curves(
@@ -350,7 +353,7 @@ def length_curves(
         ("base", "rope", 1), ("sinks=0", "rope", 0), ("position=learned", "learned", 1), ("position=none", "none", 1)
     ):  # fmt: skip
         nats = {}
-        for mode in ("full", "anew") if position == "learned" else LENGTH_MODES:
+        for mode in ("full", "recomputed") if position == "learned" else LENGTH_MODES:
             past = 4 if position == "learned" and mode == "full" else 8  # buckets that have a prediction
             level_B = 3.0 + np.where(np.arange(8) >= 4, rises[mode], 0.0)[:past]
             nats[mode] = {

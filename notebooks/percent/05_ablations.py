@@ -14,8 +14,8 @@
 #
 # What is each component worth? A base model is trained again, and then once more for every component with its counterpart
 # in its place: same text in the same order, same steps, same seeds, feed-forwards of equal parameters. The optimizer is one
-# of the components, each at a learning rate of its own. Step times are taken in turn in one process, so that a slow moment
-# of the machine meets every variant alike.
+# of the components, each at a learning rate of its own. Step times are interleaved in one process, so that a slow moment of
+# the machine slows every variant alike.
 #
 # Input: stage `data`. Output: `runs/<run>/ablations/`, one folder a variant and seed with its checkpoint and curve. Trainings
 # run side by side, one a CPU thread or GPU; finished ones are kept when the notebook is interrupted, and a variant that is
@@ -154,8 +154,9 @@ replace(figures.ablation_curves(found), name="ablation-curves").publish()
 # %% [markdown]
 # ## Where a difference from GPT-2 comes from
 #
-# Where the preset has a chain: from GPT-2's recipe on, its optimizer and then one component after another is replaced by this
-# model's, and at last the model made larger. The order is the preset's, and a link's effect depends on what stands before it.
+# Where the preset has a chain: it begins with GPT-2's recipe and replaces its optimizer, then one component after another, by
+# this model's; its last link makes the model larger. The order is the preset's, and a link's effect depends on the links before
+# it.
 
 # %%
 losses = {
@@ -193,7 +194,7 @@ replace(kernels, name="kernels").publish()
 # %% [markdown]
 # ## Length
 #
-# What becomes of the loss past the training length? Streams of held-out text, many contexts long, are read by the base, by
+# What happens to the loss past the training length? Streams of held-out text, many contexts long, are read by the base, by
 # the other kinds of position and by other numbers of sinks: with attention over everything before, with the last tokens
 # alone, with the sinks beside them, and in recomputed windows. Learned positions end with their table.
 

@@ -131,7 +131,7 @@ tables.stage_evolution(comparison).publish()
 
 # %%
 #| label: tbl-continuations
-#| tbl-cap: "The first words of held-out lines chosen by the seed of the preset, and how each stage goes on: greedily, up to the end of the text or a fixed number of tokens."
+#| tbl-cap: "The first words of held-out lines chosen by the seed of the preset, and how each stage continues them: greedily, up to the end of the text or a fixed number of tokens."
 tables.continuations(comparison).publish()
 
 # %% [markdown]
@@ -175,7 +175,7 @@ figures.ablation_curves(variants).publish()
 
 # %%
 #| label: tbl-attribution
-#| tbl-cap: "From GPT-2's recipe to this model: the held-out loss after each replacement less that before it, mean over seeds with Student's 95% interval; then the links by group, and the whole. p is Holm-adjusted over the links, and apart from them over the groups. Shares are means over seeds. A link's effect depends on what stands before it in the chain."
+#| tbl-cap: "From GPT-2's recipe to this model: the held-out loss after each replacement less that before it, mean over seeds with Student's 95% interval; then the links by group, and the whole. p is Holm-adjusted over the links, and apart from them over the groups. Shares are means over seeds. A link's effect depends on the links before it in the chain."
 links = attribution.found(comparison)
 attribution.effects(links).publish()
 
@@ -196,7 +196,7 @@ components.ablation_effects(variants).publish()
 # %%
 #| label: tbl-kernels
 #| tbl-cap: "Components alone at the shapes of the original's model, forward and backward, interleaved, not compiled. Ratios: median over rounds with the 95% interval of order statistics."
-components.kernels((comparison.values("kernels") or {}).get("timings", ())).publish()
+components.kernels(comparison.values("kernels").get("timings", ())).publish()
 
 # %% [markdown]
 # ## Past the training length

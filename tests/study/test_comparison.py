@@ -428,7 +428,7 @@ def test_tables_of_a_run_that_measured_nothing_say_so(tmp_path):
     empty = Comparison.load(tmp_path)
     for made in (tables.stage_evolution, tables.standing, tables.speed, tables.protocols, tables.headline):
         assert made(empty).markdown == "*Not measured in this run.*"
-    assert figures.loss_curves(empty).text and figures.forest("x", empty, []).text
+    assert figures.loss_curves(empty).text and figures.forest("x", empty, [], columns=1).text
 
 
 # Figures -------------------------------------------------------------------------------------------------------------

@@ -77,4 +77,4 @@ def test_every_allowed_number_is_used():
 
 def test_the_prose_keeps_to_plain_words():
     for where, text in texts():
-        assert not re.search(r"\b(could show|told|anew|precedent’s)\b", text), (where, text)
+        assert not re.search(r"\b(could show|told|anew|by turns|goes on|precedent’s)\b", text), (where, text)

@@ -65,8 +65,8 @@ def test_full_is_the_cross_entropy_of_one_forward(parts):
 def test_window_and_sinks_are_full_while_nothing_has_left(parts):
     model, tokens = decoder(**parts), rows(2, 17)  # 16 are read, the last one is only predicted
     full = length.losses(model, tokens, "full")
-    for mode in ("window", "sinks", "anew"):
-        found = length.losses(model, tokens[:, :16] if mode == "anew" else tokens, mode)
+    for mode in ("window", "sinks", "recomputed"):
+        found = length.losses(model, tokens[:, :16] if mode == "recomputed" else tokens, mode)
         close(found, full[:, : found.shape[1]])
 
 
@@ -104,9 +104,9 @@ def test_one_layer_is_a_fresh_forward_over_what_is_held(mode, sinks):
 
 @pytest.mark.parametrize("parts", [*VARIANTS.values(), {"position": "learned"}], ids=[*VARIANTS, "learned"])
 @pytest.mark.parametrize("size", [12, 16, 17, 24, 61, 64])
-def test_anew_reads_every_window_from_nothing(parts, size):
+def test_recomputed_windows_are_read_on_their_own(parts, size):
     model, tokens, k = decoder(**parts), rows(2, size), parts.get("sinks", 1)
-    found = length.losses(model, tokens, "anew", batch_tokens=40)
+    found = length.losses(model, tokens, "recomputed", batch_tokens=40)
     assert found.shape == (2, size - 1)
     with torch.inference_mode():
         for row in range(2):
@@ -119,17 +119,17 @@ def test_anew_reads_every_window_from_nothing(parts, size):
 
 def test_learned_positions_end_with_their_table():
     model, tokens = decoder(position="learned"), rows(2, 40)
-    assert length.modes(model.config) == ("full", "anew")
+    assert length.modes(model.config) == ("full", "recomputed")
     for mode, message in (("full", "16 learned positions"), ("window", "learned positions"), ("sinks", "learned")):
         with pytest.raises(DataError, match=message):
             length.losses(model, tokens, mode)
     short = length.losses(model, tokens[:, :16], "full")
     close(length.losses(model, tokens[:, :16], "window"), short)
-    close(length.losses(model, tokens, "anew")[:, :15], short)
+    close(length.losses(model, tokens, "recomputed")[:, :15], short)
 
 
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(EvaluationError, match="no mode 'dense'; there are full, window, sinks, anew"):
+    with pytest.raises(EvaluationError, match="no mode 'dense'; there are full, window, sinks, recomputed"):
         length.losses(decoder(), rows(1, 20), "dense")
 
 
@@ -209,7 +209,7 @@ def test_the_record_of_a_variant(position):
 
 
 def test_the_rope_effect_is_a_difference_of_two_rises():
-    curves = length_curves({"full": 1.5, "anew": 0.2}, noise=0.0)
+    curves = length_curves({"full": 1.5, "recomputed": 0.2}, noise=0.0)
     curves["base"]["nats"]["full"]["1338"] = (np.asarray(curves["base"]["nats"]["full"]["1338"]) + 5).tolist()
     found = compared.rope(curves)  # a model that is worse everywhere extrapolates no worse
     assert found.interval.value == pytest.approx(1.3) and found.values_SN.shape == (3, 4)
@@ -238,7 +238,7 @@ def test_learned_positions_have_no_loss_past_their_table():
     learned = length_curves()["position=learned"]
     assert compared.mean_nats(learned, "full", 0.5, 1).shape == (3, 4)
     assert compared.mean_nats(learned, "full", 1, 2) is None and compared.rise(learned, "full") is None
-    assert compared.rise(learned, "anew").mean() == pytest.approx(0.05, abs=0.02)
+    assert compared.rise(learned, "recomputed").mean() == pytest.approx(0.05, abs=0.02)
 
 
 def test_octaves_reach_the_factor():

@@ -1,4 +1,4 @@
-"""From the records of a run to tables, figures, insights and claims. Every function takes a `Comparison`."""
+"""From the records of a run to tables, figures, findings and claims. Every function takes a `Comparison`."""
 
 from study.comparison.load import Comparison
 from study.comparison.results import Result

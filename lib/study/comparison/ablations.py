@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from study.comparison.differences import ALPHA
-from study.comparison.models import SHOWN
+from study.comparison.models import SHOWN, choice
 from study.comparison.results import bounds, count, estimate
 from threefold.evaluation import statistics
 from threefold.evaluation.statistics import paired_median, paired_student
@@ -27,14 +27,12 @@ _COMPONENTS = {one["key"]: one for one in SHOWN["component"]}
 
 
 def title(variant: str) -> str:
-    """A variant for a reader: "norm=layer" is "Normalisation: LayerNorm"; what no component is stays as it is."""
-    if "=" not in variant:
-        return variant
+    """A variant for a reader: "norm=layer" is "Normalisation: LayerNorm"; one of no component keeps its own name."""
     key, _, value = variant.partition(",")[0].partition("=")
-    component = _COMPONENTS.get(key)
     if key == "optimizer":
         return f"Optimizer: {SHOWN['optimizer'].get(value, value)}"
-    return f"{component['name']}: {component.get('names', {}).get(value, value)}" if component else variant
+    component = _COMPONENTS.get(key)
+    return f"{component['name']}: {choice(component, value)}" if component else variant
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Effect:
 
     @property
     def turned(self) -> "Effect":
-        """The variant against the base: what comes of switching on what the base is without."""
+        """The variant against the base: what a component brings that the base does not have."""
         change, high, low = bounds(lambda x: 1 / (1 + x) - 1, self.change, self.low, self.high)
         return Effect(self.quantity, change, low, high, self.values)
 
@@ -137,10 +135,21 @@ def contrasts(variants: Variants) -> list[dict[str, Any]]:
         [one["loss"] for one in found],
         *([one["log_step_seconds"][size] for one in found] for size in base["step_seconds"]),
     ]
-    for family in tests if found else ():
-        for test, p in zip(family, statistics.holm([test["p"] for test in family]), strict=True):
-            test["p_adjusted"] = p
+    for family in tests:
+        adjust(family)
     return found
+
+
+def adjust(tests: Sequence[dict[str, Any]]) -> None:
+    """Give every test its "p_adjusted": Holm's, over all of them."""
+    for test, p in zip(tests, statistics.holm([test["p"] for test in tests]), strict=True):
+        test["p_adjusted"] = p
+
+
+def half_width(tests: Sequence[Mapping[str, Any]]) -> float | None:
+    """Half the width of the tests' 95% intervals, in the median; None where no test has an interval."""
+    halves = [(test["high"] - test["low"]) / 2 for test in tests if test["low"] is not None]
+    return float(np.median(halves)) if halves else None
 
 
 def detected(contrast: dict[str, Any]) -> bool:

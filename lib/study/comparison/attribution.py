@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from study.comparison.ablations import Variants
+from study.comparison.ablations import Variants, adjust, half_width
 from study.comparison.differences import ALPHA
 from study.comparison.load import Comparison
 from study.comparison.models import SHOWN
 from study.comparison.results import Result, count, estimate, listed, say, table
 from threefold.config import TrainConfig
-from threefold.evaluation import statistics
 from threefold.evaluation.statistics import paired_student
 
 GROUPS = {"pipeline": "training pipeline", "architecture": "architecture", "scale": "scale"}
 TOTAL = "total"
 _PIPELINE = {entry.name for entry in fields(TrainConfig)}
+_NAMES = {one["key"]: one["name"] for one in SHOWN["component"]} | GROUPS
 
 Link = dict[str, Any]
 
@@ -59,8 +59,7 @@ def links(variants: Variants, chain: Mapping[str, str]) -> list[Link]:
         if (sums := _sums(found, group))
     ]
     for family in (found, groups):
-        for one, p in zip(family, statistics.holm([one["p"] for one in family]), strict=True):
-            one["p_adjusted"] = p
+        adjust(family)
     total = {**found[-1], "kind": TOTAL, "link": TOTAL, "group": TOTAL, "before": chain[names[0]]}
     total |= _effect(loss[names[0]], loss[names[-1]], whole)
     total["p_adjusted"] = total["p"]
@@ -69,7 +68,8 @@ def links(variants: Variants, chain: Mapping[str, str]) -> list[Link]:
 
 
 def _sums(found: Sequence[Link], group: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """The losses before and after the links of a group as if they stood together: (0, sum of the differences)."""
+    """A group's links as one, as `_effect` takes it: zeros before, the sum of their differences after. None for a
+    group without links."""
     own = [np.subtract(one["loss_after"], one["loss_before"]) for one in found if one["group"] == group]
     return (np.zeros_like(own[0]), np.sum(own, axis=0)) if own else None
 
@@ -106,10 +106,7 @@ def of(every: Sequence[Link], name: str) -> Link | None:
 
 def title(link: str) -> str:
     """A link's name for a reader: what was replaced."""
-    names = (
-        {one["key"]: one["name"] for one in SHOWN["component"]} | GROUPS | {TOTAL: "Total", "optimizer": "Optimizer"}
-    )
-    name = names.get(link, link.replace("_", " "))
+    name = _NAMES.get(link, link.replace("_", " "))
     return name[:1].upper() + name[1:]
 
 
@@ -134,8 +131,7 @@ def summary(every: Sequence[Link]) -> Result:
     total = of(every, TOTAL)
     if total is None:
         return Result("comparison/attribution-summary", {}, "No attribution was made in this run.", empty=True)
-    halves = [(one["high"] - one["low"]) / 2 for one in single(every) if one["low"] is not None]
-    half = float(np.median(halves)) if halves else None
+    half = half_width(single(every))
     shares = [f"{title(key).lower()} {share_text(one)}" for key in GROUPS if (one := of(every, key)) and one["share"]]
     detected = [title(one["link"]).lower() for one in single(every) if one["p_adjusted"] < ALPHA]
     text = say(

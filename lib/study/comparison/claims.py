@@ -44,17 +44,19 @@ class Scope(NamedTuple):
     basis: str = ""
 
     @property
+    def sizes(self) -> dict[str, float | None]:
+        return {"parameters": self.parameters, "tokens": self.tokens}
+
+    @property
     def text(self) -> str:
-        sizes = [
-            f"{compact(have)} {unit}" for have, unit in zip(self[:2], ("parameters", "tokens"), strict=True) if have
-        ]
+        sizes = [f"{compact(size)} {unit}" for unit, size in self.sizes.items() if size]
         return ", ".join([*sizes, *filter(None, self[2:])])
 
     def unmet(self, timed: bool) -> str:
         """Which condition of a claim is not met: a size or budget within a factor of two, and for times the device."""
-        for have, unit in zip(self[:2], ("parameters", "tokens"), strict=True):
-            if have is not None and not 0.5 <= have / CLAIMED[unit] <= 2:
-                return f"{compact(have)} {unit}, not {compact(CLAIMED[unit])}"
+        for unit, size in self.sizes.items():
+            if size is not None and not 0.5 <= size / CLAIMED[unit] <= 2:
+                return f"{compact(size)} {unit}, not {compact(CLAIMED[unit])}"
         if self.parameters is None:
             return "a model whose size is not recorded"
         return f"not an {CLAIMED['device']}" if timed and CLAIMED["device"] not in self.device else ""
@@ -101,12 +103,13 @@ class Claim:
         elif finding.unresolved or low is None or high is None:
             verdict, why = NOT_RESOLVED, finding.unresolved or "no interval"
         else:
-            inside = self.band[0] < low and high < self.band[1]
-            outside, why = high <= self.band[0] or low >= self.band[1], ""
-            verdict = NOT_RESOLVED
-            if inside or outside:
-                why = "" if finding.met else finding.scope.unmet(finding.timed)
-                verdict = VERDICTS[(2 if why else 0) + outside]
+            why = "" if finding.met else finding.scope.unmet(finding.timed)
+            if self.band[0] < low and high < self.band[1]:
+                verdict = SUPPORTED_HERE if why else SUPPORTED
+            elif high <= self.band[0] or low >= self.band[1]:
+                verdict = NOT_HERE if why else CONTRADICTED
+            else:
+                verdict, why = NOT_RESOLVED, ""
         return Verdict(self, verdict, replace(finding, text=f"{finding.text} ({why})") if why else finding)
 
 
@@ -133,15 +136,17 @@ class Verdict:
 def _ablation(comparison: Comparison, variant: str, quantity: str) -> Finding | None:
     """What a component brings against the variant without it, in percent."""
     effect = ablations.effect(comparison.by_variant("ablation"), variant, quantity)
-    scope = effect and _of_ablations(comparison, effect.basis)
-    timed = quantity == "tokens_per_second"
-    return effect and Finding(effect.text, *_times_100(effect.low, effect.high), scope=scope, timed=timed)
+    if effect is None:
+        return None
+    scope, timed = _of_ablations(comparison, effect.basis), quantity == "tokens_per_second"
+    return Finding(effect.text, *_times_100(effect.low, effect.high), scope=scope, timed=timed)
 
 
 def _of_ablations(comparison: Comparison, basis: str) -> Scope:
-    base, stage = comparison.by_variant("ablation").get(ablations.BASE, {}), comparison.stage("ablations") or {}
+    base = comparison.by_variant("ablation").get(ablations.BASE, {})
     tokens = max((curve["tokens"][-1] for curve in base.get("curves", ())), default=None)
-    return Scope(base.get("parameters"), tokens, training.device(stage), "held-out text", basis)
+    device = training.device(comparison.stage("ablations"))
+    return Scope(base.get("parameters"), tokens, device, "held-out text", basis)
 
 
 def _of_lineage(comparison: Comparison, model: str, data: str | None, n: int | None = None) -> Scope:
@@ -170,7 +175,7 @@ def _change(comparison: Comparison, measure: str, a: str, b: str, data: str) -> 
         apart = measured and not comparable(comparison, measure, a, b)
         return Finding("no common unit", instead="perplexities of different tokenizers") if apart else None
     instead = _other_set(comparison.protocol(measure), data)
-    if not instead and a == "gpt2" and comparison.stage("gpt2") is not None:
+    if not instead and a == "gpt2" and comparison.trained_here("gpt2"):
         instead = "against a GPT-2 trained here on this run's text, not the published one"
     scope = _of_lineage(comparison, b, comparison.protocol(measure), change.n)
     return Finding(change.text, *_times_100(change.low, change.high), instead=instead, scope=scope)
@@ -186,14 +191,11 @@ def _other_set(protocol: str | None, source: str) -> str:
 
 def _problems(comparison: Comparison, data: str) -> Finding | None:
     """Word problems solved by the last stage evaluated on them, in percent."""
-    model = next((name for name in reversed(LINEAGE) if comparison.value("problems", name)), None)
-    if model is None:
+    value = comparison.last("problems")
+    if value is None:
         return None
-    value, instead = comparison.value("problems", model), _other_set(comparison.protocol("problems"), data)
-    text, scope = (
-        f"{value_text(value)} ({comparison.name(model)})",
-        _of_lineage(comparison, model, value.protocol, value.n),
-    )
+    text, instead = f"{value_text(value)} ({comparison.name(value.model)})", _other_set(value.protocol, data)
+    scope = _of_lineage(comparison, value.model, value.protocol, value.n)
     return Finding(text, *_times_100(value.low, value.high), instead=instead, scope=scope)
 
 
@@ -221,8 +223,8 @@ def _speed(comparison: Comparison, a: str, b: str) -> Finding | None:
     settings = comparison.settings(b, "speed")
     size = training.total_parameters(comparison, b)
     scope = Scope(size, None, settings.get("device", ""), "decoding at batch 1", f"{n} repeats")
-    published = comparison.stage(a) is None
-    return Finding(estimate(ratio, low, high, decimals=2, unit="×"), low, high, scope=scope, met=published)
+    text, published = estimate(ratio, low, high, decimals=2, unit="×"), not comparison.trained_here(a)
+    return Finding(text, low, high, scope=scope, met=published)
 
 
 def _tokens_per_hour(comparison: Comparison) -> Finding | None:
@@ -284,9 +286,10 @@ def _attribution(comparison: Comparison, group: str) -> Finding | None:
     share = attribution.share_text(effect)
     text = estimate(effect["difference"], effect["low"], effect["high"], decimals=3, unit=" nats", sign=True)
     text += f", {share} of the whole difference" if share else ""
-    size, device = max(one["parameters"] for one in attribution.single(links)), comparison.stage("ablations") or {}
-    basis = Scope(size, effect["tokens"], training.device(device), "held-out text", count(effect["n"], "seed"))
-    return Finding(text, effect["low"], effect["high"], scope=basis)
+    size = max(one["parameters"] for one in attribution.single(links))
+    device = training.device(comparison.stage("ablations"))
+    scope = Scope(size, effect["tokens"], device, "held-out text", count(effect["n"], "seed"))
+    return Finding(text, effect["low"], effect["high"], scope=scope)
 
 
 _FUNCTIONS = (

@@ -10,7 +10,7 @@ from study.comparison import ablations, length
 from study.comparison.ablations import Variants
 from study.comparison.differences import ALPHA
 from study.comparison.results import NBSP, Result, plain, ratio, say, signed, table
-from threefold.evaluation.statistics import crossed_mean, paired_median
+from threefold.evaluation.statistics import paired_median
 
 SIZES = {"preset": "preset’s size", "ablation": "ablations’ size"}
 
@@ -41,8 +41,7 @@ def ablation_resolution(variants: Variants) -> Result:
     if not found:
         return Result("comparison/ablation-resolution", {}, markdown="No ablation was trained in this run.", empty=True)
     seeds, rounds = found[0]["loss"]["n"], len(next(iter(variants[ablations.BASE]["step_seconds"].values())))
-    halves = [(one["loss"]["high"] - one["loss"]["low"]) / 2 for one in found if one["loss"]["low"] is not None]
-    half = statistics.median(halves) if halves else None
+    half = ablations.half_width([one["loss"] for one in found])
     detected = [one["variant"] for one in found if ablations.detected(one)]
     timed = [one["log_step_seconds"]["preset"] for one in found if "preset" in one["log_step_seconds"]]
     reach = "One seed gives no interval: no difference in loss is resolved."
@@ -90,6 +89,6 @@ def length_losses(curves: length.Curves) -> Result:
                 span = f"{'½' if low == 0.5 else f'{low:g}'}–{high:g}×"
                 row[span] = None if nats is None else plain(float(nats.mean()), 3)
             change = length.rise(values, mode)
-            past = "no prediction" if change is None else length.in_nats(*crossed_mean(change)[:3])
+            past = "no prediction" if change is None else length.in_nats(change)
             rows.append(row | {"Past less within": past, "Seeds": len(values["nats"][mode])})
     return table("length-losses", rows)

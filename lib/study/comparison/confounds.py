@@ -11,7 +11,7 @@ from papertrail.records import escape
 from study.comparison import models, seeds
 from study.comparison.differences import Difference, compared
 from study.comparison.load import Comparison
-from study.comparison.recipes import FACETS, ancestry, apart, recipe, sources
+from study.comparison.recipes import ancestry, apart, recipe, sources
 from study.comparison.results import WORDS, Result, count, listed
 
 FEW = 30  # units below which an interval rests on its t distribution more than on its units
@@ -48,9 +48,10 @@ def of(comparison: Comparison, one: Difference) -> list[Caveat]:
     for key in apart(comparison, *pair):
         found += [Caveat(key, escape(recipe(comparison, model)[key]), name[model]) for model in pair]
     for model in pair:
-        if model in comparison.baselines and comparison.stage(model) is not None:
+        trained_here = comparison.trained_here(model)
+        if trained_here and model in comparison.baselines:
             found.append(Caveat("baseline", name[model]))
-        elif model != "random" and comparison.stage(model) is None:
+        elif not trained_here and model != "random":
             found.append(Caveat("elsewhere", name[model]))
     if not comparison.share_tokenizer(*pair):
         found.append(Caveat("tokenizer", listed([*name.values()])))
@@ -85,10 +86,8 @@ def numbered(comparison: Comparison) -> Numbers:
     return {key: (number, details) for number, (key, details) in enumerate(present.items(), 1)}
 
 
-def marks(comparison: Comparison, found: Iterable[Difference], numbers: Numbers | None = None) -> str:
-    """The numbers of the confounds of several differences, "C1–C3, C5"; "" where there is none. numbers: of `numbered`,
-    where several are referred to."""
-    numbers = numbered(comparison) if numbers is None else numbers
+def marks(comparison: Comparison, found: Iterable[Difference], numbers: Numbers) -> str:
+    """The numbers (of `numbered`) of the confounds of several differences, "C1–C3, C5"; "" where there is none."""
     touched = sorted(
         {numbers[caveat.key][0] for one in found for caveat in of(comparison, one) if caveat.key in numbers}
     )
@@ -111,8 +110,3 @@ def listing(comparison: Comparison) -> Result:
     values = {key: {"number": number, "details": details} for key, (number, details) in found.items()}
     text = "\n".join(lines) or "None was found."
     return Result("comparison/confounds", {"confounds": values}, markdown=text, empty=not found)
-
-
-def apart_in_words(comparison: Comparison, a: str, b: str) -> list[str]:
-    """What a reader calls the facets in which two models differ."""
-    return [FACETS[key] for key in apart(comparison, a, b)]

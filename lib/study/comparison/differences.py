@@ -142,9 +142,14 @@ def compared(comparison: Comparison, *questions: str) -> list[Difference]:
     return [one for one in adjust(every) if one is not None and (not questions or one.question in questions)]
 
 
+def stage_changes(comparison: Comparison) -> dict[tuple[str, str, str], Difference]:
+    """(STAGES or SINCE, key of a measure, later stage) -> what changed from stage to stage, and since pretraining."""
+    return {(one.question, one.measure.key, one.b): one for one in compared(comparison, STAGES, SINCE)}
+
+
 def _questions(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
     """(question, measure, a, b) of every comparison between models that the report makes."""
-    present = models.lineage(comparison.models)
+    present = comparison.lineage
     yield from ((STAGES, measure, a, b) for measure in STAGED for a, b in pairwise(present))
     yield from ((SINCE, measure, present[0], stage) for measure in STAGED for stage in present[2:])
     for place, baseline in enumerate(comparison.baselines):
@@ -156,7 +161,7 @@ def adjust(differences: Iterable[Difference | None]) -> list[Difference | None]:
     """The same differences with Holm's adjustment over all of them; absent ones stay absent."""
     every = list(differences)
     present = [one for one in every if one is not None]
-    adjusted = iter(statistics.holm([one.p for one in present]) if present else ())
+    adjusted = iter(statistics.holm([one.p for one in present]))
     return [one and replace(one, adjusted=next(adjusted), family=len(present)) for one in every]
 
 
@@ -215,7 +220,7 @@ def comparable(comparison: Comparison, measure: str, a: str, b: str) -> bool:
 
 
 def difference(comparison: Comparison, measure: str, a: str, b: str) -> Difference | None:
-    """`b` against `a`; None where either was not measured, per-item results are not at hand, or they do not compare."""
+    """`b` against `a`; None where either was not measured, per-item results are missing, or they do not compare."""
     key = (measure, a, b)
     if key not in comparison.differences:
         pair = paired(comparison, MEASURES[measure], a, b) if comparable(comparison, measure, a, b) else None

@@ -1,6 +1,7 @@
 """The report's figures: one colour a model, units on the axes, intervals where there are any."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,12 @@ from study.comparison.differences import Difference
 from study.comparison.load import Comparison
 from study.comparison.measures import Measure
 from study.comparison.models import SHOWN
-from study.comparison.results import NBSP, UNITS, Result, percent, signed
+from study.comparison.results import NBSP, UNITS, Result, count, percent, signed
 from study.comparison.training import smooth
 from study.preset import LINEAGE
 
 INK, RULE, GREY = "#1B1F24", "#D5DAE0", "#8A939C"
 WIDTH = 7.6  # inches
-DASHED = (0, (4, 3))
 
 
 def _style(axes: Axes, title: str = "", x: str = "", y: str = "", *, grid: str = "y", size: float = 9) -> Axes:
@@ -34,17 +34,6 @@ def _style(axes: Axes, title: str = "", x: str = "", y: str = "", *, grid: str =
     axes.set_xlabel(x, fontsize=size)
     axes.set_ylabel(y, fontsize=size)
     return axes
-
-
-def _panels(count: int, height: float, extra: float = 0, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, three a row of that height in inches."""
-    columns = min(3, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(WIDTH, height * rows + extra), layout="constrained")
-    every = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
-    for axes in every[count:]:
-        axes.set_visible(False)
-    return figure, every[:count]
 
 
 def _figure(name: str, figure: Figure | None, text: str, **values: Any) -> Result:
@@ -69,7 +58,7 @@ def loss_curves(comparison: Comparison) -> Result:
     """Training loss against tokens, one panel a stage family, held-out points on top."""
     panels = {"Pretraining and baselines": [one for one in comparison.trained if one not in LINEAGE[1:]]}
     panels |= {stage.upper(): [stage] for stage in LINEAGE[1:]}
-    curves = {stage: comparison.values(f"curve/{stage}") or {} for stages in panels.values() for stage in stages}
+    curves = {stage: comparison.values(f"curve/{stage}") for stages in panels.values() for stage in stages}
     curves = {stage: curve for stage, curve in curves.items() if curve.get("loss")}
     panels = {title: [stage for stage in stages if stage in curves] for title, stages in panels.items()}
     panels = {title: stages for title, stages in panels.items() if stages}
@@ -119,18 +108,16 @@ def ablation_curves(variants: ablations.Variants) -> Result:
         label = ablations.title(name)
         axes.plot(tokens / scale, loss, marker="o", markersize=3, label=label, **{"linewidth": 1.2} | style)
     axes.legend(frameon=False, fontsize=8, ncols=2)
-    n = len(next(iter(variants.values()))["curves"])
+    over = count(len(next(iter(variants.values()))["curves"]), "seed")
     ends = (f"{ablations.title(name)} {np.mean(one['heldout_loss']):.3f}" for name, one in variants.items())
-    text = (
-        f"Held-out loss falls with tokens; at the end, in means over {n} seed{'s' if n > 1 else ''}: {'; '.join(ends)}."
-    )
+    text = f"Held-out loss falls with tokens; at the end, in means over {over}: {'; '.join(ends)}."
     return _figure("ablation-curves", figure, text, drawn=list(variants))
 
 
 # Results -------------------------------------------------------------------------------------------------------------
 
 
-def forest(name: str, comparison: Comparison, found: Sequence[Difference], columns: int = 3) -> Result:
+def forest(name: str, comparison: Comparison, found: Sequence[Difference], columns: int) -> Result:
     """Differences with their 95% intervals, a panel a measure: the zero line, the margin of equivalence as a band,
     filled markers where a difference may be claimed. With one column the numbers stand beside the points."""
     if not found:
@@ -186,11 +173,16 @@ def length_curves(curves: length.Curves) -> Result:
     """Loss against position in contexts, a panel a variant, a line a mode; a cross where learned positions end."""
     if not curves:
         return _figure("length", None, "Loss past the training length was not measured.")
-    figure, grid = _panels(len(curves), 2.35, 0.35, sharex=True, sharey=True)
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(WIDTH, 2.35 * rows + 0.35), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for axes in grid[len(curves) :]:
+        axes.set_visible(False)
     handles: dict[str, Any] = {}
-    for place, (axes, values) in enumerate(zip(grid, curves.values(), strict=True)):
-        lowest = place >= len(curves) - min(3, len(curves))
-        x, y = "position, in training contexts" if lowest else "", "" if place % 3 else "loss (nats per token)"
+    for place, (axes, values) in enumerate(zip(grid, curves.values(), strict=False)):
+        lowest = place >= len(curves) - columns
+        x, y = "position, in training contexts" if lowest else "", "" if place % columns else "loss (nats per token)"
         handles |= _length_panel(_style(axes, length.title(values), x, y, size=8.5), values)
         axes.tick_params(labelbottom=lowest)
     shown = {length.MODES[mode]: handles[mode] for mode in length.MODES if mode in handles}
@@ -216,7 +208,7 @@ def _length_panel(axes: Axes, values: Mapping[str, Any]) -> dict[str, Any]:
             end, near = (x_B[-1], mean_B[-1]), {"xytext": (7, 5), "textcoords": "offset points"}
             axes.plot(*end, marker="X", color=colour, markersize=8, markeredgecolor="white", zorder=4)
             axes.annotate("the table ends", end, **near, fontsize=8, color=colour)
-    axes.axvline(1, color=GREY, linewidth=1, linestyle=DASHED, zorder=0)
+    axes.axvline(1, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator([2.0**power for power in range(-3, values["factor"].bit_length())]))
     axes.xaxis.set_minor_locator(NullLocator())

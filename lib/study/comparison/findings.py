@@ -18,12 +18,12 @@ from study.comparison.load import Comparison
 from study.comparison.measures import HEADLINE, MEASURES, STAGED
 from study.comparison.models import PLAN
 from study.comparison.original import ORIGINAL
-from study.comparison.recipes import sources
+from study.comparison.recipes import FACETS, apart, sources
 from study.comparison.results import WORDS, Result, compact, fill, listed, percent, value_text
 from study.preset import LINEAGE
 from threefold.evaluation.statistics import standard_error
 
-MOST, LONGEST = 8, 30  # findings of the page, words of each
+MOST, LONGEST = 8, 30  # findings of the page, words of each (an interval counts as two)
 PRIMARY = PLAN["primary"]  # the measure by which a comparison is summed up: of a stage, or "baseline"
 
 
@@ -44,28 +44,23 @@ def _say(key: str, **fields: Any) -> str:
     return fill(WORDS["findings"][key], {"b": "", "a": ""} | fields)
 
 
-def words(sentence: str) -> int:
-    """The number of words of a sentence, an interval being two."""
-    return len(sentence.split())
-
-
 def _of_difference(comparison: Comparison, key: str, one: Difference, link: str, *extra: str) -> Statement:
     """A finding on two models. extra: clauses that are added as long as the sentence stays short enough."""
     a, b = map(escape, one.names)
     margin = f"±{one.measure.size_text(one.measure.margin)}"
     sentence = _say(one.verdict, a=a, b=b, measure=one.measure.title.lower(), change=one.text, margin=margin)
-    apart = confounds.apart_in_words(comparison, one.a, one.b)
+    facets = [FACETS[key] for key in apart(comparison, one.a, one.b)]
     able = one.detectable_text if one.verdict == UNRESOLVED else None
-    marks = confounds.marks(comparison, [one])
-    clauses = [_say("marks", marks=f"[{marks}]({confounds.ANCHOR})")] if marks else []
-    clauses += extra
-    clauses += [_say("apart", apart=listed(apart))] if apart else []
+    numbers = confounds.marks(comparison, [one], confounds.numbered(comparison))
+    marks = _say("marks", marks=f"[{numbers}]({confounds.ANCHOR})") if numbers else ""
+    clauses = [marks, *extra]
+    clauses += [_say("apart", apart=listed(facets))] if facets else []
     clauses += [_say("able", able=able)] if able else []
     kept: list[str] = []
     for clause in clauses:
-        if words(f"{sentence}{''.join(kept)}{clause}") <= LONGEST:
+        if len(f"{sentence}{''.join(kept)}{clause}".split()) <= LONGEST:
             kept.append(clause)
-    order = sorted(kept, key=lambda clause: clause is clauses[0] and bool(marks))  # the marks stand last
+    order = sorted(kept, key=lambda clause: clause == marks)  # the first to be kept, and the last to be read
     evidence = tuple(dict.fromkeys(row.record for row in one.rows if row is not None))
     differs = one.verdict in (BETTER, WORSE)
     return Statement(key, f"{sentence}{''.join(order)}.", link, evidence, differs, (one.values(),), one)
@@ -110,25 +105,19 @@ def stages(comparison: Comparison) -> list[Statement]:
 
 def _learned(comparison: Comparison, stage: str) -> str:
     """Steps, examples and divergence from the reference of a stage."""
-    known = (comparison.values("data/sources") or {}).get("sources", ())
+    known = comparison.values("data/sources").get("sources", ())
     examples = sum(one.get("documents", 0) for one in known if one.get("use") == stage)
     kl = comparison.metric(stage, comparison.protocol("preferences"), "kl")
-    steps = ((comparison.stage(stage) or {}).get("training") or {}).get("steps")
+    steps = (comparison.stage(stage).get("training") or {}).get("steps")
     parts = [f"{steps:,} steps"] if steps else []
     parts += [f"{examples:,} {'pairs' if stage == 'dpo' else 'examples'}"] if examples else []
     parts += [f"KL {value_text(kl, with_interval=False)}"] if kl and stage == "dpo" else []
     return f"; {', '.join(parts)}" if parts else ""
 
 
-def _last(comparison: Comparison, measure: str) -> Any | None:
-    """A measure's value of the last stage that has one."""
-    rows = [comparison.value(measure, stage) for stage in LINEAGE]
-    return next((row for row in reversed(rows) if row is not None), None)
-
-
 def sentiment(comparison: Comparison) -> list[Statement]:
     """The last stage beside always giving the more frequent label."""
-    row, majority = _last(comparison, "sentiment"), comparison.majority
+    row, majority = comparison.last("sentiment"), comparison.majority
     if row is None or row.low is None or majority is None:
         return []
     side = "above" if row.low > majority else "below" if row.high < majority else "level"
@@ -139,7 +128,7 @@ def sentiment(comparison: Comparison) -> list[Statement]:
 
 def problems(comparison: Comparison) -> list[Statement]:
     """How many word problems the last stage solves."""
-    row = _last(comparison, "problems")
+    row = comparison.last("problems")
     if row is None:
         return []
     sentence = _say("problems", b=comparison.name(row.model), value=value_text(row), n=row.n)

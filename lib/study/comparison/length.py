@@ -1,4 +1,4 @@
-"""Loss past the training length: what each way of reading on costs, and how much attention the sinks get.
+"""Loss past the training length: what each way of reading costs there, and how much attention the sinks get.
 
 Curves are the values of the records `length/<variant>` (`evaluation.length.by_position`), by variant: mean nats per
 token of each stream in buckets of position, for each mode and seed. Seeds and streams are both samples; intervals are
@@ -7,7 +7,6 @@ token of each stream in buckets of position, for each mode and seed. Seeds and s
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from study.comparison.ablations import BASE
 from study.comparison.load import Comparison
 from study.comparison.models import SHOWN
 from study.comparison.results import count, estimate
+from threefold.evaluation.results import RECOMPUTED
 from threefold.evaluation.statistics import Interval, crossed_mean
 
 Curves = Mapping[str, Mapping[str, Any]]  # variant -> values of its record
@@ -23,8 +23,6 @@ Curves = Mapping[str, Mapping[str, Any]]  # variant -> values of its record
 MODES = {key: mode["name"] for key, mode in SHOWN["mode"].items()}
 POSITIONS = {"rope": "RoPE", "learned": "learned positions", "none": "no positions"}
 LEARNED = "position=learned"
-RECOMPUTED = "anew"  # as the records name recomputed windows
-in_nats = partial(estimate, decimals=3, unit=" nats", sign=True)
 
 
 def found(comparison: Comparison) -> dict[str, dict[str, Any]]:
@@ -66,6 +64,11 @@ def rise(values: Mapping[str, Any], mode: str, seeds: list[str] | None = None) -
     return None if past is None or within is None else past - within
 
 
+def in_nats(change_SN: np.ndarray) -> str:
+    """The mean of a change over seeds and streams with its interval, "+0.120 nats [+0.080, +0.160]"."""
+    return estimate(*crossed_mean(change_SN)[:3], decimals=3, unit=" nats", sign=True)
+
+
 # The claims ----------------------------------------------------------------------------------------------------------
 
 
@@ -89,13 +92,13 @@ class Effect:
     @property
     def text(self) -> str:
         """ "+0.120 nats [+0.080, +0.160], what"."""
-        return f"{in_nats(*self.interval[:3])}, {self.what}"
+        return f"{in_nats(self.values_SN)}, {self.what}"
 
 
 def rope(curves: Curves) -> Effect | None:
-    """What extrapolating costs RoPE against what going on costs learned positions, the base against its variant.
+    """What positions past the training length cost RoPE, less what they cost learned positions: base against variant.
 
-    Past its table a learned model predicts nothing: it can only read on in windows, with positions from 0 again. The
+    Past its table a learned model predicts nothing; it can only read windows, each with positions from 0. The
     effect is the rise of RoPE's loss past the training length under full attention, less the rise of the learned
     model's in recomputed windows: same seeds, same streams. Differences of two rises leave out how good the two models
     are within their training length. None without both curves.
@@ -103,7 +106,7 @@ def rope(curves: Curves) -> Effect | None:
     base, learned = curves.get(BASE), curves.get(LEARNED)
     if base is None or learned is None or base["position"] != "rope":
         return None
-    both = sorted(set(base["nats"]["full"]) & set(learned["nats"][RECOMPUTED]), key=int)
+    both = sorted(set(base["nats"]["full"]) & set(learned["nats"].get(RECOMPUTED, ())), key=int)
     if not both:
         return None
     return Effect(
@@ -134,7 +137,7 @@ def octaves(factor: int) -> list[tuple[float, float]]:
 
 def attention(comparison: Comparison) -> dict[str, dict[str, Any]]:
     """The sinks' shares of attention by layer and head that a run's records hold, by variant."""
-    return (comparison.values("attention/sinks") or {}).get("variants", {})
+    return comparison.values("attention/sinks").get("variants", {})
 
 
 def sinks_title(values: Mapping[str, Any]) -> str:
@@ -148,5 +151,5 @@ def variables(comparison: Comparison) -> dict[str, str | None]:
     values = {f"length_{key}": str(base.get(key, "")) or None for key in ("factor", "context")}
     measured = {f"rise_{mode}": rise(base, mode) if mode in base["nats"] else None for mode in ("full", "window")}
     for key, nats_SN in (measured | {"sinks": effect and effect.values_SN}).items():
-        values[f"length_{key}"] = None if nats_SN is None else in_nats(*crossed_mean(nats_SN)[:3])
+        values[f"length_{key}"] = None if nats_SN is None else in_nats(nats_SN)
     return values

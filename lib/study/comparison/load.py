@@ -17,7 +17,7 @@ from papertrail.records import Record
 from papertrail.run import read_run_file
 from study.comparison import models
 from study.comparison.measures import MEASURES, unit_of
-from study.preset import REPLICATED
+from study.preset import LINEAGE, REPLICATED
 from study.run import Run
 from study.stages import replicate_folder
 
@@ -34,7 +34,7 @@ class Comparison:
     """What the notebooks of one run measured. Everything the report says is a function of this."""
 
     records: dict[str, Record]
-    folder: Path | None = None  # the run's folder: per-item results lie there; None when only notebooks are at hand
+    folder: Path | None = None  # the run's folder, with the per-item results; None where only notebooks were read
     resamples: int = 10_000
     absent: tuple[str, ...] = ()  # stages that the run's preset asks for and that are not finished
     # From 2 on: the other trainings of the lineage, each a comparison of its own under the first's names ("sft", not
@@ -54,7 +54,7 @@ class Comparison:
 
         Raises:
             MissingInput: a notebook that was not run; names the command.
-            RecordError: an error output, a record that stands twice, weights that are not the stage's, or two
+            RecordError: an error output, a record that two notebooks hold, weights that are not the stage's, or two
                 replicates of a stage with the same weights.
         """
         resamples, absent = 10_000, ()
@@ -88,8 +88,8 @@ class Comparison:
         return first
 
     def verify(self) -> None:
-        """Every evaluation ran the weights that its stage made, and they still lie there, of every replicate; and no
-        replicate is another one's copy. Raises RecordError."""
+        """Check that every evaluation, those of replicates included, ran the weights that its stage made and that are
+        still there, and that no replicate is a copy of another. Raises RecordError."""
         made: dict[tuple[str, str], int] = {}
         for replicate, comparison in self.trainings.items():
             prefix = f"replicate {replicate}: " if replicate > 1 else ""
@@ -103,7 +103,7 @@ class Comparison:
                             f"{comparison._made_again(stage)}"
                         )
             for model in REPLICATED:
-                weights = (comparison.stage(model) or {}).get("weights_sha256")
+                weights = comparison.stage(model).get("weights_sha256")
                 if weights and (earlier := made.setdefault((model, weights), replicate)) != replicate:
                     raise RecordError(
                         f"replicates {earlier} and {replicate} of {model} have the same weights {weights}: they are "
@@ -112,7 +112,7 @@ class Comparison:
 
     def _hashes(self, model: str) -> Iterator[tuple[str, str | None, str]]:
         """(place, SHA-256 of the model's weights there, the stage to run where it is not that of the places before)."""
-        if weights := (self.stage(model) or {}).get("weights_sha256"):
+        if weights := self.stage(model).get("weights_sha256"):
             yield f"stage {model} by its notebook", weights, ""
         if self.folder is not None and (weights := (read_run_file(self.folder / model) or {}).get("weights_sha256")):
             yield f"run.json of stage {model}", weights, model
@@ -138,10 +138,9 @@ class Comparison:
         """The first training and its replicates, in the order of their seeds."""
         return {1: self, **self.replicates}
 
-    def values(self, name: str) -> dict[str, Any] | None:
-        """The values of a record, None when there is none of that name."""
-        record = self.records.get(name)
-        return record.values if record else None
+    def values(self, name: str) -> dict[str, Any]:
+        """The values of a record; empty when there is none of that name."""
+        return self.records[name].values if name in self.records else {}
 
     def by_variant(self, kind: str) -> dict[str, dict[str, Any]]:
         """Variant -> values of the records "ablation/..." or "length/...". The variant is the override that it stands
@@ -149,40 +148,48 @@ class Comparison:
         found = {name: record.values for name, record in self.records.items() if name.startswith(f"{kind}/")}
         return {str(values.get("variant", name.partition("/")[2])): values for name, values in found.items()}
 
-    def stage(self, name: str) -> dict[str, Any] | None:
-        """run.json of a stage as its notebook published it; None where none of this run's stages made the model."""
+    def stage(self, name: str) -> dict[str, Any]:
+        """run.json of a stage as its notebook published it; empty where this run has no such stage."""
         return self.values(f"stage/{name}")
+
+    def trained_here(self, model: str) -> bool:
+        """Whether a stage of this run made the model."""
+        return f"stage/{model}" in self.records
 
     def model(self, name: str) -> dict[str, Any]:
         """Configuration and parameter counts of a model; later stages and the random control share pretraining's."""
-        own = self.values(f"model/{name}")
-        shared = self.values("model/pretrain") if name in ("random", "sft", "dpo") else None
-        return own or shared or {}
+        shared = name in ("random", "sft", "dpo")
+        return self.values(f"model/{name}") or (self.values("model/pretrain") if shared else {})
 
     @cached_property
     def models(self) -> list[str]:
         """Evaluated models in the fixed order."""
-        return models.ordered(name.split("/")[1] for name in self.records if name.startswith("evaluation/"))
+        return models.ordered(self._subjects("evaluation/"))
+
+    @property
+    def lineage(self) -> list[str]:
+        """Evaluated stages of this run's own model, first to last."""
+        return [stage for stage in LINEAGE if stage in self.models]
 
     @cached_property
     def trained(self) -> list[str]:
         """Stages with a loss curve or tokens, in the fixed order."""
-        curves = [name.split("/")[1] for name in self.records if name.startswith("curve/")]
-        counted = [name for name in self._stages if (self.stage(name) or {}).get("tokens")]
+        curves = self._subjects("curve/")
+        counted = [name for name in self._subjects("stage/") if self.stage(name).get("tokens")]
         return [name for name in models.ordered(counted + curves) if name in {*models.MODELS, *self.models, *curves}]
 
-    @property
-    def _stages(self) -> list[str]:
-        return [name.split("/")[1] for name in self.records if name.startswith("stage/")]
+    def _subjects(self, *kinds: str) -> list[str]:
+        """What the records of these kinds are about, each once: models, or stages."""
+        return list(dict.fromkeys(name.split("/")[1] for name in self.records if name.startswith(kinds)))
 
     @cached_property
     def baselines(self) -> list[str]:
         """Evaluated models that our stages are compared with, in the fixed order."""
-        return [one for one in self.models if models.is_baseline(one, trained_here=self.stage(one) is not None)]
+        return [one for one in self.models if models.is_baseline(one, trained_here=self.trained_here(one))]
 
     def name(self, model: str) -> str:
         """The model's name for a reader."""
-        return models.name(model, trained_here=self.stage(model) is not None)
+        return models.name(model, trained_here=self.trained_here(model))
 
     def evaluations(self, model: str) -> dict[str, dict[str, Any]]:
         """Protocol -> values of the model's evaluation record."""
@@ -245,7 +252,7 @@ class Comparison:
             (replicate, model, protocol, *_form(protocol), metric, "", *map(entry.get, ("value", "low", "high", "n")),
              unit_of(entry.get("unit")), comparison.record(model, protocol))
             for replicate, comparison in self.trainings.items()
-            for model in dict.fromkeys(name.split("/")[1] for name in comparison.records if name.startswith(MEASURED))
+            for model in comparison._subjects(*MEASURED)
             for protocol, values in comparison.evaluations(model).items()
             for metric, entry in values.get("metrics", {}).items()
             if entry.get("value") is not None
@@ -284,12 +291,16 @@ class Comparison:
         """The measure's row of the table for a model; None when it was not measured."""
         return self._rows.get((measure, model, replicate))
 
+    def last(self, measure: str) -> Any | None:
+        """The measure's row of the table for the last stage of our model that has one; None without any."""
+        return next((row for stage in reversed(LINEAGE) if (row := self.value(measure, stage)) is not None), None)
+
     def metric(self, model: str, protocol: str | None, metric: str) -> Any | None:
         """One metric's row of the table; None when it was not measured."""
         return self._rows.get((protocol, metric, model, 1))
 
     def items(self, model: str, protocol: str) -> pd.DataFrame | None:
-        """Per-item results, None when they are not at hand. Raises RecordError when they are not those of the
+        """Per-item results, None when they are missing. Raises RecordError when they are not those of the
         record."""
         if (model, protocol) not in self._items:
             self._items[model, protocol] = self._read_items(model, protocol)

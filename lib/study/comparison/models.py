@@ -2,10 +2,10 @@
 (display.toml)."""
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from basics import paths
-from study.preset import LINEAGE
 
 PLAN, SHOWN, _CHANGED = (
     tomllib.loads(paths.PLAN.with_name(f"{name}.toml").read_text(encoding="utf-8"))
@@ -28,10 +28,10 @@ def is_baseline(model: str, *, trained_here: bool) -> bool:
     return trained_here if known is None else known.get("baseline", False)
 
 
-def lineage(models: Iterable[str]) -> list[str]:
-    """The stages of this run's model that are among `models`, first to last."""
-    present = set(models)
-    return [stage for stage in LINEAGE if stage in present]
+def choice(component: Mapping[str, Any], value: Any) -> str:
+    """What a reader calls a configuration's value for a component of display.toml: "RMSNorm" for "rms"."""
+    text = str(value).lower()
+    return component.get("names", {}).get(text, text)
 
 
 def name(model: str, *, trained_here: bool = False) -> str:
@@ -52,7 +52,7 @@ def marker(model: str) -> str:
 
 
 def colour(model: str, models: Iterable[str] = ()) -> str:
-    """The model's colour; externals take theirs in the order in which they stand among `models`."""
+    """The model's colour; externals take theirs in their order among `models`."""
     if model in MODELS:
         return MODELS[model]["colour"]
     externals = [name for name in ordered(models) if name not in MODELS]

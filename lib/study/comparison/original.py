@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from study.comparison import training
-from study.comparison.differences import SINCE, STAGES, Difference, compared, difference
+from study.comparison.differences import SINCE, STAGES, Difference, compared, difference, stage_changes
 from study.comparison.load import Comparison
 from study.comparison.measures import MEASURES
 from study.comparison.models import MODELS
@@ -38,7 +38,7 @@ def _table(name: str, rows: Iterable[dict[str, Any]], **values: Any) -> Result:
 def by_model(comparison: Comparison, name: str) -> Result:
     """One of its tables with a row a model, its figures beside this run's: "original-models", "original-perplexity",
     "original-tasks" or "original-stages"."""
-    stages = {(one.question, one.measure.key, one.b): one for one in compared(comparison, STAGES, SINCE)}
+    stages = stage_changes(comparison)
     previous: dict[str, float] = {}
     rows = []
     for model, there in ORIGINAL["model"].items():
@@ -77,7 +77,7 @@ def _changes(there: dict[str, Any], previous: dict[str, Any]) -> dict[str, Any]:
 
 def standing(comparison: Comparison) -> Result:
     """Where its page says that its model matches, exceeds or lags GPT-2, and what our last stage does here."""
-    last = next((model for model in reversed(LINEAGE) if model in comparison.models), "")
+    last = comparison.lineage[-1] if comparison.lineage else ""
     found = {one.measure.key: one for one in compared(comparison, "gpt2") if one.b == last}
     words = {"better": "exceeds", "worse": "lags", "equivalent": "matches"}
     rows = []
@@ -92,7 +92,7 @@ def standing(comparison: Comparison) -> Result:
 
 
 def _speed(comparison: Comparison, a: str, b: str) -> str | None:
-    """Decoding speed of b at batch 1 as a multiple of a's, where they were timed by turns."""
+    """Decoding speed of b at batch 1 as a multiple of a's, where their timings were interleaved."""
     rates = [comparison.metric(model, "speed", "decode_b1") for model in (a, b)]
     return f"{rates[1].value / rates[0].value:.2f}×" if all(rates) and comparison.timed_together else None
 
@@ -161,8 +161,8 @@ def rerun(comparison: Comparison) -> Result:
         title = f"{MEASURES[sound].title}, {comparison.name(b)} against {comparison.name(a)}"
         changes = (difference(comparison, measure, a, b) for measure in (row["rerun"], sound))
         add(f"{sound}-{b}", title, row["claimed"], *(one and _figure(one) for one in changes))
-    last = next((model for model in reversed(LINEAGE) if model in comparison.models), "")
-    if last:
+    if comparison.lineage:
+        last = comparison.lineage[-1]
         title = f"{MEASURES['problems'].title}, {comparison.name(last)}"
         value = comparison.value("problems", last)
         add("problems", title, percent(0), first_problems(comparison, last), value and _figure(value))

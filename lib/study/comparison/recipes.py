@@ -11,9 +11,8 @@ from typing import Any
 
 from basics import names
 from study.comparison.load import Comparison
-from study.comparison.models import SHOWN
+from study.comparison.models import SHOWN, choice
 from study.comparison.results import compact, count
-from study.preset import LINEAGE
 
 FACETS: dict[str, str] = SHOWN["facet"]  # key -> what a reader calls it
 SAME_TOKENS = 0.03  # budgets that differ by less are one: documents are packed whole, so that few are exactly equal
@@ -23,23 +22,21 @@ def ancestry(comparison: Comparison, model: str) -> list[str]:
     """The trained stages that are in a model's weights, first to last, its own included; none of what was trained
     elsewhere."""
     facts = comparison.stage(model)
-    if facts is None or not facts.get("tokens"):
+    if not facts.get("tokens"):
         return []
-    before = LINEAGE[LINEAGE.index(model) - 1 : LINEAGE.index(model)] if model in LINEAGE[1:] else ()
-    parents = (facts.get("fingerprint") or {}).get("parents") or before
+    parents = (facts.get("fingerprint") or {}).get("parents") or ()
     found = [stage for name in parents for stage in ancestry(comparison, names.replicate_of(name)[0])]
     return [*found, model]
 
 
 def config(comparison: Comparison, stage: str) -> Mapping[str, Any]:
     """The configuration in a stage's fingerprint."""
-    return ((comparison.stage(stage) or {}).get("fingerprint") or {}).get("config") or {}
+    return (comparison.stage(stage).get("fingerprint") or {}).get("config") or {}
 
 
 def section(comparison: Comparison, stage: str) -> Mapping[str, Any]:
     """The training section of a stage's configuration: that of "gpt2-adamw" is "gpt2_adamw"."""
-    found = config(comparison, stage)
-    return found.get(stage) or found.get(stage.replace("-", "_")) or {}
+    return config(comparison, stage).get(stage.replace("-", "_")) or {}
 
 
 def sources(comparison: Comparison, *stages: str) -> set[str]:
@@ -51,13 +48,13 @@ def sources(comparison: Comparison, *stages: str) -> set[str]:
 
 def tokens(comparison: Comparison, model: str) -> list[int]:
     """Tokens trained on, a number a stage in the model's weights."""
-    return [int((comparison.stage(stage) or {})["tokens"]) for stage in ancestry(comparison, model)]
+    return [int(comparison.stage(stage)["tokens"]) for stage in ancestry(comparison, model)]
 
 
 def recipe(comparison: Comparison, model: str) -> dict[str, str | None]:
     """A model's facets."""
     stages = ancestry(comparison, model)
-    facts = [comparison.stage(stage) or {} for stage in stages]
+    facts = [comparison.stage(stage) for stage in stages]
     settings = [one.get("recipe") or section(comparison, stage) for stage, one in zip(stages, facts, strict=True)]
     budget = tokens(comparison, model)
     inherited = f" ({compact(sum(budget[:-1]))} inherited)" if budget[1:] else ""
@@ -91,11 +88,8 @@ def design(config: Mapping[str, Any]) -> str | None:
     """ "4 layers × 128; RMSNorm, SwiGLU, rotary (RoPE), 1 sink": shape and components."""
     if not config:
         return None
-    named = [
-        one["names"][str(config[one["key"]]).lower()]
-        for one in SHOWN["component"]
-        if one["key"] in config and one["key"] in ("norm", "ffn", "position")
-    ]
+    shown = [one for one in SHOWN["component"] if one["key"] in ("norm", "ffn", "position") and one["key"] in config]
+    named = [choice(one, config[one["key"]]) for one in shown]
     extras = [count(config["sinks"], "sink")] if config.get("sinks") else []
     extras += [word for key, word in SHOWN["extra"].items() if config.get(key)]
     return f"{count(config.get('n_layer', 0), 'layer')} × {config.get('d_model', 0)}; {', '.join(named + extras)}"

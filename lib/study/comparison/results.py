@@ -81,28 +81,25 @@ def _cell(template: str, fields: Any) -> Any:
 NOTHING = "*Not measured in this run.*"
 
 
-def table(
-    name: str, found: Iterable[Mapping[str, Any]], words: str = "", *, none: str = NOTHING, **values: Any
-) -> Result:
+def table(name: str, found: Iterable[Mapping[str, Any]], *, none: str = NOTHING, **values: Any) -> Result:
     """The record `comparison/<name>`: rows of cells, repeated entries of the first column shown once.
 
-    found: cells by title, or fields where words.toml has columns for the table. words: name of the table there, `name`
-    by default. none: what is shown where there are no rows. values: what the record holds beside the rows.
+    found: cells by title, or fields where words.toml has columns for the table. none: what is shown where there are no
+    rows. values: what the record holds beside the rows.
     """
-    rows, columns = list(found), WORDS["tables"].get(words or name)
+    rows, columns = list(found), WORDS["tables"].get(name)
     if columns:
         rows = [{fill(title, row): _cell(text, row) for title, text in columns.items()} for row in rows]
     shown = [dict(row) for row in rows]
     for row, above in zip(shown[1:], rows, strict=False):
         first = next(iter(row))
         row[first] = "" if row[first] == above[first] else row[first]
-    return Result(
-        f"comparison/{name}", {"rows": rows, **values}, markdown_table(shown) if rows else none, empty=not rows
-    )
+    markdown = markdown_table(shown) if rows else none
+    return Result(f"comparison/{name}", {"rows": rows, **values}, markdown, empty=not rows)
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """`records.table` that keeps no-break spaces, so that an interval stands on one line."""
+    """`records.table` that keeps no-break spaces, so that no interval is broken over two lines."""
 
     def kept(cell: Any) -> Any:
         return records.Markdown(NBSP.join(map(records.escape, cell.split(NBSP)))) if isinstance(cell, str) else cell

@@ -82,7 +82,7 @@ def spreads(comparison: Comparison) -> list[Spread]:
             p = statistics.deviation_p(deviation.value, len(values), error) if known else 1.0
             mean = sum(values) / len(values)
             found.append(Spread(measure, stage, tuple(values), first, mean, deviation, error, p))
-    adjusted = statistics.holm([one.p for one in found]) if found else []
+    adjusted = statistics.holm([one.p for one in found])
     return [replace(one, p_adjusted=p) for one, p in zip(found, adjusted, strict=True)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from papertrail import preregistration
 from study.comparison import ablations, attribution, claims, confounds, models, recipes, seeds, training
-from study.comparison.differences import EQUIVALENT, SINCE, STAGES, compared, difference
+from study.comparison.differences import EQUIVALENT, SINCE, STAGES, compared, difference, stage_changes
 from study.comparison.load import Comparison
 from study.comparison.measures import HEADLINE, MEASURES, STAGED
 from study.comparison.models import PLAN, SHOWN
@@ -41,7 +41,7 @@ def model_configurations(comparison: Comparison) -> Result:
 def _origin(comparison: Comparison, model: str) -> str:
     if model == "random":
         return "random initialisation"
-    if comparison.stage(model) is None:
+    if not comparison.trained_here(model):
         revision = comparison.facts(model).get("revision")
         return f"published, revision {revision[:8]}" if revision else "published"
     return "trained here"
@@ -57,7 +57,7 @@ def training_recipes(comparison: Comparison) -> Result:
 
 def parameters(comparison: Comparison) -> Result:
     """Parameters by component of the models trained here."""
-    every = {model: (comparison.values(f"model/{model}") or {}).get("parameters") for model in comparison.trained}
+    every = {model: comparison.values(f"model/{model}").get("parameters") for model in comparison.trained}
     counted = {comparison.name(model): counts for model, counts in every.items() if isinstance(counts, dict)}
     parts = dict.fromkeys(part for counts in counted.values() for part in counts if part != "total")
     rows = [
@@ -75,15 +75,14 @@ def architecture(comparison: Comparison) -> Result:
     def fields(component: dict[str, Any]) -> dict[str, Any]:
         key, theirs = component["key"], component["gpt2"]
         ours, variant = config[key], component.get("variant", "")
-        if same := ours == theirs:  # what a component would bring that the model is without, where a variant has it
+        if same := ours == theirs:  # what the other choice would bring, where a variant has it
             variant = next((name for name in variants if name.startswith(f"{key}=")), "")
         effects = [ablations.effect(variants, variant, quantity) for quantity in ablations.QUANTITIES]
         effects = [one.turned if same else one for one in effects if one is not None]
         measured = "; ".join(f"{ablations.QUANTITIES[one.quantity]} {one.text} ({one.basis})" for one in effects)
         if same:
             measured = f"same as GPT-2; with {variant}: {measured}" if measured else "same as GPT-2"
-        names = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in (theirs, ours)]
-        theirs, ours = (component.get("names", {}).get(name, name) for name in names)
+        theirs, ours = (models.choice(component, value) for value in (theirs, ours))
         claimed = "–" if same else component.get("claimed", "–")
         found = {"theirs": theirs, "ours": ours, "claimed": claimed, "measured": measured or "not measured here"}
         return component | found
@@ -110,8 +109,8 @@ def _by_model(comparison: Comparison, columns: Columns, **options: bool) -> list
 def headline(comparison: Comparison) -> Result:
     """Every model by every headline measure, with 95% intervals.
 
-    Perplexity per token stands only beside models that share the tokenizer of the pretrained model; bits per byte
-    stands beside all.
+    Perplexity per token is given only for models that share the tokenizer of the pretrained model, bits per byte for
+    all.
     """
     reference = "pretrain" if "pretrain" in comparison.models else (comparison.models or [""])[0]
     protocols = {key: comparison.protocol(key) for key in HEADLINE if comparison.protocol(key)}
@@ -200,10 +199,10 @@ def speed(comparison: Comparison) -> Result:
 
 def stage_evolution(comparison: Comparison) -> Result:
     """Each stage's value, its change from the stage before and since pretraining, always on the same items."""
-    every = {(one.question, one.measure.key, one.b): one for one in compared(comparison, STAGES, SINCE)}
+    every = stage_changes(comparison)
     found, numbers = [], confounds.numbered(comparison)
     for key in STAGED:
-        for stage in models.lineage(comparison.models):
+        for stage in comparison.lineage:
             if (value := comparison.value(key, stage)) is not None:
                 both = {"change": every.get((STAGES, key, stage)), "total": every.get((SINCE, key, stage))}
                 marks = confounds.marks(comparison, filter(None, both.values()), numbers) or None
@@ -245,8 +244,8 @@ def families(comparison: Comparison) -> Result:
 
 
 def continuations(comparison: Comparison) -> Result:
-    """How every stage goes on from the same prompts."""
-    found = {stage: comparison.values(f"continuations/{stage}") for stage in models.lineage(comparison.models)}
+    """How every stage continues the same prompts."""
+    found = {stage: comparison.values(f"continuations/{stage}") for stage in comparison.lineage}
     found = {stage: values for stage, values in found.items() if values}
     rows = [
         {"Prompt": prompt, "Model": comparison.name(stage), "Continuation": " ".join(values["texts"][place].split())}
@@ -333,10 +332,10 @@ def plan(comparison: Comparison) -> Result:
     published = [record for one in comparison.trainings.values() for record in one.records.values()]
     found = preregistration.finding(project(), published)
     order = f"not checked: {found.unchecked}" if found.unchecked else "run" if found.problems else "plan"
-    changed = [f"changed after results: {one['what']} ({one['why']})" for one in models.EXPLORATORY]
     rows = [("plan", found.plan_commit, found.plan_date, order)]
     rows += [("run", commit, found.run_started, None) for commit in found.run_commits or ("",)]
-    rows += [(what, "", one["day"], None) for what, one in zip(changed, models.EXPLORATORY, strict=True)]
+    for one in models.EXPLORATORY:
+        rows.append((f"changed after results: {one['what']} ({one['why']})", "", one["day"], None))
     named = [{"what": what, "commit": (commit or "")[:12] or None, "date": date, "order": first}
              for what, commit, date, first in rows]  # fmt: skip
     return table("plan", named, finding=asdict(found), exploratory=models.EXPLORATORY)

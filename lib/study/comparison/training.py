@@ -27,10 +27,6 @@ class Training:
         return 3600 * self.tokens / self.seconds
 
     @property
-    def gpus(self) -> list[str]:
-        return gpus(self.facts)
-
-    @property
     def device(self) -> str:
         return device(self.facts)
 
@@ -40,8 +36,9 @@ class Training:
         the training, in the format and with the threads it trained with; a GPU's "data sheet"."""
         if measured := (self.facts.get("training") or {}).get("matmul_flops"):
             return float(measured), "measured"
-        peaks = [1e12 * peak for name, peak in SHOWN["peak"].items() if self.gpus and name in self.gpus[0]]
-        return (len(self.gpus) * peaks[0], "data sheet") if peaks else None
+        used = gpus(self.facts)
+        peaks = [1e12 * peak for name, peak in SHOWN["peak"].items() if used and name in used[0]]
+        return (len(used) * peaks[0], "data sheet") if peaks else None
 
     @property
     def flops_per_second(self) -> float | None:
@@ -81,7 +78,7 @@ def trainings(comparison: Comparison, *stages: str) -> list[Training]:
     """Every stage that trained on tokens, in the fixed order; or those of `stages`."""
     found = []
     for stage in comparison.trained:
-        facts = comparison.stage(stage) or {}
+        facts = comparison.stage(stage)
         timed = "device" if facts.get("device_seconds") else "wall"
         seconds, tokens = facts.get(f"{timed}_seconds"), facts.get("tokens")
         if tokens and seconds and stage in (stages or comparison.trained):
@@ -137,7 +134,7 @@ def curves(comparison: Comparison) -> list[Curve]:
     """Every stage with a recorded loss curve."""
     found = []
     for stage in comparison.trained:
-        curve = comparison.values(f"curve/{stage}") or {}
+        curve = comparison.values(f"curve/{stage}")
         loss, step = np.asarray(curve.get("loss") or [], float), curve.get("step") or []
         if not len(loss):
             continue

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from study.comparison import models
 from study.comparison.load import Comparison
 from study.comparison.models import SHOWN
 from study.comparison.results import Result, plain, table
@@ -27,7 +26,7 @@ def scores(comparison: Comparison, protocol: str) -> tuple[np.ndarray, dict[str,
     items and cells are those that all models share; None with fewer than two models or incomplete cells.
     """
     wide = {}
-    for model in (*comparison.baselines, *models.lineage(comparison.models)):
+    for model in (*comparison.baselines, *comparison.lineage):
         frame = comparison.items(model, protocol)
         if frame is not None and {"item", "template", "draw", "correct"} <= set(frame.columns):
             wide[model] = frame.pivot(index="item", columns=["template", "draw"], values="correct")

@@ -21,13 +21,13 @@ from threefold.config import ModelConfig, SourceConfig
 from threefold.data import sources
 from threefold.data.tokenizer import encode
 from threefold.evaluation.perplexity import running_text
+from threefold.evaluation.results import RECOMPUTED
 from threefold.model.attention import Attention, AttentionContext, additive_mask, repeat_heads, rotary_tables
 from threefold.model.decoder import Decoder
 from threefold.model.kernels import rotate
 
 VERSION = 1  # raised when a number would come out differently
 VARIANTS = ("base", "sinks=0", "sinks=4", "position=learned", "position=none")  # measured where they were trained
-RECOMPUTED = "anew"  # recomputed windows: the name that published records have for them
 MODES = ("full", "window", "sinks", RECOMPUTED)
 FIRST_TOKENS = 4  # kept by "sinks" where a model has none of its own (Xiao et al. 2023, section 3.1)
 STEPS = 2  # buckets an octave
@@ -54,7 +54,7 @@ def by_position(
       `full`, attention over everything before; `window`, the last `model.context` tokens alone, each key and value as
       it was computed when its token came; `sinks`, the model's sinks (of a model without: the first four tokens) beside
       as many last ones as fill the context, rotary positions counted within the cache (Xiao et al. 2023, 2309.17453);
-      `anew`, windows of the context that move by half of it, each computed from nothing with positions from 0, the
+      `recomputed`, windows of the context that move by half of it, each computed on its own with positions from 0, the
       later half of it scored. `window` and `sinks` are `full` while nothing has left. Learned positions end with their
       table: `full` stops there, and `window` and `sinks`, which count all tokens, are left out.
     - Metrics: mean nats per token of each stream in buckets of position, two an octave and edges at the context's
@@ -189,7 +189,7 @@ def streamed(model: Decoder, tokens_BT: Tensor, sinks: int, window: int) -> Tens
         if tokens_BT.shape[1] > min(model.config.context, sinks + window):
             raise DataError(
                 f"a stream of {tokens_BT.shape[1]} tokens leaves the {model.config.context} learned positions or the "
-                'window of this model; read it in windows (mode "anew"), or train with position = "rope"'
+                'window of this model; read it in windows (mode "recomputed"), or train with position = "rope"'
             )
         return model.hidden(tokens_BT)
     h_BTD = model.embed(tokens_BT)

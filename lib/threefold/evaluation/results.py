@@ -19,7 +19,9 @@ if TYPE_CHECKING:  # readers of records import this module without waiting for t
     from threefold.evaluation.adapter import LanguageModel, Request
 
 Metric = dict[str, Any]
-PRECEDENT_ITEMS = 200  # sentiment items of the precedent's protocol; here, for readers of records that load no model
+# Here, for readers of records that load no model:
+PRECEDENT_ITEMS = 200  # sentiment items of the precedent's protocol
+RECOMPUTED = "recomputed"  # mode of `length`: windows of the context, each computed on its own
 LENGTH_TOLERANCE = 0.05  # share of items that may exceed the context before the setting itself is refused
 
 
