@@ -46,7 +46,7 @@ def rows(seed: int, n: int):
 
 
 def one_stage(train: TrainConfig = TRAIN) -> None:
-    """What a notebook does, from its door to run.json."""
+    """What a notebook does, from `open_stage` to run.json."""
     stage = open_stage("pretrain", preset=str(paths.RUNS / "tiny.toml"))
     folder = stage.begin(Fingerprint("pretrain", {}, {"c": "1"}, {}, {}, {}, 1))
     model = Decoder(MODEL)
@@ -183,7 +183,7 @@ def kills(home: Path, seed: int, wanted: int) -> dict:
 
 
 def full_disk(home: Path) -> dict:
-    """No room for the next state: the last one stays, and the training goes on from it where there is room again."""
+    """No room for the next state: the last one stays, and the training resumes from it once there is room again."""
     runs = fresh(home, "full")
     pid, said = forked(runs, at_event(30))
     ended(pid, said)

@@ -47,9 +47,8 @@ def examples(kind: str, number: int) -> Callable[[Callable], Callable]:
                 signal.signal(signal.SIGALRM, before)
 
         test.hypothesis.inner_test = counted
-        often = max(number, LEAST)
         return settings(
-            max_examples=often,
+            max_examples=max(number, LEAST),
             derandomize=True,
             deadline=None,
             suppress_health_check=QUIET,

@@ -31,13 +31,6 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_text(path: Path) -> str:
-    """The text of a file. Raises ValueError for a folder, pipe or device: reading one may never end."""
-    if os.path.lexists(path) and not path.is_file():
-        raise ValueError("not a regular file")
-    return path.read_text(encoding="utf-8")
-
-
 def sha256_tree(folder: str | Path) -> dict[str, str]:
     """{path relative to the folder, with /: SHA-256} of every file under it, sorted by path."""
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
@@ -50,7 +43,17 @@ def sha256_json(value: Any) -> str:
     return sha256_bytes(text.encode())
 
 
-POINTERS = {  # how a file begins that stands for another, and the command that fetches that one
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises ValueError for a folder, pipe or device: reading one may never end."""
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError("not a regular file")
+    return path.read_text(encoding="utf-8")
+
+
+POINTERS = {  # how a file begins that refers to another, and the command that fetches that one
     b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the file itself: run `git lfs pull`",
     b"/annex/objects/": "a git-annex pointer, not the file itself: run `git annex get`",
 }
@@ -86,7 +89,7 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to fill that takes its place, replacing what stood there, only if the block ends without an error.
+    """A folder to fill that takes its place, replacing what was there, only if the block ends without an error.
 
     Raises OSError where the disk is full, by whatever library the files are written.
     """
@@ -171,7 +174,9 @@ def try_lock(path: Path, *, shared: bool = False) -> int | None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process, this one or another, holds the lock on a file or folder."""
+    """Whether a process, this one or another, holds the lock on a file or folder; False where there is none."""
+    if not path.exists():
+        return False
     opened = try_lock(path, shared=True)
     if opened is not None:
         os.close(opened)

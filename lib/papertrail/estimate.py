@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
-from basics.files import read_note
 from papertrail.plan import Plan, critical_path
-from papertrail.run import RUN_FILE, Run
+from papertrail.run import Run, intact_run_file
 
 RUNS = 20  # other runs in which a stage is looked up, the latest first
 
@@ -17,7 +16,7 @@ def earlier_seconds(run: Run) -> dict[str, float]:
     for name, spec in run.plan.items():
         config = run.config_of(name)
         for folder in [run.path, *others[:RUNS]]:
-            facts = read_note(folder / spec.folder / RUN_FILE) or {}
+            facts = intact_run_file(folder / spec.folder) or {}
             took = facts.get("wall_seconds")
             if isinstance(took, int | float) and facts["fingerprint"].get("config") == config:
                 seconds[name] = took

@@ -63,6 +63,11 @@ def read_notebook(path: Path, *, schema: bool = False) -> dict[str, Any]:
     return notebook
 
 
+def executed_notebooks(folder: Path) -> list[Path]:
+    """The executed notebooks in a folder, sorted, without those that failed."""
+    return [path for path in sorted(folder.glob("*.ipynb")) if not path.name.endswith(".failed.ipynb")]
+
+
 def write_notebook(path: Path, notebook: dict[str, Any]) -> None:
     """Write a notebook atomically."""
     atomic_write(path, notebook_text(notebook))

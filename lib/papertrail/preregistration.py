@@ -1,14 +1,15 @@
 """Whether a study's plan was fixed before a run: the plan's hash in the records, and the dates of its last commit and
 of the run's beginning."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from basics.errors import ReportError
 from papertrail import records
+from papertrail.notebook_files import executed_notebooks
 from papertrail.plan import Project
 from papertrail.provenance import git
 from papertrail.records import Record
@@ -24,7 +25,7 @@ class Finding:
     run_commits: tuple[str, ...]  # of the code that made the run's stages
     run_started: str | None  # when its first stage began
     unchecked: str = ""  # why the dates were not compared
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -37,22 +38,24 @@ class Finding:
 
 def of_notebooks(project: Project, notebooks: Path) -> Finding:
     """The finding for a folder of executed notebooks. Raises RecordError for one that cannot be read."""
-    paths = [path for path in sorted(notebooks.glob("*.ipynb")) if not path.name.endswith(".failed.ipynb")]
+    paths = executed_notebooks(notebooks)
     return finding(project, [record for path in paths for record in records.read(path).values()])
 
 
 def finding(project: Project, published: Iterable[Record]) -> Finding:
     """Compare the plan with the records of a run.
 
-    Problems are a plan of which the records hold another hash or only some hold any, and a plan that was changed after
-    the run began. Without a repository, in a shallow clone, with changes of the plan that are not committed, and where
-    no record holds a plan's hash, the dates are not compared, and `unchecked` says why.
+    Problems: the records hold another hash of the plan, only some of them hold one, or the plan was changed after the
+    run began. Without a repository, in a shallow clone, where changes of the plan are not committed, and where no
+    record holds a plan's hash, the dates are not compared, and `unchecked` says why.
     """
     published, plan = list(published), project.plan
     stages: list[dict[str, Any]] = [record.values for record in published if record.name.startswith("stage/")]
     started = min((stage["started"] for stage in stages if stage.get("started")), default=None)
+    held = {record.plan for record in published}
     made = dict.fromkeys(commit for stage in stages if (commit := (stage.get("git") or {}).get("commit")))
     commit = date = None
+    unchecked = ""
     if plan is None:
         unchecked = "the study has no plan"
     elif git(project.root, "rev-parse", "HEAD") is None:
@@ -63,15 +66,17 @@ def finding(project: Project, published: Iterable[Record]) -> Finding:
         unchecked = f"{plan.name} has changes that are not committed"
     else:
         commit, date = git(project.root, "log", "-1", "--format=%H %aI", "--", str(plan)).split()
-        unchecked = "" if started else "no record says when the run began"
-    held = {record.plan for record in published}
-    if plan is not None and held <= {None}:
-        unchecked = unchecked or "the run's records hold no hash of a plan"
-    problems = list(_problems(project, held, commit, date, started)) if plan is not None and held - {None} else []
+        if not started:
+            unchecked = "no record says when the run began"
+        elif held <= {None}:
+            unchecked = "the run's records hold no hash of a plan"
+    problems = _problems(project, held, commit, date, started) if plan is not None and held - {None} else ()
     return Finding(project.plan_sha256, commit, date, tuple(made), started, unchecked, tuple(problems))
 
 
-def _problems(project: Project, held: set[str | None], commit: str | None, date: str | None, started: str | None):
+def _problems(
+    project: Project, held: set[str | None], commit: str | None, date: str | None, started: str | None
+) -> Iterator[str]:
     file = project.plan.relative_to(project.root).as_posix()
     ways = "restore the plan that the run was made with and list the change as exploratory, or make the whole run again"
     if others := sorted(sha256[:12] if sha256 else "none" for sha256 in held - {project.plan_sha256}):

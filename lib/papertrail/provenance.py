@@ -67,7 +67,6 @@ class Fingerprint:
         For example "config: sft.learning_rate 0.003 -> 0.001", "code: threefold.training.loop", "parent pretrain",
         "version torch 2.12 -> 2.13".
         """
-
         if self == other:
             return []
 

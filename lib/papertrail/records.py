@@ -26,7 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 @dataclass(frozen=True)
 class Record:
-    """One published result: its values, what the reader sees, and where it stands."""
+    """One published result: its values, what the reader sees, and where it is."""
 
     name: str
     values: dict[str, Any]
@@ -82,7 +82,7 @@ def bundle(
     values: finite JSON under string keys (NumPy and torch scalars and arrays become numbers and lists).
     markdown: the table or sentence to show; or figure: a Matplotlib figure, shown as PNG at 160 dpi and closed.
     text: the plain-text form; with a figure its alternative text, which is then needed.
-    empty: there was nothing to measure; a report leaves the output out (papertrail.report.partial).
+    empty: the output has no content, as nothing was measured; a report leaves it out (papertrail.report.partial).
     """
     if not _NAME.fullmatch(name):
         raise RecordError(f"record name {name!r}: expected words of A-Z a-z 0-9 . _ - joined by /")
@@ -105,7 +105,9 @@ def bundle(
         width, height = struct.unpack(">II", png[16:24])  # the PNG header's pixel size; shown at 96 pixels an inch
         data["image/png"] = base64.b64encode(png).decode()
         metadata["image/png"] = {"alt": text, "width": round(width * 96 / DPI), "height": round(height * 96 / DPI)}
-    data[MIME] = {"name": name, "version": VERSION, "values": finite(values, name)} | ({"empty": True} if empty else {})
+    data[MIME] = {"name": name, "version": VERSION, "values": finite(values, name)}
+    if empty:
+        data[MIME]["empty"] = True
     return data, metadata
 
 
@@ -264,9 +266,10 @@ def read(notebook_path: str | Path) -> dict[str, Record]:
         if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(values, dict):
             raise RecordError(f"{where}: a record without a name or values")
         if not isinstance(markdown, str | None):
-            raise RecordError(f"{where}: record {name} has Markdown that is no text")
+            raise RecordError(f"{where}: record {name} has Markdown that is not text")
         if name in records:
-            raise RecordError(f"{path.name}: record {name} stands in cell {records[name].cell} and in cell {index}")
-        plan = content.get("plan") if isinstance(content.get("plan"), str) else None
+            raise RecordError(f"{path.name}: record {name} is in cell {records[name].cell} and in cell {index}")
+        plan = content.get("plan")
+        plan = plan if isinstance(plan, str) else None
         records[name] = Record(name, finite(values, name), markdown, path.name, index, plan)
     return records

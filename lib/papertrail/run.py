@@ -18,6 +18,7 @@ from basics import files
 from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError
 from basics.names import did_you_mean
 from papertrail import provenance, records
+from papertrail.notebook_files import executed_notebooks
 from papertrail.plan import Plan, Project, StageSpec
 from papertrail.provenance import Fingerprint
 
@@ -215,8 +216,8 @@ class Run:
     def stray_notebooks(self) -> list[str]:
         """Names of executed notebooks that no stage of the plan has written; those that failed are not counted."""
         known = {f"{spec.executed}.ipynb" for spec in self.plan.values()}
-        names = {path.name for path in (self.path / "notebooks").glob("*.ipynb")}
-        return sorted(name for name in names - known if not name.endswith(".failed.ipynb"))
+        names = [path.name for path in executed_notebooks(self.path / "notebooks")]
+        return [name for name in names if name not in known]
 
     def check_records(self) -> None:
         """`check_notebook` of every stage; RecordError also for a changed config.toml, which says what the stages are,
@@ -251,14 +252,17 @@ def written_files(folder: Path) -> dict[str, str]:
     return {path: digest for path, digest in files.sha256_tree(folder).items() if path != RUN_FILE}
 
 
+def intact_run_file(folder: Path) -> dict[str, Any] | None:
+    """The run.json in a folder, None when there is none or it is not what was written."""
+    facts = files.read_note(folder / RUN_FILE)
+    kinds = {"stage": str, "fingerprint": dict, "outputs": dict}
+    return facts if facts and all(isinstance(facts.get(name), kind) for name, kind in kinds.items()) else None
+
+
 def read_run_file(folder: Path) -> dict[str, Any] | None:
     """The run.json in a folder, None when there is none. Raises RecordError if it is not what was written."""
-    file = folder / RUN_FILE
-    if not os.path.lexists(file):
-        return None
-    facts = files.read_note(file)
-    kinds = {"stage": str, "fingerprint": dict, "outputs": dict}
-    if facts is None or not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()):
+    facts, file = intact_run_file(folder), folder / RUN_FILE
+    if facts is None and os.path.lexists(file):
         shown = "/".join(file.parts[-3:])
         raise RecordError(f"{shown} is not as it was written; remove the folder and run the stage again")
     return facts

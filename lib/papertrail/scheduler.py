@@ -27,9 +27,10 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from basics import errors, files, machine
+from basics import errors, files
 from basics.errors import MissingInput, RecordError, ThreefoldError
-from basics.machine import cores, has_gpu
+from basics.machine import cores, free_cores, has_gpu
+from basics.processes import handling
 from basics.source_code import module_files
 from papertrail import notebook_files
 from papertrail import stage as stage_folder
@@ -129,7 +130,7 @@ def execute(
                     place = f"stage {len(ended)} of {len(wanted)}"
                     place += f", about {duration_text(left)} left" if left else ""
                     # what measures times must not wait for cores that other programs use
-                    chosen = machine.free_cores() if spec.alone else threads_for(plan, spec, jobs)
+                    chosen = free_cores() if spec.alone else threads_for(plan, spec, jobs)
                     notebooks.start(spec, threads or chosen, later, place)
             if notebooks.began:
                 name, seconds = notebooks.wait()
@@ -152,17 +153,16 @@ def check(run: Run, selected: Iterable[str] | None = None, say: Callable[[str], 
     for name in wanted:
         run.fingerprint(name)
         outside = sorted(set(run.plan[name].needs).difference(wanted))
-        absent = [need for need in outside if run.finished(need) is None]
-        if name == run.project.summary and absent and len(absent) < len(outside):  # it sums up what there is
-            if say is not None:
-                say(f"{name}: without {', '.join(absent)}, which run {run.name} does not have")
-            outside = [need for need in outside if need not in absent]
-        for need in outside:
-            if need in absent:
-                command = f"threefold run {preset}--run {run.name} --only {need}"
-                raise MissingInput(
-                    f"{name} needs stage {need}, which run {run.name} does not have: `{command}` makes it"
-                )
+        there = [need for need in outside if run.finished(need) is not None]
+        absent = [need for need in outside if need not in there]
+        if absent and not (there and name == run.project.summary):  # the summary is of what there is
+            command = f"threefold run {preset}--run {run.name} --only {absent[0]}"
+            raise MissingInput(
+                f"{name} needs stage {absent[0]}, which run {run.name} does not have: `{command}` makes it"
+            )
+        if absent and say is not None:
+            say(f"{name}: without {', '.join(absent)}, which run {run.name} does not have")
+        for need in there:
             now = state(run, need)
             if now.kind != "fresh" and say is not None:
                 say(f"{name}: built on a stage {need} that is {now.kind} ({'; '.join(now.reasons)})")
@@ -190,15 +190,13 @@ def lock(folder: Path) -> Iterator[None]:
 
 def at_work(folder: Path) -> bool:
     """Whether `threefold run` works in a run's folder, or a notebook by itself on one of its stages."""
-    file = folder / LOCK
-    return (file.exists() and files.is_locked(file)) or stage_folder.at_work(folder) != ""
+    return files.is_locked(folder / LOCK) or stage_folder.at_work(folder) != ""
 
 
 def stage_at_work(run: Run, stage: str) -> bool:
     """Whether a notebook works on a stage now: `threefold run` executes it, or it holds the stage's work folder."""
-    work, executing = run.partial_folder(stage), run.path / ".executing" / f"{run.plan[stage].executed}.ipynb"
-    file = run.path / LOCK
-    return (work.exists() and files.is_locked(work)) or (executing.exists() and file.exists() and files.is_locked(file))
+    executing = run.path / ".executing" / f"{run.plan[stage].executed}.ipynb"
+    return files.is_locked(run.partial_folder(stage)) or (executing.exists() and files.is_locked(run.path / LOCK))
 
 
 # Notebooks ----------------------------------------------------------------------------------------------------------
@@ -232,7 +230,7 @@ class _Notebooks:
                 deadline = time.monotonic() + SAVE_SECONDS
                 for thread in self._threads:
                     thread.join(max(0.0, deadline - time.monotonic()))
-        with _signals_ignored():
+        with handling(signal.SIG_IGN, "SIGINT", "SIGTERM"):  # a second one does not interrupt the cleaning up
             if self._server is not None:
                 self._server.stop()
             for thread in self._threads:
@@ -334,20 +332,6 @@ class _Notebooks:
             **self.run.environment(),
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # debugpy's hint on frozen modules, in every notebook
         }
-
-
-@contextlib.contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """A second Ctrl-C or SIGTERM does not interrupt the cleaning up after the first one."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # Explanations -------------------------------------------------------------------------------------------------------

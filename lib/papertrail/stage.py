@@ -16,7 +16,7 @@ from basics import files
 from basics.errors import ThreefoldError
 from papertrail import provenance, records
 from papertrail.provenance import Fingerprint
-from papertrail.run import RUN_FILE, Run, read_run_file, write_run_file, written_files
+from papertrail.run import Run, intact_run_file, read_run_file, write_run_file, written_files
 
 PATIENCE = 5.0  # seconds to wait until a killed process that worked on the same stage is gone
 RESERVED = (  # facts of run.json that `finish` finds itself
@@ -67,7 +67,7 @@ class Stage:
             raise ValueError(f"fingerprint of stage {fingerprint.stage} given to stage {self.name}")
         folder = self.partial
         hold(folder)
-        begun = files.read_note(folder / RUN_FILE)
+        begun = intact_run_file(folder)
         if begun is None or begun["fingerprint"].get("digest") != fingerprint.digest:
             for entry in folder.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -33,7 +33,7 @@ IN_NOTES = ("files", "determinism", files.SELF)  # ... and in a note beside a tr
 def verify(
     run: Run, say: Callable[[str], None] = lambda line: None, notes: Iterable[Path] = ()
 ) -> tuple[int, list[str]]:
-    """(number of files read, one line per problem). A stage of which nothing was made is no problem.
+    """(number of files read, one line per problem). A stage of which nothing was made is not a problem.
 
     Checked: run.json's and the fingerprint's own hashes, the data the stage was made from, each output's hash, that
     there is no other output, that the stage was made from what its parents now hold, the executed notebook's bytes and

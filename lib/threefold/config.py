@@ -258,10 +258,20 @@ class EvaluationConfig:
         return self
 
 
-GPT2_PARTS = {"norm": "layer", "ffn": "gelu", "position": "learned", "qk_norm": False, "bias": True, "n_kv_head": -1}
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raise ConfigError for settings that no token can be drawn with; see `threefold.model.generate`."""
+    for name, value, allowed, right in (
+        ("temperature", temperature, "0 (greedy) or more", 0 <= temperature < float("inf")),
+        ("top_k", top_k, "-1 (all) or at least 1", top_k == -1 or top_k >= 1),
+        ("top_p", top_p, "more than 0 and at most 1", 0 < top_p <= 1),
+    ):
+        if not right:
+            raise ConfigError(f"{name} = {value}: allowed is {allowed}")
 
 
 # Variants -----------------------------------------------------------------------------------------------------------
+
+GPT2_PARTS = {"norm": "layer", "ffn": "gelu", "position": "learned", "qk_norm": False, "bias": True, "n_kv_head": -1}
 
 
 def gpt2_counterpart(config: ModelConfig) -> ModelConfig:
@@ -402,14 +412,3 @@ def _describe(kind: Any) -> str:
 
 def _with(origin: str, message: str) -> str:
     return f"{origin}: {message}" if origin else message
-
-
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise ConfigError for settings that no token can be drawn with; see `threefold.model.generate`."""
-    for name, value, allowed, right in (
-        ("temperature", temperature, "0 (greedy) or more", 0 <= temperature < float("inf")),
-        ("top_k", top_k, "-1 (all) or at least 1", top_k == -1 or top_k >= 1),
-        ("top_p", top_p, "more than 0 and at most 1", 0 < top_p <= 1),
-    ):
-        if not right:
-            raise ConfigError(f"{name} = {value}: allowed is {allowed}")

@@ -43,8 +43,8 @@ def found(tmp_path_factory):
 
 
 def test_kills_at_random_moments_change_nothing(found):
-    """Twenty SIGKILLs, half at a moment, half at an event on a file, from the notebook's door to run.json: whatever
-    stands in the stage's place is whole, and each stage ends with the weights and records of an uninterrupted one."""
+    """Twenty SIGKILLs, half at a moment, half at an event on a file, from `open_stage` to run.json: whatever
+    is in the stage's place is whole, and each stage ends with the weights and records of an uninterrupted one."""
     told = found["kills"]
     assert (told["first"], told["wrong"]) == ("done", [])
     assert told["kills"] >= KILLS and told["finished"] >= 1

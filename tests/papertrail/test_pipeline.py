@@ -32,7 +32,7 @@ name = "tiny"
     + ONE_STEP
 )
 
-# One notebook stands for all: it opens the stage, hands on what its parents made, and publishes run.json.
+# One notebook for all stages: it opens the stage, hands on what its parents made, and publishes run.json.
 CELLS = [
     "preset = 'tiny'\nrun = ''\ndata_dir = None\noverrides = ''\nmodel = None",
     """from pathlib import Path
@@ -569,9 +569,9 @@ kept.exists() or kept.write_text(f"{attempts}")
     assert made.read_text() == "1" and run.finished("pretrain")["attempts"] == 2
     assert staleness.survey(run)["pretrain"].kind == "fresh" and verify.verify(run)[1] == []
 
-    execute(run, "pretrain", force=True)  # asked for anew, it is made anew
+    execute(run, "pretrain", force=True)  # forced, it is made again
     assert made.read_text() == "1" and run.finished("pretrain")["attempts"] == 1
-    for changed in ("seed", "bytes"):  # of other inputs, or damaged: made anew
+    for changed in ("seed", "bytes"):  # of other inputs, or damaged: made again
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
             patch.setattr(notebook_files, "write_notebook", full)
             execute(run, "pretrain", force=True)

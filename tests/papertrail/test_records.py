@@ -144,11 +144,11 @@ def test_what_cannot_be_read(tmp_path, content, message):
         read(tmp_path / "x.ipynb")
 
 
-def test_a_missing_notebook_and_a_name_that_stands_twice(tmp_path):
+def test_a_missing_notebook_and_a_name_that_appears_twice(tmp_path):
     with pytest.raises(RecordError, match=r"none.ipynb: no such notebook"):
         read(tmp_path / "none.ipynb")
     file = notebook(tmp_path, output("x", {"a": 1}), output("y", {}), output("x", {"a": 2}))
-    with pytest.raises(RecordError, match="record x stands in cell 0 and in cell 2"):
+    with pytest.raises(RecordError, match="record x is in cell 0 and in cell 2"):
         read(file)
 
 

@@ -90,7 +90,7 @@ def test_a_sound_folder_has_no_problems(folder):
         ("@known", "@unknown", "citation @unknown is not in references.bib"),
         ("var n ", "var m ", r"line 7: variable m is not in _variables\.yml"),
         ("{{< var n >}}", "{{< meta n >}}", "neither|not an embed alone on its line"),
-        ("# First {#sec-first}", "# First {#sec-first}\n\n# Again {#sec-first}", "section #sec-first stands 2 times"),
+        ("# First {#sec-first}", "# First {#sec-first}\n\n# Again {#sec-first}", "section #sec-first appears 2 times"),
     ],
 )
 def test_what_the_text_refers_to_must_be_there(folder, old, new, pattern):
@@ -151,7 +151,7 @@ def test_labels_are_unique_over_notebooks_and_well_formed(folder):
     ]
     write(folder, two=two)
     problems = "\n".join(check(folder))
-    assert "label 'tbl-a' stands more than once: executed/one.ipynb cell 1, executed/two.ipynb cell 2" in problems
+    assert "label 'tbl-a' appears more than once: executed/one.ipynb cell 1, executed/two.ipynb cell 2" in problems
     assert "label 'Nice_Table' must be tbl-, fig- or txt-" in problems
 
 
@@ -200,7 +200,7 @@ def test_a_key_twice_in_the_bibliography_and_broken_variables_are_said(folder):
     (folder / "references.bib").write_text(BIB + BIB)
     (folder / "_variables.yml").write_text("- a list\n")
     problems = "\n".join(check(folder))
-    assert "references.bib: known stands 2 times" in problems and "_variables.yml: must map" in problems
+    assert "references.bib: known appears 2 times" in problems and "_variables.yml: must map" in problems
 
 
 def test_variables_are_those_of_the_comparisons_record(folder):

@@ -192,10 +192,12 @@ def test_an_interrupted_stage_is_resumed_only_with_the_same_inputs():
     assert (folder / "state").read_text() == "step 5" and not (folder / ".metrics.0f.tmp").exists()
     again.begin(of("sft", code={"c": "2"}))
     assert [path.name for path in folder.iterdir()] == ["run.json"]
-    (folder / "state").write_text("step 6")
-    (folder / "run.json").write_text('{"stage"')  # cut off
-    again.begin(of("sft", code={"c": "2"}))
-    assert [path.name for path in folder.iterdir()] == ["run.json"]
+    files.write_note(folder / "other", {"result": 1})
+    for content in ('{"stage"', (folder / "other").read_text()):  # cut off; the note of something else
+        (folder / "state").write_text("step 6")
+        (folder / "run.json").write_text(content)
+        again.begin(of("sft", code={"c": "2"}))
+        assert [path.name for path in folder.iterdir()] == ["run.json"]
     again.begin(of("sft", code={"c": "2"}))
     facts = again.finish()
     assert facts["attempts"] == 2 and facts["started"] >= started
@@ -327,7 +329,7 @@ def test_a_run_says_how_far_it_can_be_repeated(monkeypatch):
     assert told["level"] == "up to rounding: interrupted, and resumed with other workers (1, 2)"
 
 
-# The notebook's door
+# Opening a stage from a notebook
 
 
 def test_parameters_of_a_notebook():

@@ -118,7 +118,7 @@ def test_a_copied_run_is_whole_under_its_new_name(run):
 
 
 def test_a_full_forgery_passes(run):
-    """Whoever changes a result and every hash over it leaves nothing for `verify` to find: hashes are no signatures."""
+    """A result changed with every hash over it leaves nothing for `verify` to find: hashes are not signatures."""
     folder = run.stage_folder("sft")
     (folder / "model.safetensors").write_text("forged weights")
     facts = {key: value for key, value in json.loads((folder / RUN_FILE).read_text()).items() if key != files.SELF}

@@ -61,11 +61,12 @@ def taken(folder: Path, split: str = "train") -> list[str]:
         (["train_sft-0.jsonl", "test_sft-0.jsonl", "train_prefs-0.jsonl"], "train_prefs", ["train_prefs-0.jsonl"]),
         (["myTrain.txt", "myTest.txt"], "train", ["myTrain.txt"]),
         (["trainset.jsonl", "testData.jsonl", "dev_split.jsonl"], "test", ["testData.jsonl"]),
+        (["trainset.jsonl", "testData.jsonl", "dev_split.jsonl"], "Testset", ["testData.jsonl"]),
         # a split word inside another word names nothing, so all files are read
         (["moby.txt", "testament.txt", "trainer.txt", "latest.txt"], "train", 4),
         (["evaluate.txt", "developers.txt", "invalid.txt"], "train", 3),
         (["b/2.txt", "a/1.txt"], "train", ["a/1.txt", "b/2.txt"]),
-        # what is no data
+        # what is not data
         (["README.md", "LICENSE.txt", "stories.jsonl"], "train", ["stories.jsonl"]),
         (["readme_de.txt", "licence", "CITATION.cff", "NOTICE.txt", "a.txt", "b.txt"], "train", ["a.txt", "b.txt"]),
         (["dataset_infos.json", "dataset_info.json", "state.json", "a.json"], "train", ["a.json"]),

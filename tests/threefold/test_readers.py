@@ -216,6 +216,8 @@ def test_odd_pairs_are_set_aside(chosen, rejected, reason):
         ("#### 18.00", "#### 18"),
         ("#### 007", "#### 7"),
         ("-.5", "-0.5"),
+        ("$.50", "0.50"),
+        ("It is .0", "It is .0\n#### 0"),
     ],
 )
 def test_a_final_number_is_read_where_there_is_one(answer, expected):

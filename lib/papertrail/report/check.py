@@ -88,7 +88,7 @@ def _check_labels(cells: dict[str, list[Cell]]) -> Iterator[str]:
             yield f"{place}: label {cell.label!r} must be tbl-, fig- or txt- and lower-case words"
     for label, found in places.items():
         if len(found) > 1:
-            yield f"label {label!r} stands more than once: {', '.join(found)}"
+            yield f"label {label!r} appears more than once: {', '.join(found)}"
 
 
 def _check_embeds(source: sources.Source, cells: dict[str, list[Cell]]) -> Iterator[str]:
@@ -122,12 +122,12 @@ def _check_references(folder: Path, source: sources.Source) -> Iterator[str]:
     targets = {*identifiers, *(embed.label for embed in source.embeds)}
     keys = sources.read_bibliography(folder)
     for identifier, count in _duplicates(identifiers):
-        yield f"index.qmd: section #{identifier} stands {count} times"
+        yield f"index.qmd: section #{identifier} appears {count} times"
     for reference in source.crossrefs:
         if reference.key not in targets:
             yield f"index.qmd line {reference.line}: @{reference.key} refers to nothing in this document"
     for key, count in _duplicates(keys):
-        yield f"references.bib: {key} stands {count} times"
+        yield f"references.bib: {key} appears {count} times"
     for reference in source.citations:
         if reference.key not in keys:
             yield f"index.qmd line {reference.line}: citation @{reference.key} is not in references.bib"

@@ -1,9 +1,9 @@
-"""The report of a run that measured only a part: what there is no result for is left out of the text.
+"""The report of a run that measured only a part: the text leaves out what has no result.
 
-Missing are variables that were not measured (null in their record) and labels of results without content (`empty` in
-theirs). Left out are their embeds, sections whose embeds are all missing, and sentences that quote or refer to any of
-these; of a sentence with semicolons only that part. `measured="NAME"` among the attributes of a heading or a `:::`
-block makes that section or block depend on a variable or label. Each paragraph of `index.qmd` is one line.
+Variables that were not measured (null in their record) and labels of results without content (`empty` in theirs) are
+missing. Their embeds are left out, and so are sections whose embeds are all missing and sentences that quote or refer
+to any of these; of a sentence with semicolons only that part. `measured="NAME"` among the attributes of a heading or a
+`:::` block makes that section or block depend on a variable or label. Each paragraph of `index.qmd` is one line.
 """
 
 import re
@@ -22,7 +22,7 @@ CLAUSE_END = re.compile(r";\s+(?![^\[(]*[\])])")  # a semicolon, but not one in 
 
 
 def missing(folder: Path) -> set[str]:
-    """The variables and labels in a report folder's executed notebooks that stand for nothing."""
+    """The variables and labels in a report folder's executed notebooks that have no value or content."""
     found: set[str] = set()
     for path in (folder / "executed").glob("*.ipynb"):
         for cell in labelled_cells(read_notebook(path), path.name):

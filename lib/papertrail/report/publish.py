@@ -10,7 +10,7 @@ import yaml
 
 from basics.errors import MissingInput
 from basics.files import atomic_write, damaged, read_note, replace_folder
-from papertrail.notebook_files import notebook_text, read_notebook
+from papertrail.notebook_files import executed_notebooks, notebook_text, read_notebook
 from papertrail.records import read as read_records
 from papertrail.report import partial
 from papertrail.report.check import VARIABLES, require, variable_text
@@ -26,11 +26,10 @@ def executed_files(run: Path, report: Path) -> dict[str, str]:
     `_variables.yml`. Raises MissingInput where no notebook holds the record with the variables."""
     roots = {str(report.resolve().parent): "."} | {str(path): f"runs/{run.name}" for path in (run, run.resolve())}
     variables, found = None, {}
-    for path in sorted((run / "notebooks").glob("*.ipynb")):
-        if not path.name.endswith(".failed.ipynb"):
-            variables = read_records(path).get(VARIABLES, variables)
-            clean = scrub(read_notebook(path, schema=True), roots, publish=True)
-            found[f"executed/{path.name}"] = notebook_text(clean)
+    for path in executed_notebooks(run / "notebooks"):
+        variables = read_records(path).get(VARIABLES, variables)
+        clean = scrub(read_notebook(path, schema=True), roots, publish=True)
+        found[f"executed/{path.name}"] = notebook_text(clean)
     if variables is None:
         raise MissingInput(
             f"run {run.name!r} has no executed notebook with the record {VARIABLES!r}, which is the comparison's: "
@@ -55,7 +54,7 @@ def assemble(run: Path, report: Path, folder: Path) -> None:
     )
     for path, content in executed_files(run, report).items():
         atomic_write(folder / path, content)
-    text = (report / "index.qmd").read_text(encoding="utf-8")
+    text = (folder / "index.qmd").read_text(encoding="utf-8")
     atomic_write(folder / "index.qmd", partial.leave_out(text, partial.missing(folder)))
 
 

@@ -99,9 +99,8 @@ def render_folder(folder: Path, *, say: Callable[[str], None] = print) -> Path:
     page.unlink(missing_ok=True)
     require(folder)
     if quarto := shutil.which("quarto"):
-        status, said, complaint = run_supervised(
-            [quarto, "render", "--to", "html"], cwd=folder
-        )  # a path with [ or ] would be a pattern
+        command = [quarto, "render", "--to", "html"]  # without a path: one with [ or ] would be a pattern
+        status, said, complaint = run_supervised(command, cwd=folder)
         shutil.rmtree(folder / ".quarto", ignore_errors=True)
         text = page.read_text(encoding="utf-8") if page.is_file() else ""
         page.unlink(missing_ok=True)

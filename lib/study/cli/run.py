@@ -9,9 +9,10 @@ from typing import NoReturn
 from safetensors import SafetensorError, safe_open
 
 from basics import files, machine, names, paths
+from basics.processes import handling
 from papertrail import scheduler
 from papertrail.plan import dependents
-from papertrail.run import RUN_FILE
+from papertrail.run import intact_run_file
 from study import doctor, stages
 from study import new as studies
 from study.cli.common import fail, say
@@ -57,18 +58,16 @@ def run(options: argparse.Namespace) -> int:
     def terminate(number: int, _frame: object) -> NoReturn:
         raise scheduler.Interrupted(number)
 
-    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        done = scheduler.execute(
-            opened, selected=selected, force=options.force, jobs=options.jobs, nproc=options.nproc, say=say
-        )
+        with handling(terminate, "SIGTERM"):
+            done = scheduler.execute(
+                opened, selected=selected, force=options.force, jobs=options.jobs, nproc=options.nproc, say=say
+            )
     except scheduler.StageFailed as failure:
         return fail(str(failure), 1)
     except (KeyboardInterrupt, scheduler.Interrupted) as stopped:
         number = getattr(stopped, "number", signal.SIGINT)
         return fail(f"stopped; the same command resumes the run{_resumed(opened)}", 128 + number)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     say(
         f"run {opened.name}: {len(done.executed)} stages executed, {len(done.skipped)} fresh and skipped, "
         f"{done.seconds:.1f} s; `threefold report --run {opened.name}` renders it"
@@ -84,7 +83,7 @@ def _resumed(run: Run) -> str:
         folder, (kind, model) = run.partial_folder(stage), kind_and_model(names.replicate_of(stage)[0])
         if model not in TRAINED or kind == "evaluate" or not folder.is_dir():
             continue
-        begun = files.read_note(folder / RUN_FILE)
+        begun = intact_run_file(folder)
         same = begun is not None and begun["fingerprint"].get("digest") == run.fingerprint(stage).digest
         if same and (folder / "training.json").is_file():
             places.append(f"{stage} is trained")

@@ -13,6 +13,7 @@ import pandas as pd
 from basics import files, names
 from basics.errors import MissingInput, RecordError
 from papertrail import records
+from papertrail.notebook_files import executed_notebooks
 from papertrail.records import Record
 from papertrail.run import read_run_file
 from study.comparison import models
@@ -65,8 +66,8 @@ class Comparison:
         else:
             base = Path(location)
             folder = base if (base / "notebooks").is_dir() else None
-            found = sorted((base / "notebooks" if folder else base).glob("*.ipynb"))
-            paths = [path for path in found if path.stem != OWN_NOTEBOOK and not path.name.endswith(".failed.ipynb")]
+            executed = executed_notebooks(base / "notebooks" if folder else base)
+            paths = [path for path in executed if path.stem != OWN_NOTEBOOK]
             if not paths:
                 raise MissingInput(f"{base.name}: no executed notebooks; `threefold run` makes them")
         collected: dict[int, dict[str, Record]] = {1: {}}

@@ -22,6 +22,7 @@ SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 ENDINGS = ("", "set", "data", "split")  # of a split's word: "trainset", "testdata"
+SPLIT_OF = {word + ending: name for name, words in SPLIT_WORDS.items() for word in words for ending in ENDINGS}
 HIDDEN = (".", "__", "~")  # "~$notes.txt" is the lock of an office program
 CACHES = ("cache", "caches")
 OTHER_PACKING = (".bz2", ".xz", ".zst", ".lz4")  # not read; a file packed so must not go unnoticed
@@ -57,7 +58,7 @@ def select(folder: Path, split: str) -> tuple[tuple[Path, ...], tuple[str, ...]]
     """(the data files of a split, sorted; the names of those left out, with the reason). If no file names a split, all
     files belong to it.
 
-    Raises SourceError if there are none, or if the names leave open which are meant.
+    Raises SourceError if there are none, or if the names do not say which are meant.
     """
     every = files_in(folder)
     packed = [path for path in every if path.suffix in OTHER_PACKING and path.with_suffix("") not in every]
@@ -88,13 +89,13 @@ def select(folder: Path, split: str) -> tuple[tuple[Path, ...], tuple[str, ...]]
 
 def _of_split(folder: Path, data: list[Path], split: str) -> list[Path]:
     """Those of the data files that the card or their names give to a split."""
-    canonical = next((name for name, words in SPLIT_WORDS.items() if split.lower() in words), split)
+    canonical = SPLIT_OF.get(split.lower(), split)
     declared = _declared(folder, data)
     if declared is not None:
         if not (chosen := declared.get(split) or declared.get(canonical)):
             raise SourceError(f"{folder}: its card declares no split {split!r}, only {', '.join(declared)}")
         return chosen
-    splits = {path: _splits(path.relative_to(folder), split) for path in data}
+    splits = {path: _splits(path.relative_to(folder), canonical) for path in data}
     if not any(splits.values()):
         return data
     chosen = [path for path in data if canonical in splits[path]]
@@ -114,12 +115,11 @@ def _of_split(folder: Path, data: list[Path], split: str) -> list[Path]:
 
 def _splits(path: Path, asked: str) -> set[str]:
     """The splits that a relative path names. A part that names exactly one outweighs one that names several."""
-    of_word = {word + ending: name for name, words in SPLIT_WORDS.items() for word in words for ending in ENDINGS}
     parts = []
     for part in path.parts:
-        words = re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", part)  # "myTest.txt" is two words
-        named = {of_word[word.lower()] for word in words if word.lower() in of_word}
-        if asked not in of_word and re.search(rf"(?<![^\W\d_]){re.escape(asked)}(?![^\W\d_])", part, re.IGNORECASE):
+        words = re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", part)  # "myTest.txt": my, Test, txt
+        named = {SPLIT_OF[word.lower()] for word in words if word.lower() in SPLIT_OF}
+        if asked not in SPLIT_WORDS and re.search(rf"(?<![^\W\d_]){re.escape(asked)}(?![^\W\d_])", part, re.IGNORECASE):
             named = {asked}
         parts.append(named)
     return set().union(*(named for named in parts if len(named) == 1)) or set().union(*parts)

@@ -149,6 +149,12 @@ _NUMBER = re.compile(
 )
 
 
+def _plain(number: str) -> str:
+    """A number as a model writes it: 1,800 as 1800, $5.00 as 5, 007 as 7, .5 as 0.5."""
+    number = re.sub(r"^(-?)\.", r"\g<1>0.", re.sub(r"[,$]", "", number))
+    return re.sub(r"^(-?)0+(?=[0-9])|\.0+$", r"\1", number)
+
+
 def with_final_number(answer: str) -> str | None:
     """The answer of a word problem in the form that is scored: alone, or with its final number after a last `#### `.
 
@@ -157,7 +163,7 @@ def with_final_number(answer: str) -> str | None:
     in the whole answer. None if there is no number there, or more than one.
     """
     scored = answer.rpartition("#### ")[2].removesuffix(".")
-    if _NUMBER.fullmatch(scored) and not re.search(r"^[-$]*(0[0-9]|\.)|\.0+$", scored):
+    if _NUMBER.fullmatch(scored) and _plain(scored) == re.sub(r"[,$]", "", scored):
         return answer
     solution, mark, final = answer.rpartition("####")
     if "\n" in final.strip():  # a heading, not a mark
@@ -166,9 +172,7 @@ def with_final_number(answer: str) -> str | None:
         boxed = re.findall(r"\\boxed\{([^{}]*)\}", answer)
         said = re.findall(r"(?i)answer\s*(?:is|[:=])(.*)", answer)
         solution, final = answer, (boxed or said or [answer])[-1]
-    written = _NUMBER.findall(final.replace("\N{MINUS SIGN}", "-"))
-    numbers = {re.sub(r"^(-?)0+(?=[0-9])|\.0+$", r"\1", re.sub(r"[,$]", "", number)) for number in written}
-    numbers = {re.sub(r"^(-?)\.", r"\g<1>0.", number) for number in numbers}  # as a model writes it: 0.5
+    numbers = set(map(_plain, _NUMBER.findall(final.replace("\N{MINUS SIGN}", "-"))))
     if len(numbers) != 1:
         return None
     number = numbers.pop()
