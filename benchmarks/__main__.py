@@ -22,7 +22,7 @@ def main() -> int:
         "--data",
         choices=("auto", "real", "sample"),
         default="auto",
-        help="of parts that leave it open. auto: ../shared/data where it exists, else the sample",
+        help="for parts that do not fix it; auto: ../shared/data where it exists, else the sample",
     )
     parser.add_argument("--rounds", type=int, default=-1, help="default: each part's own number")
     parser.add_argument("--threads", type=int, default=0, help="default: the number of idle cores")

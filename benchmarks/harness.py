@@ -27,7 +27,7 @@ class Options:
     size: str = "7m"
     data: str = "auto"
     rounds: int = -1  # -1: the part's own number
-    threads: int = 0  # 0: as many as this process may use cores
+    threads: int = 0  # 0: as many as cores are idle
     only: tuple[str, ...] = ()  # contestants whose name holds one of these; ours always runs
 
 
@@ -273,13 +273,13 @@ def overview(results: Sequence[dict[str, Any]]) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """The table of a part, with what it was measured on."""
-    machine, git = result["hardware"], result["git"]
+    host, git = result["hardware"], result["git"]
     n = len(result["rounds"])
     lines = [
         f"## {result['title']}",
         "",
-        f"{machine['cpu']}, {result['threads']} threads, {machine['memory_gib']} GiB"
-        + (f", {', '.join(machine['gpu'])}" if machine["gpu"] else ", no GPU")
+        f"{host['cpu']}, {result['threads']} threads, {host['memory_gib']} GiB"
+        + (f", {', '.join(host['gpu'])}" if host["gpu"] else ", no GPU")
         + f"; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}; commit {str(git.get('commit'))[:10]}"
         + (" with changes" if git.get("dirty") else "")
         + f"; load average {result['load'][0]} at the end. {n} interleaved round{'s' * (n > 1)} after one warm-up "
@@ -302,17 +302,10 @@ def markdown(result: dict[str, Any]) -> str:
     for key, measures in result["rates"].items():
         computed = [shown[column].format(own[key][column]) if column in own[key] else "" for column in extra]
         for measure, rate in measures.items():
-            rates = (rate["median"], rate["q25"], rate["q75"])
-            median, low, high = map(_figure, rates)
-            cells = (
-                key,
-                measure,
-                median,
-                f"{low} to {high}",
-                rate["unit"],
-                f"{result['first_round_seconds'][key]:.0f}",
-            )
-            lines.append(f"| {' | '.join((*cells, *computed))} |")
+            median, low, high = (_figure(rate[name]) for name in ("median", "q25", "q75"))
+            first = f"{result['first_round_seconds'][key]:.0f}"
+            cells = (key, measure, median, f"{low} to {high}", rate["unit"], first, *computed)
+            lines.append(f"| {' | '.join(cells)} |")
     if result["ratios"]:
         lines += ["", *_ratios(result["ratios"])]
     if result.get("shares"):

@@ -14,14 +14,10 @@ import tempfile
 import torch
 
 from benchmarks.setup import Setup
-from threefold.config import ModelConfig, TrainConfig
-from threefold.data.packing import pack_documents
-from threefold.data.tokenizer import encode
+from threefold.config import TrainConfig
 from threefold.evaluation.statistics import paired_student
 from threefold.model import Decoder
 from threefold.training import NextToken, train
-
-HELD_OUT = 100  # stories
 
 
 def main() -> None:
@@ -34,18 +30,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     setup = Setup("7m", options.data)
-    model = ModelConfig(
-        n_layer=options.layers,
-        d_model=options.width,
-        n_head=options.width // 64,
-        d_ff=options.width * 11 // 4,
-        context=128,
-        vocab_size=len(setup.tokenizer),
-    )
+    model, rows, heldout = setup.small(options.layers, options.width, options.width * 11 // 4)
     deviations = {"0.02": 0.02, "4 / d": min(0.02, 4 / model.d_model)}
-    stories = [ids.tolist() for ids in encode(setup.tokenizer, setup.stories)]
-    rows = pack_documents(stories[:-HELD_OUT], model, setup.eos, setup.sinks)
-    heldout = pack_documents(stories[-HELD_OUT:], model, setup.eos, setup.sinks)
     config = TrainConfig(steps=options.steps, batch_size=4, compile="off")
     first: dict[str, list[float]] = {name: [] for name in deviations}
     last: dict[str, list[float]] = {name: [] for name in deviations}

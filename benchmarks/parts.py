@@ -12,7 +12,7 @@ class Part:
     measures: what one round times, by name, and its unit. least: targets: the ratio of our speed to a contestant's, by
     (contestant, measure), and our share of a limit, by (limit, FLOPs counted). tolerance: the largest relative
     difference between the contestants' results, which are compared before anything is timed. limits: the contestants
-    that measure the machine's limit and are no peers. data: "sample" where a part is measured on the embedded sample
+    that measure the machine's limit and are not peers. data: "sample" where a part is measured on the embedded sample
     whatever other data there are. note: a sentence for its page.
     """
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.cost import Device, Model, step
-from study.preset import Preset, ablation_base, load_preset
+from study.preset import ablation_base, load_preset
 from threefold.config import ModelConfig
 from threefold.model.decoder import parameter_counts
 
@@ -107,9 +107,9 @@ class Part:
 class Pipeline:
     """The parts of `full` on a card, each with its seconds."""
 
-    def __init__(self, card: Card, preset: Preset | None = None, *, half: bool = True):
+    def __init__(self, card: Card, *, half: bool = True):
         """half: whether every evaluation passes its check and runs in bf16 (where the card has it)."""
-        self.card, self.preset, self.half = card, preset or load_preset("full"), half and bool(card.bf16)
+        self.card, self.preset, self.half = card, load_preset("full"), half and bool(card.bf16)
         self.config = replace(self.preset.model, vocab_size=VOCABULARY)
         self.model = Model.of(self.config)
         self.device = Device(card.training, card.reading, NVLINK)
@@ -153,22 +153,21 @@ class Pipeline:
         config = self.preset.dpo
         tokens = PAIRS * known("HH-RLHF") / (1 - known("padding of pairs"))
         steps = PAIRS / config.batch_size
-        forward = self.model.flops_a_token / 3 / self.card.forward() / self.card.count
-        yield Part("dpo", "reference", tokens * forward, f"{PAIRS:,} pairs, forward")
+        reference = self._forward(self.model, tokens) / self.card.count
+        yield Part("dpo", "reference", reference, f"{PAIRS:,} pairs, forward")
         yield Part("dpo", "steps", self._trained(tokens), f"{tokens / 1e6:.1f}M positions, {steps:,.0f} steps")
         held_out = HELD_OUT_PAIRS * known("HH-RLHF") * (2 + steps // config.evaluate_every)
-        yield Part("dpo", "held-out pairs", held_out * forward, f"{held_out / 1e6:.0f}M positions, forward")
+        seconds = self._forward(self.model, held_out) / self.card.count
+        yield Part("dpo", "held-out pairs", seconds, f"{held_out / 1e6:.0f}M positions, forward")
         yield from self._around("dpo", "compile, block", 0)
 
     def evaluations(self) -> Iterator[Part]:
         names = {name: self.config for name in ("random", "pretrain", "sft", "dpo")} | EXTERNAL
         for name, config in names.items():
-            scored = self._scored(name in ("sft", "dpo"))
-            seconds = scored * Model.of(config).flops_a_token / 3 / self.card.forward(self.half)
+            model, scored = Model.of(config), self._scored(name in ("sft", "dpo"))
+            seconds = self._forward(model, scored, self.half)
             if self.half:  # an eighth of the items at most in both precisions
-                seconds += scored / 8 * Model.of(config).flops_a_token / 3 * (
-                    1 / self.card.forward() + 1 / self.card.forward(False)
-                )  # fmt: skip
+                seconds += self._forward(model, scored / 8) + self._forward(model, scored / 8, half=False)
             yield Part(f"evaluate {name}", "scoring", seconds, f"{scored / 1e6:.1f}M positions")
             yield Part(f"evaluate {name}", "GSM8K", self.problems(config), f"{GSM8K:,} items, all to the last token")
             yield Part(f"evaluate {name}", "host", known("stage") + known("statistics"))
@@ -195,7 +194,7 @@ class Pipeline:
         how = f"{trainings} of {tokens / 1e6:.1f}M tokens, {small.parameters / 1e6:.0f}M parameters"
         yield Part("ablations", "trainings", trainings * each / workers, how)
         held_out = known("WikiText-103 held-out") * (1 + config.steps // train.evaluate_every)
-        around = known("training begins") + held_out * small.flops_a_token / 3 / self.card.forward()
+        around = known("training begins") + self._forward(small, held_out)
         yield Part("ablations", "around the trainings", trainings * around / workers)
         yield Part("ablations", "compile", graphs * known("compile, block"), f"{graphs} graphs of a block")
         positions = config.length_streams * config.length_factor * base.context
@@ -214,12 +213,15 @@ class Pipeline:
     def _trained(self, tokens: float) -> float:
         return tokens * self.model.flops_a_token / self.card.training / self.card.count
 
+    def _forward(self, model: Model, positions: float, half: bool = True) -> float:
+        return positions * model.flops_a_token / 3 / self.card.forward(half)
+
     def _around(self, stage: str, compiled: str, evaluations: float) -> Iterator[Part]:
         """What a stage of training does beside its steps."""
         yield Part(stage, "compile", known(compiled))
         if evaluations:
-            forward = evaluations * known("WikiText-103 held-out") * self.model.flops_a_token / 3 / self.card.forward()
-            yield Part(stage, "held-out losses", forward / self.card.count, f"{evaluations:.0f} times")
+            seconds = self._forward(self.model, evaluations * known("WikiText-103 held-out")) / self.card.count
+            yield Part(stage, "held-out losses", seconds, f"{evaluations:.0f} times")
         yield Part(stage, "notebook", known("stage") + known("training begins"))
 
     def _scored(self, against_reference: bool) -> float:
@@ -243,8 +245,7 @@ class Pipeline:
         new = evaluation.problem_new_tokens
         seconds = batches * new * self._decoded(config, rows, known("GSM8K") + new, self.half)
         seconds += GSM8K * new * known("row")
-        read = GSM8K * known("GSM8K") * Model.of(config).flops_a_token / 3 / self.card.forward(self.half)
-        return seconds + read
+        return seconds + self._forward(Model.of(config), GSM8K * known("GSM8K"), self.half)
 
     def _decoded(self, config: ModelConfig, rows: float, positions: float, half: bool) -> float:
         """Seconds of one step of decoding: weights and cache are read once, and every kernel is started."""

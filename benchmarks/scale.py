@@ -3,7 +3,7 @@
     python -m benchmarks.scale                                       # the plan: tables by calculation, a few seconds
     torchrun --nproc-per-node 2 -m benchmarks.scale --rounds 30      # predicted against measured, about a minute
 
-The plan states what it assumes; all but two of its lines stand in docs/scale.md, as a test checks. The check
+The plan states what it assumes; docs/scale.md has all but two of its lines, as a test checks. The check
 interleaves, in one run, what the model of time in `benchmarks.cost` is made of (the forward and backward pass alone,
 the gradients' exchange alone, AdamW alone) and whole steps, which it predicts from them. It takes one worker per GPU,
 or CPU processes of one thread each, whose communication hides behind nothing.
@@ -24,6 +24,7 @@ from threefold.config import ModelConfig, TrainConfig
 from threefold.model import Decoder
 from threefold.training import distributed
 from threefold.training.loop import build_optimizers
+from threefold.training.losses import MULTIPLE
 from threefold.training.numerics import choose
 
 H100 = pipeline.CARDS["H100"]
@@ -42,8 +43,9 @@ def plan() -> None:
     model = cost.Model.of(config)
     tokens = preset.pretrain.batch_size * preset.pretrain.accumulate * config.context
     micro_tokens = preset.pretrain.batch_size * config.context
-    beside, each = kept_bytes(config)
-    a_token = beside + config.n_layer * each
+    beside, block = kept_bytes(config)
+    a_token = beside + config.n_layer * block
+    logits = tokens * (VOCABULARY + -VOCABULARY % MULTIPLE["cuda"])
     rows = [
         ("parameters", f"{model.parameters:,}"),
         ("GFLOP per token, 6N", f"{6 * model.parameters / 1e9:.3f}"),
@@ -56,9 +58,8 @@ def plan() -> None:
         ("GB of weights, gradients and AdamW's states", f"{distributed.BYTES * model.parameters / 1e9:.2f}"),
         ("GFLOP per token of Muon's iterations", f"{model.muon_flops() / tokens / 1e9:.3f}"),
         *(
-            (f"ms a step in which an H100 moves the logits' bytes, {kind}", f"{1e3 * bytes_moved / H100.reading:.0f}")
-            for kind, each_logit in cost.LOSS.items()
-            for bytes_moved in [each_logit * tokens * -(-VOCABULARY // 64) * 64]
+            (f"ms a step in which an H100 moves the logits' bytes, {kind}", f"{1e3 * each * logits / H100.reading:.0f}")
+            for kind, each in cost.LOSS.items()
         ),
         ("bytes of gradients each of 8 workers sends per step", f"{cost.ring_bytes(model.gradient_bytes, 8):,.0f}"),
     ]

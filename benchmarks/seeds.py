@@ -15,13 +15,10 @@ import numpy as np
 import torch
 
 from benchmarks.setup import Setup
-from threefold.config import ModelConfig, TrainConfig
-from threefold.data.packing import pack_documents
-from threefold.data.tokenizer import encode
+from threefold.config import TrainConfig
 from threefold.evaluation.statistics import detectable_errors
 from threefold.training import run_variants
 
-HELD_OUT = 100  # stories
 VARIANTS = ["norm=layer", "ffn=gelu", "qk_norm=true"]
 
 
@@ -45,17 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     setup = Setup("7m", options.data)
-    model = ModelConfig(
-        n_layer=options.layers,
-        d_model=options.width,
-        n_head=options.width // 64,
-        d_ff=options.width * 3,
-        context=128,
-        vocab_size=len(setup.tokenizer),
-    )
-    stories = [ids.tolist() for ids in encode(setup.tokenizer, setup.stories)]
-    rows = pack_documents(stories[:-HELD_OUT], model, setup.eos, setup.sinks)
-    heldout = pack_documents(stories[-HELD_OUT:], model, setup.eos, setup.sinks)
+    model, rows, heldout = setup.small(options.layers, options.width, options.width * 3)
     config = TrainConfig(steps=options.steps, batch_size=4, evaluate_every=options.steps // 3)
     with tempfile.TemporaryDirectory() as folder:
         settings = {"folder": folder, "workers": 1, "device": "cpu"}

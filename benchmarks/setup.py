@@ -11,10 +11,12 @@ import torch
 
 from threefold.config import ModelConfig, SourceConfig, TokenizerConfig
 from threefold.data import corpus, sources
+from threefold.data.packing import PackedRows, pack_documents
 from threefold.data.templates import as_prompt_response
 from threefold.data.tokenizer import build_tokenizer, encode, sink_ids
 from threefold.model import Decoder
 
+HELD_OUT = 100  # stories
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # the real data, where it lies beside the project
 
 
@@ -128,6 +130,16 @@ class Setup:
                 for weight in (block.attention.o.weight, block.ffn.down.weight):
                     weight.normal_(std=0.02, generator=generator)
         return model
+
+    def small(self, layers: int, width: int, d_ff: int) -> tuple[ModelConfig, PackedRows, PackedRows]:
+        """A model of heads of 64 and 128 positions, and rows of stories: to train on, and the last `HELD_OUT`."""
+        sizes = {"n_layer": layers, "d_model": width, "n_head": width // 64, "d_ff": d_ff}
+        model = ModelConfig(**sizes, context=128, vocab_size=len(self.tokenizer))
+        stories = [ids.tolist() for ids in encode(self.tokenizer, self.stories)]
+        rows, heldout = (
+            pack_documents(part, model, self.eos, self.sinks) for part in (stories[:-HELD_OUT], stories[-HELD_OUT:])
+        )
+        return model, rows, heldout
 
     def stream(self) -> list[int]:
         """The stories as one document: every packed row is full and sees only its own past, as in a plain loop."""

@@ -351,7 +351,7 @@ class TrlFineTuning(_Trained):
 
 class TrlFineTuningGrouped(TrlFineTuning):
     """Batches of similar length. transformers' sampler sorts groups of at most a quarter of the data: of a round's few
-    batches it would sort none, so it is told to sort them all, as it sorts 50 batches of a long training."""
+    batches it would sort none, so this sampler sorts them all, as it sorts 50 batches of a long training."""
 
     options = {**TrlFineTuning.options, "train_sampling_strategy": "group_by_length"}  # noqa: RUF012
 

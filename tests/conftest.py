@@ -9,9 +9,9 @@ import pytest
 def single_precision(monkeypatch):
     """precision = "auto" is fp32 in a test's own process, whatever the machine multiplies fast: oracles are compared to
     five digits, of which bf16 has two. Tests of bf16 ask for it, those of the choice set this again."""
-    from threefold.training import numerics
+    from threefold.model import device
 
-    monkeypatch.setattr(numerics, "_fast_bf16", lambda kind: False)
+    monkeypatch.setattr(device, "_fast_bf16", lambda kind: False)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,4 +1,4 @@
-"""The C library's allocator, which is told to keep freed memory, and that of a GPU, after it had none left."""
+"""Settings of the C library's allocator, and freeing memory after an allocation failed."""
 
 import ctypes
 import platform
@@ -26,7 +26,7 @@ def keep_freed_memory() -> bool:
 
 
 def free_memory(error: BaseException) -> None:
-    """Free the tensors of the computation that raised an error, also for blocks of another size on a GPU."""
+    """Free the tensors of the computation that raised an error, and give a GPU's cached blocks back to the driver."""
     traceback.clear_frames(error.__traceback__)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

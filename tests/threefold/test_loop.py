@@ -630,7 +630,7 @@ def test_silent_by_a_function_and_printed_by_default(text, tmp_path, capsys):
 
 
 def test_precision_and_compiler_are_chosen_by_the_hardware(monkeypatch):
-    monkeypatch.setattr(numerics, "_fast_bf16", lambda kind: False)
+    monkeypatch.setattr(numerics, "fast_bf16", lambda device: False)
     monkeypatch.setattr(numerics, "missing_to_compile", lambda device: "")
     small, large = (10**6, 10**6), (10**8, 10**8)
     chosen = numerics.choose(TrainConfig(), *small, "cpu")
@@ -638,7 +638,7 @@ def test_precision_and_compiler_are_chosen_by_the_hardware(monkeypatch):
     assert numerics.choose(TrainConfig(), *large, "cpu").compile
     assert not numerics.choose(TrainConfig(compile="off"), *large, "cpu").compile
     assert "emulates" in numerics.choose(TrainConfig(precision="bf16"), *small, "cpu").note
-    monkeypatch.setattr(numerics, "_fast_bf16", lambda kind: True)
+    monkeypatch.setattr(numerics, "fast_bf16", lambda device: True)
     assert numerics.choose(TrainConfig(), *small, "cpu").bf16
     assert not numerics.choose(TrainConfig(precision="fp32"), *small, "cpu").bf16
     monkeypatch.setattr(numerics, "missing_to_compile", lambda device: "a C++ compiler")
@@ -650,7 +650,7 @@ def test_precision_and_compiler_are_chosen_by_the_hardware(monkeypatch):
 
 
 def test_a_gpu_compiles_ablations_and_says_when_it_has_no_bf16(monkeypatch):
-    monkeypatch.setattr(numerics, "_fast_bf16", lambda kind: False)
+    monkeypatch.setattr(numerics, "fast_bf16", lambda device: False)
     monkeypatch.setattr(numerics, "missing_to_compile", lambda device: "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")

@@ -95,7 +95,7 @@ def test_the_same_model_gives_the_same_items(tmp_path):
 def spoilt(model: LanguageModel) -> None:
     """Weights of the bf16 copy that are not the model's."""
     with torch.no_grad():
-        for weight in model.half.backend.model.parameters():
+        for weight in model.in_bf16.backend.model.parameters():
             weight.mul_(1.5)
 
 
@@ -114,7 +114,8 @@ def test_bf16_is_used_where_a_sample_agrees_and_fp32_where_it_does_not(convert, 
 
     exact = run(language_model(512, convert=convert))
     assert not any("precision_check" in e.settings for e in exact.values()), "on a CPU nothing is tried in bf16"
-    monkeypatch.setitem(precision.FAST, "cpu", lambda: True)
+    monkeypatch.setattr(precision, "DEVICES", {"cpu"})
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: True)
     monkeypatch.setattr(precision, "SHARE", 1.0)  # tiny models with large weights are rougher than trained ones
     found, refused = run(language_model(512, convert=convert)), language_model(512, convert=convert)
     spoilt(refused)

@@ -104,7 +104,7 @@ class LanguageModel:
         return self.backend.model
 
     @cached_property
-    def half(self) -> "LanguageModel":
+    def in_bf16(self) -> "LanguageModel":
         """The same model in bf16."""
         backend = copy.deepcopy(self.backend)
         backend.model.to(torch.bfloat16)

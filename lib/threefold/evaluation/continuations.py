@@ -14,11 +14,11 @@ PROMPTS, WORDS, TOKENS = 5, 12, 32
 def sample_continuations(
     model: LanguageModel, source: SourceConfig, data_dir: str | Path = "", *, seed: int = 1337
 ) -> dict[str, Any]:
-    """How a model goes on from the first words of `PROMPTS` lines of a text: values of a record.
+    """How a model continues the first `WORDS` words of `PROMPTS` lines of a text: values of a record.
 
-    The lines are drawn by the seed from those with at least twice as many words. Decoding is greedy, up to the end of
-    the text or `TOKENS` tokens. A model with a short context gets as many of the words as leave it room for its tokens,
-    of which there are then at most half as many as positions. Raises the errors of `data.sources`.
+    The lines are drawn by the seed from those with at least twice as many words. Decoding is greedy, up to EOS,
+    `TOKENS` tokens or half the context. A prompt is cut to as many words as leave room for them in the context. Raises
+    the errors of `data.sources`.
     """
     lines = [line.split() for text in sources.load(source, data_dir) for line in text.split("\n")]
     lines = [words for words in lines if len(words) >= 2 * WORDS and words[0] != "="]

@@ -1,4 +1,4 @@
-"""Decoding one token a row over a KV cache; on a GPU as a captured CUDA graph, which no launch of a kernel delays."""
+"""Decoding one token a row over a KV cache; on a GPU as a captured CUDA graph, which saves the launches of kernels."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,7 @@ WORTH = 8  # tokens from which capturing, which takes about two steps, pays
 
 
 class Steps:
-    """Called with the next token of every row [B], returns the logits of those after them [B, V]."""
+    """Steps of decoding: a call takes the next token of every row [B] and returns the logits after it [B, V]."""
 
     def __init__(self, model: Decoder, cache: KVCache):
         self.model, self.cache = model, cache
@@ -28,8 +28,8 @@ class Steps:
 
 
 class FixedSteps(Steps):
-    """Steps whose tensors have the same shapes and places each time: they attend to the whole capacity of the cache,
-    and a mask leaves out the slots that hold nothing yet. On a GPU they are recorded once and replayed.
+    """Steps whose tensors keep their shapes and addresses: they attend to the whole capacity of the cache, and a mask
+    leaves out the slots that hold nothing yet. On a GPU one step is recorded and then replayed.
 
     The returned logits are overwritten by the next step.
     """
@@ -75,7 +75,7 @@ class FixedSteps(Steps):
         context = AttentionContext(self.positions_B1, False, self.mask, rotary, self.model.attention == "explicit")
         self.logits_BV = self.model.head(self.model.run(self.tokens_B1, context, self)[:, -1])
 
-    # What layers ask of a cache
+    # What layers use of a KVCache
 
     def write(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
@@ -88,7 +88,7 @@ class FixedSteps(Steps):
 
 def _recorded(run: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], None]:
     """A function that replays what `run` does on the GPU. state: the tensors that a run changes and the next one reads;
-    they are left as they are."""
+    recording does not change them."""
     before = [tensor.clone() for tensor in state]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

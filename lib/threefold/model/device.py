@@ -1,4 +1,6 @@
-"""The device that models run on."""
+"""The device that models run on, and whether it multiplies bf16 fast."""
+
+from functools import lru_cache
 
 import torch
 
@@ -15,3 +17,17 @@ def pick_device(device: str | None = None) -> str:
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"device {device}: allowed are cpu and cuda")
     return kind
+
+
+@lru_cache
+def _fast_bf16(kind: str) -> bool:
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Measured on two Zen 4 cores with AVX512-BF16 and no AMX: a step of 0.5M and of 4M parameters takes 0.7 and 0.63 of
+    # its fp32 time, Muon's iteration half.
+    return kind == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def fast_bf16(device: str | torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices faster than fp32 ones."""
+    return _fast_bf16(torch.device(device).type)

@@ -71,8 +71,8 @@ def generate(
     tail = max((len(text.encode()) for text in stop or ()), default=0) + SLACK
     new: list[list[int]] = [[] for _ in prompts]
 
-    def goes_on(row: int, token: int) -> bool:
-        """Whether the prompt's row runs on after this token, which is kept unless it is an EOS."""
+    def continues(row: int, token: int) -> bool:
+        """Whether the prompt's row continues after this token, which is kept unless it is an EOS."""
         if token < 0:
             raise EvaluationError(f"prompt {row}: the logits of new token {len(new[row])} are not finite")
         if token in ends:
@@ -90,7 +90,7 @@ def generate(
         for step in count(1):
             tokens_B = sampler.pick(logits_BV, active, len(prompts))
             for row, token in zip(active, tokens_B.tolist(), strict=True):
-                if row in running and not goes_on(row, token):
+                if row in running and not continues(row, token):
                     running.remove(row)
             if not running:
                 return new
@@ -119,7 +119,7 @@ def stream(
 
     prompt: token ids with whatever the tokenizer puts in front; its first tokens are what the cache holds as sinks.
     cache: of one row, empty, or with what a stream before left in it: all but the last token that it gave.
-    max_new_tokens: -1 goes on for ever.
+    max_new_tokens: -1 for no end.
     eos_id: ends the stream and is left out; None: nothing does.
     suppress: ids that are never drawn.
     sampling: fields of `Sampling`; greedy by default.
@@ -199,8 +199,8 @@ class Sampling:
 def _prefill(
     model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, prefix: KVCache | None
 ) -> tuple[Tensor, KVCache]:
-    """Logits after each prompt [B, V] and their cache: the common start once, the rest padded left, in groups: on
-    a CPU of similar length, on a GPU of as many positions as it reads at once. prompts: longest first."""
+    """Logits after each prompt [B, V] and their cache: the common start once, the rest padded left, in groups: of
+    similar length on a CPU, of at most `READ` positions on a GPU. prompts: longest first."""
     device = model.embed.weight.device
     shared = min(common_prefix_length(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
     if shared >= SHARED:
@@ -215,10 +215,11 @@ def _prefill(
 
     rests = [prompt[shared:] for prompt in prompts]
     capacity = len(rests[0]) + max_new_tokens - 1  # the last token is never fed back
-    most = max(1, READ // len(rests[0]))
-    groups = [rests[i : i + most] for i in range(0, len(rests), most)]
     if device.type == "cpu":
         groups = groups_by_length(rests)
+    else:
+        most = max(1, READ // len(rests[0]))
+        groups = [rests[i : i + most] for i in range(0, len(rests), most)]
     caches = [empty(len(group), len(group[0]) if len(groups) > 1 else capacity) for group in groups]
     logits_BV = torch.cat([_read(model, group, cache) for group, cache in zip(groups, caches, strict=True)])
     if len(groups) == 1:

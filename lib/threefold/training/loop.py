@@ -120,7 +120,7 @@ def train(
                 except (RuntimeError, MemoryError) as error:
                     monitor.halve_micro_batches(error, batches[0].tokens_BT)
                     break  # take the same step again
-                if numerics.synchronous:  # stop before the weights are spoilt
+                if numerics.synchronous:  # before the weights are changed by NaN or infinity
                     monitor.check(values.tolist(), state.step + 1, numbers)
                 with monitor.memory_errors(f"in the update of step {state.step + 1}"):
                     step.update(factor)

@@ -25,7 +25,7 @@ NEVER = -1e30  # logit of a padded token: its probability is exactly 0, and diff
 
 def cross_entropy_sum(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, compiled: bool = False) -> Tensor:
     """The summed cross-entropy (nats) of N targets under logits `h_ND @ weight_VD.T`, differentiable in both."""
-    return _Pieces.apply(h_ND, weight_VD, _CrossEntropy(targets_N), torch.is_grad_enabled(), compiled)[0]
+    return _Pieces.apply(h_ND, weight_VD, _CrossEntropy(targets_N, compiled), torch.is_grad_enabled())[0]
 
 
 def distillation_sums(
@@ -52,8 +52,8 @@ def distillation_sums(
         total = share * T^2 * soft + (1 - share) * hard, differentiable; soft = KL(teacher_T || student_T) and
         hard = cross-entropy, both without gradient.
     """
-    loss = _SoftTargets(targets_N, teacher_h_NE, teacher_weight_VE, temperature, share)
-    sums = _Pieces.apply(h_ND, weight_VD, loss, torch.is_grad_enabled(), compiled)
+    loss = _SoftTargets(targets_N, compiled, teacher_h_NE, teacher_weight_VE, temperature, share)
+    sums = _Pieces.apply(h_ND, weight_VD, loss, torch.is_grad_enabled())
     return sums[0], sums[1].detach(), sums[2].detach()
 
 
@@ -63,10 +63,7 @@ def target_logprobs(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, compi
 
 
 def _target_logprobs(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    logits_NV = F.linear(h_ND, _padded(weight_VD))
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    if logits_NV.size(1) > len(weight_VD):
-        logits_NV[:, len(weight_VD) :] = NEVER
+    logits_NV = _wide(F.linear(h_ND, _padded(weight_VD)), len(weight_VD))
     return -F.cross_entropy(logits_NV, targets_N, reduction="none")
 
 
@@ -103,20 +100,19 @@ class _CrossEntropy:
     n_sums = 1
     one_hot = 1.0
 
-    def __init__(self, targets_N: Tensor):
-        self.targets_N = targets_N
+    def __init__(self, targets_N: Tensor, compiled: bool):
+        self.targets_N, self.compiled = targets_N, compiled
 
-    def __call__(
-        self, piece: slice, logits_NV: Tensor, n_tokens: int, compiled: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def __call__(self, piece: slice, logits_NV: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
         targets_N = self.targets_N[piece]
-        return _kernel(_cross_entropy, compiled, logits_NV, targets_N)(logits_NV, targets_N, n_tokens)
+        return _kernel(_cross_entropy, self.compiled, logits_NV, targets_N)(logits_NV, targets_N, n_tokens)
 
 
 def _wide(logits_NV: Tensor, n_tokens: int) -> Tensor:
     """The logits in fp32 at least, those of the padding at `NEVER`."""
     wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    wide_NV[:, n_tokens:] = NEVER
+    if wide_NV.size(1) > n_tokens:
+        wide_NV[:, n_tokens:] = NEVER
     return wide_NV
 
 
@@ -145,16 +141,16 @@ class _SoftTargets:
 
     n_sums = 3
 
-    def __init__(self, targets_N: Tensor, h_NE: Tensor, weight_VE: Tensor, temperature: float, share: float):
-        self.targets_N, self.one_hot = targets_N, 1 - share
+    def __init__(
+        self, targets_N: Tensor, compiled: bool, h_NE: Tensor, weight_VE: Tensor, temperature: float, share: float
+    ):
+        self.targets_N, self.compiled, self.one_hot = targets_N, compiled, 1 - share
         self.h_NE, self.weight_VE = h_NE.detach(), _padded(weight_VE.detach().to(h_NE.dtype))
         self.temperature, self.share = temperature, share
 
-    def __call__(
-        self, piece: slice, logits_NV: Tensor, n_tokens: int, compiled: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def __call__(self, piece: slice, logits_NV: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
         teacher_NV, targets_N = F.linear(self.h_NE[piece], self.weight_VE), self.targets_N[piece]
-        compute = _kernel(_soft_targets, compiled, logits_NV, teacher_NV, targets_N)
+        compute = _kernel(_soft_targets, self.compiled, logits_NV, teacher_NV, targets_N)
         return *compute(logits_NV, teacher_NV, targets_N, n_tokens, self.temperature, self.share), None
 
 
@@ -162,9 +158,7 @@ def _soft_targets(
     logits_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor, n_tokens: int, T: float, share: float
 ) -> tuple[Tensor, Tensor]:
     wide_NV = _wide(logits_NV, n_tokens)
-    teacher_NV = teacher_NV.to(wide_NV.dtype)
-    teacher_NV[:, n_tokens:] = NEVER
-    teacher_NV = F.log_softmax(teacher_NV / T, dim=1)
+    teacher_NV = F.log_softmax(_wide(teacher_NV, n_tokens) / T, dim=1)
     student_NV = F.log_softmax(wide_NV / T, dim=1)
     wanted_NV = teacher_NV.exp()
     soft = (wanted_NV * teacher_NV.sub_(student_NV)).sum().unsqueeze(0)
@@ -179,7 +173,7 @@ class _Pieces(torch.autograd.Function):
     """The sum of loss(h @ weight.T) over all pieces. The forward pass also computes the gradients of h and weight."""
 
     @staticmethod
-    def forward(ctx, h_ND: Tensor, weight_VD: Tensor, loss: Callable, gradient: bool, compiled: bool) -> Tensor:
+    def forward(ctx, h_ND: Tensor, weight_VD: Tensor, loss: Callable, gradient: bool) -> Tensor:
         device = h_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
         wide = torch.promote_types(dtype, torch.float32)
@@ -193,7 +187,7 @@ class _Pieces(torch.autograd.Function):
                 piece = slice(start, start + rows)
                 h_piece = h[piece]
                 product = torch.mm(h_piece, weight.T, out=logits[: len(h_piece)])
-                sums, dense, divisor = loss(piece, product, len(weight_VD), compiled)
+                sums, dense, divisor = loss(piece, product, len(weight_VD))
                 total += sums
                 if not gradient:
                     continue
@@ -216,4 +210,4 @@ class _Pieces(torch.autograd.Function):
     def backward(ctx, *gradients):
         scale = gradients[0][0]  # the first sum is the loss; the others have no gradient
         h_gradient, weight_gradient = ctx.saved_tensors
-        return h_gradient * scale, weight_gradient * scale, None, None, None
+        return h_gradient * scale, weight_gradient * scale, None, None

@@ -37,7 +37,7 @@ class TrainResult:
     name: str
     steps: int
     tokens: int  # trained on, without padding and sinks
-    padding: int  # positions computed in vain
+    padding: int  # positions that were computed and hold no token
     seconds: float  # wall-clock, in training steps
     evaluation_seconds: float  # in held-out losses
     tokens_per_second: float
@@ -98,14 +98,14 @@ class Monitor:
         model = self.step.model
         was_training = model.training
         model.train()
-        self.interruption.__enter__()
         try:
-            if self.evaluate is not None and not self.state.heldout:
-                self._evaluate()
-            self.begun = self.mark = self.saved_at = time.perf_counter()
-            self.next_message = self.begun + self.say.pause(0) / 2
-            yield
-            self.writer.wait()
+            with self.interruption:
+                if self.evaluate is not None and not self.state.heldout:
+                    self._evaluate()
+                self.begun = self.mark = self.saved_at = time.perf_counter()
+                self.next_message = self.begun + self.say.pause(0) / 2
+                yield
+                self.writer.wait()
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
@@ -114,7 +114,6 @@ class Monitor:
                 "the same command resumes from there"
             ) from error
         finally:
-            self.interruption.__exit__()
             self.writer.close()
             self.say.close()
             with contextlib.suppress(OSError):  # of a full disk, which is reported already

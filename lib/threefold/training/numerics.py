@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -18,7 +17,7 @@ from basics.errors import ConfigError
 from threefold.config import TrainConfig
 from threefold.graphics import missing_to_compile
 from threefold.memory import free_memory
-from threefold.model.device import pick_device
+from threefold.model.device import fast_bf16, pick_device
 from threefold.training.distributed import current
 
 # Compiling takes up to a minute with a cold cache and saves about a third of a step, so it pays off after a few minutes
@@ -27,8 +26,6 @@ from threefold.training.distributed import current
 FLOPS = {"cpu": 1.5e11, "cuda": 1.5e14}
 COMPILE_FROM_SECONDS = {"cpu": 240, "cuda": 20}
 WHOLE_FROM_SECONDS = {"cpu": 0, "cuda": 600}  # from which the whole model is one graph
-
-
 BY_BLOCK = "compiled block by block"
 
 
@@ -50,20 +47,6 @@ class Numerics:
     def autocast(self) -> AbstractContextManager:
         """The context of a forward pass: weights stay fp32; matrix products are bf16 if that was chosen."""
         return torch.autocast(self.device, torch.bfloat16) if self.bf16 else nullcontext()
-
-
-@lru_cache
-def _fast_bf16(kind: str) -> bool:
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Measured on two Zen 4 cores with AVX512-BF16 and no AMX: a step of 0.5M and of 4M parameters takes 0.7 and 0.63 of
-    # its fp32 time, Muon's iteration half.
-    return kind == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
-def fast_bf16(device: str | torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices faster than fp32 ones."""
-    return _fast_bf16(torch.device(device).type)
 
 
 Result = TypeVar("Result")
@@ -132,15 +115,15 @@ def choose(config: TrainConfig, parameters: int, positions: int, device: str | N
         "auto": "bf16 autocast" if fast else "fp32 (no fast bf16 on this machine)",
     }[config.precision]
     seconds = 6 * parameters * positions / FLOPS[device]
-    if config.compile == "off":
+    pays = seconds >= COMPILE_FROM_SECONDS[device]
+    compiled = config.compile == "on" or (config.compile == "auto" and not missing and pays)
+    by_block = compiled and seconds < WHOLE_FROM_SECONDS[device]
+    if compiled:
+        compiling = BY_BLOCK if by_block else "compiled"
+    elif config.compile == "off":
         compiling = "not compiled, as asked for"
-    elif missing:
-        compiling = f"not compiled (not found: {missing})"
-    elif config.compile == "on" or seconds >= COMPILE_FROM_SECONDS[device]:
-        compiling = "compiled" if seconds >= WHOLE_FROM_SECONDS[device] else BY_BLOCK
     else:
-        compiling = "not compiled (too few steps to pay for it)"
+        compiling = f"not compiled ({f'not found: {missing}' if missing else 'too few steps to pay for it'})"
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     note = f"{where}; {precision}; {compiling}"
-    compiled = compiling in ("compiled", BY_BLOCK)
-    return Numerics(device, precision.startswith("bf16"), compiled, note, compiling == BY_BLOCK)
+    return Numerics(device, precision.startswith("bf16"), compiled, note, by_block)

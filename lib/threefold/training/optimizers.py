@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from threefold.config import TrainConfig
+from threefold.model.device import fast_bf16
 from threefold.training import distributed
-from threefold.training.numerics import fast_bf16
 
 
 class Muon(torch.optim.Muon):

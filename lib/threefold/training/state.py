@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 
 from basics.errors import TrainingError
 from basics.files import sync
@@ -164,19 +163,14 @@ def collect(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> di
         values[f"groups{number}"] = states.get("param_groups")
         for name, state in states.get("state", {}).items():
             values |= {f"optimizer{number}/{name}/{key}": value for key, value in state.items()}
-    states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
-    live = {_storage(value) for value in (*model.parameters(), *model.buffers(), *states) if isinstance(value, Tensor)}
-    for name, value in values.items():  # on a CPU the weights and moments themselves
-        if isinstance(value, Tensor):
-            values[name] = value.clone() if _storage(value) in live else value
-        else:
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
             values[name] = copy.deepcopy(value)
+        elif on_cpu:  # torch copied tensors of a GPU, and gives those of a CPU themselves
+            values[name] = value.clone()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return values | {"rng/cpu": torch.get_rng_state()} | {f"rng/cuda{i}": value for i, value in enumerate(cuda)}
-
-
-def _storage(tensor: Tensor) -> int:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage().data_ptr()
 
 
 def restore(values: Mapping[str, Any], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
