@@ -103,7 +103,7 @@ def test_length_claims_say_what_was_compared_and_stay_open_without_an_interval(t
 
 
 def test_claims_on_public_sets_count_on_those_sets_only(tmp_path):
-    skills = {"pretrain": (2.0, 0.8, 0.0, 0.0, 0.5), "sft": (2.0 + 0.2311, 0.84, 0.0, 0.5, 0.5)}  # +26%
+    skills = {"pretrain": (2.0, 0.6, 0.8, 0.0, 0.0, 0.5), "sft": (2.0 + 0.2311, 0.6, 0.84, 0.0, 0.5, 0.5)}  # +26%
     on_sample = verdicts(Comparison.load(make_run(tmp_path / "sample", skills=skills, ablations=False)))
     assert on_sample["sft-perplexity"].verdict == NOT_MEASURED
     assert "not wikitext2" in on_sample["sft-perplexity"].measured and "+2" in on_sample["sft-perplexity"].measured
@@ -137,9 +137,9 @@ def test_speed_needs_interleaved_timings(tmp_path):
 
 
 def test_a_model_from_elsewhere_has_no_say_in_how_far_models_differ(tmp_path):
-    level = {model: (2.1, 0.9, 0.0, 0.0, 0.5) for model in SKILL}
+    level = {model: (2.1, 0.6, 0.9, 0.0, 0.0, 0.5) for model in SKILL}
     run = make_run(
-        tmp_path / "fake", skills=level | {"other": (2.1, 0.5, 0, 0, 0.5)}, extra=("other",), ablations=False
+        tmp_path / "fake", skills=level | {"other": (2.1, 0.6, 0.5, 0, 0, 0.5)}, extra=("other",), ablations=False
     )
     (run / "notebooks" / "01_pretrain-other.ipynb").unlink()  # it was not trained here
     loaded = Comparison.load(run)

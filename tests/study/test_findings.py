@@ -120,7 +120,7 @@ def test_further_baselines_are_compared_by_their_records_alone(tmp_path):
 
 
 def test_runs_whose_differences_are_noise_claim_none(tmp_path):
-    level = dict.fromkeys(SKILL, (2.1, 0.8, 0.5, 0.5, 0.5))
+    level = dict.fromkeys(SKILL, (2.1, 0.6, 0.8, 0.5, 0.5, 0.5))
     for trial in range(3):
         seeds = {model: 100 * trial + index for index, model in enumerate(SKILL)}
         loaded = Comparison.load(make_run(tmp_path / str(trial), skills=level, seeds=seeds, ablations=False))
@@ -133,7 +133,7 @@ def test_runs_whose_differences_are_noise_claim_none(tmp_path):
 
 
 def test_identical_models_are_never_said_to_differ_and_their_interval_is_honest(tmp_path):
-    level = dict.fromkeys(SKILL, (2.1, 0.8, 0.5, 0.5, 0.5))
+    level = dict.fromkeys(SKILL, (2.1, 0.6, 0.8, 0.5, 0.5, 0.5))
     loaded = Comparison.load(make_run(tmp_path / "fake", skills=level, seeds=dict.fromkeys(SKILL, 5)))
     assert not any(one.differs for one in findings.findings(loaded))
     for one in compared(loaded):

@@ -221,7 +221,8 @@ def test_the_standard_error_behind_an_interval():
 
 
 def shifted(nats: float = 0.0, sentiment: float = 0.0) -> dict:
-    return {name: (SKILL[name][0] + nats, SKILL[name][1] + sentiment, *SKILL[name][2:]) for name in LINEAGE}
+    own = {name: SKILL[name] for name in LINEAGE}
+    return {name: (one[0] + nats, one[1], one[2] + sentiment, *one[3:]) for name, one in own.items()}
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from study.preset import LINEAGE
 from threefold.evaluation.statistics import standard_error
 
 MOST, LONGEST = 8, 30  # findings of the page, words of each (an interval counts as two)
+QUOTED = ("perplexity", "minimal_pairs", "sentiment", "problems")  # measures whose protocol the prose names
 PRIMARY = PLAN["primary"]  # the measure by which a comparison is summed up: of a stage, or "baseline"
 
 
@@ -232,7 +233,7 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
         "original_parameters": ORIGINAL["model"]["pretrain"]["parameters"],
         "original_commit": ORIGINAL["commit"],
         **{f"sources_{one}": listed([*map(escape, sorted(sources(comparison, one)))]) for one in LINEAGE},
-        **{f"protocol_{key}": comparison.protocol(key) or "" for key in ("perplexity", "sentiment", "problems")},
+        **{f"protocol_{key}": comparison.protocol(key) or "" for key in QUOTED},
     }
     return {name: value or None for name, value in values.items()} | length.variables(comparison)
 
