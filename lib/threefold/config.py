@@ -188,7 +188,9 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     shard: Literal["auto", "on", "off"] = "auto"  # with several workers: split the model over them; auto: if too large
-    checkpoint_every: PositiveOrOff = -1  # steps between resumable states; -1: about one a minute
+    # Steps between resumable states; -1: about one a minute. A state is written while the next steps are taken, and the
+    # next one waits for it, so a kill loses at most twice as many steps.
+    checkpoint_every: PositiveOrOff = -1
     evaluate_every: PositiveOrOff = -1  # steps between held-out losses; -1: at the start and the end only
     replay: BelowOne = 0.0  # sft: share of the rows that are pretraining text
     beta: AboveZero = 0.1  # dpo (Rafailov et al. 2023)

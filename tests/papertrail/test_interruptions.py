@@ -48,7 +48,8 @@ def test_kills_at_random_moments_change_nothing(found):
     told = found["kills"]
     assert (told["first"], told["wrong"]) == ("done", [])
     assert told["kills"] >= KILLS and told["finished"] >= 1
-    assert max(told["lost"]) <= EVERY and len(told["lost"]) >= KILLS // 3
+    # a state is written while the next EVERY steps are taken, and the one after waits for it
+    assert max(told["lost"]) <= 2 * EVERY and len(told["lost"]) >= KILLS // 3
 
 
 def test_a_full_disk_leaves_the_last_good_state(found):

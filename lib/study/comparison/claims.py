@@ -139,6 +139,8 @@ def _ablation(comparison: Comparison, variant: str, quantity: str) -> Finding | 
     if effect is None:
         return None
     scope, timed = _of_ablations(comparison, effect.basis), quantity == "tokens_per_second"
+    if timed:
+        scope = scope._replace(data="single training steps")
     return Finding(effect.text, *_times_100(effect.low, effect.high), scope=scope, timed=timed)
 
 
@@ -220,9 +222,9 @@ def _speed(comparison: Comparison, a: str, b: str) -> Finding | None:
         return Finding(f"{ratio:.2f}×", unresolved=f"{n} repeats")
     half = student_half_width(float(logs.std(ddof=1) / math.sqrt(n)), n - 1)
     low, high = ratio * math.exp(-half), ratio * math.exp(half)
-    settings = comparison.settings(b, "speed")
+    device = training.device(comparison.stage("speed"))
     size = training.total_parameters(comparison, b)
-    scope = Scope(size, None, settings.get("device", ""), "decoding at batch 1", f"{n} repeats")
+    scope = Scope(size, None, device, "decoding at batch 1", f"{n} repeats")
     text, published = estimate(ratio, low, high, decimals=2, unit="×"), not comparison.trained_here(a)
     return Finding(text, low, high, scope=scope, met=published)
 

@@ -26,7 +26,6 @@ def ablation_effects(variants: Variants) -> Result:
         return {
             "title": ablations.title(name),
             "one": one,
-            "values": values,
             "size": f"{values['parameters']:,}" + (f" ({signed(100 * share, 2, '%')})" if one else ""),
             "loss": f"{plain(statistics.fmean(losses), 4)}{spread}",
             "tokens": one and (ratio(one["log_tokens"]) if one["log_tokens"] else "before the first point"),

@@ -228,7 +228,7 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
         "n_compared": str(len(compared(comparison)) or ""),
         "trained": f"{several} times" if several > 1 else "once",
         "resamples": f"{comparison.resamples:,}",
-        "margins": listed([f"{measure.size_text(measure.margin)} ({measure.title.lower()})" for measure in _margins()]),
+        "margins": listed([f"{one.size_text(one.margin)} ({one.title.lower()})" for one in _margins(comparison)]),
         "majority": "" if comparison.majority is None else percent(comparison.majority),
         "original_parameters": ORIGINAL["model"]["pretrain"]["parameters"],
         "original_commit": ORIGINAL["commit"],
@@ -238,9 +238,10 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
     return {name: value or None for name, value in values.items()} | length.variables(comparison)
 
 
-def _margins() -> list[Any]:
-    """A measure of each unit, for its margin of equivalence."""
-    return list({MEASURES[key].unit: MEASURES[key] for key in reversed([*HEADLINE, *STAGED])}.values())
+def _margins(comparison: Comparison) -> list[Any]:
+    """A measure of each unit among those that were measured, for its margin of equivalence."""
+    measured = [MEASURES[key] for key in dict.fromkeys([*HEADLINE, *STAGED]) if comparison.protocol(key)]
+    return list({measure.unit: measure for measure in reversed(measured)}.values())
 
 
 def publishable_variables(comparison: Comparison, run: str = "", preset: str = "") -> Result:

@@ -16,7 +16,7 @@ from study.comparison.differences import SINCE, STAGES, Difference, compared, di
 from study.comparison.load import Comparison
 from study.comparison.measures import MEASURES
 from study.comparison.models import MODELS
-from study.comparison.recipes import recipe
+from study.comparison.recipes import FACETS, recipe
 from study.comparison.results import UNITS, Result, estimate, number_of, percent, say, table, value_text
 from study.comparison.training import total_parameters
 from study.preset import LINEAGE
@@ -48,8 +48,8 @@ def by_model(comparison: Comparison, name: str) -> Result:
             {
                 "name": MODELS[model]["name"],
                 "there": there | _changes(there, previous),
-                "parameters": total_parameters(comparison, model),
-                "recipe": recipe(comparison, model),
+                "parameters": total_parameters(comparison, model) if model in comparison.models else None,
+                "recipe": recipe(comparison, model) if model in comparison.models else dict.fromkeys(FACETS),
                 "here": {key: comparison.value(key, model) for key in VALUES},
                 "against": None if model == "gpt2" else difference(comparison, "perplexity", "gpt2", model),
                 "change": {key: stages.get((STAGES, key, model)) for key in VALUES},

@@ -7,6 +7,7 @@ trained elsewhere.
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from basics import names
@@ -40,10 +41,10 @@ def section(comparison: Comparison, stage: str) -> Mapping[str, Any]:
 
 
 def sources(comparison: Comparison, *stages: str) -> set[str]:
-    """Names of the sources that stages trained on."""
+    """Names of the sources that stages trained on; of own data that of the file or folder."""
     parts = [item for stage in stages for item in (config(comparison, stage).get("data") or {}).items()]
     entries = [entry for part, found in parts if not part.endswith("heldout") for entry in found]
-    return {entry["source"] for entry in entries if entry.get("source")}
+    return {entry.get("source") or PurePath(entry["path"]).name for entry in entries}
 
 
 def tokens(comparison: Comparison, model: str) -> list[int]:

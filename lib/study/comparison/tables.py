@@ -88,7 +88,7 @@ def architecture(comparison: Comparison) -> Result:
         return component | found
 
     present = [component for component in SHOWN["component"] if component["key"] in config]
-    return table("architecture", map(fields, present))
+    return replace(table("architecture", map(fields, present)), empty=not variants)
 
 
 # A row a model -------------------------------------------------------------------------------------------------------

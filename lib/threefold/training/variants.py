@@ -154,7 +154,7 @@ def run_variants(
             positions, so that every variant with a sink trains on the very same rows; the held-out loss leaves out
             documents' first tokens, so that it is over the same tokens for all.
         seeds: of weights and order; one training per variant and seed.
-        folder: keeps each finished training, so that an interrupted call can go on; see `load_variant`.
+        folder: keeps each finished training, from which an interrupted call resumes; see `load_variant`.
         reuse: folder of an earlier call, perhaps with other variants; equal trainings in it are copied, unless a byte
             of them has changed.
         device: as in `train`.
