@@ -28,6 +28,11 @@ overrides = ""  # further keys of the preset, written as for --set of `threefold
 overwrite = False  # True: other parameters than those of a finished run replace its results
 
 # %%
+from study.run import open_stage
+
+stage = open_stage("data", preset=preset, run=run, data_dir=data_dir, overrides=overrides, overwrite=overwrite)
+
+# %%
 from dataclasses import asdict, fields
 
 import pandas as pd
@@ -35,11 +40,9 @@ import pandas as pd
 from papertrail import records
 from study import checks
 from study.preset import evaluation_sources, lineage, measured_on
-from study.run import open_stage
 from threefold.data import corpus, exclusion
 from threefold.data.tokenizer import build_tokenizer, tokenizer_hash
 
-stage = open_stage("data", preset=preset, run=run, data_dir=data_dir, overrides=overrides, overwrite=overwrite)
 checks.check(stage.preset, stage.run.data_dir)
 folder = stage.begin()
 model_config, sources = stage.preset.model, stage.config

@@ -40,16 +40,7 @@ tokens = None
 batch_size = None
 
 # %%
-from dataclasses import asdict
-
-import matplotlib.pyplot as plt
-
-from papertrail import records
-from study.card import write_card
 from study.run import open_stage
-from study.training import prepare, recipe, train_stage
-from threefold.model import parameter_counts
-from threefold.training import curve
 
 stage = open_stage(
     "pretrain",
@@ -67,6 +58,18 @@ stage = open_stage(
     tokens=tokens,
     batch_size=batch_size,
 )
+
+# %%
+from dataclasses import asdict
+
+import matplotlib.pyplot as plt
+
+from papertrail import records
+from study.card import write_card
+from study.training import prepare, recipe, train_stage
+from threefold.model import parameter_counts
+from threefold.training import curve
+
 inputs = prepare(stage)
 folder = stage.begin()
 

@@ -30,10 +30,7 @@ multipliers = None  # None: the preset's value, as for every key of its section 
 share = None
 
 # %%
-from basics.files import write_note
-from papertrail import records
-from study import tuning
-from study.run import CHOICE, open_stage
+from study.run import open_stage
 
 stage = open_stage(
     "tune",
@@ -46,6 +43,13 @@ stage = open_stage(
     multipliers=multipliers,
     share=share,
 )
+
+# %%
+from basics.files import write_note
+from papertrail import records
+from study import tuning
+from study.run import CHOICE
+
 folder = stage.begin()
 
 # %% [markdown]

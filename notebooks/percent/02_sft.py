@@ -34,15 +34,7 @@ batch_size = None
 replay = None
 
 # %%
-from dataclasses import asdict
-
-import matplotlib.pyplot as plt
-
-from papertrail import records
-from study.card import write_card
 from study.run import open_stage
-from study.training import prepare, recipe, train_stage
-from threefold.training import curve
 
 stage = open_stage(
     "sft",
@@ -59,6 +51,17 @@ stage = open_stage(
     batch_size=batch_size,
     replay=replay,
 )
+
+# %%
+from dataclasses import asdict
+
+import matplotlib.pyplot as plt
+
+from papertrail import records
+from study.card import write_card
+from study.training import prepare, recipe, train_stage
+from threefold.training import curve
+
 inputs = prepare(stage)
 folder = stage.begin()
 

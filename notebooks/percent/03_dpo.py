@@ -37,15 +37,7 @@ steps = None
 batch_size = None
 
 # %%
-from dataclasses import asdict
-
-import matplotlib.pyplot as plt
-
-from papertrail import records
-from study.card import write_card
 from study.run import open_stage
-from study.training import prepare, recipe, train_stage
-from threefold.training import curve
 
 stage = open_stage(
     "dpo",
@@ -62,6 +54,17 @@ stage = open_stage(
     steps=steps,
     batch_size=batch_size,
 )
+
+# %%
+from dataclasses import asdict
+
+import matplotlib.pyplot as plt
+
+from papertrail import records
+from study.card import write_card
+from study.training import prepare, recipe, train_stage
+from threefold.training import curve
+
 inputs = prepare(stage)
 folder = stage.begin()
 

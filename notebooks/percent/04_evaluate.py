@@ -30,11 +30,7 @@ model = "pretrain"
 replicate = 1  # which of the preset's `seeds` trainings of pretrain, sft or dpo
 
 # %%
-from papertrail import records
 from study.run import open_stage
-from study.subjects import subject as open_subject
-from threefold.evaluation import LanguageModel, evaluate, headline, save_items
-from threefold.evaluation.continuations import sample_continuations
 
 stage = open_stage(
     "evaluate",
@@ -46,6 +42,13 @@ stage = open_stage(
     model=model,
     replicate=replicate,
 )
+
+# %%
+from papertrail import records
+from study.subjects import subject as open_subject
+from threefold.evaluation import LanguageModel, evaluate, headline, save_items
+from threefold.evaluation.continuations import sample_continuations
+
 reference = LanguageModel.from_checkpoint(stage.require("sft"), "sft") if stage.model in ("sft", "dpo") else None
 folder = stage.begin()
 

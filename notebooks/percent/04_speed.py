@@ -30,11 +30,7 @@ speed_new_tokens = None
 speed_repeats = None
 
 # %%
-from papertrail import records
-from study.preset import model_names
 from study.run import open_stage
-from study.subjects import subject
-from threefold.evaluation import save_items, speed
 
 stage = open_stage(
     "speed",
@@ -48,6 +44,13 @@ stage = open_stage(
     speed_new_tokens=speed_new_tokens,
     speed_repeats=speed_repeats,
 )
+
+# %%
+from papertrail import records
+from study.preset import model_names
+from study.subjects import subject
+from threefold.evaluation import save_items, speed
+
 models = [subject(stage, model) for model in model_names(stage.preset)]
 folder = stage.begin()
 

@@ -31,15 +31,7 @@ steps = None  # None: the preset's value, as for every key of its section [ablat
 seeds = None
 
 # %%
-from dataclasses import asdict, replace
-
-from papertrail import records
-from study.comparison import attribution, components, figures
-from study.preset import ablation_base, attribution_chain, measured_on
 from study.run import open_stage
-from threefold.data.tokenizer import load_tokenizer, sink_ids, with_sinks
-from threefold.evaluation import attention, length
-from threefold.training import SourceRows, load_variant, run_variants, time_kernels, time_variants
 
 stage = open_stage(
     "ablations",
@@ -51,6 +43,17 @@ stage = open_stage(
     steps=steps,
     seeds=seeds,
 )
+
+# %%
+from dataclasses import asdict, replace
+
+from papertrail import records
+from study.comparison import attribution, components, figures
+from study.preset import ablation_base, attribution_chain, measured_on
+from threefold.data.tokenizer import load_tokenizer, sink_ids, with_sinks
+from threefold.evaluation import attention, length
+from threefold.training import SourceRows, load_variant, run_variants, time_kernels, time_variants
+
 tokenizer_folder = stage.require("data") / "tokenizer"
 folder = stage.begin()
 

@@ -30,6 +30,11 @@ overwrite = False  # True: other parameters than those of a finished run replace
 # notebook here, with both hashes.
 
 # %%
+from study.run import open_stage
+
+stage = open_stage("compare", preset=preset, run=run, data_dir=data_dir, overrides=overrides, overwrite=overwrite)
+
+# %%
 from papertrail import records
 from study.comparison import (
     Comparison,
@@ -45,9 +50,7 @@ from study.comparison import (
     variance,
 )
 from study.comparison.differences import SINCE, STAGES, compared
-from study.run import open_stage
 
-stage = open_stage("compare", preset=preset, run=run, data_dir=data_dir, overrides=overrides, overwrite=overwrite)
 stage.begin()
 comparison = Comparison.load(stage.run)
 print(f"{len(comparison.records)} records; models: {', '.join(comparison.name(model) for model in comparison.models)}")
