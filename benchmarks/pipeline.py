@@ -54,7 +54,7 @@ CARDS = {
 NVLINK = 0.8 * 450e9  # bytes/s in each direction, 80% of the data sheet
 
 ASSUMED, PUBLISHED = "assumed", "published runs of this size reach it on H100s; assumed for other cards"
-COUNTED = "counted in ../shared/data with GPT-2's tokenizer"
+COUNTED = "counted in the data set with GPT-2's tokenizer"
 KNOWN: dict[str, tuple[float, str, str]] = {  # name: (value, unit, source)
     "training, bf16": (0.42, "of the data sheet's operations/s", PUBLISHED),
     "training, fp32": (0.60, "of the data sheet's operations/s", ASSUMED),

@@ -108,7 +108,7 @@ def evaluations(
         found[f"{source}-text/{protocol}"] = (metrics, items, settings | {"documents": 40})
     difficulty = world.random(n)
     correct = np.where(difficulty + generator.normal(0, 0.1, n) < pairs, 1.0, 0.0)
-    items = pd.DataFrame({"item": np.arange(n), "phenomenon": "agreement", "correct": correct})
+    items = pd.DataFrame({"item": np.arange(n), "phenomenon": np.arange(n) % 20, "correct": correct})
     found[f"{source}-grammar/minimal-pairs"] = ({"accuracy": _share(correct)}, items, settings | {"pairs": n})
     labels = world.integers(0, 2, n)
     for shots in (0, 3):
@@ -152,7 +152,11 @@ def evaluations(
     correct = np.where(difficulty + generator.normal(0, 0.1, n) < preferences, 1.0, 0.0)
     items = pd.DataFrame({"item": np.arange(n), "correct": correct})
     metrics = {"accuracy": _share(correct)}
-    if model in ("sft", "dpo"):
+    if model in ("sft", "dpo"):  # its own reference: every reward is zero, every pair a tie
+        margin = np.zeros(n) if model == "sft" else correct - 0.3 + generator.normal(0, 0.1, n)
+        items["reward_margin"], items["reward_correct"] = margin, 0.5 + 0.5 * np.sign(margin)
+        metrics["reward_margin"] = _metric(statistics.bootstrap_ratio(margin, resamples=500), "nats times beta")
+        metrics["reward_accuracy"] = _share(items.reward_correct)
         metrics["kl"] = _metric((0.0 if model == "sft" else 0.05, None, None, n), "nats per token")
     found[f"{source}-preferences/preferences"] = (metrics, items, settings | {"pairs": n})
     rows = [

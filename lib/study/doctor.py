@@ -21,7 +21,6 @@ from study.run import Run
 from threefold.config import GPT2_VOCABULARY, TrainConfig
 from threefold.graphics import Graphics, missing_to_compile
 
-WEIGHT_FORMS = ("model*.safetensors", "pytorch_model*.bin")
 READS_GGUF = ("gguf", "accelerate")  # packages that transformers needs to read a GGUF file
 PREPARED = 3  # bytes on the disk for a byte of a whole data set from the hub: compressed, and as `datasets` prepares it
 CPU_FLOPS, DAY = 1e12, 86400  # more than a CPU trains at; seconds
@@ -234,9 +233,9 @@ def _place_of_model(case: Case, name: str, location: str, revision: str) -> str:
         return "in its package"
     folder = next((folder for folder in paths.model_folders(location, case.run.data_dir) if folder.is_dir()), None)
     if folder is not None:
-        for needed in (("config.json",), WEIGHT_FORMS):
-            if not any(path for pattern in needed for path in folder.glob(pattern)):
-                raise SourceError(f"model {name}: {folder} holds no {' or '.join(needed)}")
+        for needed in ("config.json", "model*.safetensors"):
+            if not any(folder.glob(needed)):
+                raise SourceError(f"model {name}: {folder} contains no {needed}")
         return "in its folder"
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

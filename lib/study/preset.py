@@ -356,8 +356,8 @@ def _check_source(key: str, source: SourceConfig) -> None:
         raise ConfigError(f"{key}: expected either source (a name in data/sources.toml) or path")
     if source.path and not source.reader:
         raise ConfigError(
-            f"{key}: a path needs a reader: text, wikitext, wikitext-raw, stories, reviews, instructions, preferences, "
-            "sentiment, problems or minimal-pairs"
+            f"{key}: a path needs a reader: text, wikitext, wikitext-raw, stories, reviews, reviews-reworded, "
+            "instructions, preferences, sentiment, problems or minimal-pairs"
         )
 
 
@@ -480,13 +480,16 @@ def evaluation_sources(preset: Preset) -> dict[str, SourceConfig]:
     return {name: value for name, value in values.items() if isinstance(value, SourceConfig) and value.is_set}
 
 
+def scored_on(preset: Preset) -> dict[str, SourceConfig]:
+    """What evaluations score, by use. Demonstrations are not included: they are shown, not scored, and come from
+    training splits."""
+    return {name: value for name, value in evaluation_sources(preset).items() if not name.endswith("_demonstrations")}
+
+
 def measured_on(preset: Preset) -> dict[str, SourceConfig]:
     """What no model of the preset may be trained on, by use: what evaluations score and the held-out text of stages.
-
-    Demonstrations are not included: they are shown, not scored, and come from training splits. One source with
-    several uses is named by the first.
-    """
-    named = {name: value for name, value in evaluation_sources(preset).items() if not name.endswith("_demonstrations")}
+    One source with several uses is named by the first."""
+    named = scored_on(preset)
     for part in ("pretrain_heldout", "sft_heldout", "dpo_heldout"):
         sources = getattr(preset.data, part)
         for number, source in enumerate(sources, start=1):

@@ -135,7 +135,8 @@ class SourceConfig:
     source: Text = ""  # a name in data/sources.toml
     split: Text = "train"
     path: Text = ""  # own file or folder instead of a registered source (JSONL, JSON, text, TSV, Parquet)
-    # How to read `path`: text, wikitext, wikitext-raw, stories, reviews, instructions, preferences, sentiment, problems
+    # How to read `path`: text, wikitext, wikitext-raw, stories, reviews, reviews-reworded, instructions, preferences,
+    # sentiment, problems or minimal-pairs
     reader: Text = ""
     max_examples: PositiveOrOff = -1
     skip_examples: Natural = 0  # leave out the first N: lets one split serve two disjoint purposes

@@ -15,7 +15,7 @@
 # One model under every protocol of the preset. All models, ours and others, go through one adapter and one code path, and every
 # record carries the SHA-256 of the weights that were run.
 #
-# The parameter `model` names it: `random` (the untrained control), `gpt2`, `distilgpt2`, `pretrain`, `sft`, `dpo`, or an
+# The parameter `model` names it: `random` (the untrained control), `gpt2`, `gpt2-adamw`, `distilgpt2`, `pretrain`, `sft`, `dpo`, or an
 # external model of the preset.
 #
 # Input: the model's stage. Output: `runs/<run>/evaluation/<model>/` with every item's result as Parquet.

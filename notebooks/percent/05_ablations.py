@@ -141,7 +141,7 @@ for result in results:
     )
 
 # %% [markdown]
-# *Difference* is the variant's held-out loss less the base's, seed by seed. *Tokens to equal loss* says how many times the
+# *Difference* is the variant's held-out loss minus the base's, seed by seed. *Tokens to equal loss* says how many times the
 # base's tokens the variant needs to come to the same held-out loss, the higher of the two last ones, read off both curves
 # under their learning-rate schedule. *Step time* is the variant's over the base's, round by round.
 

@@ -160,7 +160,7 @@ tables.seed_changes(comparison).publish()
 
 # %%
 #| label: tbl-architecture
-#| tbl-cap: "Architectural differences from GPT-2: the benefit that the original claims, and the one that this run's ablations measured (with the component against GPT-2's counterpart; loss over seeds, speed over rounds of timing)."
+#| tbl-cap: "Architectural differences from GPT-2: the benefit that the original claims, and the one that this run's ablations measured (with the component against GPT-2's counterpart; loss over seeds at the ablations' size, speed over rounds of timing at the preset's)."
 tables.architecture(comparison).publish()
 
 # %%
@@ -214,7 +214,7 @@ figures.length_curves(length.found(comparison)).publish()
 
 # %%
 #| label: tbl-length
-#| tbl-cap: "Test loss in nats per token by position, in training contexts; means over seeds and streams. Past less within: all positions past the training length less the second half of it, with a 95% interval over seeds and streams."
+#| tbl-cap: "Test loss in nats per token by position, in training contexts; means over seeds and streams. Past minus within: the loss over all positions past the training length minus the loss over its second half, with a 95% interval over seeds and streams."
 components.length_losses(length.found(comparison)).publish()
 
 # %%
@@ -270,7 +270,7 @@ tables.stability(comparison).publish()
 
 # %%
 #| label: tbl-efficiency
-#| tbl-cap: "What each stage took. FLOP are 6N a token. The limit is what the device multiplies matrices with at best: on a CPU as measured at the end of the training, in its number format and with its threads, on a GPU the data sheet's dense bf16 rate. The cost takes the preset's price for every hour of training."
+#| tbl-cap: "What each stage took. FLOP are 6N a token. The limit is what the device multiplies matrices with at best: on a CPU as measured at the end of the training, in its number format and with its threads, on a GPU the data sheet's dense bf16 rate. The cost takes the preset's price for every hour of training. Stages that ran side by side shared the machine."
 tables.efficiency(comparison, stage.preset.price_per_hour).publish()
 
 # %% [markdown]

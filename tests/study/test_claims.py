@@ -428,6 +428,13 @@ def test_times_of_another_size_budget_or_device_are_not_the_claims():
     assert "4M parameters, not 253M" in claims.judge(trained(27, parameters=4_000_000), "hours")["hours"].measured
 
 
+def test_the_same_answers_under_every_template_settle_nothing(tmp_path):
+    flat = dict.fromkeys(SKILL, (2.1, 0.6, 0.5, 0.0, 0.0, 0.5))
+    loaded = Comparison.load(make_run(tmp_path / "flat", skills=flat, seeds=dict.fromkeys(SKILL, 1), ablations=False))
+    verdict = verdicts(loaded)["method-outweighs-model"]
+    assert verdict.verdict == NOT_RESOLVED and "the same answers" in verdict.measured
+
+
 def test_variances_are_unbiased_and_their_interval_covers():
     """Against the definition (all pairs of distinct items), and on noise, where observed means vary by chance alone."""
     small = np.random.default_rng(0).random((6, 3, 4))

@@ -44,10 +44,10 @@ def test_a_run_with_all_it_needs_passes(check):
 
 def test_a_model_folder_without_its_files_is_named(check, tmp_path):
     (tmp_path / "model").mkdir()
-    with pytest.raises(SourceError, match=r"model other: model holds no config\.json"):
+    with pytest.raises(SourceError, match=r"model other: model contains no config\.json"):
         check(baselines__external=external("model"))
     (tmp_path / "model" / "config.json").write_text("{}")
-    with pytest.raises(SourceError, match=r"model other: model holds no model\*\.safetensors"):
+    with pytest.raises(SourceError, match=r"model other: model contains no model\*\.safetensors"):
         check(baselines__external=external("model"))
     (tmp_path / "model" / "model-00001-of-00002.safetensors").touch()
     check(baselines__external=external("model"))

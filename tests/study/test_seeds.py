@@ -18,7 +18,7 @@ from papertrail.plan import dependents
 from papertrail.run import read_run_file
 from study import stages
 from study.comparison import Comparison, claims, confounds, findings, seeds, tables
-from study.comparison.measures import HEADLINE, STAGED
+from study.comparison.measures import HEADLINE, PRIMARY, STAGED
 from study.preset import Preset, load_preset, parse_overrides
 from study.run import Run, open_run, open_stage
 from threefold.config import EvaluationConfig, SourceConfig, TrainConfig
@@ -147,14 +147,17 @@ def test_more_seeds_leave_the_first_training_as_it_was(project):
 # Evaluation ----------------------------------------------------------------------------------------------------------
 
 
-def test_headline_figures_alone_are_those_of_the_whole_evaluation():
+def test_headline_figures_alone_are_those_of_the_whole_evaluation(tmp_path):
     def part(name, split, n):
         return SourceConfig(source=name, split=split, max_examples=n)
 
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"sentence_good": "A fox runs.", "sentence_bad": "A fox run.", "UID": "agreement"}\n')
     asked = EvaluationConfig(
         window=64,
         stride=32,
         perplexity=part("sample-text", "test", 2),
+        blimp=SourceConfig(path=str(pairs), reader="minimal-pairs"),
         sentiment=part("sample-sentiment", "validation", 6),
         instructions=part("sample-instructions", "test", 4),
         instruction_new_tokens=4,
@@ -170,7 +173,7 @@ def test_headline_figures_alone_are_those_of_the_whole_evaluation():
     whole = {one.protocol: one for one in evaluate(model, asked, seed=3, only=only)}
     alone = evaluate(model, reduced, seed=3, only=only)
     assert [one.protocol for one in alone] == [
-        *("sample-text/disjoint-64", "sample-sentiment/1-shot"),
+        *("sample-text/disjoint-64", "pairs/minimal-pairs", "sample-sentiment/1-shot"),
         *("sample-instructions/responses", "sample-preferences/preferences"),
     ]
     for one in alone:
@@ -355,6 +358,14 @@ def test_tables_and_sentences_of_three_seeds(comparison):
         in confounds.listing(comparison).markdown
     )
     assert findings.variables(comparison)["trained"] == "3 times"
+
+
+def test_changes_of_primary_measures_are_a_family_of_their_own(comparison):
+    found = {(one.b, one.measure.key): one for one, _ in seeds.changes(comparison)}
+    primary = [(stage, key) for stage, keys in PRIMARY.items() for key in keys if (stage, key) in found]
+    assert ("dpo", "reward_margin") in primary and ("sft", "response_loss") in primary
+    assert {found[key].family for key in primary} == {len(primary)}
+    assert {one.family for key, one in found.items() if key not in primary} == {len(found) - len(primary)}
 
 
 def test_seeds_that_differ_by_noise_alone_are_not_said_to_vary_more(tmp_path):

@@ -1,5 +1,6 @@
 """Learning rates that are chosen by trials before a training, and the further GPT-2 row with a recipe of its own."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from study.preset import load_preset, model_names, parse_overrides, replicated, 
 from study.run import CHOICE, open_run, open_stage
 from study.training import prepare, recipe, train_stage
 from study.tuning import choose, run_trials, trial_config
-from threefold.config import TrainConfig, gpt2_counterpart
-from threefold.data import corpus
+from threefold.config import SourceConfig, TrainConfig, gpt2_counterpart
+from threefold.data import corpus, sources
+from threefold.data.templates import as_document
 from threefold.data.tokenizer import build_tokenizer
 from threefold.model.decoder import parameter_counts
 from threefold.training.loop import train
@@ -36,12 +38,12 @@ def runs(tmp_path_factory):
         yield folder
 
 
-def opened(stage: str, run: str = "tuned", **parameters):
-    return open_stage(stage, preset=PRESET, run=run, overrides=TUNED, **parameters)
+def opened(stage: str, run: str = "tuned", preset: str = PRESET, **parameters):
+    return open_stage(stage, preset=preset, run=run, overrides=TUNED, **parameters)
 
 
-def make_data(run: str) -> None:
-    data = opened("data", run)
+def make_data(run: str, preset: str = PRESET) -> None:
+    data = opened("data", run, preset)
     folder, preset = data.begin(), data.preset
     texts = corpus.mixture_texts(preset.data.pretrain)
     build_tokenizer(preset.tokenizer, texts, context=preset.model.context).save_pretrained(folder / "tokenizer")
@@ -118,6 +120,21 @@ def test_tokens_of_the_weights_that_a_training_begins_with_are_counted(tuned):
     before = read_note(opened("pretrain").folder / "run.json")
     stage = opened("tune", model="sft")
     assert prepare(stage).inherited == before["tokens"] > 0
+
+
+def test_trials_are_not_judged_by_text_that_evaluations_score(tmp_path):
+    scored = next(iter(sources.iterate(SourceConfig(source="sample-text", split="test"))))
+    own = "A page that stands in no other text of this run tells of herons, otters and the weir behind the old mill."
+    tokens = []
+    for name, documents in (("alone", [own]), ("both", [own, as_document("wikitext", scored)])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        heldout = f'[[data.pretrain_heldout]]\npath = "{name}.jsonl"\nreader = "text"\n[[data.sft]]'
+        text = Path(PRESET).read_text().split("[[data.pretrain_heldout]]")
+        preset = tmp_path / f"{name}.toml"
+        preset.write_text(text[0] + heldout + text[1].partition("[[data.sft]]")[2])
+        make_data(name, str(preset))
+        tokens.append(prepare(opened("tune", name, str(preset), model="pretrain")).heldout.n_tokens)
+    assert tokens[0] == tokens[1] > 0
 
 
 def test_a_training_without_its_trials_names_the_notebook_that_makes_them(runs):

@@ -17,7 +17,7 @@ from threefold.config import OverlapConfig, SourceConfig, TokenizerConfig
 from threefold.data import corpus, overlap, sources
 from threefold.data.exclusion import Exclusion
 from threefold.data.overlap import Index, words
-from threefold.data.templates import as_document
+from threefold.data.templates import REVIEWS, as_document
 from threefold.data.tokenizer import build_tokenizer
 from threefold.data.wikitext import natural_text
 
@@ -206,14 +206,15 @@ def test_a_planted_item_is_found_and_removed_and_nothing_else(tmp_path, trained,
         assert list(exclude.items(train)) == clean
 
 
-def test_a_planted_review_is_taken_out_of_its_document(tmp_path):
+@pytest.mark.parametrize("reader", REVIEWS)
+def test_a_planted_review_is_taken_out_of_its_document(tmp_path, reader):
     items = [{"sentence": f"the film number {n} is all right", "label": n % 2} for n in range(9)]
     bare = source(tmp_path, "bare", "sentiment", items)
     whole = source(tmp_path, "train", "sentiment", [*items[:4], planted("sentiment", PLANT), *items[4:]])
     test = source(tmp_path, "test", "sentiment", [planted("sentiment", LONG)])
     exclude = Exclusion(OverlapConfig(), {"set": test})
-    left = "\n\n".join(exclude.documents(replace(whole, reader="reviews"))).split("\n\n")
-    assert sorted(left) == sorted("\n\n".join(corpus.texts(replace(bare, reader="reviews"))).split("\n\n"))
+    left = "\n\n".join(exclude.documents(replace(whole, reader=reader))).split("\n\n")
+    assert sorted(left) == sorted("\n\n".join(corpus.texts(replace(bare, reader=reader))).split("\n\n"))
 
 
 @pytest.mark.parametrize(

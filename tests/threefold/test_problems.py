@@ -170,6 +170,7 @@ def test_examples_that_do_not_fit_are_left_out_and_counted():
         language_model(), Dataset("alpaca", items), generations=13, new_tokens=4, scoring=QUICK
     )
     assert result.settings["left_out_too_long"] == 1 == result.settings["generations_too_long"]
-    assert result.metrics["response_loss"]["n"] == 12 and result.metrics["exact_match"]["n"] == 13
+    assert result.metrics["response_loss"]["n"] == 12 == result.metrics["unfinished"]["n"]
+    assert result.metrics["exact_match"]["n"] == 13
     with pytest.raises(EvaluationError, match=r"no example fits.*model\.context"):
         problems.instructions(language_model(context=16), Dataset("alpaca", TASKS), scoring=QUICK)

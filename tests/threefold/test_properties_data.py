@@ -15,7 +15,7 @@ from properties import as_json, damaged, documented, examples, mutated
 from threefold.config import SourceConfig
 from threefold.data import readers, sources
 from threefold.data.data_files import files_in, select
-from threefold.data.templates import TEXT_READERS, as_document
+from threefold.data.templates import REVIEWS, TEXT_READERS, as_document
 from threefold.evaluation.problems import extract_strict, matches
 
 ROWS = {
@@ -23,7 +23,7 @@ ROWS = {
     "stories": {"story": "Once there was a fox."},
     "wikitext": {"text": " = Fox = \n A fox is an animal . \n"},
     "wikitext-raw": {"text": " = Fox = \n A fox is an animal . \n"},
-    "reviews": {"sentence": "a fine film ", "label": 1},
+    **{reader: {"sentence": "a fine film ", "label": 1} for reader in REVIEWS},
     "instructions": {"instruction": "Say hello.", "input": "", "output": "Hello."},
     "preferences": {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: No."},
     "sentiment": {"sentence": "a fine film ", "label": "positive"},
@@ -46,7 +46,7 @@ def read(reader, file):
         if isinstance(item, readers.OddRow):
             assert reader == "preferences" and item.reason and item.place.startswith(str(file))
             continue
-        if reader in ("sentiment", "reviews"):
+        if reader in ("sentiment", *REVIEWS):
             assert item["label"] in (0, 1) and item["sentence"].encode() is not None
             continue
         assert isinstance(item, str) if reader in TEXT_READERS else item.keys() == KEYS[reader]

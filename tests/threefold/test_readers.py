@@ -23,8 +23,9 @@ from threefold.data.readers import (
     with_final_number,
 )
 from threefold.data.rows import Row, read_rows, read_text
-from threefold.data.templates import LABELS, as_document, as_prompt_response, instruction_prompt, review_prompt
+from threefold.data.templates import LABELS, REVIEWS, as_document, as_prompt_response, instruction_prompt
 from threefold.data.wikitext import articles, hub_rows, natural_text, without_holes
+from threefold.evaluation.sentiment import TEMPLATES
 
 DATA = Path(os.environ.get("THREEFOLD_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 real = pytest.mark.skipif(not DATA.is_dir(), reason="no real data: THREEFOLD_DATA or ../shared/data")
@@ -279,16 +280,22 @@ def test_prompt_and_response_are_the_whole_document():
         as_prompt_response("stories", "once")
 
 
-@given(st.integers(0, 60), st.integers(0, 5))
-def test_reviews_hold_four_to_eight_and_lose_none(n, seed):
+@given(st.integers(0, 60), st.integers(0, 5), st.sampled_from(list(REVIEWS)))
+def test_reviews_hold_four_to_eight_and_lose_none(n, seed, reader):
     made = [{"sentence": f"s{i}.", "label": i % 2} for i in range(n)]
-    documents = reviews(made, seed)
+    documents = reviews(made, seed, reader)
     blocks = [document.split("\n\n") for document in documents]
     assert sorted(block for part in blocks for block in part) == sorted(
-        f"{review_prompt(item['sentence'])} {LABELS[item['label']]}" for item in made
+        f"{REVIEWS[reader](item['sentence'])} {LABELS[item['label']]}" for item in made
     )
     assert all(4 <= len(part) <= 8 for part in blocks) or n < 4
-    assert documents == reviews(made, seed)
+    assert documents == reviews(made, seed, reader)
+
+
+def test_reviews_are_worded_as_a_sentiment_prompt_or_as_none():
+    worded = {reader: prompt("It sings.") for reader, prompt in REVIEWS.items()}
+    prompts = [template.text("It sings.") for template in TEMPLATES]
+    assert worded["reviews"] == prompts[0] and worded["reviews-reworded"] not in prompts
 
 
 # WikiText

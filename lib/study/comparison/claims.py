@@ -76,7 +76,6 @@ class Finding:
     unresolved: str = ""  # why no verdict can be drawn although there is an effect
     scope: Scope = NOWHERE
     timed: bool = False  # whether the claim is about a time, and so about a device
-    met: bool = False  # whether the claim's conditions are met whatever the scope
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Claim:
         elif finding.unresolved or low is None or high is None:
             verdict, why = NOT_RESOLVED, finding.unresolved or "no interval"
         else:
-            why = "" if finding.met else finding.scope.unmet(finding.timed)
+            why = finding.scope.unmet(finding.timed)
             if self.band[0] < low and high < self.band[1]:
                 verdict = SUPPORTED_HERE if why else SUPPORTED
             elif high <= self.band[0] or low >= self.band[1]:
@@ -139,8 +138,9 @@ def _ablation(comparison: Comparison, variant: str, quantity: str) -> Finding | 
     if effect is None:
         return None
     scope, timed = _of_ablations(comparison, effect.basis), quantity == "tokens_per_second"
-    if timed:
-        scope = scope._replace(data="single training steps")
+    if timed:  # steps of the preset's model
+        size = training.total_parameters(comparison, "pretrain")
+        scope = scope._replace(parameters=size, tokens=None, data="single training steps")
     return Finding(effect.text, *_times_100(effect.low, effect.high), scope=scope, timed=timed)
 
 
@@ -225,8 +225,7 @@ def _speed(comparison: Comparison, a: str, b: str) -> Finding | None:
     device = training.device(comparison.stage("speed"))
     size = training.total_parameters(comparison, b)
     scope = Scope(size, None, device, "decoding at batch 1", f"{n} repeats")
-    text, published = estimate(ratio, low, high, decimals=2, unit="×"), not comparison.trained_here(a)
-    return Finding(text, low, high, scope=scope, met=published)
+    return Finding(estimate(ratio, low, high, decimals=2, unit="×"), low, high, scope=scope, timed=True)
 
 
 def _tokens_per_hour(comparison: Comparison) -> Finding | None:
@@ -277,6 +276,8 @@ def _variances(comparison: Comparison) -> Finding | None:
         f"{estimate(method - model, low, high, decimals=1, sign=True)}"
     )
     basis = f"{len(found[1]['model'])} models × {len(found[1]['template'])} templates"
+    if low == high:
+        return Finding(text, unresolved="every model gives the same answers under every template")
     return Finding(text, low, high, scope=_of_lineage(comparison, "pretrain", protocol)._replace(basis=basis))
 
 
@@ -288,7 +289,7 @@ def _attribution(comparison: Comparison, group: str) -> Finding | None:
     share = attribution.share_text(effect)
     text = estimate(effect["difference"], effect["low"], effect["high"], decimals=3, unit=" nats", sign=True)
     text += f", {share} of the whole difference" if share else ""
-    size = max(one["parameters"] for one in attribution.single(links))
+    size = max(one["parameters"] for one in attribution.single(links) if one["group"] == group)
     device = training.device(comparison.stage("ablations"))
     scope = Scope(size, effect["tokens"], device, "held-out text", count(effect["n"], "seed"))
     return Finding(text, effect["low"], effect["high"], scope=scope)

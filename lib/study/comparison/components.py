@@ -89,5 +89,5 @@ def length_losses(curves: length.Curves) -> Result:
                 row[span] = None if nats is None else plain(float(nats.mean()), 3)
             change = length.rise(values, mode)
             past = "no prediction" if change is None else length.in_nats(change)
-            rows.append(row | {"Past less within": past, "Seeds": len(values["nats"][mode])})
+            rows.append(row | {"Past minus within": past, "Seeds": len(values["nats"][mode])})
     return table("length-losses", rows)

@@ -45,8 +45,12 @@ def of(comparison: Comparison, one: Difference) -> list[Caveat]:
     if comparison.same_weights(*pair):
         return [Caveat("same_weights", listed([*name.values()]))]
     found = []
-    for key in apart(comparison, *pair):
+    facets = apart(comparison, *pair)
+    for key in facets:
         found += [Caveat(key, escape(recipe(comparison, model)[key]), name[model]) for model in pair]
+    sinks = {(comparison.model(model).get("config") or {}).get("sinks") for model in pair}
+    if "architecture" in facets and len(sinks) > 1:
+        found.append(Caveat("order", listed([*name.values()])))
     for model in pair:
         trained_here = comparison.trained_here(model)
         if trained_here and model in comparison.baselines:

@@ -210,6 +210,8 @@ def paired(comparison: Comparison, measure: Measure, a: str, b: str) -> Pair | N
         return None
     scores = [both[f"{measure.items[0]}_{side}"].to_numpy(float) for side in "ab"]
     weights = [both[f"{measure.items[1]}_{side}"].to_numpy(float) if measure.items[1:] else None for side in "ab"]
+    if measure.clusters:
+        return Pair(*scores, *weights, both[f"{measure.clusters}_a"].to_numpy(), f"{measure.clusters} clusters")
     clusters = both[keys[0]].to_numpy() if both[keys[0]].duplicated().any() else None
     return Pair(*scores, *weights, clusters, f"{keys[0]}s" if keys[0] in ("item", "document", "pair") else "items")
 

@@ -87,7 +87,7 @@ def loss_curves(comparison: Comparison) -> Result:
     if "DPO" in panels:
         grid[-1].set_ylabel("DPO loss (nats per pair)")
     ends = (f"{comparison.name(stage)} {np.mean(curve['loss'][-10:]):.2f}" for stage, curve in curves.items())
-    text = f"Training loss falls with tokens; mean of the last ten steps: {', '.join(ends)}."
+    text = f"Training loss against tokens; mean of the last ten steps: {', '.join(ends)}."
     return _figure("loss-curves", figure, text, drawn=list(curves))
 
 
@@ -110,7 +110,7 @@ def ablation_curves(variants: ablations.Variants) -> Result:
     axes.legend(frameon=False, fontsize=8, ncols=2)
     over = count(len(next(iter(variants.values()))["curves"]), "seed")
     ends = (f"{ablations.title(name)} {np.mean(one['heldout_loss']):.3f}" for name, one in variants.items())
-    text = f"Held-out loss falls with tokens; at the end, in means over {over}: {'; '.join(ends)}."
+    text = f"Held-out loss against tokens; at the end, in means over {over}: {'; '.join(ends)}."
     return _figure("ablation-curves", figure, text, drawn=list(variants))
 
 

@@ -15,17 +15,15 @@ from papertrail.records import Markdown, escape, table
 from study.comparison import attribution, claims, confounds, figures, length, seeds, training
 from study.comparison.differences import ALPHA, BETTER, STAGES, UNRESOLVED, WORSE, Difference, compared
 from study.comparison.load import Comparison
-from study.comparison.measures import HEADLINE, MEASURES, STAGED
-from study.comparison.models import PLAN
+from study.comparison.measures import HEADLINE, MEASURES, PRIMARY, STAGED
 from study.comparison.original import ORIGINAL
 from study.comparison.recipes import FACETS, apart, sources
 from study.comparison.results import WORDS, Result, compact, fill, listed, percent, value_text
 from study.preset import LINEAGE
-from threefold.evaluation.statistics import standard_error
+from threefold.evaluation.statistics import holm, standard_error
 
 MOST, LONGEST = 8, 30  # findings of the page, words of each (an interval counts as two)
 QUOTED = ("perplexity", "minimal_pairs", "sentiment", "problems")  # measures whose protocol the prose names
-PRIMARY = PLAN["primary"]  # the measure by which a comparison is summed up: of a stage, or "baseline"
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def against_baselines(comparison: Comparison) -> list[Statement]:
     found = [
         one
         for one in compared(comparison, *comparison.baselines)
-        if (one.b, one.measure.key) == ("pretrain", PRIMARY["baseline"])
+        if (one.b, one.measure.key) == ("pretrain", PRIMARY["baseline"][0])
     ]
     return [_of_difference(comparison, f"against-{one.a}", one, "fig-baselines") for one in found[:most]]
 
@@ -96,10 +94,13 @@ def reasons(comparison: Comparison) -> list[Statement]:
 def stages(comparison: Comparison) -> list[Statement]:
     """What SFT and DPO each changed in what they are for; and what a DPO that changed nothing had to learn from."""
     found = []
+    repeated = {(one.a, one.b, one.measure.key): one for one, _ in seeds.changes(comparison)}
     for one in compared(comparison, STAGES):
-        if PRIMARY.get(one.b) != one.measure.key:
+        if one.measure.key != PRIMARY[one.b][0]:
             continue
-        extra = [_learned(comparison, one.b)] if one.verdict not in (BETTER, WORSE) else []
+        again = repeated.get((one.a, one.b, one.measure.key))
+        extra = [_say("over-seeds", n=again.n, change=again.text)] if again else []
+        extra += [_learned(comparison, one.b)] if one.verdict not in (BETTER, WORSE) else []
         found.append(_of_difference(comparison, one.b, one, "fig-stages", *extra))
     return found
 
@@ -117,14 +118,25 @@ def _learned(comparison: Comparison, stage: str) -> str:
 
 
 def sentiment(comparison: Comparison) -> list[Statement]:
-    """The last stage beside always giving the more frequent label."""
-    row, majority = comparison.last("sentiment"), comparison.majority
-    if row is None or row.low is None or majority is None:
+    """The best of our stages that is above always giving the more frequent label, or the last stage where none is."""
+    majority = comparison.majority
+    rows = [comparison.value("sentiment", stage) for stage in comparison.lineage]
+    rows = [row for row in rows if row is not None and row.low is not None]
+    if not rows or majority is None:
         return []
-    side = "above" if row.low > majority else "below" if row.high < majority else "level"
+    adjusted = holm([_p_against(row, majority) for row in rows])
+    above = [row for row, p in zip(rows, adjusted, strict=True) if p < ALPHA and row.low > majority]
+    row = max(above, key=lambda row: row.value, default=rows[-1])
+    side = "above" if above else "below" if adjusted[-1] < ALPHA and row.high < majority else "level"
     fields = {"value": value_text(row), "majority": percent(majority), "side": WORDS["findings"]["sides"][side]}
     sentence = _say("sentiment", b=comparison.name(row.model), **fields)
     return [Statement("sentiment", sentence, "tbl-sentiment", (row.record,), values=({"side": side},))]
+
+
+def _p_against(row: Any, value: float) -> float:
+    """Two-sided p-value that a figure is really this value, by the standard error of its interval."""
+    off, error = abs(row.value - value), standard_error(row.low, row.high)
+    return float(2 * stats.norm.sf(off / error)) if error else float(off == 0)
 
 
 def problems(comparison: Comparison) -> list[Statement]:
@@ -141,9 +153,8 @@ def control(comparison: Comparison) -> list[Statement]:
     value, majority = comparison.value("sentiment", "random"), comparison.majority
     if value is None or value.low is None:
         return []
-    most, error = max(0.5, majority or 0.5), standard_error(value.low, value.high)
-    off = max(min(0.5, 1 - (majority or 0.5)) - value.value, value.value - most, 0.0)
-    p = float(2 * stats.norm.sf(off / error)) if error else float(off == 0)
+    least, most = sorted((0.5, majority or 0.5, 1 - (majority or 0.5)))[::2]
+    p = _p_against(value, min(max(value.value, least), most))
     if p >= ALPHA / (1 + len(compared(comparison))):  # one test more, at its share of their 5%
         return []
     return [Statement("control", _say("control", value=value_text(value)), "tbl-sentiment", (value.record,), True)]
@@ -151,19 +162,17 @@ def control(comparison: Comparison) -> list[Statement]:
 
 def trust(comparison: Comparison) -> list[Statement]:
     """How far the figures move with the seed of training, as far as that was measured."""
-    count = len(comparison.trainings)
-    spread = next(
-        (one for one in seeds.spreads(comparison) if (one.stage, one.measure.key) == ("pretrain", PRIMARY["baseline"])),
-        None,
-    )
+    count, key = len(comparison.trainings), PRIMARY["baseline"][0]
+    of_pretraining = (one for one in seeds.spreads(comparison) if one.stage == "pretrain")
+    spread = next((one for one in of_pretraining if one.measure.key == key), None)
     if spread is None:
-        return [Statement("seeds", _say("once"), "sec-limitations", ())]
+        return [] if comparison.replicates else [Statement("seeds", _say("once"), "sec-limitations", ())]
     size = spread.measure.spread_text
     error = spread.error_over_items
     fields = {
         "measure": spread.measure.title.lower(),
         "sd": size(*spread.deviation[:3]),
-        "error": error and size(error),
+        "error": size(error) if error else "not known",
     }
     sentence = _say("seeds", count=count, **fields)
     return [Statement("seeds", sentence, "tbl-seeds", (spread.first.record,), values=(spread.as_record(),))]

@@ -21,6 +21,7 @@ class Measure:
     items: tuple[str, ...]  # columns of the per-item results: one score, or (sum, weight)
     unit: str
     margin: float  # differences within it count as equivalent, in the unit of change
+    clusters: str = ""  # column whose values are the units, where several items are alike
 
     @property
     def heading(self) -> str:
@@ -47,6 +48,7 @@ class Measure:
 
 
 MEASURES = {key: Measure(key, **row | {"items": tuple(row["items"])}) for key, row in PLAN["measure"].items()}
+PRIMARY: dict[str, list[str]] = PLAN["primary"]  # of a later stage, or of "baseline"
 HEADLINE, SHARED, STAGED = (PLAN["sets"][name] for name in ("headline", "shared", "staged"))
 
 

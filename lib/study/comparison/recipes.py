@@ -86,14 +86,15 @@ def apart(comparison: Comparison, a: str, b: str) -> list[str]:
 
 
 def design(config: Mapping[str, Any]) -> str | None:
-    """ "4 layers × 128; RMSNorm, SwiGLU, rotary (RoPE), 1 sink": shape and components."""
+    """ "4 layers × 128, feed-forward 344; RMSNorm, SwiGLU, rotary (RoPE), 1 sink": shape and components."""
     if not config:
         return None
     shown = [one for one in SHOWN["component"] if one["key"] in ("norm", "ffn", "position") and one["key"] in config]
     named = [choice(one, config[one["key"]]) for one in shown]
     extras = [count(config["sinks"], "sink")] if config.get("sinks") else []
     extras += [word for key, word in SHOWN["extra"].items() if config.get(key)]
-    return f"{count(config.get('n_layer', 0), 'layer')} × {config.get('d_model', 0)}; {', '.join(named + extras)}"
+    layers, width, inner = (config.get(key, 0) for key in ("n_layer", "d_model", "d_ff"))
+    return f"{count(layers, 'layer')} × {width}, feed-forward {inner}; {', '.join(named + extras)}"
 
 
 def _chain(texts: Iterable[str | None]) -> str | None:
@@ -112,7 +113,8 @@ def _rate(settings: Mapping[str, Any]) -> str | None:
 def _chosen(settings: Mapping[str, Any]) -> str | None:
     """How the learning rate came about."""
     if tuning := settings.get("tuning"):
-        return f"best of {count(tuning['trials'], 'trial')}, held-out loss"
+        edge = ", at the edge of the grid" if tuning["edge"] else ""
+        return f"best of {count(tuning['trials'], 'trial')}, held-out loss{edge}"
     return "set in the preset" if settings else None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from study.comparison.differences import ALPHA, Difference, adjust, described
 from study.comparison.load import Comparison
-from study.comparison.measures import HEADLINE, MEASURES, STAGED, Measure
+from study.comparison.measures import HEADLINE, MEASURES, PRIMARY, SHARED, STAGED, Measure
 from study.comparison.results import bounds
 from study.preset import LINEAGE, REPLICATED
 from threefold.evaluation import statistics
@@ -90,23 +90,29 @@ def changes(comparison: Comparison) -> list[tuple[Difference, tuple[float, ...]]
     """Each stage's change from the one before, and that from GPT-2's rows to our pretraining, over the seeds (n is
     their number), with each seed's own change.
 
-    In the measure's unit of change; perplexities are compared as logarithms. Adjusted together.
+    In the measure's unit of change; perplexities are compared as logarithms. Changes of primary measures are adjusted
+    together, and so are all others.
     """
     found, single = [], []
-    for measure in map(MEASURES.get, STAGED):
+    pairs = [(key, a, b) for key in STAGED for a, b in pairwise(LINEAGE)]
+    pairs += [(key, baseline, "pretrain") for key in SHARED for baseline in REPLICATED[len(LINEAGE) :]]
+    for key, a, b in pairs:
+        measure = MEASURES[key]
         relative = measure.unit == "perplexity"
         back = math.expm1 if relative else float
-        for a, b in [*pairwise(LINEAGE), *((baseline, "pretrain") for baseline in REPLICATED[len(LINEAGE) :])]:
-            series = [_values(comparison, measure, stage) for stage in (a, b)]
-            before, after = ([math.log(value) for value in values] if relative else values for values in series)
-            if min(len(before), len(after)) < 2:
-                continue
-            test = statistics.paired_student(before, after)
-            low, high = bounds(back, test.low, test.high)
-            about = described(comparison, measure.key, a, b)
-            found.append(Difference(measure, a, b, back(test.difference), low, high, test.p, test.n, METHOD, **about))
-            single.append(tuple(back(y - x) for x, y in zip(before, after, strict=True)))
-    return list(zip(adjust(found), single, strict=True))
+        series = [_values(comparison, measure, stage) for stage in (a, b)]
+        before, after = ([math.log(value) for value in values] if relative else values for values in series)
+        if min(len(before), len(after)) < 2:
+            continue
+        test = statistics.paired_student(before, after)
+        low, high = bounds(back, test.low, test.high)
+        about = described(comparison, key, a, b)
+        found.append(Difference(measure, a, b, back(test.difference), low, high, test.p, test.n, METHOD, **about))
+        single.append(tuple(back(y - x) for x, y in zip(before, after, strict=True)))
+    primary = [one.measure.key in PRIMARY["baseline" if one.b == "pretrain" else one.b] for one in found]
+    families = [[one if of == kind else None for one, of in zip(found, primary, strict=True)] for kind in (True, False)]
+    adjusted = [one or other for one, other in zip(*map(adjust, families), strict=True)]
+    return list(zip(adjusted, single, strict=True))
 
 
 def _values(comparison: Comparison, measure: Measure, stage: str) -> list[float]:

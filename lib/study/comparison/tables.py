@@ -7,7 +7,7 @@ from typing import Any
 
 from papertrail import preregistration
 from study.comparison import ablations, attribution, claims, confounds, models, recipes, seeds, training
-from study.comparison.differences import EQUIVALENT, SINCE, STAGES, compared, difference, stage_changes
+from study.comparison.differences import SINCE, STAGES, compared, difference, stage_changes
 from study.comparison.load import Comparison
 from study.comparison.measures import HEADLINE, MEASURES, STAGED
 from study.comparison.models import PLAN, SHOWN
@@ -230,13 +230,15 @@ def standing(comparison: Comparison) -> Result:
 def families(comparison: Comparison) -> Result:
     """Which statements of the report belong to which family of tests, and how each family is adjusted."""
     every, over_seeds = compared(comparison), seeds.changes(comparison)
-    variants = len(comparison.by_variant("ablation"))
+    contrasts = ablations.contrasts(comparison.by_variant("ablation"))
     counted = {
         "models": len(every),
-        "equivalences": sum(one.verdict == EQUIVALENT for one in every),
+        "equivalences": len(every),
         "seeds": len(over_seeds) + len(seeds.spreads(comparison)),
-        "ablations": max(variants - 1, 0),
-        "attribution": len(attribution.found(comparison)),
+        "majority": sum(comparison.value("sentiment", stage) is not None for stage in comparison.lineage),
+        "control": int(comparison.value("sentiment", "random") is not None),
+        "ablations": sum(1 + len(one["log_step_seconds"]) for one in contrasts),
+        "attribution": sum(one["kind"] != attribution.TOTAL for one in attribution.found(comparison)),
         "claims": len(claims.CLAIMS),
     }
     rows = [row | {"tests": counted[row["key"]]} for row in PLAN["family"]]

@@ -28,12 +28,12 @@ from functools import lru_cache
 import numpy as np
 
 from threefold.data.arrays import ranges
-from threefold.data.templates import as_document
+from threefold.data.templates import REVIEWS, as_document
 
 PARAGRAPH = 8  # words; an article of which only shorter lines are left is dropped
 CHUNK = 1 << 20  # characters searched at a time
 FILTER_BITS = 24  # a table of 16 MiB that rejects nearly all lookups before the sorted hashes are searched
-LINES, BLOCKS = ("text", "wikitext", "wikitext-raw"), ("reviews",)  # readers whose documents lose parts
+LINES, BLOCKS = ("text", "wikitext", "wikitext-raw"), tuple(REVIEWS)  # readers whose documents lose parts
 WORD_BASE, GRAM_BASE = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd: no power is 0
 BYTES = np.random.default_rng(0).integers(1, 1 << 63, 256, np.uint64)  # fixed, so that all runs have the same hashes
 
@@ -149,7 +149,8 @@ def pieces(reader: str, item: str | Mapping) -> tuple[list[str], int]:
     if reader == "minimal-pairs":
         return [item["good"], item["bad"]], 2
     if reader in BLOCKS:
-        sentences = [block.partition("\nQuestion:")[0] for block in item.split("\n\n")]
+        marker = REVIEWS[reader]("").partition(":")[0]  # behind the sentence
+        sentences = [block.partition(marker)[0] for block in item.split("\n\n")]
         return sentences, len(sentences)
     return [as_document(reader, item)], 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from basics.errors import DataError
 from threefold.data.rows import PLAIN, TABULAR, Row, is_null, kind_of, read_rows, read_text, suffix
-from threefold.data.templates import LABELS, review
+from threefold.data.templates import LABELS, REVIEWS
 from threefold.data.wikitext import articles, split_lines
 
 END_OF_TEXT = "<|endoftext|>"  # separates documents in plain text files, as in TinyStories' own
@@ -197,7 +197,7 @@ READERS: dict[str, Callable[[Iterable[Row]], Iterator]] = {
     "instructions": _instructions,
     "preferences": _preferences,
     "sentiment": _sentiment,
-    "reviews": _sentiment,  # regrouped by `reviews` once the examples are chosen
+    **dict.fromkeys(REVIEWS, _sentiment),  # regrouped by `reviews` once the examples are chosen
     "problems": _problems,
     "minimal-pairs": _minimal_pairs,
 }
@@ -247,8 +247,8 @@ def shared_prompt(chosen: str, rejected: str) -> str:
 # Labelled reviews as text ---------------------------------------------------------------------------------------------
 
 
-def reviews(items: list[dict], seed: int = 0) -> list[str]:
-    """Documents of 4 to 8 labelled reviews each, in the form of a few-shot prompt of sst2, in seeded order.
+def reviews(items: list[dict], seed: int = 0, reader: str = "reviews") -> list[str]:
+    """Documents of 4 to 8 labelled reviews each, in the wording of a reader of REVIEWS, in seeded order.
 
     A model learns to use demonstrations only if its pretraining text has several labelled examples in a row.
     """
@@ -262,6 +262,8 @@ def reviews(items: list[dict], seed: int = 0) -> list[str]:
         size = int(rng.integers(least, most + 1))
         if left - size < least:  # so that the last document is not too short
             size = left if left <= most else left - least
-        documents.append("\n\n".join(review(items[index]) for index in order[start : start + size]))
+        chosen = (items[index] for index in order[start : start + size])
+        labelled = (f"{REVIEWS[reader](item['sentence'])} {LABELS[item['label']]}" for item in chosen)
+        documents.append("\n\n".join(labelled))
         start += size
     return documents

@@ -25,6 +25,7 @@ from threefold.data import hub, readers
 from threefold.data.data_files import files_in, select
 from threefold.data.registry import Source, check_reader, find
 from threefold.data.rows import TABULAR, Row, read_rows, suffix
+from threefold.data.templates import REVIEWS
 
 SHUFFLE_SEED = 0  # of sources marked `shuffle`: the same order for every run
 MOST_ODD = 0.01  # the largest share of odd rows in a source
@@ -217,15 +218,15 @@ def _content(files: tuple[Path, ...], digest: Callable[[Path], str] = sha256_cac
 def iterate(config: SourceConfig, data_dir: str | Path = "") -> Iterator[Any]:
     """The items of a source, one by one, in the shapes that `threefold.data.templates` lists.
 
-    `skip_examples` and `max_examples` count rows, odd ones included (see `odd_rows`); for the reader "reviews" they
+    `skip_examples` and `max_examples` count rows, odd ones included (see `odd_rows`); for the readers of reviews they
     count the labelled reviews that the documents are then made of. Raises SourceError as `resolve`, DataError for
     unreadable content, an empty split, or too many odd rows.
     """
     resolved = resolve(config, data_dir)
     rows = _with_progress(_rows(resolved, config), resolved, config)
     selected = (row for row in rows if not isinstance(row, readers.OddRow))
-    if resolved.reader == "reviews":
-        selected = iter(readers.reviews(list(selected)))
+    if resolved.reader in REVIEWS:
+        selected = iter(readers.reviews(list(selected), reader=resolved.reader))
     empty = True
     for item in selected:
         empty = False

@@ -4,7 +4,7 @@ Readers and their items:
 
 | reader | item |
 |---|---|
-| text, wikitext, wikitext-raw, stories, reviews | str |
+| text, wikitext, wikitext-raw, stories, reviews, reviews-reworded | str |
 | instructions | {"instruction", "input", "output"} |
 | problems | {"question", "answer"} |
 | sentiment | {"sentence", "label"}: 0 negative, 1 positive |
@@ -20,7 +20,6 @@ from basics.errors import DataError
 from threefold.data.wikitext import natural_text, without_holes
 
 LABELS = ("negative", "positive")  # of SST-2's 0 and 1
-TEXT_READERS = ("text", "wikitext", "wikitext-raw", "stories", "reviews")
 EXAMPLE_READERS = ("instructions", "problems", "sentiment", "preferences")
 
 
@@ -40,9 +39,12 @@ def review_prompt(sentence: str) -> str:
     return f"{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:"
 
 
-def review(item: Mapping) -> str:
-    """One labelled review, in the form of a few-shot demonstration of sst2."""
-    return f"{review_prompt(item['sentence'])} {LABELS[item['label']]}"
+# Labelled reviews as text, by reader: as demonstrations of sst2, or in a wording that no evaluation prompt has.
+REVIEWS: dict[str, Callable[[str], str]] = {
+    "reviews": review_prompt,
+    "reviews-reworded": lambda sentence: f"{sentence}\nVerdict:",
+}
+TEXT_READERS = ("text", "wikitext", "wikitext-raw", "stories", *REVIEWS)
 
 
 def dialogue_prompt(message: str, turns: Sequence[tuple[str, str]] = ()) -> str:

@@ -119,7 +119,7 @@ def instructions(
       also answered greedily (to EOS, the next `###` heading or `new_tokens`), right where the answer equals the
       reference after stripping white space; an empty answer, or a prompt that leaves no room for one, is wrong.
     - Metrics: `response_loss` (nats per token; 95% bootstrap over examples), `exact_match` (share of items; 95%
-      Wilson), `unfinished` (share cut off at `new_tokens`), without an interval.
+      Wilson), `unfinished` (share of the answers cut off at `new_tokens`), without an interval.
     - Reproduces: SFT's own loss on the same tokens; no published figure.
     """
     name, items = f"{data.name}/responses", data.items
@@ -159,10 +159,11 @@ def instructions(
         missing = [None] * (len(items) - n)
         rows["answer"] = pd.array(answers + missing, dtype="string")
         rows["correct"] = pd.array(correct + missing, dtype="boolean")
-        unfinished = sum(length >= new_tokens for length in lengths)
+        asked = [length for length, room in zip(lengths, fits, strict=True) if room]
+        cut_off = sum(length >= new_tokens for length in asked) / max(1, len(asked))
         metrics |= {
             "exact_match": proportion(correct, "exact match"),
-            "unfinished": point(unfinished / n, "share of items", n),
+            "unfinished": point(cut_off, "share of items", len(asked)),
         }
         settings |= {"generations": n, "generations_too_long": n - sum(fits)}
     return Evaluation(name, model.name, model.weights_sha256, metrics, rows, settings)

@@ -145,11 +145,11 @@ def evaluate(
 def headline(config: EvaluationConfig) -> tuple[EvaluationConfig, tuple[str, ...]]:
     """What `evaluate` needs to measure only the headline figures, each exactly as the whole evaluation measures it.
 
-    (config, only): disjoint perplexity, sentiment with the most shots under the first template, problems, instructions
-    and preferences; no other template, no second definition of perplexity.
+    (config, only): disjoint perplexity, minimal pairs, sentiment with the most shots under the first template,
+    problems, instructions and preferences; no other template, no second definition of perplexity.
     """
     shots = max(config.sentiment_shots, default=0)
-    keys = ("disjoint", "few-shot" if shots else "zero-shot", "problems", "instructions", "preferences")
+    keys = ("disjoint", "blimp", "few-shot" if shots else "zero-shot", "problems", "instructions", "preferences")
     reduced = replace(config, sentiment_shots=config.sentiment_shots and (shots,), sentiment_templates=1)
     return reduced, keys
 
