@@ -406,7 +406,7 @@ def execute_compare(run: Path, script: Path) -> Path:
 
     namespace = {"comparison": Comparison.load(run), "stage": Stage}
     opening = next(entry.source for entry in source.cells if entry.source.startswith("from papertrail import records"))
-    exec(opening.partition("stage = open_stage")[0], namespace)
+    exec(opening.partition("stage.begin()")[0], namespace)
     original, comparison_results.records.publish = comparison_results.records.publish, publish
     try:
         for entry in source.cells:

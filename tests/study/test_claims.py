@@ -403,7 +403,7 @@ def test_every_claim_has_records_for_every_verdict_that_it_can_have():
 @pytest.mark.parametrize(("key", "verdict"), [(key, verdict) for key, forced in FORCED.items() for verdict in forced])
 def test_records_force_each_verdict(key, verdict):
     found = claims.judge(FORCED[key][verdict](), key)[key]
-    under_its_conditions = key in ("speed-gpt2", "speed-distilgpt2", "tokens-per-hour", "hours")
+    under_its_conditions = key in ("speed-distilgpt2", "tokens-per-hour", "hours")
     assert found.verdict == (verdict if under_its_conditions else HERE.get(verdict, verdict)), found.measured
     if verdict in (SUPPORTED, CONTRADICTED):
         assert found.finding.low <= found.finding.high

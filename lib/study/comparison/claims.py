@@ -76,6 +76,7 @@ class Finding:
     unresolved: str = ""  # why no verdict can be drawn although there is an effect
     scope: Scope = NOWHERE
     timed: bool = False  # whether the claim is about a time, and so about a device
+    met: bool = False  # whether the claim's conditions are met whatever the scope
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Claim:
         elif finding.unresolved or low is None or high is None:
             verdict, why = NOT_RESOLVED, finding.unresolved or "no interval"
         else:
-            why = finding.scope.unmet(finding.timed)
+            why = "" if finding.met else finding.scope.unmet(finding.timed)
             if self.band[0] < low and high < self.band[1]:
                 verdict = SUPPORTED_HERE if why else SUPPORTED
             elif high <= self.band[0] or low >= self.band[1]:
@@ -225,7 +226,8 @@ def _speed(comparison: Comparison, a: str, b: str) -> Finding | None:
     device = training.device(comparison.stage("speed"))
     size = training.total_parameters(comparison, b)
     scope = Scope(size, None, device, "decoding at batch 1", f"{n} repeats")
-    return Finding(estimate(ratio, low, high, decimals=2, unit="×"), low, high, scope=scope, timed=True)
+    text, published = estimate(ratio, low, high, decimals=2, unit="×"), not any(map(comparison.trained_here, (a, b)))
+    return Finding(text, low, high, scope=scope, timed=True, met=published)
 
 
 def _tokens_per_hour(comparison: Comparison) -> Finding | None:

@@ -1,6 +1,7 @@
 """Differences between two models on the same items, and the words they allow.
 
-Right/wrong on single items: McNemar's exact test with Bonett and Price's interval. Everything else: the paired
+Right/wrong on single items: McNemar's exact test with Bonett and Price's interval; where there are ties, which count
+half, the p-value is that of the exact sign test. Everything else: the paired
 bootstrap over documents or items beside Student's t of the clustered standard error, the wider interval of the two,
 because a percentile bootstrap over a handful of documents rejects far too often. Its p-value holds for skewed documents
 (`statistics.mean_p`). All p-values of a report are adjusted together (Holm, `compared`), so that the chance of *any*
@@ -185,10 +186,14 @@ class Pair(NamedTuple):
         return bool(same and np.array_equal(self.a, self.b))
 
     @property
+    def single(self) -> bool:
+        """Whether each unit is one row."""
+        return self.clusters is None and self.weights_a is None
+
+    @property
     def proportions(self) -> bool:
         """Whether each unit is one answer, right or wrong."""
-        single = self.clusters is None and self.weights_a is None
-        return single and bool(np.isin(self.a, (0, 1)).all() and np.isin(self.b, (0, 1)).all())
+        return self.single and bool(np.isin(self.a, (0, 1)).all() and np.isin(self.b, (0, 1)).all())
 
 
 def paired(comparison: Comparison, measure: Measure, a: str, b: str) -> Pair | None:
@@ -249,6 +254,8 @@ def _difference(pair: Pair, measure: Measure, a: str, b: str, resamples: int) ->
     if found.low is None or found.high is None:  # one unit: nothing to judge by
         return Difference(measure, a, b, change, None, None, 1.0, found.n, method)
     error, p = clustered_t(pair)
+    if measure.unit == "share" and pair.single:  # with ties, which count half: more items right than wrong?
+        p, method = statistics.paired_proportions(pair.a > pair.b, pair.b > pair.a).p, f"sign test, {method}"
     half = statistics.student_half_width(error, found.n - 1)
     low = measure.change(min(found.low, found.difference - half))
     high = measure.change(max(found.high, found.difference + half))
