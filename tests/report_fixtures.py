@@ -75,10 +75,10 @@ def _share(correct, unit="accuracy") -> dict:
 
 
 def evaluations(
-    model: str, skill, *, source: str = "sample", n: int = 300, seed: int = 0, tokenizer: str = "bpe"
+    model: str, skill, reference: float, *, source: str = "sample", n: int = 300, seed: int = 0, tokenizer: str = "bpe"
 ) -> dict:
     """protocol -> (metrics, items, settings) of one model; items are the same for all models, answers depend on
-    `seed`."""
+    `seed`. reference: SFT's skill in preferences."""
     world, generator = np.random.default_rng(7), np.random.default_rng(seed)
     nats, pairs, sentiment, problems, instructions, preferences = skill
     settings = {
@@ -153,7 +153,9 @@ def evaluations(
     items = pd.DataFrame({"item": np.arange(n), "correct": correct})
     metrics = {"accuracy": _share(correct)}
     if model in ("sft", "dpo"):  # its own reference: every reward is zero, every pair a tie
-        margin = np.zeros(n) if model == "sft" else correct - 0.3 + generator.normal(0, 0.1, n)
+        margin = np.zeros(n)
+        if preferences != reference:
+            margin = 5 * (preferences - reference) + generator.normal(0, 0.5, n)
         items["reward_margin"], items["reward_correct"] = margin, 0.5 + 0.5 * np.sign(margin)
         metrics["reward_margin"] = _metric(statistics.bootstrap_ratio(margin, resamples=500), "nats times beta")
         metrics["reward_accuracy"] = _share(items.reward_correct)
@@ -275,8 +277,9 @@ def make_run(
     for model, place in [*((one, 1) for one in every), *again]:
         index = every.index(model) + 100 * (place - 1)
         noise, tokenizer = (seeds or {}).get(model, index), (tokenizers or {}).get(model, "bpe")
-        skill = skills[model] if place == 1 else replicates[place - 2][model]
-        found = evaluations(model, skill, source=source, seed=noise, tokenizer=tokenizer)
+        level = skills if place == 1 else replicates[place - 2]
+        skill = level[model]
+        found = evaluations(model, skill, level["sft"][-1], source=source, seed=noise, tokenizer=tokenizer)
         subject = model if place == 1 else f"{model}-seed{place}"
         home = folder if place == 1 else folder / "seeds" / str(place)
         cells = []

@@ -128,7 +128,7 @@ def test_speed_needs_interleaved_timings(tmp_path):
     assert found["speed-gpt2"].verdict == SUPPORTED_HERE and "1.05M parameters" in found["speed-gpt2"].measured
     run = make_run(tmp_path / "fake", ablations=False, hub=("gpt2", "distilgpt2"))
     found = verdicts(Comparison.load(run))
-    assert found["speed-gpt2"].verdict == SUPPORTED and found["speed-distilgpt2"].verdict == SUPPORTED
+    assert found["speed-gpt2"].verdict == SUPPORTED_HERE and found["speed-distilgpt2"].verdict == SUPPORTED
     loaded = Comparison.load(run)
     for model in loaded.models:
         loaded.evaluations(model)["speed"]["settings"]["measured_by_turns_with"] = []
@@ -260,12 +260,12 @@ def curves(*losses):
     return in_memory({f"curve/{s}": {"loss": list(x)} for s, x in zip(("gpt2", "pretrain"), losses, strict=False)})
 
 
-def worded(template_sd, model_sd, noise=0.5, n=2000, templates=5):
+def worded(template_sd, model_sd, n=2000, templates=5):
     """Accuracies of three models under templates whose true means have these deviations."""
     generator = np.random.default_rng(3)
     frames = {}
     steps = np.linspace(-1, 1, templates) * template_sd
-    for place, model in enumerate(("gpt2", "pretrain", "sft")):
+    for place, model in enumerate(("pretrain", "sft", "dpo")):
         rows = [
             pd.DataFrame({"item": range(n), "template": f"t{t}", "draw": 0, "correct": generator.random(n) < level})
             for t, level in enumerate(0.5 + (place - 1) * model_sd + steps)
@@ -360,9 +360,9 @@ FORCED = {
         NOT_MEASURED: lambda: problems(0, 1319, source="sample-problems"),
     },
     "speed-gpt2": {
-        SUPPORTED: lambda: timed("gpt2", "pretrain", 1.0),
-        CONTRADICTED: lambda: timed("gpt2", "pretrain", 0.5),
-        NOT_RESOLVED: lambda: timed("gpt2", "pretrain", 1.0, spread=0.5),
+        SUPPORTED: lambda: timed("gpt2", "pretrain", 1.0, stages=("pretrain",)),
+        CONTRADICTED: lambda: timed("gpt2", "pretrain", 0.5, stages=("pretrain",)),
+        NOT_RESOLVED: lambda: timed("gpt2", "pretrain", 1.0, spread=0.5, stages=("pretrain",)),
     },
     "speed-distilgpt2": {
         SUPPORTED: lambda: timed("gpt2", "distilgpt2", 2.0),
@@ -428,10 +428,12 @@ def test_times_of_another_size_budget_or_device_are_not_the_claims():
     assert "4M parameters, not 253M" in claims.judge(trained(27, parameters=4_000_000), "hours")["hours"].measured
 
 
-def test_the_same_answers_under_every_template_settle_nothing(tmp_path):
-    flat = dict.fromkeys(SKILL, (2.1, 0.6, 0.5, 0.0, 0.0, 0.5))
-    loaded = Comparison.load(make_run(tmp_path / "flat", skills=flat, seeds=dict.fromkeys(SKILL, 1), ablations=False))
-    verdict = verdicts(loaded)["method-outweighs-model"]
+def test_the_same_answers_under_every_template_settle_nothing():
+    cells = [pd.DataFrame({"item": range(50), "template": f"t{t}", "draw": 0, "correct": 1}) for t in range(5)]
+    same = evaluated(
+        dict.fromkeys(("pretrain", "sft", "dpo"), pd.concat(cells, ignore_index=True)), "sst2/3-shot", "accuracy"
+    )
+    verdict = claims.judge(same, "method-outweighs-model")["method-outweighs-model"]
     assert verdict.verdict == NOT_RESOLVED and "the same answers" in verdict.measured
 
 

@@ -52,7 +52,7 @@ def test_a_line_of_the_preset_opens_the_page(comparison):
 def test_findings_on_stages_give_change_and_interval(comparison):
     found = {one.key: one for one in findings.findings(comparison)}
     assert re.search(
-        r"in preferences: \+2\d\.\d pp \[\+\d\d\.\d, \+\d\d\.\d\]", found["dpo"].sentence.replace("\u00a0", " ")
+        r"in reward accuracy: \+4\d\.\d pp \[\+\d\d\.\d, \+\d\d\.\d\]", found["dpo"].sentence.replace("\u00a0", " ")
     )
     assert found["dpo"].differs and "Threefold SFT is worse than Threefold pretrain" in found["sft"].sentence
     assert "above the majority class (51.0%)" in found["sentiment"].sentence
@@ -62,7 +62,7 @@ def test_a_dpo_that_learned_nothing_is_said_with_what_it_had(tmp_path):
     loaded = Comparison.load(make_run(tmp_path / "fake", skills={"dpo": SKILL["sft"]}, seeds={"sft": 4, "dpo": 4}))
     loaded.records["data/sources"].values["sources"] = [{"use": "dpo", "documents": 621}]
     dpo = next(one for one in findings.stages(loaded) if one.key == "dpo")
-    assert "**No detectable difference** between Threefold DPO and Threefold SFT in preferences" in dpo.sentence
+    assert "**No detectable difference** between Threefold DPO and Threefold SFT in reward accuracy" in dpo.sentence
     assert "100 steps, 621 pairs, KL 0.050" in dpo.sentence and not dpo.differs
 
 

@@ -355,7 +355,7 @@ def test_tables_and_sentences_of_three_seeds(comparison):
     assert "Over 3 training seeds" in said.sentence and "standard deviation of" in said.sentence
     assert set(said.evidence) <= set(comparison.records)
     assert (
-        "Intervals hold the sampling of items for the first of 3 training seeds"
+        "Intervals reflect the sampling of items for the first of 3 training seeds"
         in confounds.listing(comparison).markdown
     )
     assert findings.variables(comparison)["trained"] == "3 times"

@@ -243,7 +243,7 @@ def described(comparison: Comparison, measure: str, a: str, b: str) -> dict[str,
 
 
 def _difference(pair: Pair, measure: Measure, a: str, b: str, resamples: int) -> Difference:
-    if pair.proportions:
+    if measure.unit == "share" and pair.proportions:
         n, _, only_a, only_b, _, *estimate, p = statistics.paired_proportions(pair.a, pair.b)
         discordant = (only_a + only_b) / n
         return Difference(measure, a, b, *estimate, p, n, "McNemar, exact", discordant, identical=pair.identical)

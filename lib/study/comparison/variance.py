@@ -26,7 +26,7 @@ def scores(comparison: Comparison, protocol: str) -> tuple[np.ndarray, dict[str,
     items and cells are those that all models share; None with fewer than two models or incomplete cells.
     """
     wide = {}
-    for model in filter(comparison.trained_here, (*comparison.baselines, *comparison.lineage)):
+    for model in (*filter(comparison.trained_here, comparison.baselines), *comparison.lineage):
         frame = comparison.items(model, protocol)
         if frame is not None and {"item", "template", "draw", "correct"} <= set(frame.columns):
             wide[model] = frame.pivot(index="item", columns=["template", "draw"], values="correct")
