@@ -683,38 +683,24 @@ def preferences(n_train: int, n_test: int) -> dict[str, list[Preference]]:
 
 def minimal_pairs() -> list[dict[str, str]]:
     """Pairs of sentences about villagers of no training text; one word of the second sentence is wrong."""
-    rng, articles = random.Random(f"{SEED}/minimal-pairs"), encyclopaedia()
+    rng = random.Random(f"{SEED}/minimal-pairs")
     rows = []
-    for name in (article.title for article in articles["valid"] + articles["test"]):
+    for name in (article.title for article in encyclopaedia()["test"][:25]):
         first, family = name.split()
         his, her = (own[2] for own in ((HE, SHE) if FIRST.index(first) % 2 else (SHE, HE)))
         trade, other = rng.sample(TRADES, 2)
         village, season, place = rng.choice(VILLAGES), rng.choice(SEASONS), rng.choice(PLACES)
-        article, noun = a(trade.tool).split(" ", 1)
-        for phenomenon, term, sentence, good, bad in (
-            (
-                "possessive",
-                "agreement",
-                f"{name} is a {trade.name} of {village}, known for {{}} {trade.product}.",
-                his,
-                her,
-            ),
-            (
-                "product",
-                "world",
-                f"{name} is a {trade.name} of {village}, known for {his} {{}}.",
-                trade.product,
-                other.product,
-            ),
-            ("number", "agreement", f"{family} {{}} born in {village} in {season}, near the {place}.", "was", "were"),
-            (
-                *("article", "determiner"),
-                f"{family} made {trade.product} with {{}} {noun} bought from {a(other.name)} of {village}.",
-                *(article, "a" if article == "an" else "an"),
-            ),
+        article, tool = a(trade.tool).split(" ", 1)
+        wrong = "a" if article == "an" else "an"
+        lead = f"{name} is a {trade.name} of {village}, known for"
+        for phenomenon, sentence, good, bad in (
+            ("possessive", f"{lead} {{}} {trade.product}.", his, her),
+            ("product", f"{lead} {his} {{}}.", trade.product, other.product),
+            ("number", f"{family} {{}} born in {village} in {season}, near the {place}.", "was", "were"),
+            ("article", f"{family} made {trade.product} with {{}} {tool} bought in {village}.", article, wrong),
         ):
             pair = {"sentence_good": sentence.format(good), "sentence_bad": sentence.format(bad)}
-            rows.append(pair | {"linguistics_term": term, "UID": phenomenon})
+            rows.append(pair | {"UID": phenomenon})
     return rows
 
 
@@ -734,7 +720,8 @@ def build() -> dict[str, str]:
         files[f"sentiment.{split}.tsv"] = "sentence\tlabel\n" + "".join(f"{s}\t{label}\n" for s, label in items)
     for split, rows in instructions(480, 36, 12).items():
         dicts = [{"instruction": r.instruction, "input": r.input, "output": r.output} for r in rows]
-        files[f"instructions.{split}.json"] = json.dumps(dicts, indent=1, ensure_ascii=False) + "\n"
+        lines = (json.dumps(row, ensure_ascii=False) for row in dicts)
+        files[f"instructions.{split}.json"] = "[" + ",\n".join(lines) + "]\n"
     for split, rows in problems(1500, 150).items():
         files[f"problems.{split}.jsonl"] = jsonl({"question": p.question, "answer": p.answer} for p in rows)
     for split, rows in preferences(900, 150).items():

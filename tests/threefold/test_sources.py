@@ -55,7 +55,8 @@ def test_the_registry_is_whole():
         assert source.hub.count("/") == 1 and source.licence and source.homepage.startswith("https://")
         assert set(source.local) <= set(source.splits)
     assert {source.name for source in known.values() if source.embedded} == {
-        f"sample-{part}" for part in ("text", "stories", "sentiment", "instructions", "preferences", "problems")
+        f"sample-{part}"
+        for part in ("text", "stories", "sentiment", "instructions", "preferences", "problems", "pairs")
     }
     for source in known.values():
         assert source.revision == "" or (len(source.revision) == 40 and int(source.revision, 16) >= 0)
