@@ -48,9 +48,9 @@ def of(comparison: Comparison, one: Difference) -> list[Caveat]:
     facets = apart(comparison, *pair)
     for key in facets:
         found += [Caveat(key, escape(recipe(comparison, model)[key]), name[model]) for model in pair]
-    sinks = {(comparison.model(model).get("config") or {}).get("sinks") for model in pair}
-    if "architecture" in facets and len(sinks) > 1:
-        found.append(Caveat("order", listed([*name.values()])))
+    sinks = {model: (comparison.model(model).get("config") or {}).get("sinks", 0) for model in pair}
+    if "architecture" in facets and len(set(sinks.values())) > 1:
+        found += [Caveat("order", count(number, "sink"), name[model]) for model, number in sinks.items()]
     for model in pair:
         trained_here = comparison.trained_here(model)
         if trained_here and model in comparison.baselines:

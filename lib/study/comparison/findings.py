@@ -237,7 +237,7 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
         "n_compared": str(len(compared(comparison)) or ""),
         "trained": f"{several} times" if several > 1 else "once",
         "resamples": f"{comparison.resamples:,}",
-        "margins": listed([f"{one.size_text(one.margin)} ({one.title.lower()})" for one in _margins(comparison)]),
+        "margins": listed([f"{margin} ({listed(titles)})" for margin, titles in _margins(comparison).items()]),
         "majority": "" if comparison.majority is None else percent(comparison.majority),
         "original_parameters": ORIGINAL["model"]["pretrain"]["parameters"],
         "original_commit": ORIGINAL["commit"],
@@ -247,10 +247,12 @@ def variables(comparison: Comparison, run: str = "", preset: str = "") -> dict[s
     return {name: value or None for name, value in values.items()} | length.variables(comparison)
 
 
-def _margins(comparison: Comparison) -> list[Any]:
-    """A measure of each unit among those that were measured, for its margin of equivalence."""
-    measured = [MEASURES[key] for key in dict.fromkeys([*HEADLINE, *STAGED]) if comparison.protocol(key)]
-    return list({measure.unit: measure for measure in reversed(measured)}.values())
+def _margins(comparison: Comparison) -> dict[str, list[str]]:
+    """Margin of equivalence -> the measures that have it, of those that were measured."""
+    found: dict[str, list[str]] = {}
+    for one in (MEASURES[key] for key in dict.fromkeys([*HEADLINE, *STAGED]) if comparison.protocol(key)):
+        found.setdefault(one.size_text(one.margin), []).append(one.title.lower())
+    return found
 
 
 def publishable_variables(comparison: Comparison, run: str = "", preset: str = "") -> Result:
