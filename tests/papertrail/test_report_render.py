@@ -153,7 +153,7 @@ def test_variables_and_citations_are_filled_in(page):
 
 def test_figures_have_alternative_text(page):
     assert re.search(
-        r'<img[^>]* alt="Training loss falls with tokens; mean of the last ten steps: GPT-2 \(trained here\)', page
+        r'<img[^>]* alt="Training loss against tokens; mean of the last ten steps: GPT-2 \(trained here\)', page
     )
     alternatives = re.findall(r'<img[^>]* alt="([^"]*)"', page)
     assert len(set(alternatives)) == len(alternatives) == 7 and all(re.search(r"\d", text) for text in alternatives)

@@ -3,7 +3,6 @@ import pytest
 from evaluation_fixtures import gpt2_language_model, language_model, llama, naive_logprobs, text, tokenizer
 
 from basics.errors import EvaluationError
-from threefold.data.templates import review
 from threefold.evaluation import LanguageModel, sentiment
 from threefold.evaluation.results import Dataset, Scoring
 
@@ -41,9 +40,11 @@ def test_labels_are_scored_after_the_whole_prompt():
     original = llama(context=256)
     model = LanguageModel.from_model(original, tokenizer(), "llama")
     result = sentiment.with_demonstrations(model, ITEMS, [SHOWN[:2]], scoring=QUICK)
-    before = "".join(review(item) + "\n\n" for item in SHOWN[:2])
+    asked = "\nQuestion: Is this sentence positive or negative?\nAnswer:"
+    labelled = (f"{item['sentence']}{asked} {('negative', 'positive')[item['label']]}" for item in SHOWN[:2])
+    before = "".join(f"{text}\n\n" for text in labelled)
     for row, item in zip(result.items.itertuples(), ITEMS, strict=True):
-        prompt = before + f"{item['sentence']}\nQuestion: Is this sentence positive or negative?\nAnswer:"
+        prompt = before + item["sentence"] + asked
         context = tokenizer()(prompt).input_ids
         for label, value in (("negative", row.logp_negative), ("positive", row.logp_positive)):
             target = tokenizer()(f" {label}", add_special_tokens=False).input_ids
