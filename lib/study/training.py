@@ -73,13 +73,12 @@ def prepare(stage: Stage) -> Inputs:
     kind, data, data_dir, inherited = stage.model, stage.preset.data, stage.run.data_dir, 0
     chosen = tuned(stage)
     exclude = exclusion.Exclusion(stage.preset.overlap, measured_on(stage.preset), data_dir)
-    scored = None
-    if (
-        stage.preset.tuning.multipliers
-    ):  # rates are not chosen by what evaluations score, unless a part is used for both
-        parts = (*data.pretrain_heldout, *data.sft_heldout, *data.dpo_heldout)
-        sets = {name: source for name, source in scored_on(stage.preset).items() if source not in parts}
-        scored = exclusion.Exclusion(stage.preset.overlap, sets, data_dir)
+    # Learning rates are not chosen by what evaluations score, unless the preset uses a part for both.
+    heldout_exclude = None
+    if stage.preset.tuning.multipliers:
+        used = (*data.pretrain_heldout, *data.sft_heldout, *data.dpo_heldout)
+        sets = {name: source for name, source in scored_on(stage.preset).items() if source not in used}
+        heldout_exclude = exclusion.Exclusion(stage.preset.overlap, sets, data_dir)
     objective: Objective = NextToken()
     if kind in ("sft", "dpo"):
         folder = stage.require("pretrain" if kind == "sft" else "sft")
@@ -104,15 +103,15 @@ def prepare(stage: Stage) -> Inputs:
     if kind == "dpo":
         objective = Preference(stage.config.beta)
         rows = corpus.preference_rows(data.dpo, tokenizer, config, data_dir, exclude)
-        heldout = corpus.preference_rows(data.dpo_heldout, tokenizer, config, data_dir, scored)
+        heldout = corpus.preference_rows(data.dpo_heldout, tokenizer, config, data_dir, heldout_exclude)
     elif kind == "sft":
         rows = corpus.example_rows(data.sft, tokenizer, config, data_dir, exclude)
-        heldout = corpus.example_rows(data.sft_heldout, tokenizer, config, data_dir, scored)
+        heldout = corpus.example_rows(data.sft_heldout, tokenizer, config, data_dir, heldout_exclude)
         if stage.config.replay > 0 and len(data.pretrain) > 0:
             replay = corpus.pretraining_rows(data.pretrain, tokenizer, config, data_dir, exclude)
     else:
         rows = corpus.pretraining_rows(data.pretrain, tokenizer, config, data_dir, exclude)
-        heldout = corpus.pretraining_rows(data.pretrain_heldout, tokenizer, config, data_dir, scored)
+        heldout = corpus.pretraining_rows(data.pretrain_heldout, tokenizer, config, data_dir, heldout_exclude)
     return Inputs(model, objective, tokenizer, rows, heldout, replay, inherited, chosen)
 
 

@@ -305,7 +305,7 @@ original.spread(comparison).publish()
 
 # %%
 #| label: tbl-original-standing
-#| tbl-cap: "Where the model matches, exceeds and lags GPT-2, there and here (last stage)."
+#| tbl-cap: "Where the model matches, exceeds and lags GPT-2, there and here: bits per byte and sentiment of the pretrained model, the rest of the last stage."
 original.standing(comparison).publish()
 
 # %%

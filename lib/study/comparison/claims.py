@@ -292,8 +292,7 @@ def _attribution(comparison: Comparison, group: str) -> Finding | None:
     text = estimate(effect["difference"], effect["low"], effect["high"], decimals=3, unit=" nats", sign=True)
     text += f", {share} of the whole difference" if share else ""
     size = max(one["parameters"] for one in attribution.single(links) if one["group"] == group)
-    device = training.device(comparison.stage("ablations"))
-    scope = Scope(size, effect["tokens"], device, "held-out text", count(effect["n"], "seed"))
+    scope = _of_ablations(comparison, count(effect["n"], "seed"))._replace(parameters=size, tokens=effect["tokens"])
     return Finding(text, effect["low"], effect["high"], scope=scope)
 
 
