@@ -111,9 +111,8 @@ class _CrossEntropy:
 def _wide(logits_NV: Tensor, n_tokens: int) -> Tensor:
     """The logits in fp32 at least, those of the padding at `NEVER`."""
     wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    if wide_NV.size(1) > n_tokens:
-        wide_NV[:, n_tokens:] = NEVER
-    return wide_NV
+    padding = wide_NV.size(1) - n_tokens
+    return F.pad(wide_NV[:, :n_tokens], (0, padding), value=NEVER) if padding else wide_NV
 
 
 def _narrow(gradient_NV: Tensor, dtype: torch.dtype) -> Tensor:

@@ -42,8 +42,12 @@ class Muon(torch.optim.Muon):
             if not params:
                 continue
             lr, momentum = group["lr"], group["momentum"]
-            torch._foreach_lerp_(momenta, grads, 1 - momentum)
-            updates = torch._foreach_lerp(grads, momenta, momentum) if group["nesterov"] else momenta
+            for average, grad in zip(momenta, grads, strict=True):  # split tensors have no _foreach_lerp_ in torch 2.11
+                average.lerp_(grad, 1 - momentum)
+            if group["nesterov"]:
+                updates = [grad.lerp(average, momentum) for average, grad in zip(momenta, grads, strict=True)]
+            else:
+                updates = momenta
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             by_shape: dict[torch.Size, list[int]] = defaultdict(list)
             for index, param in enumerate(params):
@@ -52,9 +56,7 @@ class Muon(torch.optim.Muon):
             for shape, indices in by_shape.items():
                 stack = torch.stack([distributed.whole(updates[index].to(dtype)) for index in indices])
                 directions = _shared_orthogonalise(stack, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                rate = lr * math.sqrt(
-                    max(1, shape[0] / shape[1])
-                )  # so that an update's size is the same for all shapes
+                rate = lr * math.sqrt(max(1, shape[0] / shape[1]))  # so that updates of all shapes have the same size
                 changed = [params[index] for index in indices]
                 steps = directions.to(params[0].dtype).unbind()
                 torch._foreach_add_(changed, list(map(distributed.split_like, steps, changed)), alpha=-rate)
