@@ -52,7 +52,11 @@ class CheckpointError(ThreefoldError):
 
 
 class TrainingError(ThreefoldError):
-    """Training cannot go on: a non-finite loss or gradient, or no memory."""
+    """Training cannot go on."""
+
+
+class DivergedError(TrainingError):
+    """The loss or the gradient of a training is not finite."""
 
 
 class EvaluationError(ThreefoldError):

@@ -131,11 +131,6 @@ def _gpu(case: Case) -> Iterator[str]:
     yield found
     if not case.graphics.bf16:
         yield Note(f"{case.graphics.name} has no bf16, so trainings run in fp32, which is slower; fp16 is not used")
-    if case.graphics.count > 1 and case.trainings:
-        from threefold.training.distributed import EXCHANGE_NOTE, overlaps_compiled
-
-        if not overlaps_compiled():
-            yield Note(EXCHANGE_NOTE)
 
 
 def _compiler(case: Case) -> Iterator[str]:

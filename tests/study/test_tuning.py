@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from basics import paths
-from basics.errors import ConfigError, MissingInput
+from basics.errors import ConfigError, DivergedError, MissingInput
 from basics.files import read_note, sha256_file, write_note
 from study import stages, training
 from study.comparison.models import PLAN
@@ -89,6 +89,22 @@ def test_a_trial_is_the_training_itself_at_another_rate_for_a_share_of_its_lengt
     assert sorted(path.name for path in stage.folder.iterdir()) == [
         *("choice.json", "run.json", "trial-1.json", "trial-2.json", "trial-3.json"),
     ]
+
+
+def test_a_trial_that_diverges_is_not_chosen_and_all_of_them_are_an_error(tuned, tmp_path):
+    stage = opened("tune", model="pretrain")
+    stage.config = replace(stage.config, optimizer="adamw", warmup=0.0)
+    preset = replace(stage.preset, tuning=replace(stage.preset.tuning, multipliers=[1.0, 1e30]))
+    stage.run = replace(stage.run, preset=preset)
+    trials = run_trials(stage, tmp_path, lambda line: None)
+    assert trials[0]["heldout_loss"] > 0 and trials[1]["heldout_loss"] is None and trials[1]["tokens"] == 0
+    assert choose("pretrain", stage.config, trials, 0.5)["multiplier"] == 1.0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trial-1.json", "trial-2.json"]
+    stage.run = replace(stage.run, preset=replace(preset, tuning=replace(preset.tuning, multipliers=[1e30])))
+    with pytest.raises(
+        DivergedError, match="every trial diverged; lower its learning rates, or the smallest of tuning"
+    ):
+        run_trials(stage, tmp_path / "again", lambda line: None)
 
 
 def test_the_training_takes_the_rates_that_the_trials_chose_and_so_does_its_replicate(tuned):

@@ -15,7 +15,6 @@ from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -146,22 +145,8 @@ def split(model: nn.Module, root: nn.Module, device: str, workers: Workers) -> N
         fully_shard(module, mesh=mesh)
 
 
-EXCHANGE_NOTE = "torch before 2.11: compiled models exchange gradients after the backward pass, not during it"
-
-
-def overlaps_compiled() -> bool:
-    """Whether DDP splits a compiled graph with FlexAttention, so that gradients are exchanged during the backward pass.
-
-    Versions before 2.11 were reported to stop there with "Found a higher order op in the graph". torch 2.9 splits such
-    a graph on a CPU; on GPUs it was not tried.
-    """
-    return Version(torch.__version__).release >= (2, 11)
-
-
 def replicated(module: nn.Module) -> DistributedDataParallel:
     """The module with gradients that are averaged over the workers during the backward pass."""
-    if not overlaps_compiled():
-        torch._dynamo.config.optimize_ddp = False
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 

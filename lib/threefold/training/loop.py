@@ -194,8 +194,6 @@ class TrainStep:
         split = distributed.to_be_split(config.shard, self.n_parameters, numerics.device, self.workers)
         many = f"{self.workers.size} workers {'that split the model' if split else 'with a copy each'}; "
         self.note = (many if self.workers.size > 1 else "") + numerics.note
-        if self.workers.size > 1 and numerics.compile and not split and not distributed.overlaps_compiled():
-            self.note += f"; {distributed.EXCHANGE_NOTE}"
         self.module = self.trained = ForwardPass(model)
         self.forward: HiddenStates = model
         objective.to(numerics.device)

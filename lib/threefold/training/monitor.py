@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from basics.errors import DISK_FULL, TrainingError
+from basics.errors import DISK_FULL, DivergedError, TrainingError
 from threefold.config import TrainConfig
 from threefold.data.packing import PairedRows
 from threefold.memory import free_memory
@@ -218,7 +218,7 @@ class Monitor:
         self.mark = self.saved_at = time.perf_counter()
 
     def check(self, values: list[float], step: int, rows: list[int]) -> None:
-        """Raise TrainingError if the loss or the gradient norm of a step is not finite."""
+        """Raise DivergedError if the loss or the gradient norm of a step is not finite."""
         loss, norm = values[:2]
         if math.isfinite(loss) and math.isfinite(norm):
             return
@@ -227,7 +227,7 @@ class Monitor:
             what, other = f"gradient norm is {norm}", f"loss {loss:.4f}"
         shown = ", ".join(map(str, rows[:32])) + (f" and {len(rows) - 32} more" if len(rows) > 32 else "")
         rate = "learning_rate" if self.config.optimizer == "adamw" else "learning_rate and muon_learning_rate"
-        raise TrainingError(
+        raise DivergedError(
             f"{self.name}: the {what} in step {step} ({self.unit} {shown}), {other}; "
             f"{self._last_state()}. Lower {rate}, or look at these {self.unit}"
         )
