@@ -238,7 +238,6 @@ class EvaluationConfig:
     sentiment_templates: Positive = 5  # how many of the protocol's templates
     sentiment_draws: Positive = 5  # demonstration draws of each few-shot setting
     sentiment_grid_items: Natural = 0  # items asked under all five templates x five draws, to split the variance
-    sentiment_calibration: Flag = False  # also publish accuracy under contextual calibration
     problems: SourceConfig = SourceConfig()
     problem_demonstrations: SourceConfig = SourceConfig()
     problem_shots: Natural = 5

@@ -132,7 +132,7 @@ def headline(comparison: Comparison) -> Result:
 
 
 def sentiment(comparison: Comparison) -> Result:
-    """Sentiment under every setting: shots, the spread over templates and draws, and the precedent's one prompt."""
+    """Sentiment under every setting: shots, calibration, the spread over prompts, and the precedent's one prompt."""
     accuracies = (
         comparison.table.query("metric == 'accuracy'").drop_duplicates("protocol").sort_values("size", kind="stable")
     )
@@ -143,6 +143,7 @@ def sentiment(comparison: Comparison) -> Result:
     asked = max((comparison.settings(model, spread).get("items", 0) for model in comparison.models), default=0)
     prompts = "all templates" if spread == main else f"all prompts, first {asked:,} items"
     columns = single | {
+        f"{main.rpartition('/')[2]}, calibrated" if main else "calibrated": (main, "accuracy_calibrated"),
         prompts: (spread, "accuracy_mean"),
         "worst template": (spread, "template_lowest"),
         "best template": (spread, "template_highest"),

@@ -165,7 +165,7 @@ def _plan(
     config: EvaluationConfig, reference: LanguageModel | None, beta: float
 ) -> list[tuple[Protocol, dict[str, Any]]]:
     """The protocols that the preset asks for, each with its arguments, in the order in which they are run."""
-    prompts = {"templates": config.sentiment_templates, "calibration": config.sentiment_calibration}
+    prompts = {"templates": config.sentiment_templates}
     rows: list[tuple[str, dict[str, Any]]] = [
         ("disjoint", {"window": config.window}),
         ("stride", {"window": config.window, "stride": config.stride, "documents": config.strided_documents}),

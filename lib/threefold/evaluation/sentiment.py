@@ -1,8 +1,9 @@
 """Sentiment by label log-likelihood (SST-2): zero- and few-shot, over several templates and demonstration draws.
 
 A model answers with the label it finds more likely after the prompt; nothing is generated, and likelihoods are not
-normalised by length (lm-eval's `acc`). The spread over wordings and demonstrations is reported beside the sampling
-error of the items, because at this scale it is often larger.
+normalised by length (lm-eval's `acc`). A small model often prefers one label after any sentence, which hides what it
+can tell apart; accuracy after contextual calibration is therefore measured too. The spread over wordings and
+demonstrations is reported beside the sampling error of the items, because at this scale it is often larger.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,9 +48,7 @@ TEMPLATES = (
 PRECEDENT = TEMPLATES[1]
 
 
-def zero_shot(
-    model: LanguageModel, data: Dataset, *, templates: int = 5, calibration: bool = False, scoring: Scoring = SCORING
-) -> Evaluation:
+def zero_shot(model: LanguageModel, data: Dataset, *, templates: int = 5, scoring: Scoring = SCORING) -> Evaluation:
     """`{source}/0-shot`: every item under every template, no demonstrations.
 
     - Data: `evaluation.sentiment` (SST-2, validation, 872 items), sentences as the source has them (the hub's end in a
@@ -60,17 +59,18 @@ def zero_shot(
       sentence positive or negative?\\nAnswer:`, answered ` negative` or ` positive`.
     - Scoring: the label of the higher summed log-likelihood, not normalised by length; a tie is the first label. An
       item too long for the context is wrong; more than one in twenty is an error.
-    - Metrics, shares of items: `accuracy` (first template; 95% Wilson), `accuracy_mean` (over templates; 95% bootstrap
-      over items); without interval `template_spread` (sd of the templates' accuracies), `template_lowest`,
-      `template_highest`, `positive_rate` (how often the answer is positive); `accuracy_calibrated` where
-      `evaluation.sentiment_calibration` is on. The majority class's accuracy is in the settings.
-    - Calibration (off by default): contextual calibration (Zhao et al. 2021, arXiv 2102.09690). Each label's
-      probability is divided by the one it has after the same prompt with `N/A`, `[MASK]` and nothing in the place of
-      the sentence, averaged over the three.
+    - Metrics, shares of items: `accuracy` (first template; 95% Wilson), `accuracy_calibrated` (likewise),
+      `accuracy_mean` (over templates; 95% bootstrap over items); without interval `template_spread` (sd of the
+      templates' accuracies), `template_lowest`, `template_highest`, `positive_rate` (how often the answer is
+      positive). All but `accuracy_calibrated` are without calibration. The majority class's accuracy is in the
+      settings.
+    - Calibration: contextual calibration (Zhao et al. 2021, arXiv 2102.09690). Each label's probability is divided by
+      the one it has after the same prompt with `N/A`, `[MASK]` and nothing in the place of the sentence, averaged over
+      the three.
     - Reproduces: `accuracy` is lm-eval 0.4's `sst2` `acc`, the same prediction on every item.
     """
     name = f"{data.name}/0-shot"
-    return with_demonstrations(model, data.items, [()], name, TEMPLATES[:templates], calibration, scoring=scoring)
+    return with_demonstrations(model, data.items, [()], name, TEMPLATES[:templates], scoring=scoring)
 
 
 def few_shot(
@@ -80,7 +80,6 @@ def few_shot(
     *,
     templates: int = 5,
     draws: int = 5,
-    calibration: bool = False,
     scoring: Scoring = SCORING,
 ) -> Evaluation:
     """`{source}/{shots}-shot`: every item under every template after each of several draws of demonstrations.
@@ -92,16 +91,16 @@ def few_shot(
       `evaluation.sentiment_draws`) takes them seeded, labels as even as can be, in random order; all items, templates
       and models see the same draws.
     - Scoring: as zero-shot.
-    - Metrics, shares of items: `accuracy` (first template, averaged over draws) and `accuracy_mean` (over templates and
-      draws), both with a 95% bootstrap over items (Wilson where there is one draw or one cell); the rest as zero-shot,
-      and `draw_spread` (sd over the draws of a template's accuracy). The items hold every cell of items x templates x
-      draws, from which the variance is split into its sources.
-    - Calibration (off by default): as zero-shot, the demonstrations included.
+    - Metrics, shares of items: `accuracy` and `accuracy_calibrated` (first template, averaged over draws) and
+      `accuracy_mean` (over templates and draws), with a 95% bootstrap over items (Wilson where there is one draw or one
+      cell); the rest as zero-shot, and `draw_spread` (sd over the draws of a template's accuracy). The items hold every
+      cell of items x templates x draws, from which the variance is split into its sources.
+    - Calibration: as zero-shot, the demonstrations included.
     - Reproduces: lm-eval 0.4's few-shot `sst2` given the same demonstrations, the same prediction on every item.
     """
     name = f"{data.name}/{shots}-shot"
     drawn = [draw(data.demonstrations, shots, scoring.seed, index) for index in range(draws)]
-    return with_demonstrations(model, data.items, drawn, name, TEMPLATES[:templates], calibration, scoring=scoring)
+    return with_demonstrations(model, data.items, drawn, name, TEMPLATES[:templates], scoring=scoring)
 
 
 def grid(
@@ -133,7 +132,7 @@ def precedent(model: LanguageModel, data: Dataset, *, scoring: Scoring = SCORING
       negative, the second positive of `evaluation.sentiment_demonstrations`).
     - Scoring: as zero-shot, one run.
     - Metrics: `accuracy` (share of items; 95% Wilson), whose interval shows how little 200 items under one prompt can
-      tell; `positive_rate`, without one.
+      tell; `accuracy_calibrated`, which the precedent did not have; `positive_rate`, without interval.
     - Reproduces: no published figure: the precedent's code scored weights it had not trained.
     """
     positive, negative = ([item for item in data.demonstrations if item["label"] == label] for label in (1, 0))
@@ -154,7 +153,6 @@ def with_demonstrations(
     draws: Sequence[Sequence[Mapping]],
     name: str = "sst2/given",
     templates: Sequence[Template] = TEMPLATES[:1],
-    calibration: bool = False,
     *,
     scoring: Scoring = SCORING,
 ) -> Evaluation:
@@ -166,7 +164,10 @@ def with_demonstrations(
         for index, demonstrations in enumerate(draws):
             logp_N2, long_N = _label_logprobs(model, items, template, demonstrations, name, scoring)
             n_long += int(long_N.sum())
+            free = [{"sentence": text} for text in CONTENT_FREE]
+            free_F2, _ = _label_logprobs(model, free, template, demonstrations, f"{name}, no content", scoring)
             prediction = logp_N2.argmax(axis=1)  # a tie goes to the first label, as in lm-eval
+            calibrated = (logp_N2 - content_free_logprobs(free_F2)).argmax(axis=1)
             columns = {
                 "item": np.arange(len(items)),
                 "template": template.name,
@@ -176,13 +177,9 @@ def with_demonstrations(
                 "logp_negative": logp_N2[:, 0],
                 "logp_positive": logp_N2[:, 1],
                 "correct": (prediction == labels) & ~long_N,
+                "prediction_calibrated": np.where(long_N, -1, calibrated),
+                "correct_calibrated": (calibrated == labels) & ~long_N,
             }
-            if calibration:
-                free = [{"sentence": text} for text in CONTENT_FREE]
-                free_F2, _ = _label_logprobs(model, free, template, demonstrations, f"{name}, no content", scoring)
-                choice = (logp_N2 - content_free_logprobs(free_F2)).argmax(axis=1)
-                columns["prediction_calibrated"] = np.where(long_N, -1, choice)
-                columns["correct_calibrated"] = (choice == labels) & ~long_N
             frames.append(pd.DataFrame(columns))
     rows = pd.concat(frames, ignore_index=True)
     majority = int(np.bincount(labels, minlength=2).argmax())
@@ -192,7 +189,7 @@ def with_demonstrations(
         "shots": len(draws[0]),
         "draws": len(draws),
         "too_long": n_long,
-        "calibration": list(CONTENT_FREE) if calibration else None,
+        "calibration": list(CONTENT_FREE),
         "majority_label": LABELS[majority],
         "majority_accuracy": float((labels == majority).mean()),
     }
@@ -255,9 +252,10 @@ def _metrics(rows: pd.DataFrame, scoring: Scoring) -> dict[str, Metric]:
     cells = rows.groupby(["template", "draw"], sort=False)["correct"].mean().unstack("draw")
     first = rows[rows["template"] == rows["template"].iloc[0]]
     n = int(rows["item"].nunique())
-    metrics = {"accuracy": _accuracy(first, scoring)}
-    if "correct_calibrated" in rows:
-        metrics["accuracy_calibrated"] = _accuracy(first, scoring, "correct_calibrated")
+    metrics = {
+        "accuracy": _accuracy(first, scoring),
+        "accuracy_calibrated": _accuracy(first, scoring, "correct_calibrated"),
+    }
     if len(cells.index) > 1:
         metrics["accuracy_mean"] = _accuracy(rows, scoring)
         by_template = cells.mean(axis=1)
