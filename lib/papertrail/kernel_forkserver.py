@@ -10,7 +10,7 @@ imports the project's own packages: a kernel must run the code that its stage's 
 FD: a Unix socket on which each byte comes with another socket, one per kernel, from which the server reads
 {"command", "env", "cwd"} and to which it writes the kernel's process id and later its exit status (as in subprocess),
 a line each. A client that closes its socket has its kernel killed. When FD is closed the server ends.
-SOCKETS: the folder of the kernels' own sockets, which the server removes at its end.
+SOCKETS: the folder of the kernels' own sockets, which the server, too, removes at its end.
 SOURCE: files whose imports are made before kernels are forked; without any, a kernel is started as its own program.
 """
 
@@ -26,8 +26,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import NoReturn
@@ -47,19 +47,19 @@ STOP_SECONDS = 10.0
 
 def preload(sources: Iterable[str]) -> Iterator[None]:
     """Import what the sources import from other packages, one name a step."""
-    trees = (ast.parse(Path(source).read_text(encoding="utf-8")) for source in sources)
-    for name in chain(ALSO, chain.from_iterable(map(imports, trees))):
-        _import(name)
+    trees = [ast.parse(Path(source).read_text(encoding="utf-8")) for source in sources]
+    for name in dict.fromkeys([*ALSO, *chain.from_iterable(map(imports, trees))]):
+        if not _is_own(name):
+            with contextlib.suppress(Exception):  # the notebook that needs an optional or wrong import will report it
+                pkgutil.resolve_name(name)  # a class, too: transformers loads its classes when they are asked for
         yield
     gc.collect()
     gc.freeze()  # the collector must not touch, and so copy, the memory that all kernels share
 
 
-@cache
-def _import(name: str) -> None:
-    if not (ROOT / name.partition(".")[0]).is_dir():  # else it is the project's own
-        with contextlib.suppress(Exception):  # the notebook that needs an optional or wrong import will report it
-            pkgutil.resolve_name(name)  # a class, too: transformers loads its classes when they are asked for
+def _is_own(name: str) -> bool:
+    """Whether a module is one of the project's packages or in one."""
+    return (ROOT / name.partition(".")[0]).is_dir()
 
 
 def serve(requests: socket.socket, sockets: str, sources: list[str]) -> NoReturn:
@@ -122,9 +122,9 @@ def fork_kernel(request: Mapping, in_process: bool, sockets: list[socket.socket]
             os.execvpe(command[0], command, env)
         os.environ.clear()
         os.environ.update(env)
-        if "torch" in sys.modules and env.get("OMP_NUM_THREADS", "").isdecimal():
+        if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))  # OpenMP read the server's variable
-        for name in [name for name in sys.modules if (ROOT / name.partition(".")[0]).is_dir()]:
+        for name in filter(_is_own, list(sys.modules)):
             del sys.modules[name]  # a kernel imports the project's code as it is on the disk now
         from ipykernel.kernelapp import launch_new_instance
 
@@ -140,10 +140,18 @@ def fork_kernel(request: Mapping, in_process: bool, sockets: list[socket.socket]
 # Client -------------------------------------------------------------------------------------------------------------
 
 
+class KernelDied(Exception):
+    """The kernel ended before the notebook did."""
+
+    def __init__(self, status: int):
+        super().__init__(status)
+        self.status = status  # as in subprocess (-9: killed)
+
+
 class KernelProcess:
     """A kernel of the server, with as much of subprocess.Popen as jupyter_client's LocalProvisioner uses."""
 
-    stdin = stdout = stderr = None
+    stdin = stdout = stderr = returncode = None
 
     def __init__(self, replies: socket.socket):
         """Waits until the kernel is started. Raises ConnectionError if the server ends before."""
@@ -153,7 +161,6 @@ class KernelProcess:
         if not pid:
             raise ConnectionResetError("the process that starts kernels is gone")
         self.pid = int(pid)
-        self.returncode: int | None = None
 
     def poll(self) -> int | None:
         if self.returncode is None and select.select([self._replies], [], [], 0)[0]:
@@ -167,20 +174,21 @@ class KernelProcess:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
+        if self.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
 
 class ForkServer:
-    """The server process, for the one that starts it."""
+    """The server process, for the one that starts it. `sockets` is a private folder for the kernels' sockets."""
 
-    def __init__(self, env: Mapping[str, str], sockets: Path, sources: Iterable[str] = ()):
+    def __init__(self, env: Mapping[str, str], sources: Iterable[str] = ()):
+        self.sockets = Path(tempfile.mkdtemp(prefix="threefold-"))
         self._kernels: list[KernelProcess] = []
         self._requests, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "papertrail.kernel_forkserver", str(theirs.fileno()), str(sockets), *sources],
+                [sys.executable, "-m", __name__, str(theirs.fileno()), str(self.sockets), *sources],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what a kernel writes to its file descriptors does not belong between the run's lines
                 pass_fds=[theirs.fileno()],
@@ -200,9 +208,7 @@ class ForkServer:
     def terminate_kernels(self) -> None:
         """Send SIGTERM to every kernel, which ends it unless its notebook has something to save first."""
         for kernel in self._kernels:
-            if kernel.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(kernel.pid, signal.SIGTERM)
+            kernel.send_signal(signal.SIGTERM)
 
     def stop(self) -> None:
         """End the server, all kernels, and every process that they started."""
@@ -213,6 +219,7 @@ class ForkServer:
             self._process.kill()
             self._process.wait()
         self._requests.close()
+        shutil.rmtree(self.sockets, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import queue
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -35,7 +34,7 @@ from basics.source_code import module_files
 from papertrail import notebook_files
 from papertrail import stage as stage_folder
 from papertrail.estimate import duration_text, earlier_seconds, seconds_left
-from papertrail.kernel_forkserver import ForkServer
+from papertrail.kernel_forkserver import ForkServer, KernelDied
 from papertrail.plan import StageSpec, critical_path, threads_for
 from papertrail.run import Run
 from papertrail.scrub import scrub
@@ -55,8 +54,8 @@ class StageFailed(Exception):
     """A notebook failed. The message is what to show; for a bug it includes the traceback."""
 
 
-class Interrupted(BaseException):
-    """A signal that ends the run; like KeyboardInterrupt, not caught by `except Exception`."""
+class Interrupted(KeyboardInterrupt):
+    """Another signal that ends the run as Ctrl-C does."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -210,7 +209,6 @@ class _Notebooks:
         self.began: dict[str, float] = {}  # running stage -> its start
         self._executing = run.path / ".executing"  # apart from the executed ones, none of which is ever incomplete
         self._server: ForkServer | None = None
-        self._sockets = Path(tempfile.mkdtemp(prefix="threefold-"))  # the fork server, too, removes it
         self._threads: list[threading.Thread] = []
         # (stage, a line that it printed) or (stage, how it ended: None or an error)
         self._events: queue.SimpleQueue[tuple[str, str | Exception | None]] = queue.SimpleQueue()
@@ -221,11 +219,11 @@ class _Notebooks:
         shutil.rmtree(self._executing, ignore_errors=True)  # left by a killed process
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._server is not None and kind is not None and issubclass(kind, KeyboardInterrupt | Interrupted):
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if self._server is not None and isinstance(error, KeyboardInterrupt):
             if any(self.run.plan[name].parallel for name in self.began):
                 self.say("stopping after the step that each training is in; a second Ctrl-C stops at once")
-            with contextlib.suppress(KeyboardInterrupt, Interrupted):
+            with contextlib.suppress(KeyboardInterrupt):
                 self._server.terminate_kernels()
                 deadline = time.monotonic() + SAVE_SECONDS
                 for thread in self._threads:
@@ -235,14 +233,13 @@ class _Notebooks:
                 self._server.stop()
             for thread in self._threads:
                 thread.join(JOIN_SECONDS)
-            shutil.rmtree(self._sockets, ignore_errors=True)
             shutil.rmtree(self._executing, ignore_errors=True)
 
     def start(self, spec: StageSpec, threads: int, later: list[str], place: str) -> None:
         """Begin a stage. later: the stages that are still to come after it. place: where in the run it is, as text."""
         if self._server is None:
             sources = self._sources([spec.name, *later]) if len(later) >= PRELOAD_FROM and forking_is_safe() else ()
-            self._server = ForkServer(self._variables(max(1, cores() // self.jobs)), self._sockets, sources)
+            self._server = ForkServer(self._variables(max(1, cores() // self.jobs)), sources)
         from papertrail import notebook_client  # late: it takes a second, which a run without work need not spend
 
         parameters = {"preset": self._preset, "run": self.run.name, **spec.parameters}
@@ -262,9 +259,8 @@ class _Notebooks:
                     self._executing / f"{spec.executed}.ipynb",
                     parameters,
                     server=self._server,
-                    sockets=self._sockets,
                     env=self._variables(threads),
-                    cwd=self.run.project.root,
+                    folder=self.run.project.root,
                     say=lambda line: self._events.put((spec.name, line)),
                 )
             except Exception as error:  # whatever it is, the main thread reports it
@@ -302,11 +298,10 @@ class _Notebooks:
             f"{self.run.project.root}/": "",
             str(self.run.project.root): ".",
         }
+        notebook_files.write_notebook(failed if error or raised else final, scrub(notebook, private))
         if error or raised:
-            notebook_files.write_notebook(failed, scrub(notebook, private))
             kept = f" (kept: runs/{self.run.name}/notebooks/{failed.name})"
             raise StageFailed(explanation(spec, error, raised) + kept) from error
-        notebook_files.write_notebook(final, scrub(notebook, private))
         failed.unlink(missing_ok=True)
         if self.run.finished(spec.name) is None:  # each run would execute it again
             raise StageFailed(f"{spec.name}: the notebook ended without finishing its stage: a bug in it")
@@ -339,12 +334,10 @@ class _Notebooks:
 
 def explanation(spec: StageSpec, error: Exception | None, raised: list[dict]) -> str:
     """Why a stage failed, and the way out. raised: the notebook's error outputs."""
-    from papertrail.notebook_client import KernelDied
-
     lower = f"lower {spec.memory_keys}, or run fewer notebooks at a time with --jobs 1"
     if isinstance(error, KernelDied):
         killed = error.status in (-signal.SIGKILL, -signal.SIGTERM)
-        if error.status is not None and error.status < 0 and not killed:
+        if error.status < 0 and not killed:
             crash = signal.Signals(-error.status).name
             return f"{spec.name}: the notebook's kernel crashed with {crash}, a fault in a native library"
         how = " (killed)" if killed else ""
