@@ -11,11 +11,11 @@ RUNS = 20  # other runs in which a stage is looked up, the latest first
 def earlier_seconds(run: Run) -> dict[str, float]:
     """{stage: seconds that it took when it was last made with the same configuration}, by this run or one beside it."""
     seconds: dict[str, float] = {}
-    others = [path.parent for path in run.path.parent.glob("*/config.toml") if path.parent != run.path]
-    others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    others = {path.parent for path in run.path.parent.glob("*/config.toml")} - {run.path}
+    latest = sorted(others, key=lambda folder: folder.stat().st_mtime, reverse=True)[:RUNS]
     for name, spec in run.plan.items():
         config = run.config_of(name)
-        for folder in [run.path, *others[:RUNS]]:
+        for folder in [run.path, *latest]:
             facts = intact_run_file(folder / spec.folder) or {}
             took = facts.get("wall_seconds")
             if isinstance(took, int | float) and facts["fingerprint"].get("config") == config:

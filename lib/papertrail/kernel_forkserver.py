@@ -9,7 +9,7 @@ imports the project's own packages: a kernel must run the code that its stage's 
 
 FD: a Unix socket on which each byte comes with another socket, one per kernel, from which the server reads
 {"command", "env", "cwd"} and to which it writes the kernel's process id and later its exit status (as in subprocess),
-a line each. A client that closes its socket has its kernel killed. When FD is closed the server ends.
+a line each. When FD is closed the server ends.
 SOCKETS: the folder of the kernels' own sockets, which the server, too, removes at its end.
 SOURCE: files whose imports are made before kernels are forked; without any, a kernel is started as its own program.
 """
@@ -70,9 +70,8 @@ def serve(requests: socket.socket, sockets: str, sources: list[str]) -> NoReturn
     kernels: dict[int, socket.socket] = {}
     started = False  # the first kernel does not wait for the imports
     while True:
-        listening = [*([] if preloading and started else [requests]), *kernels.values()]
-        ready, _, _ = select.select(listening, [], [], 0 if preloading else POLL_SECONDS)
-        if requests in ready:
+        listening = [] if preloading and started else [requests]
+        if select.select(listening, [], [], 0 if preloading else POLL_SECONDS)[0]:
             byte, descriptors, _, _ = socket.recv_fds(requests, 1, 1)
             if not byte:
                 leave()
@@ -83,8 +82,6 @@ def serve(requests: socket.socket, sockets: str, sources: list[str]) -> NoReturn
                 kernels[pid], started = client, True
                 _tell(client, pid)
         for pid, client in list(kernels.items()):
-            if client in ready:  # it never writes twice, so it was closed
-                _kill(pid)
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 _tell(kernels.pop(pid), os.waitstatus_to_exitcode(status))
@@ -96,12 +93,6 @@ def serve(requests: socket.socket, sockets: str, sources: list[str]) -> NoReturn
 def _tell(client: socket.socket, number: int) -> None:
     with contextlib.suppress(OSError):  # the client has closed its end
         client.sendall(f"{number}\n".encode())
-
-
-def _kill(pid: int) -> None:
-    for kill in (os.killpg, os.kill):  # the latter in the moment before the kernel leads a group of its own
-        with contextlib.suppress(ProcessLookupError):
-            kill(pid, signal.SIGKILL)
 
 
 def fork_kernel(request: Mapping, in_process: bool, sockets: list[socket.socket]) -> int:

@@ -144,7 +144,7 @@ def can_start(spec: StageSpec, running: list[StageSpec], jobs: int) -> bool:
     return len(running) < jobs and not (running and any(other.alone for other in (spec, *running)))
 
 
-def check(run: Run, selected: Iterable[str] | None = None, say: Callable[[str], None] | None = None) -> None:
+def check(run: Run, selected: Iterable[str] | None = None, say: Callable[[str], None] = lambda line: None) -> None:
     """Check before anything starts that the data sources exist and that what the selection needs from outside it is
     there. Raises SourceError or MissingInput; says where such a stage is not fresh."""
     wanted = [name for name in run.plan if selected is None or name in set(selected)]
@@ -159,11 +159,11 @@ def check(run: Run, selected: Iterable[str] | None = None, say: Callable[[str], 
             raise MissingInput(
                 f"{name} needs stage {absent[0]}, which run {run.name} does not have: `{command}` makes it"
             )
-        if absent and say is not None:
+        if absent:
             say(f"{name}: without {', '.join(absent)}, which run {run.name} does not have")
         for need in there:
             now = state(run, need)
-            if now.kind != "fresh" and say is not None:
+            if now.kind != "fresh":
                 say(f"{name}: built on a stage {need} that is {now.kind} ({'; '.join(now.reasons)})")
 
 

@@ -44,8 +44,7 @@ def verify(
     problems = [f"{CONFIG}: {problem}"] if (problem := run.config_problem()) else []
     problems += [f"notebooks/{name}: of no stage of the run's preset" for name in run.stray_notebooks()]
     count = 0
-    finished: set[str] = set()
-    unreadable: set[str] = set()
+    finished: dict[str, bool] = {}  # stage -> whether its run.json can be read
     reread: dict[str, str] = {}
     for stage, spec in run.plan.items():
         notebook = run.notebook(spec.executed)
@@ -60,15 +59,15 @@ def verify(
             fingerprint = Fingerprint.from_dict(facts["fingerprint"])
         except RecordError as error:
             problems.append(f"{spec.folder}: {error}")
-            unreadable.add(stage)
+            finished[stage] = False
             continue
         count += len(facts["outputs"]) + 2  # run.json and the notebook
-        finished.add(stage)
+        finished[stage] = True
         problems += [f"{spec.folder}/{path}: {problem}" for path, problem in damage(run.stage_folder(stage), facts)]
         for parent, digest in fingerprint.parents.items():
-            if parent not in finished | unreadable:
+            if parent not in finished:
                 problems.append(f"{spec.folder}: made from stage {parent}, which is not there")
-            elif parent in finished and stage != run.project.summary and digest != run.taken_from(parent, stage):
+            elif finished[parent] and stage != run.project.summary and digest != run.taken_from(parent, stage):
                 problems.append(f"{spec.folder}: made from another {parent} than the one that is there")
         try:
             now = run.data_of(stage, reread)

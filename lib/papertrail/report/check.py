@@ -44,7 +44,6 @@ def check(folder: Path) -> list[str]:
                     message = " ".join(error["evalue"].split())[:160]
                     problems.append(f"{name} cell {error['cell'] + 1}: holds the error {error['ename']}: {message}")
                 problems += [f"{name} {leak}" for leak in scrub.leaks(notebook)]
-                cells[name] = []
                 cells[name] = labelled_cells(notebook, name)
             except (RecordError, ReportError) as error:
                 problems.append(str(error))
@@ -75,8 +74,15 @@ def variable_text(value: object) -> str:
     return "not measured" if value is None else str(value)
 
 
-def _duplicates(values: Iterable[str]) -> Iterator[tuple[str, int]]:
-    return ((value, count) for value, count in Counter(values).items() if count > 1)
+def _repeated(values: Iterable[str], message: str) -> Iterator[str]:
+    """The message, with value and count, of each value that occurs more than once."""
+    return (message.format(value, count) for value, count in Counter(values).items() if count > 1)
+
+
+def _unresolved(references: list[sources.Reference], known: Iterable[str], message: str) -> Iterator[str]:
+    """The message, with its key, of each reference to what is not known."""
+    unknown = (reference for reference in references if reference.key not in known)
+    return (f"index.qmd line {reference.line}: {message.format(reference.key)}" for reference in unknown)
 
 
 def _check_labels(cells: dict[str, list[Cell]]) -> Iterator[str]:
@@ -92,8 +98,7 @@ def _check_labels(cells: dict[str, list[Cell]]) -> Iterator[str]:
 
 
 def _check_embeds(source: sources.Source, cells: dict[str, list[Cell]]) -> Iterator[str]:
-    for label, count in _duplicates(embed.label for embed in source.embeds):
-        yield f"index.qmd: {label} is embedded {count} times"
+    yield from _repeated((embed.label for embed in source.embeds), "index.qmd: {} is embedded {} times")
     for embed in source.embeds:
         if embed.notebook not in cells:
             continue
@@ -121,16 +126,10 @@ def _check_references(folder: Path, source: sources.Source) -> Iterator[str]:
     identifiers = [section.identifier for section in source.sections if section.identifier]
     targets = {*identifiers, *(embed.label for embed in source.embeds)}
     keys = sources.read_bibliography(folder)
-    for identifier, count in _duplicates(identifiers):
-        yield f"index.qmd: section #{identifier} appears {count} times"
-    for reference in source.crossrefs:
-        if reference.key not in targets:
-            yield f"index.qmd line {reference.line}: @{reference.key} refers to nothing in this document"
-    for key, count in _duplicates(keys):
-        yield f"references.bib: {key} appears {count} times"
-    for reference in source.citations:
-        if reference.key not in keys:
-            yield f"index.qmd line {reference.line}: citation @{reference.key} is not in references.bib"
+    yield from _repeated(identifiers, "index.qmd: section #{} appears {} times")
+    yield from _unresolved(source.crossrefs, targets, "@{} refers to nothing in this document")
+    yield from _repeated(keys, "references.bib: {} appears {} times")
+    yield from _unresolved(source.citations, keys, "citation @{} is not in references.bib")
 
 
 def _check_variables(folder: Path, source: sources.Source, published: dict[str, dict[str, Record]]) -> Iterator[str]:
@@ -140,9 +139,7 @@ def _check_variables(folder: Path, source: sources.Source, published: dict[str, 
     except ReportError as error:
         yield str(error)
         return
-    for reference in source.variables:
-        if reference.key not in variables:
-            yield f"index.qmd line {reference.line}: variable {reference.key} is not in _variables.yml"
+    yield from _unresolved(source.variables, variables, "variable {} is not in _variables.yml")
     for notebook, records in published.items():
         if VARIABLES not in records:
             continue

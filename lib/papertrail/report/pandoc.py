@@ -14,18 +14,17 @@ from papertrail.notebook_files import Cell, labelled_cells, read_notebook
 from papertrail.processes import run_supervised
 from papertrail.report import sources
 
-NAMES = {"tbl": "Table", "fig": "Figure", "sec": "Section"}
 STYLES = ("report.css", "pandoc.css")
+# What the Quarto project sets or Quarto says by itself. `document-css` is off because the styles are ours.
+METADATA = {"link-citations": True, "document-css": False, "toc-title": "Contents", "reference-section-title": ""}
 
 
 def numbers(source: sources.Source) -> dict[str, str]:
     """What a cross-reference to each label prints: "Table 3", "Figure 1", "Section 2.1"."""
     names: dict[str, str] = {}
-    counts = {"tbl": 0, "fig": 0}
-    for embed in source.embeds:
-        if embed.kind in counts:
-            counts[embed.kind] += 1
-            names[embed.label] = f"{NAMES[embed.kind]} {counts[embed.kind]}"
+    for kind, name in (("tbl", "Table"), ("fig", "Figure")):
+        labels = [embed.label for embed in source.embeds if embed.kind == kind]
+        names |= {label: f"{name} {count}" for count, label in enumerate(labels, 1)}
     for section in source.sections:
         if section.identifier.startswith("sec-"):
             names[section.identifier] = f"Section {section.number}" if section.number else f"“{section.title}”"
@@ -60,7 +59,7 @@ def expand(folder: Path) -> str:
 
     lines, start = source.text.split("\n"), source.body_start
     front = yaml.safe_load("\n".join(lines[1 : start - 1])) or {} if start else {}
-    metadata = {key: fill(value) for key, value in front.items() if key not in ("format", "bibliography", "execute")}
+    front = {key: fill(value) for key, value in front.items() if key not in ("format", "bibliography", "execute")}
     body = []
     for line, plain in zip(lines[start:], sources.prose(source.text)[start:], strict=True):
         if embed := sources.EMBED.match(plain):
@@ -69,7 +68,8 @@ def expand(folder: Path) -> str:
         elif plain:
             line = fill(sources.CROSSREF.sub(lambda match: f"[{names[match[1]]}](#{match[1]})", line))
         body.append(line)
-    return "---\n" + yaml.safe_dump(metadata, allow_unicode=True, sort_keys=False) + "---\n\n" + "\n".join(body) + "\n"
+    metadata = yaml.safe_dump({"lang": "en", **front, **METADATA}, allow_unicode=True, sort_keys=False)
+    return f"---\n{metadata}---\n\n" + "\n".join(body) + "\n"
 
 
 def render(folder: Path) -> str:
@@ -88,11 +88,6 @@ def render(folder: Path) -> str:
         "--number-sections",
         "--columns=10000",  # no column widths guessed from the length of a table's source lines
         "--fail-if-warnings",
-        "--metadata=link-citations:true",
-        "--metadata=document-css:false",  # the styles are ours
-        "--metadata=lang:en",
-        "--metadata=toc-title:Contents",
-        "--metadata=reference-section-title:",
     ]
     styles = [(folder / name).read_text(encoding="utf-8") for name in STYLES if (folder / name).is_file()]
     # a variable of the template is taken as it is, metadata would be read as Markdown

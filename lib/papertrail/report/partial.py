@@ -14,6 +14,7 @@ from papertrail.notebook_files import labelled_cells, read_notebook
 from papertrail.records import MIME, read
 from papertrail.report import sources
 from papertrail.report.check import VARIABLES
+from papertrail.report.sources import CROSSREF, VARIABLE
 
 CONDITION = re.compile(r'measured="([\w.-]+)"')
 IDENTIFIER = re.compile(r"\{[^}]*#(sec-[\w-]+)")
@@ -80,13 +81,9 @@ def _without(paragraph: str, names: set[str]) -> str:
     sentences = []
     for sentence in SENTENCE_END.split(paragraph):
         parts = CLAUSE_END.split(sentence)
-        kept = [part for part in parts if names.isdisjoint(_references(part))]
+        kept = [part for part in parts if names.isdisjoint(VARIABLE.findall(part) + CROSSREF.findall(part))]
         if kept:
             end = "" if kept[-1] == parts[-1] else sentence[-1]
             first = kept[0] if kept[0] == parts[0] else kept[0][0].upper() + kept[0][1:]
             sentences.append("; ".join([first, *kept[1:]]) + end)
     return " ".join(sentences)
-
-
-def _references(text: str) -> list[str]:
-    return sources.VARIABLE.findall(text) + sources.CROSSREF.findall(text)

@@ -46,12 +46,7 @@ def assemble(run: Path, report: Path, folder: Path) -> None:
     text that are about what the run did not measure. Raises MissingInput."""
     if not (report / "index.qmd").is_file():
         raise MissingInput(f"the report's sources are not at {report.name}/: a clone of the project has them")
-    shutil.copytree(
-        report,
-        folder,
-        ignore=lambda where, names: [n for n in names if Path(where) == report and n in GENERATED],
-        dirs_exist_ok=True,
-    )
+    shutil.copytree(report, folder, ignore=shutil.ignore_patterns(*GENERATED), dirs_exist_ok=True)
     for path, content in executed_files(run, report).items():
         atomic_write(folder / path, content)
     text = (folder / "index.qmd").read_text(encoding="utf-8")
