@@ -92,7 +92,7 @@ def test_zero_shot_has_wilsons_interval_and_more_templates_resample_items():
     assert result.metrics["accuracy_mean"]["interval"] == "bootstrap over items"
     assert result.metrics["accuracy_mean"]["n"] == 30, "five templates do not make 150 independent items"
     one = sentiment.zero_shot(Oracle(lambda prompt: 1), sst2(ITEMS), templates=1, scoring=QUICK)
-    assert list(one.metrics) == ["accuracy", "positive_rate"]
+    assert list(one.metrics) == ["accuracy", "accuracy_calibrated", "positive_rate"]
 
 
 def test_template_and_draw_spread():
@@ -101,7 +101,7 @@ def test_template_and_draw_spread():
 
     def answer(prompt):
         last = prompt.split("\n\n")[-1]
-        label = next(label for sentence, label in truth.items() if sentence in last)
+        label = next((label for sentence, label in truth.items() if sentence in last), 0)
         return label if "Question: Is this sentence" in last else 1 - label
 
     result = sentiment.zero_shot(Oracle(answer), sst2(ITEMS), scoring=QUICK)
