@@ -47,20 +47,6 @@ class Backend:
         """Positions whose keys and values half of a GPU's free memory holds; 0 on a CPU, or where it is not known."""
         return 0
 
-    def new_cache(self, rows: int, positions: int) -> Any:
-        """An empty cache for `step`."""
-        return None
-
-    def decoding(self, cache: Any) -> Callable[[Tensor], Tensor]:
-        """A function from the next token of every row [B] to the logits after it [B, V], as `generate` decodes."""
-
-        def one_more(tokens_B: Tensor) -> Tensor:
-            nonlocal cache
-            logits_BV, cache = self.step(tokens_B[:, None], cache)
-            return logits_BV
-
-        return one_more
-
 
 class DecoderBackend(Backend):
     """Our Decoder. The keys and values of a shared prefix are computed once."""
@@ -78,10 +64,10 @@ class DecoderBackend(Backend):
     def cached_positions(self) -> int:
         if self.device.type != "cuda":
             return 0
-        return torch.cuda.mem_get_info(self.device)[0] // 2 // self.new_cache(1, 1).nbytes
+        return torch.cuda.mem_get_info(self.device)[0] // 2 // KVCache.of(self.model, 1, 1).nbytes
 
     def prefix(self, ids: Sequence[int]) -> KVCache:
-        cache = self.new_cache(1, len(ids))
+        cache = KVCache.of(self.model, 1, len(ids))
         self.model.hidden(torch.tensor([list(ids)], device=self.device), cache=cache)
         return cache
 
@@ -95,14 +81,13 @@ class DecoderBackend(Backend):
         cache = None if prefix is None else prefix.expand(*tokens_BT.shape)
         return self.model.hidden(tokens_BT, segments_BT=segments_BT, cache=cache)
 
-    def new_cache(self, rows: int, positions: int) -> KVCache:
-        return KVCache.of(self.model, rows, positions)
-
-    def step(self, tokens_BT: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
-        """Logits [B, V] after further tokens of every row, and the cache for the next step."""
+    def prefill(self, tokens_BT: Tensor, positions: int) -> tuple[Tensor, KVCache]:
+        """(logits [B, V] after the tokens, the cache with room for so many positions of every row)."""
+        cache = KVCache.of(self.model, len(tokens_BT), positions)
         return self.head(self.model.hidden(tokens_BT, cache=cache)[:, -1]), cache
 
     def decoding(self, cache: KVCache) -> Callable[[Tensor], Tensor]:
+        """A function from the next token of every row [B] to the logits after it [B, V], as `generate` decodes."""
         return steps(self.model, cache)
 
     def generate(
@@ -147,9 +132,18 @@ class TransformersBackend(Backend):
             return self.model.base_model(tokens_BT, use_cache=False)[0]
         return self.model(tokens_BT, use_cache=False).logits
 
-    def step(self, tokens_BT: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        out = self.model(tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def prefill(self, tokens_BT: Tensor, positions: int) -> tuple[Tensor, Any]:
+        out = self.model(tokens_BT, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1], out.past_key_values
+
+    def decoding(self, cache: Any) -> Callable[[Tensor], Tensor]:
+        def step(tokens_B: Tensor) -> Tensor:
+            nonlocal cache
+            out = self.model(tokens_B[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            return out.logits[:, -1]
+
+        return step
 
     def generate(
         self, prompts: list[list[int]], max_new_tokens: int, tokenizer: Any, stop: list[str]

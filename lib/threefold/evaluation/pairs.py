@@ -6,14 +6,14 @@ under the model and under the reference, here the SFT checkpoint.
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
 from basics.errors import EvaluationError
 from threefold.evaluation.adapter import LanguageModel, Request
-from threefold.evaluation.results import SCORING, Dataset, Evaluation, Metric, Scoring, proportion
+from threefold.evaluation.results import SCORING, Dataset, Evaluation, Items, Scoring, proportion
 
 KL_LOGITS = 2**24  # floats of full distributions held at a time, for each of the two models
 
@@ -38,22 +38,14 @@ def blimp(model: LanguageModel, data: Dataset, *, per_phenomenon: int = -1, scor
     chosen = sample(data.items, per_phenomenon, scoring.seed)
     pairs = [data.items[index] for index in chosen]
     targets = model.encode([f" {pair[side]}" for pair in pairs for side in ("good", "bad")])
-    spans = scoring.logprobs(
+    logp_N2 = scoring.totals(
         model,
         [(model.start_ids, ids) for ids in targets],
         lambda i: f"{name}: item {chosen[i // 2]}, {('acceptable', 'unacceptable')[i % 2]} sentence",
-    )
-    logp_N2 = np.array([span.sum() for span in spans]).reshape(-1, 2)
-    rows = pd.DataFrame(
-        {
-            "item": chosen,
-            "phenomenon": [pair["phenomenon"] for pair in pairs],
-            "group": [pair["group"] for pair in pairs],
-            "logp_good": logp_N2[:, 0],
-            "logp_bad": logp_N2[:, 1],
-            "correct": _preferred(logp_N2),
-        }
-    )
+    ).reshape(-1, 2)
+    rows = pd.DataFrame({"item": chosen} | {key: [pair[key] for pair in pairs] for key in ("phenomenon", "group")})
+    rows[["logp_good", "logp_bad"]] = logp_N2
+    rows["correct"] = _preferred(logp_N2)
     by_phenomenon = rows.groupby("phenomenon", sort=False)["correct"]
     metrics = {"accuracy": proportion(rows["correct"], "accuracy")}
     metrics |= {f"accuracy_{phenomenon}": proportion(part, "accuracy") for phenomenon, part in by_phenomenon}
@@ -68,20 +60,18 @@ def blimp(model: LanguageModel, data: Dataset, *, per_phenomenon: int = -1, scor
     return Evaluation(name, model.name, model.weights_sha256, metrics, rows, settings)
 
 
-def sample(items: Sequence[Mapping], per_phenomenon: int, seed: int) -> list[int]:
+def sample(items: Items, per_phenomenon: int, seed: int) -> list[int]:
     """Indices of `per_phenomenon` items of each phenomenon (-1: all), in the items' order.
 
     The draw of a phenomenon depends on the seed and its name, not on which other phenomena there are.
     """
-    by_phenomenon: dict[str, list[int]] = {}
-    for index, item in enumerate(items):
-        by_phenomenon.setdefault(item["phenomenon"], []).append(index)
+    phenomena = pd.Series([item["phenomenon"] for item in items])
     chosen: list[int] = []
-    for phenomenon, indices in by_phenomenon.items():
+    for phenomenon, indices in phenomena.groupby(phenomena).indices.items():
         if 0 <= per_phenomenon < len(indices):
             generator = np.random.default_rng([seed, zlib.crc32(phenomenon.encode())])
-            indices = generator.choice(indices, per_phenomenon, replace=False).tolist()
-        chosen += indices
+            indices = generator.choice(indices, per_phenomenon, replace=False)
+        chosen += indices.tolist()
     return sorted(chosen)
 
 
@@ -120,19 +110,12 @@ def preferences(
     def describe(request: int) -> str:
         return f"{name}: item {kept[request // 2]}, {('chosen', 'rejected')[request % 2]} reply"
 
-    logp_N2 = np.array([span.sum() for span in scoring.logprobs(model, requests, describe)]).reshape(-1, 2)
+    logp_N2 = scoring.totals(model, requests, describe).reshape(-1, 2)
     tokens_N2 = np.array([len(target) for _, target in requests]).reshape(-1, 2)
-    rows = pd.DataFrame(
-        {
-            "item": kept,
-            "logp_chosen": logp_N2[:, 0],
-            "logp_rejected": logp_N2[:, 1],
-            "tokens_chosen": tokens_N2[:, 0],
-            "tokens_rejected": tokens_N2[:, 1],
-            "correct": _preferred(logp_N2),
-            "correct_per_token": _preferred(logp_N2 / tokens_N2),
-        }
-    )
+    rows = pd.DataFrame({"item": kept})
+    rows[["logp_chosen", "logp_rejected"]] = logp_N2
+    rows[["tokens_chosen", "tokens_rejected"]] = tokens_N2
+    rows["correct"], rows["correct_per_token"] = _preferred(logp_N2), _preferred(logp_N2 / tokens_N2)
     metrics = {
         "accuracy": proportion(rows["correct"], "accuracy"),
         "accuracy_per_token": proportion(rows["correct_per_token"], "accuracy"),
@@ -149,36 +132,22 @@ def preferences(
     elif reference is not None and reference.context < model.context:
         settings["reference_left_out"] = f"{reference.name} has a shorter context"
     elif reference is not None:
-        metrics |= _reference_metrics(model, reference, requests, rows, beta, describe, scoring)
         settings |= {"reference": reference.name, "reference_sha256": reference.weights_sha256, "beta": beta}
+        reference_N2 = scoring.totals(reference, requests, describe).reshape(-1, 2)
+        rewards_N2 = beta * (logp_N2 - reference_N2)
+        rows[["reference_logp_chosen", "reference_logp_rejected"]] = reference_N2
+        rows["reward_margin"] = rewards_N2[:, 0] - rewards_N2[:, 1]
+        rows["reward_correct"] = _preferred(rewards_N2)
+        rows["kl"] = _divergence(model, reference, requests[::2], lambda i: describe(2 * i), scoring.batch_tokens)
+        metrics |= {
+            "reward_margin": scoring.ratio(rows["reward_margin"], 1.0, "nats times beta", "pairs"),
+            "reward_accuracy": proportion(rows["reward_correct"], "accuracy"),
+            "kl": scoring.ratio(rows["kl"], rows["tokens_chosen"], "nats per token", "pairs"),
+        }
     return Evaluation(name, model.name, model.weights_sha256, metrics, rows, settings)
 
 
-def _reference_metrics(
-    model: LanguageModel,
-    reference: LanguageModel,
-    requests: Sequence[Request],
-    rows: pd.DataFrame,
-    beta: float,
-    describe: Callable[[int], str],
-    scoring: Scoring,
-) -> dict[str, Metric]:
-    """Metrics of rewards and divergence against the reference; their columns are added to the rows."""
-    logp_N2 = rows[["logp_chosen", "logp_rejected"]].to_numpy()
-    reference_N2 = np.array([span.sum() for span in scoring.logprobs(reference, requests, describe)]).reshape(-1, 2)
-    rewards_N2 = beta * (logp_N2 - reference_N2)
-    rows["reference_logp_chosen"], rows["reference_logp_rejected"] = reference_N2.T
-    rows["reward_margin"] = rewards_N2[:, 0] - rewards_N2[:, 1]
-    rows["reward_correct"] = _preferred(rewards_N2)
-    rows["kl"] = _divergence(model, reference, requests[::2], lambda i: describe(2 * i), scoring.batch_tokens)
-    return {
-        "reward_margin": scoring.ratio(rows["reward_margin"], 1.0, "nats times beta", "pairs"),
-        "reward_accuracy": proportion(rows["reward_correct"], "accuracy"),
-        "kl": scoring.ratio(rows["kl"], rows["tokens_chosen"], "nats per token", "pairs"),
-    }
-
-
-def _requests(model: LanguageModel, items: Sequence[Mapping]) -> tuple[list[Request], list[int], int]:
+def _requests(model: LanguageModel, items: Items) -> tuple[list[Request], list[int], int]:
     """(requests, the chosen reply before the rejected one of each kept item, kept items, number of prompts cut)."""
     eos = model.tokenizer.eos_token_id
     prompts, chosen, rejected = (

@@ -41,10 +41,9 @@ def running_text(documents: Sequence[str], wikitext: bool = True) -> tuple[str, 
     For WikiText it is `"\\n\\n".join(dataset["text"])` over the hub's rows, on which published GPT-2 perplexities are
     computed; for other text the documents joined by a blank line.
     """
-    rows = [hub_rows(document) if wikitext else [document] for document in documents]
-    lengths = [sum(len(row) + 2 for row in rows_of_document) for rows_of_document in rows]
-    starts = [0, *np.cumsum(lengths)[:-1].tolist()]
-    return "\n\n".join(row for rows_of_document in rows for row in rows_of_document), starts
+    texts = ["\n\n".join(hub_rows(document)) if wikitext else document for document in documents]
+    starts = np.cumsum([0, *(len(text) + len("\n\n") for text in texts[:-1])]).tolist()
+    return "\n\n".join(texts), starts
 
 
 def first_lines(documents: Sequence[str], wikitext: bool = True, count: int = LINES) -> list[str]:
@@ -149,24 +148,22 @@ def lm_eval(model: LanguageModel, data: Dataset, *, scoring: Scoring = SCORING) 
     if not cut:
         raise EvaluationError(f"{name}: the text is empty")
     documents, originals = zip(*cut, strict=True)
-    context = LM_EVAL_CONTEXT if model.context == UNLIMITED else model.context
-    start = model.start_ids
+    encoded = model.encode([detokenize(page) for page in originals] if data.wikitext else originals)
+    context, start = LM_EVAL_CONTEXT if model.context == UNLIMITED else model.context, model.start_ids
+    first = context - len(start) + 1  # tokens of a page's first window
     requests: list[Request] = []
     owners: list[int] = []  # page of each request
-    tokens = []
-    for index, ids in enumerate(model.encode([detokenize(page) for page in originals] if data.wikitext else originals)):
-        tokens.append(len(ids))
-        first = context - len(start) + 1
+    for index, ids in enumerate(encoded):
         requests.append((start, ids[:first]))
         for at in range(first, len(ids), context):
             end = min(at + context, len(ids))
             requests.append((ids[max(0, end - context - 1) : at], ids[at:end]))  # the last one reaches back
         owners += [index] * (len(requests) - len(owners))
-    spans = scoring.logprobs(model, requests, lambda i: f"{name}: document {documents[owners[i]]}")
+    totals = scoring.totals(model, requests, lambda i: f"{name}: document {documents[owners[i]]}")
     items = {
         "document": documents,
-        "nats": np.bincount(owners, weights=[-span.sum() for span in spans]),
-        "tokens": tokens,
+        "nats": np.bincount(owners, weights=-totals),
+        "tokens": [len(ids) for ids in encoded],
         "words": [len(re.split(r"\s+", page)) for page in originals],
         "bytes": [len(page.encode()) for page in originals],
     }
@@ -218,11 +215,10 @@ def lines(
         requests.append(([*prefix, int(ids[0])], ids[1:].tolist()))
         kept.append(index)
         scored_bytes.append(len(row[ends[0] : ends[-1]].encode()))
-    spans = scoring.logprobs(model, requests, lambda i: f"{name}: line {kept[i]}")
     items = {
         "document": kept,
-        "nats": [-float(span.sum()) for span in spans],
-        "tokens": [len(span) for span in spans],
+        "nats": -scoring.totals(model, requests, lambda i: f"{name}: line {kept[i]}"),
+        "tokens": [len(target) for _, target in requests],
         "words": [len(rows[index].split()) for index in kept],
         "bytes": scored_bytes,
     }
@@ -254,24 +250,21 @@ def _windowed(
     windows = _windows(len(ids), size, move)
     # A token belongs to the document in which it begins.
     owner_T = np.searchsorted(starts, np.concatenate([[0], ends[:-1]]), side="right") - 1
-    spans = scoring.logprobs(
-        model,
+    spans = model.loglikelihoods(
         [([*model.prefix_ids, *ids[begin:first].tolist()], ids[first:end].tolist()) for begin, first, end in windows],
-        lambda i: f"{name}: window at token {windows[i][1]}, document {owner_T[windows[i][1]]}",
+        batch_tokens=scoring.batch_tokens,
+        describe=lambda i: f"{name}: window at token {windows[i][1]}, document {owner_T[windows[i][1]]}",
     )
     scored = np.concatenate([np.arange(first, end) for _, first, end in windows])
-
-    def by_document(values_T: np.ndarray) -> np.ndarray:
-        """Sums of the scored tokens' values."""
-        return np.bincount(owner_T[scored], weights=values_T, minlength=len(data.items))
-
+    owners, count = owner_T[scored], len(data.items)
+    byte_ends = np.cumsum([0, *(len(character.encode()) for character in text)])[ends]
     items = pd.DataFrame(
         {
-            "document": np.arange(len(data.items)),
-            "nats": by_document(-np.concatenate(spans)),
-            "tokens": by_document(np.ones(len(scored))).astype(np.int64),
+            "document": np.arange(count),
+            "nats": np.bincount(owners, -np.concatenate(spans), count),
+            "tokens": np.bincount(owners, minlength=count),
             "words": [len(document.split()) for document in data.items],
-            "bytes": by_document(np.diff(_byte_ends(text, ends), prepend=0)[scored]).astype(np.int64),
+            "bytes": np.bincount(owners, np.diff(byte_ends, prepend=0)[scored], count).astype(np.int64),
         }
     )
     settings = {
@@ -284,27 +277,14 @@ def _windowed(
     return _evaluation(model, name, items[items["tokens"] > 0].reset_index(drop=True), settings, scoring)
 
 
-def _windows(tokens: int, size: int, move: int) -> list[tuple[int, int, int]]:
-    """(begin, first scored token, end) of each window that scores a token. The first token of a window is not scored:
+def _windows(tokens: int, size: int, move: int) -> list[list[int]]:
+    """[begin, first scored token, end] of each window that scores a token. The first token of a window is not scored:
     nothing comes before it.
     """
-    windows, done = [], 0
-    for begin in range(0, tokens, move):
-        end = min(begin + size, tokens)
-        first = max(done, begin + 1)
-        if first < end:
-            windows.append((begin, first, end))
-        if end == tokens:
-            break
-        done = end
-    return windows
-
-
-def _byte_ends(text: str, ends: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes before each character position in `ends`."""
-    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
-    return np.concatenate([[0], np.cumsum(widths)])[ends]
+    begins = np.arange(0, max(0, tokens - size) + move, move)
+    ends = np.minimum(begins + size, tokens)
+    firsts = np.maximum(begins + 1, [0, *ends[:-1]])
+    return np.stack([begins, firsts, ends], axis=1)[firsts < ends].tolist()
 
 
 def _evaluation(

@@ -13,7 +13,7 @@ from basics.errors import EvaluationError
 from threefold.data.readers import with_final_number
 from threefold.data.templates import FORMS, instruction_prompt, problem_prompt
 from threefold.evaluation.adapter import LanguageModel
-from threefold.evaluation.results import SCORING, Dataset, Evaluation, Scoring, point, proportion, too_long
+from threefold.evaluation.results import SCORING, Dataset, Evaluation, Items, Scoring, point, proportion, too_long
 
 STOP = ("Question:", "</s>", "<|im_end|>")
 INVALID = "[invalid]"
@@ -73,7 +73,7 @@ def problems(
     prompts = [before + problem_prompt(item["question"]) for item in data.items]
     lengths = [len(model.prefix_ids) + len(ids) + new_tokens for ids in model.encode(prompts)]
     long_N = too_long(lengths, model.context, what=f"{name} with {new_tokens} new tokens", keys=KEYS)
-    texts, tokens = generate_where(model, prompts, ~long_N, new_tokens, STOP, scoring)
+    texts, lengths_N = generate_where(model, prompts, ~long_N, new_tokens, STOP, scoring)
     answers = [item["answer"] for item in data.items]
     strict, flexible = [extract_strict(text) for text in texts], [extract_flexible(text) for text in texts]
     rows = pd.DataFrame(
@@ -82,7 +82,7 @@ def problems(
             "question": [item["question"] for item in data.items],
             "answer": [normalize(answer) for answer in answers],
             "generation": texts,
-            "tokens": tokens,
+            "tokens": lengths_N,
             "strict": strict,
             "flexible": flexible,
             "correct": list(map(matches, strict, answers)),
@@ -124,25 +124,25 @@ def instructions(
     """
     name, items = f"{data.name}/responses", data.items
     prompts = [instruction_prompt(item["instruction"], item["input"]) for item in items]
+    references = [item["output"] for item in items]
     prompt_ids = [model.prefix_ids + ids for ids in model.encode(prompts)]
-    response_ids = [[*ids, model.tokenizer.eos_token_id] for ids in model.encode([item["output"] for item in items])]
+    response_ids = [[*ids, model.tokenizer.eos_token_id] for ids in model.encode(references)]
     requests = list(zip(prompt_ids, response_ids, strict=True))
     kept = [i for i, (prompt, response) in enumerate(requests) if len(prompt) + len(response) - 1 <= model.context]
     if not kept:
         raise EvaluationError(
             f"{name}: no example fits the {model.context} positions of {model.name}; use a longer model.context"
         )
-    spans = scoring.logprobs(model, [requests[i] for i in kept], lambda i: f"{name}: item {kept[i]}")
     rows = pd.DataFrame(
         {
             "item": np.arange(len(items)),
             "nats": np.nan,
             "tokens": [len(ids) for ids in response_ids],
-            "bytes": [len(item["output"].encode()) for item in items],
-            "reference": [item["output"] for item in items],
+            "bytes": [len(reference.encode()) for reference in references],
+            "reference": references,
         }
     )
-    rows.loc[kept, "nats"] = [-float(span.sum()) for span in spans]
+    rows.loc[kept, "nats"] = -scoring.totals(model, [requests[i] for i in kept], lambda i: f"{name}: item {kept[i]}")
     scored = rows.loc[kept]
     metrics = {"response_loss": scoring.ratio(scored["nats"], scored["tokens"], "nats per token", "examples")}
     settings = {
@@ -152,41 +152,35 @@ def instructions(
         "new_tokens": new_tokens,
     }
     if (n := min(generations, len(items))) > 0:
-        fits = [len(ids) + new_tokens <= model.context for ids in prompt_ids[:n]]
-        texts, lengths = generate_where(model, prompts[:n], fits, new_tokens, FORMS["instruction"].stops, scoring)
-        answers = [text.strip() for text in texts]
-        correct = [a != "" and a == item["output"].strip() for a, item in zip(answers, items[:n], strict=True)]
+        fits_N = np.array([len(ids) + new_tokens <= model.context for ids in prompt_ids[:n]])
+        texts, lengths_N = generate_where(model, prompts[:n], fits_N, new_tokens, FORMS["instruction"].stops, scoring)
+        answers, asked = [text.strip() for text in texts], int(fits_N.sum())
+        correct = [a != "" and a == reference.strip() for a, reference in zip(answers, references, strict=False)]
         missing = [None] * (len(items) - n)
         rows["answer"] = pd.array(answers + missing, dtype="string")
         rows["correct"] = pd.array(correct + missing, dtype="boolean")
-        asked = [length for length, room in zip(lengths, fits, strict=True) if room]
-        cut_off = sum(length >= new_tokens for length in asked) / max(1, len(asked))
+        cut_off = (lengths_N[fits_N] >= new_tokens).sum() / max(1, asked)
         metrics |= {
             "exact_match": proportion(correct, "exact match"),
-            "unfinished": point(cut_off, "share of items", len(asked)),
+            "unfinished": point(cut_off, "share of items", asked),
         }
-        settings |= {"generations": n, "generations_too_long": n - sum(fits)}
+        settings |= {"generations": n, "generations_too_long": n - asked}
     return Evaluation(name, model.name, model.weights_sha256, metrics, rows, settings)
 
 
 def generate_where(
-    model: LanguageModel,
-    prompts: Sequence[str],
-    fits: Sequence[bool],
-    new_tokens: int,
-    stop: Sequence[str],
-    scoring: Scoring,
-) -> tuple[list[str], list[int]]:
-    """Greedy answers and their lengths in tokens; "" and 0 for a prompt that does not fit the context."""
-    kept = [index for index, fit in enumerate(fits) if fit]
-    fitting = [prompts[index] for index in kept]
-    generated = model.generate(fitting, new_tokens, stop, batch_tokens=scoring.batch_tokens)
-    by_prompt = dict(zip(kept, generated, strict=True))
-    answers = [by_prompt.get(index, ("", 0)) for index in range(len(prompts))]
-    return [text for text, _ in answers], [length for _, length in answers]
+    model: LanguageModel, prompts: list[str], fits_N: np.ndarray, new_tokens: int, stop: Sequence[str], scoring: Scoring
+) -> tuple[list[str], np.ndarray]:
+    """Greedy answers and their lengths in tokens [N]; "" and 0 for a prompt that does not fit the context."""
+    texts, lengths_N = [""] * len(prompts), np.zeros(len(prompts), np.int64)
+    kept = np.flatnonzero(fits_N)
+    generated = model.generate([prompts[i] for i in kept], new_tokens, stop, batch_tokens=scoring.batch_tokens)
+    for index, answer in zip(kept, generated, strict=True):
+        texts[index], lengths_N[index] = answer
+    return texts, lengths_N
 
 
-def draw(demonstrations: Sequence[Mapping], shots: int, seed: int) -> list[Mapping]:
+def draw(demonstrations: Items, shots: int, seed: int) -> list[Mapping]:
     """`shots` seeded demonstrations without repetition."""
     if shots > len(demonstrations):
         raise EvaluationError(

@@ -1,7 +1,7 @@
 """What an evaluation yields: metrics with intervals, the items behind them, and the settings."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # readers of records import this module without waiting for t
     from threefold.evaluation.adapter import LanguageModel, Request
 
 Metric = dict[str, Any]
+Items = Sequence[Mapping]  # of a task, as `data.readers` describes them
 # Here, for readers of records that load no model:
 PRECEDENT_ITEMS = 200  # sentiment items of the precedent's protocol
 RECOMPUTED = "recomputed"  # mode of `length`: windows of the context, each computed on its own
@@ -67,19 +68,18 @@ def save_items(folder: str | Path, evaluations: Sequence[Evaluation]) -> dict[st
     return hashes
 
 
-def metric(interval: Interval | tuple, unit: str, method: str | None = None) -> Metric:
+def metric(interval: Interval, unit: str, method: str | None = None) -> Metric:
     """A metric from an interval; `method` says how the interval was made."""
-    value, low, high, n = interval
-    if not math.isfinite(value):
+    if not math.isfinite(interval.value):
         raise EvaluationError(
-            f"a metric came out as {value} {unit}: no protocol yields that from sound log-likelihoods"
+            f"a metric came out as {interval.value} {unit}: no protocol yields that from sound log-likelihoods"
         )
-    return {"value": value, "low": low, "high": high, "n": int(n), "unit": unit, "interval": method}
+    return {**interval._asdict(), "unit": unit, "interval": method}
 
 
 def point(value: float, unit: str, n: int) -> Metric:
     """A point estimate, a metric without an interval: a spread, a lowest value, a rate."""
-    return metric((float(value), None, None, n), unit)
+    return metric(Interval(float(value), None, None, n), unit)
 
 
 def proportion(correct: ArrayLike, unit: str) -> Metric:
@@ -130,11 +130,12 @@ class Scoring:
     bootstrap: int = 10_000
     seed: int = 0  # of the bootstrap and of demonstration draws
 
-    def logprobs(
+    def totals(
         self, model: "LanguageModel", requests: Sequence["Request"], describe: Callable[[int], str]
-    ) -> list[np.ndarray]:
-        """Log-probability in nats of each target's tokens; see `LanguageModel.loglikelihoods`."""
-        return model.loglikelihoods(requests, batch_tokens=self.batch_tokens, describe=describe)
+    ) -> np.ndarray:
+        """Log-likelihood in nats of each whole target; see `LanguageModel.loglikelihoods`."""
+        spans = model.loglikelihoods(requests, batch_tokens=self.batch_tokens, describe=describe)
+        return np.array([span.sum() for span in spans])
 
     def ratio(self, numerators: ArrayLike, denominators: ArrayLike, unit: str, over: str, **options: Any) -> Metric:
         """The metric of `statistics.bootstrap_ratio`, whose `clusters` and `transform` are the options. `over` names

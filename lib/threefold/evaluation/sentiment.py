@@ -16,7 +16,17 @@ from basics.errors import EvaluationError
 from threefold.data.templates import LABELS, review_prompt
 from threefold.evaluation import results
 from threefold.evaluation.adapter import LanguageModel
-from threefold.evaluation.results import SCORING, Dataset, Evaluation, Metric, Scoring, point, proportion, too_long
+from threefold.evaluation.results import (
+    SCORING,
+    Dataset,
+    Evaluation,
+    Items,
+    Metric,
+    Scoring,
+    point,
+    proportion,
+    too_long,
+)
 
 KEYS = "evaluation.sentiment_shots or model.context"
 CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5
@@ -149,8 +159,8 @@ def precedent(model: LanguageModel, data: Dataset, *, scoring: Scoring = SCORING
 
 def with_demonstrations(
     model: LanguageModel,
-    items: Sequence[Mapping],
-    draws: Sequence[Sequence[Mapping]],
+    items: Items,
+    draws: Sequence[Items],
     name: str = "sst2/given",
     templates: Sequence[Template] = TEMPLATES[:1],
     *,
@@ -196,7 +206,7 @@ def with_demonstrations(
     return Evaluation(name, model.name, model.weights_sha256, _metrics(rows, scoring), rows, settings)
 
 
-def draw(demonstrations: Sequence[Mapping], shots: int, seed: int, index: int) -> tuple[Mapping, ...]:
+def draw(demonstrations: Items, shots: int, seed: int, index: int) -> tuple[Mapping, ...]:
     """The `index`-th seeded draw of `shots` demonstrations, labels as even as can be, in random order."""
     generator = np.random.default_rng([seed, shots, index])
     first = int(generator.integers(2))  # which label gets the odd one
@@ -223,9 +233,9 @@ def content_free_logprobs(free_F2: np.ndarray) -> np.ndarray:
 
 def _label_logprobs(
     model: LanguageModel,
-    items: Sequence[Mapping],
+    items: Items,
     template: Template,
-    demonstrations: Sequence[Mapping],
+    demonstrations: Items,
     name: str,
     scoring: Scoring,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -237,14 +247,13 @@ def _label_logprobs(
     lengths = [len(model.prefix_ids) + max(len(pair[0]), len(pair[1])) - 1 for pair in zip(*whole, strict=True)]
     long_N = too_long(lengths, model.context, what=f"{name}, template {template.name}", keys=KEYS)
     kept = np.flatnonzero(~long_N)
-    spans = scoring.logprobs(
+    logp_N2 = np.zeros((len(items), 2))
+    logp_N2[kept] = scoring.totals(
         model,
         # as lm-eval: what prompt and label together have beyond the prompt's tokens
         [(model.prefix_ids + contexts[i], ids[i][len(contexts[i]) :]) for i in kept for ids in whole],
         lambda r: f"{name}: item {kept[r // 2]}, template {template.name}, label {template.labels[r % 2]!r}",
-    )
-    logp_N2 = np.zeros((len(items), 2))
-    logp_N2[kept] = np.array([span.sum() for span in spans]).reshape(-1, 2)
+    ).reshape(-1, 2)
     return logp_N2, long_N
 
 

@@ -12,6 +12,7 @@ from basics.errors import EvaluationError
 from basics.machine import OtherLoad, cores
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import Evaluation, Progress, metric, quiet
+from threefold.evaluation.statistics import Interval
 
 RELIABLE = 0.8  # cores that the other processes must leave, for each thread, so that times count as reliable
 VERSION = 1  # of the protocols in this module; raised when a number would come out differently
@@ -49,16 +50,15 @@ def measure(
             )
     if min(prompt, new_tokens, repeats) < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise EvaluationError("speed: evaluation.speed_* must be at least 1 each")
-    rows: list[dict] = []
+    rows: list[tuple] = []
     load = OtherLoad()
     for repeat in range(-1, repeats):
         for batch in batch_sizes:
             for index, model in enumerate(models):
                 prefill, decode = _time(model, batch, prompt, new_tokens, seed)
                 if repeat >= 0:
-                    common = {"model": index, "repeat": repeat, "batch": batch}
-                    rows.append({**common, "phase": "prefill", "tokens": batch * prompt, "seconds": prefill})
-                    rows.append({**common, "phase": "decode", "tokens": batch * new_tokens, "seconds": decode})
+                    rows.append((index, repeat, batch, "prefill", batch * prompt, prefill))
+                    rows.append((index, repeat, batch, "decode", batch * new_tokens, decode))
         if repeat >= 0:
             progress(f"speed: repeat {repeat + 1} of {repeats}")
     others = load.cores()
@@ -67,7 +67,7 @@ def measure(
             f"speed: the machine was too busy to time reliably: other processes used {others:.1f} of {cores()} cores; "
             "repeat it on a quiet machine, `threefold run --only speed --force`"
         )
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=["model", "repeat", "batch", "phase", "tokens", "seconds"])
     table["tokens_per_second"] = table["tokens"] / table["seconds"]
     noted = {"other_processes_cores": round(others, 2), "machine_busy": busy}
     return [_evaluation(model, models, table[table["model"] == index], noted) for index, model in enumerate(models)]
@@ -78,9 +78,9 @@ def _evaluation(
 ) -> Evaluation:
     metrics = {}
     for (phase, batch), group in rows.groupby(["phase", "batch"], sort=False):
-        low, value, high = np.quantile(group["tokens_per_second"], [0.25, 0.5, 0.75])
-        interval = (float(value), float(low), float(high), len(group))
-        metrics[f"{phase}_b{batch}"] = metric(interval, "tokens per second", "quartiles of repeats")
+        low, value, high = np.quantile(group["tokens_per_second"], [0.25, 0.5, 0.75]).tolist()
+        quartiles = Interval(value, low, high, len(group))
+        metrics[f"{phase}_b{batch}"] = metric(quartiles, "tokens per second", "quartiles of repeats")
     settings = {
         "version": VERSION,
         "device": model.device.type,
@@ -101,19 +101,15 @@ def _time(model: LanguageModel, batch: int, prompt: int, new_tokens: int, seed: 
     if model.prefix_ids:
         tokens_BT[:, : len(model.prefix_ids)] = torch.tensor(model.prefix_ids[:prompt])
     tokens_BT = tokens_BT.to(model.device)
-    _synchronize(model)
+    synchronize = torch.get_device_module(model.device).synchronize
+    synchronize(model.device)
     begin = time.perf_counter()
     with model.backend.packed(batch, batch * (prompt + new_tokens)):
-        logits_BV, cache = model.backend.step(tokens_BT, model.backend.new_cache(batch, prompt + new_tokens))
-        _synchronize(model)
+        logits_BV, cache = model.backend.prefill(tokens_BT, prompt + new_tokens)
+        synchronize(model.device)
         middle = time.perf_counter()
         decode = model.backend.decoding(cache)
         for _ in range(new_tokens):
             logits_BV = decode(logits_BV.argmax(-1))
-        _synchronize(model)
+        synchronize(model.device)
         return middle - begin, time.perf_counter() - middle
-
-
-def _synchronize(model: LanguageModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
