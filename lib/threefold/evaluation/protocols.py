@@ -107,36 +107,27 @@ def evaluate(
 
     def note(source: SourceConfig) -> dict[str, Any]:
         resolved = resolve(source)
-        return {
-            "source": resolved.name,
-            **{key: getattr(resolved, key) for key in ("split", "kind", "fingerprint", "revision")},
-            "examples": len(load(source)),
-            "subsampled": source.max_examples >= 0 or source.skip_examples > 0,
-        }
+        origin = {key: getattr(resolved, key) for key in ("split", "kind", "fingerprint", "revision")}
+        subsampled = source.max_examples >= 0 or source.skip_examples > 0
+        return {"source": resolved.name, **origin, "examples": len(load(source)), "subsampled": subsampled}
 
     evaluations = []
     for protocol, arguments in _plan(config, reference, beta):
         if only and protocol.key not in only:
             continue
         begin = time.perf_counter()
-        source = getattr(config, protocol.source)
-        used = {"data": source}
+        used = {"data": getattr(config, protocol.source)}
         if protocol.demonstrations and arguments.get("shots") != 0:
             used["demonstrations"] = getattr(config, protocol.demonstrations)
         items, *demonstrations = map(load, used.values())
-        data = Dataset(_name(source), items, *demonstrations, wikitext=resolve(source).reader.startswith("wikitext"))
+        wikitext = resolve(used["data"]).reader.startswith("wikitext")
+        data = Dataset(_name(used["data"]), items, *demonstrations, wikitext=wikitext)
         evaluation, noted = precision.evaluate(protocol.function, model, data, **arguments, scoring=scoring)
         seconds = time.perf_counter() - begin
         notes = {key: note(source) for key, source in used.items()}
         notes["data"]["subsampled"] |= evaluation.settings.get("subsampled", False)
-        settings = {
-            "version": protocol.version,
-            **evaluation.settings,
-            **notes,
-            **model.facts,
-            **noted,
-            "seconds": round(seconds, 3),
-        }
+        settings = {"version": protocol.version, **evaluation.settings, **notes, **model.facts, **noted}
+        settings["seconds"] = round(seconds, 3)
         evaluations.append(replace(evaluation, settings=settings))
         progress(f"{model.name}  {summary(evaluation)}  ({seconds:.1f} s)")
     return evaluations
@@ -165,44 +156,42 @@ def _plan(
     config: EvaluationConfig, reference: LanguageModel | None, beta: float
 ) -> list[tuple[Protocol, dict[str, Any]]]:
     """The protocols that the preset asks for, each with its arguments, in the order in which they are run."""
+    few = [shots for shots in config.sentiment_shots if shots > 0]
     prompts = {"templates": config.sentiment_templates}
-    rows: list[tuple[str, dict[str, Any]]] = [
-        ("disjoint", {"window": config.window}),
-        ("stride", {"window": config.window, "stride": config.stride, "documents": config.strided_documents}),
-        ("lm-eval", {}),
-        ("lines", {}),
-        ("blimp", {"per_phenomenon": config.blimp_pairs}),
-    ]
-    if 0 in config.sentiment_shots:
-        rows.append(("zero-shot", prompts))
-    for shots in config.sentiment_shots:
-        if shots > 0:
-            rows.append(("few-shot", {"shots": shots, "draws": config.sentiment_draws, **prompts}))
-        if shots > 0 and config.sentiment_grid_items > 0:
-            rows.append(("grid", {"shots": shots, "first": config.sentiment_grid_items}))
-    tasks = {"generations": config.instruction_generations, "new_tokens": config.instruction_new_tokens}
-    rows += [
-        ("precedent", {}),
-        ("problems", {"shots": config.problem_shots, "new_tokens": config.problem_new_tokens}),
-        ("instructions", tasks),
-        ("preferences", {"reference": reference, "beta": beta}),
-    ]
+    asked: dict[str, list[dict[str, Any]]] = {
+        "disjoint": [{"window": config.window}],
+        "stride": [{"window": config.window, "stride": config.stride, "documents": config.strided_documents}],
+        "lm-eval": [{}],
+        "lines": [{}],
+        "blimp": [{"per_phenomenon": config.blimp_pairs}],
+        "zero-shot": [prompts] if 0 in config.sentiment_shots else [],
+        "few-shot": [{"shots": shots, "draws": config.sentiment_draws, **prompts} for shots in few],
+        "grid": [
+            {"shots": shots, "first": config.sentiment_grid_items} for shots in few if config.sentiment_grid_items
+        ],
+        "precedent": [{}],
+        "problems": [{"shots": config.problem_shots, "new_tokens": config.problem_new_tokens}],
+        "instructions": [{"generations": config.instruction_generations, "new_tokens": config.instruction_new_tokens}],
+        "preferences": [{"reference": reference, "beta": beta}],
+    }
     plan = []
-    sources_of = {key: value for key, value in vars(config).items() if isinstance(value, SourceConfig)}
-    given = [key for key, source in sources_of.items() if source.source or source.path]
-    for key, arguments in rows:
+    for key, runs in asked.items():
         protocol = PROTOCOLS[key]
-        missing = [name for name in (protocol.source, protocol.demonstrations) if name and name not in given]
-        if protocol.source in missing or (missing and key == "precedent"):
+        missing = protocol.demonstrations and not _is_named(getattr(config, protocol.demonstrations))
+        if not _is_named(getattr(config, protocol.source)) or (missing and key == "precedent"):
             continue
-        if missing and arguments["shots"] > 0:
-            shots_key = "problem_shots = 0" if key == "problems" else "sentiment_shots = [0]"
+        if missing and any(arguments["shots"] > 0 for arguments in runs):
+            shots, none = ("problem_shots", "0") if key == "problems" else ("sentiment_shots", "[0]")
             raise EvaluationError(
-                f"evaluation.{shots_key.partition(' ')[0]} asks for demonstrations: set "
-                f"evaluation.{protocol.demonstrations}.source, or evaluation.{shots_key}"
+                f"evaluation.{shots} asks for demonstrations: set evaluation.{protocol.demonstrations}.source, or "
+                f"evaluation.{shots} = {none}"
             )
-        plan.append((protocol, arguments))
+        plan += [(protocol, arguments) for arguments in runs]
     return plan
+
+
+def _is_named(source: SourceConfig) -> bool:
+    return bool(source.source or source.path)
 
 
 def _name(source: SourceConfig) -> str:
