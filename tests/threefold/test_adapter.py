@@ -24,7 +24,6 @@ from basics.errors import CheckpointError, EvaluationError, SourceError
 from study.preset import BaselinesConfig, Preset
 from study.run import Run, Stage
 from study.subjects import subject
-from threefold.config import ExternalConfig
 from threefold.evaluation import LanguageModel, perplexity, sha256_state
 from threefold.evaluation.batching import batches_of, rows_of
 from threefold.model.decoder import Decoder
@@ -430,7 +429,7 @@ def test_locations(tmp_path, monkeypatch):
         part in str(error.value) for part in ("nobody/no-such-model", "Hugging Face cache", "hub", str(tmp_path))
     )
     save_checkpoint(tmp_path / "mine", Decoder(model_config()), tokenizer())
-    by_name = LanguageModel.from_location(ExternalConfig(name="row", location="mine"), data_dir=tmp_path)
+    by_name = LanguageModel.from_location("mine", data_dir=tmp_path, name="row")
     assert by_name.name == "row"
     assert LanguageModel.from_location(str(tmp_path / "mine")).weights_sha256 == by_name.weights_sha256
 

@@ -21,9 +21,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
+from basics import paths
 from basics.errors import EvaluationError
-from basics.files import sha256_bytes
-from threefold.config import ExternalConfig, ModelConfig
+from basics.files import sha256_bytes, sha256_file
+from threefold.config import ModelConfig
 from threefold.data.tokenizer import tokenizer_hash
 from threefold.evaluation import loading
 from threefold.evaluation.backends import UNLIMITED, Backend, DecoderBackend, TransformersBackend, as_decoder
@@ -123,32 +124,38 @@ class LanguageModel:
     # Where models come from ------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_checkpoint(cls, folder: str | Path, name: str = "", **options: Any) -> "LanguageModel":
+    def from_checkpoint(
+        cls, folder: str | Path, name: str = "", facts: dict[str, Any] | None = None, **options: Any
+    ) -> "LanguageModel":
         """A checkpoint folder: one of ours, or any transformers causal LM in safetensors.
 
         options: `dtype` (default: torch.float32) and `device` (default: as `pick_device`).
         Raises CheckpointError (missing, extra or misshapen weights; no safetensors) or SourceError (no such folder).
         """
-        return cls.from_model(*loading.from_folder(folder, name, **options))
+        name = name or Path(folder).name
+        model, tokenizer, weights_sha256 = loading.from_folder(Path(folder), name, **options)
+        return cls.from_model(model, tokenizer, name, weights_sha256, facts)
 
     @classmethod
     def from_location(
-        cls,
-        location: ExternalConfig | str,
-        revision: str = "",
-        data_dir: str | Path | None = None,
-        *,
-        name: str = "",
-        **options: Any,
+        cls, location: str, revision: str = "", data_dir: str | Path | None = None, *, name: str = "", **options: Any
     ) -> "LanguageModel":
         """A folder, `package:NAME/FILE.gguf` inside an installed package, or a hub id (cache first, then the hub).
 
         A folder may also be inside `data_dir`. options: as for `from_checkpoint`. Raises SourceError naming every place
         that was tried, and CheckpointError as `from_checkpoint`.
         """
-        if isinstance(location, ExternalConfig):
-            name, revision, location = name or location.name, location.revision, location.location
-        return cls.from_model(*loading.from_location(location, revision, data_dir, name, **options))
+        if location.startswith("package:"):
+            file = loading.package_file(location)
+            name = name or file.stem
+            model, tokenizer = loading.with_transformers(file.parent, name, gguf_file=file.name, **options)
+            return cls.from_model(model, tokenizer, name, sha256_file(file), {"location": location})
+        folders = paths.model_folders(location, data_dir)
+        if found := next((folder for folder in folders if folder.is_dir()), None):
+            return cls.from_checkpoint(found, name, **options)
+        snapshot = loading.snapshot(location, revision, folders)
+        facts = {"location": location, "revision": snapshot.name}
+        return cls.from_checkpoint(snapshot, name or location.rpartition("/")[2], facts, **options)
 
     @classmethod
     def from_model(

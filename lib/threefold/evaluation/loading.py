@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from basics import paths
 from basics.errors import CheckpointError, SourceError
-from basics.files import sha256_file
 from basics.names import first_few
 from threefold.data import hub
 from threefold.data.tokenizer import load_tokenizer
@@ -25,57 +23,31 @@ MAX_LAYERS = 10_000  # of a foreign model: more is a fault of its config.json
 FAULTS = {"missing_keys": "missing", "unexpected_keys": "extra", "mismatched_keys": "misshapen"}
 
 
-# Arguments of `LanguageModel.from_model`: a Decoder or a causal language model of transformers, its tokenizer, its
-# name, the SHA-256 of its weights, and facts.
-Loaded = tuple[Any, Any, str, str, dict[str, Any]]
-
-
 def from_folder(
-    folder: str | Path,
-    name: str = "",
-    facts: dict[str, Any] | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: Any = None,
-) -> Loaded:
-    """A checkpoint folder; see `LanguageModel.from_checkpoint`."""
-    folder, facts = Path(folder), facts or {}
-    name = name or folder.name
+    folder: Path, name: str, *, dtype: torch.dtype = torch.float32, device: Any = None
+) -> tuple[Any, Any, str]:
+    """(a Decoder or a causal language model of transformers, its tokenizer, the SHA-256 of its weights).
+
+    name: for messages. Raises as `LanguageModel.from_checkpoint`.
+    """
     if not (folder / "config.json").is_file():
         raise SourceError(f"no model at {folder}: a checkpoint folder holds config.json and model.safetensors")
     config = hf.read_json_config(folder)
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{folder} holds an adapter to another model: merge it into a checkpoint of its own")
+    weights_sha256 = hf.weights_sha256(folder)
     if "threefold" in config:
         decoder = hf.load_checkpoint(folder, dtype=dtype, device=device or pick_device())
-        return decoder, load_tokenizer(folder), name, hf.weights_sha256(folder), facts
-    weights_sha256 = hf.weights_sha256(folder)
-    return *_with_transformers(folder, name, dtype, device), name, weights_sha256, facts
+        return decoder, load_tokenizer(folder), weights_sha256
+    return *with_transformers(folder, name, dtype, device), weights_sha256
 
 
-def from_location(location: str, revision: str, data_dir: str | Path | None, name: str = "", **options: Any) -> Loaded:
-    """A folder, a package's GGUF file or a hub id; see `LanguageModel.from_location`."""
-    if location.startswith("package:"):
-        file = _package_file(location)
-        name = name or file.stem
-        loaded = _with_transformers(file.parent, name, gguf_file=file.name, **options)
-        return *loaded, name, sha256_file(file), {"location": location}
-    folders = paths.model_folders(location, data_dir)
-    for folder in folders:
-        if folder.is_dir():
-            return from_folder(folder, name, **options)
-    snapshot = _snapshot(location, revision, folders)
-    commit = snapshot.name  # the cache keeps each revision in a folder named by its commit
-    if len(revision) == 40 and commit != revision:
-        raise SourceError(f"{location}: asked for revision {revision}, found {commit}")
-    facts = {"location": location, "revision": commit}
-    return from_folder(snapshot, name or location.rpartition("/")[2], facts, **options)
+def snapshot(location: str, revision: str, folders: list[Path]) -> Path:
+    """The folder of a hub repository in the Hugging Face cache, named by its commit; downloaded where the cache does
+    not hold its weights. folders: where the model was looked for before.
 
-
-def _snapshot(location: str, revision: str, folders: list[Path]) -> Path:
-    """The folder of a hub repository in the Hugging Face cache; downloaded where the cache does not hold its weights.
-
-    Raises CheckpointError where the repository has no weights in safetensors.
+    Raises CheckpointError where the repository has no weights in safetensors, SourceError where there is none, or none
+    at this revision.
     """
     for offline in (True, False):
         try:
@@ -89,12 +61,15 @@ def _snapshot(location: str, revision: str, folders: list[Path]) -> Path:
                 )
             )
             hf.weight_files(folder)
-            return folder
         except CheckpointError:
             if not offline:
                 raise
         except (*hub.network_errors(), ValueError) as error:
             reason = hub.first_line(error)
+        else:
+            if len(revision) == 40 and folder.name != revision:
+                raise SourceError(f"{location}: asked for revision {revision}, found {folder.name}")
+            return folder
     tried = ", ".join(map(str, folders))
     raise SourceError(
         f"no model {location!r}: no folder ({tried}), not in the Hugging Face cache, and the hub did not answer "
@@ -102,7 +77,7 @@ def _snapshot(location: str, revision: str, folders: list[Path]) -> Path:
     )
 
 
-def _with_transformers(
+def with_transformers(
     folder: Path, name: str, dtype: torch.dtype = torch.float32, device: Any = None, **options: Any
 ) -> tuple[torch.nn.Module, Any]:
     """The model and tokenizer of a folder, every weight accounted for."""
@@ -156,7 +131,8 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _package_file(location: str) -> Path:
+def package_file(location: str) -> Path:
+    """The file that `package:NAME/FILE.gguf` names. Raises SourceError if there is none."""
     package, _, file = location.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
