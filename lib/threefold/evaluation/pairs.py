@@ -4,9 +4,8 @@ Rewards are DPO's implicit ones (Rafailov et al. 2023, arXiv 2305.18290, section
 under the model and under the reference, here the SFT checkpoint.
 """
 
-import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -138,7 +137,10 @@ def preferences(
         rows[["reference_logp_chosen", "reference_logp_rejected"]] = reference_N2
         rows["reward_margin"] = rewards_N2[:, 0] - rewards_N2[:, 1]
         rows["reward_correct"] = _preferred(rewards_N2)
-        rows["kl"] = _divergence(model, reference, requests[::2], lambda i: describe(2 * i), scoring.batch_tokens)
+        rows["kl"] = kl_N = _divergence(model, reference, requests[::2], scoring.batch_tokens)
+        if not np.isfinite(kl_N).all():
+            pair = int(np.isfinite(kl_N).argmin())
+            raise EvaluationError(f"{describe(2 * pair)}: its divergence from {reference.name} is {kl_N[pair]}")
         metrics |= {
             "reward_margin": scoring.ratio(rows["reward_margin"], 1.0, "nats times beta", "pairs"),
             "reward_accuracy": proportion(rows["reward_correct"], "accuracy"),
@@ -173,11 +175,7 @@ def _preferred(values_N2: np.ndarray) -> np.ndarray:
 
 
 def _divergence(
-    model: LanguageModel,
-    reference: LanguageModel,
-    requests: Sequence[Request],
-    describe: Callable[[int], str],
-    batch_tokens: int,
+    model: LanguageModel, reference: LanguageModel, requests: Sequence[Request], batch_tokens: int
 ) -> np.ndarray:
     """Sum over each target's positions of KL(model || reference) of the next-token distributions, in nats."""
     totals = np.zeros(len(requests))
@@ -197,6 +195,4 @@ def _divergence(
         ours, theirs = (m.logprobs([rows[i] for i in batch], starts) for m in (model, reference))
         for index, p_TV, q_TV in zip(batch, ours, theirs, strict=True):
             totals[index] = float((p_TV.exp() * (p_TV - q_TV)).sum(dim=-1).double().sum())
-            if not math.isfinite(totals[index]):
-                raise EvaluationError(f"{describe(index)}: its divergence from {reference.name} is {totals[index]}")
     return totals

@@ -1,4 +1,14 @@
-"""The registry of protocols, and the one call that evaluates a model under all those a preset asks for."""
+"""The registry of protocols, and the one call that evaluates a model under all those a preset asks for.
+
+Every number of the comparison is measured under one of these, the same code for every model. A protocol's version is
+raised when a number would come out differently. `{source}` is the name of its data, `{window}`, `{stride}` and
+`{shots}` are the preset's. Every evaluation keeps the result of each item, document or timing as Parquet, hashed in the
+run; a log-likelihood that is not a finite number stops it and names the item.
+
+Models run in fp32. On a GPU with bf16, a sample of a protocol's items (an eighth, 8 to 64 of them) is first evaluated
+in both: where no metric differs by more than a tenth of its 95% interval, the protocol runs in bf16. `precision` and
+`precision_check` in the settings say which, and how far the two were apart.
+"""
 
 import functools
 import inspect
@@ -15,20 +25,6 @@ from threefold.data import sources
 from threefold.evaluation import length, pairs, perplexity, precision, problems, sentiment, speed
 from threefold.evaluation.adapter import LanguageModel
 from threefold.evaluation.results import Dataset, Evaluation, Progress, Scoring, quiet
-
-INTRODUCTION = """# Protocols
-
-*Written from the docstrings in `lib/threefold/evaluation` by `make protocols`; edit those.*
-
-Every number of the comparison is measured under one of these, the same code for every model. A protocol's version is
-raised when a number would come out differently. `{source}` is the name of its data, `{window}`, `{stride}` and
-`{shots}` are the preset's. Every evaluation keeps the result of each item, document or timing as Parquet, hashed in the
-run; a log-likelihood that is not a finite number stops it and names the item.
-
-Models run in fp32. On a GPU with bf16, a sample of a protocol's items (an eighth, 8 to 64 of them) is first evaluated
-in both: where no metric differs by more than a tenth of its 95% interval, the protocol runs in bf16. `precision` and
-`precision_check` in the settings say which, and how far the two were apart.
-"""
 
 
 @dataclass(frozen=True)
@@ -75,10 +71,12 @@ OF_VARIANTS = (Protocol("length", "Loss by position", length.by_position, versio
 
 
 def describe() -> str:
-    """All protocols as one Markdown page, from their docstrings."""
+    """All protocols as one Markdown page, from this module's docstring and theirs."""
     every = (*PROTOCOLS.values(), *OF_VARIANTS)
     sections = (f"## {p.title} (`{p.key}`, version {p.version})\n\n{p.document}\n" for p in every)
-    return "\n".join((INTRODUCTION, *sections))
+    written = "*Written from the docstrings in `lib/threefold/evaluation` by `make protocols`; edit those.*"
+    introduction = inspect.cleandoc(__doc__).partition("\n\n")[2]
+    return "\n".join((f"# Protocols\n\n{written}\n\n{introduction}\n", *sections))
 
 
 def evaluate(

@@ -232,12 +232,7 @@ def content_free_logprobs(free_F2: np.ndarray) -> np.ndarray:
 
 
 def _label_logprobs(
-    model: LanguageModel,
-    items: Items,
-    template: Template,
-    demonstrations: Items,
-    name: str,
-    scoring: Scoring,
+    model: LanguageModel, items: Items, template: Template, demonstrations: Items, name: str, scoring: Scoring
 ) -> tuple[np.ndarray, np.ndarray]:
     """(log-likelihood of both labels [N, 2], mask of items too long for the context, whose row is 0)."""
     shots = "".join(template.demonstration(item) + template.separator for item in demonstrations)
