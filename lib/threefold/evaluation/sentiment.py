@@ -16,17 +16,7 @@ from basics.errors import EvaluationError
 from threefold.data.templates import LABELS, review_prompt
 from threefold.evaluation import results
 from threefold.evaluation.adapter import LanguageModel
-from threefold.evaluation.results import (
-    SCORING,
-    Dataset,
-    Evaluation,
-    Items,
-    Metric,
-    Scoring,
-    point,
-    proportion,
-    too_long,
-)
+from threefold.evaluation.results import SCORING, Dataset, Evaluation, Items, Metric, Scoring, point, proportion
 
 KEYS = "evaluation.sentiment_shots or model.context"
 CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5
@@ -240,7 +230,7 @@ def _label_logprobs(
     contexts = model.encode(prompts)
     whole = [model.encode([f"{prompt} {label}" for prompt in prompts]) for label in template.labels]
     lengths = [len(model.prefix_ids) + max(len(pair[0]), len(pair[1])) - 1 for pair in zip(*whole, strict=True)]
-    long_N = too_long(lengths, model.context, what=f"{name}, template {template.name}", keys=KEYS)
+    long_N = results.too_long(lengths, model.context, what=f"{name}, template {template.name}", keys=KEYS)
     kept = np.flatnonzero(~long_N)
     logp_N2 = np.zeros((len(items), 2))
     logp_N2[kept] = scoring.totals(
