@@ -8,9 +8,11 @@ import importlib.metadata
 import importlib.util
 import shutil
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from basics import files, machine, paths
 from basics.errors import ConfigError, SourceError, ThreefoldError
@@ -18,7 +20,7 @@ from basics.names import replicate_of
 from study import checks, sizes, stages
 from study.preset import TRAINED, section
 from study.run import Run
-from threefold.config import GPT2_VOCABULARY, TrainConfig
+from threefold.config import GPT2_VOCABULARY
 from threefold.graphics import Graphics, missing_to_compile
 
 READS_GGUF = ("gguf", "accelerate")  # packages that transformers needs to read a GGUF file
@@ -29,21 +31,6 @@ USABLE = 0.9  # of a GPU's memory; the rest is for its context, buffers and frag
 
 class Note(str):
     """What a check found that does not stop the run, but makes it slower or larger."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a check found: a text, a note, or the error that stops the run."""
-
-    check: str
-    found: str | ThreefoldError
-
-    @property
-    def mark(self) -> str:
-        return "stop" if isinstance(self.found, ThreefoldError) else "note" if isinstance(self.found, Note) else "ok"
-
-    def __str__(self) -> str:
-        return f"{self.mark:<5}{self.check:<10}{self.found}"
 
 
 @dataclass
@@ -58,41 +45,43 @@ class Case:
     def __post_init__(self) -> None:
         self.preset, self.model = self.run.preset, self.run.preset.model
         self.trained = [name for name in self.todo if replicate_of(name)[0] in TRAINED]
-        self.trainings: list[TrainConfig] = [
-            getattr(self.preset, section(replicate_of(name)[0])) for name in self.trained
-        ]
+        self.trainings = [getattr(self.preset, section(replicate_of(name)[0])) for name in self.trained]
         if "ablations" in self.todo:
             self.trainings.append(self.preset.ablations.train)
         self.tokens = max([0, *(config.tokens for config in self.trainings)])  # 0 if none is set in tokens
         self.graphics = Graphics.read()
-
-    @property
-    def parameters(self) -> int:
-        vocabulary = GPT2_VOCABULARY if self.preset.tokenizer.kind == "gpt2" else self.preset.tokenizer.vocab_size
-        positions = self.model.context if self.model.position == "learned" else 0
-        ff = self.model.d_ff if self.model.ffn == "swiglu" else self.model.d_ff * 2 // 3  # two matrices, not three
-        return sizes.parameters(self.model.n_layer, self.model.d_model, ff, positions, vocabulary)
+        model, tokenizer = self.model, self.preset.tokenizer
+        vocabulary = GPT2_VOCABULARY if tokenizer.kind == "gpt2" else tokenizer.vocab_size
+        positions = model.context if model.position == "learned" else 0
+        ff = model.d_ff if model.ffn == "swiglu" else model.d_ff * 2 // 3  # two matrices, not three
+        self.parameters = sizes.parameters(model.n_layer, model.d_model, ff, positions, vocabulary)
 
 
-def rows(run: Run, selected: Collection[str] | None = None) -> Iterator[Row]:
-    """The rows of all checks, for the selected stages (default: all) that are not made yet."""
+def rows(run: Run, selected: Collection[str] | None = None) -> Iterator[tuple[str, str, str | ThreefoldError]]:
+    """(mark, check, what it found) of the selected stages (default: all) that are not made yet. mark: "ok", "note", or
+    "stop" where the check found the error that stops the run."""
     todo = [name for name in run.plan if (selected is None or name in selected) and run.finished(name) is None]
     case = Case(run, todo)
-    for name, check in CHECKS.items():
-        try:
-            for found in check(case):
-                yield Row(name, found)
-        except ThreefoldError as error:
-            yield Row(name, error)
+    for check in CHECKS:
+        for found in _until_error(check, case):
+            mark = "stop" if isinstance(found, ThreefoldError) else "note" if isinstance(found, Note) else "ok"
+            yield mark, check.__name__.removeprefix("_"), found
+
+
+def _until_error(check: Callable[[Case], Iterator[Any]], case: Case) -> Iterator[str | ThreefoldError]:
+    try:
+        yield from check(case)
+    except ThreefoldError as error:
+        yield error
 
 
 def check(run: Run, selected: Collection[str] | None = None, say: Callable[[str], None] = print) -> None:
     """Raise the first error of `rows`; notes are said."""
-    for row in rows(run, selected):
-        if isinstance(row.found, ThreefoldError):
-            raise row.found
-        if row.mark == "note":
-            say(f"{row.check}: {row.found}")
+    for mark, name, found in rows(run, selected):
+        if mark == "stop":
+            raise found
+        if mark == "note":
+            say(f"{name}: {found}")
 
 
 # The machine --------------------------------------------------------------------------------------------------------
@@ -106,11 +95,10 @@ def _packages(_case: Case) -> Iterator[str]:
     for requirement in wanted:
         try:
             version = importlib.metadata.version(requirement.name)
+            if not requirement.specifier.contains(version, prereleases=True):
+                missing.append(f"{requirement} (there is {version})")
         except importlib.metadata.PackageNotFoundError:
             missing.append(str(requirement))
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            missing.append(f"{requirement} (there is {version})")
     if missing:
         raise ConfigError(
             f"missing: {', '.join(missing)}: `pip install -c requirements.lock -e .` in the project's folder"
@@ -177,11 +165,11 @@ def _sources(case: Case) -> Iterator[str | ThreefoldError]:
     from threefold.data import hub, sources
 
     wanted = dict.fromkeys(source for stage in case.todo for source in stages.sources(case.preset, stage))
-    found: dict[str, int] = {}
+    found: Counter[str] = Counter()
     for config in wanted:
         try:
             resolved = files.remembered(sources.resolve, config, case.run.data_dir)
-            found[resolved.kind] = found.get(resolved.kind, 0) + 1
+            found[resolved.kind] += 1
             if resolved.kind == "hub":
                 source, rows = resolved.source, sources.rows_needed(resolved.source, config)
                 split = source.splits[config.split]
@@ -287,22 +275,11 @@ def _prompts(case: Case) -> Iterator[str]:
         return  # another tokenizer is known when stage data has trained it, which checks the prompts then
     from threefold.data.tokenizer import build_tokenizer
 
-    data_dir = case.run.data_dir
-    tokenizer = build_tokenizer(
-        case.preset.tokenizer, sinks=case.model.sinks, data_dir=data_dir, context=case.model.context
-    )
-    checks.check_evaluations(case.preset, tokenizer, data_dir)
-    yield f"all fit the context of {case.model.context} tokens"
+    preset, model, data_dir = case.preset, case.model, case.run.data_dir
+    tokenizer = build_tokenizer(preset.tokenizer, sinks=model.sinks, data_dir=data_dir, context=model.context)
+    checks.check_evaluations(preset, tokenizer, data_dir)
+    yield f"all fit the context of {model.context} tokens"
 
 
-CHECKS: dict[str, Callable[[Case], Iterator[str | ThreefoldError]]] = {
-    "packages": _packages,
-    "preset": _preset,
-    "gpu": _gpu,
-    "compiler": _compiler,
-    "memory": _memory,
-    "sources": _sources,
-    "models": _models,
-    "disk": _disk,
-    "prompts": _prompts,
-}
+# A row is named after the check's function.
+CHECKS = (_packages, _preset, _gpu, _compiler, _memory, _sources, _models, _disk, _prompts)

@@ -1,11 +1,10 @@
-"""What several commands do: open a run that exists, check its files, and print."""
+"""What several commands do, and `study.explore`: open a run that exists; check its files, and print."""
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 
@@ -41,19 +40,20 @@ def from_here(path: Path) -> Path:
 
 
 def run_folder(name: str) -> Path:
-    """The folder of a run, whether or not its config.toml can still be read. Raises ConfigError."""
+    """The folder of a run, whether or not its config.toml can still be read. Raises ConfigError (no valid name) or
+    MissingInput, which lists the runs and names the command that makes one."""
     names.check_name(name, "run")
     path = paths.RUNS / name
     if not (path / "config.toml").is_file():
         known, hint = ", ".join(run_names()) or "none yet", names.did_you_mean(name, run_names())
-        raise ConfigError(f"no run {name!r}{hint}; runs: {known}; `threefold run --run {name}` makes it")
+        raise MissingInput(f"no run {name!r}{hint}; runs: {known}; `threefold run --run {name}` makes it")
     return path
 
 
-def open_existing(name: str, data_dir: str = "", overrides: Mapping[str, Any] | None = None) -> Run:
-    """A run that exists, as it was last configured, or as it would be with these overrides."""
+def open_existing(name: str, data_dir: str = "", overrides: Iterable[str] = ()) -> Run:
+    """A run that exists, as it was last configured, or as it would be with these overrides; for reading only."""
     run_folder(name)
-    return open_run("", name, overrides or {}, data_dir_of(name, data_dir), create=False)
+    return open_run("", name, overrides, data_dir_of(name, data_dir), create=False)
 
 
 def open_intact(name: str, data_dir: str = "") -> Run:

@@ -9,9 +9,9 @@ from typing import Any
 from basics.errors import ConfigError
 from study.cli.common import columns, open_intact, say, say_json, warn_if_behind
 from study.comparison import Comparison, tables
-from study.comparison.measures import HEADLINE, MEASURES, Measure
+from study.comparison.measures import HEADLINE, MEASURES
 from study.comparison.models import ordered
-from study.comparison.results import value_text
+from study.comparison.results import NBSP, value_text
 from study.preset import to_dict
 from study.run import Run
 
@@ -41,22 +41,17 @@ def side_by_side(runs: Sequence[Run]) -> str:
     perplexity per token, the same tokenizer; otherwise the row says by what it differs.
     Raises MissingInput (a notebook that was not run), RecordError (weights that are not the stage's).
     """
-    groups: dict[
-        tuple, dict[tuple, dict[str, str]]
-    ] = {}  # the figures of one measure, model and protocol, by conditions
-    for measure, name, protocol, value, figure in _figures(runs):
-        group = groups.setdefault((measure, name, protocol), {})
-        group.setdefault(tuple(figure["conditions"].items()), {})[figure["run"]] = value_text(value)
-    figures = [
-        [
-            f"{measure.title} {'↓' if measure.better == 'lower' else '↑'}",
-            name,
-            ", ".join([protocol, *(f"{key} {text}" for key, text in conditions if _differs(key, text, group))]),
-            *(cells.get(run.name) or "–" for run in runs),
-        ]
-        for (measure, name, protocol), group in groups.items()
-        for conditions, cells in group.items()
-    ]
+    groups: dict[tuple, dict] = {}  # of one measure, model and protocol: {conditions: {run: its figure}}
+    for figure, name, text in _figures(runs):
+        group = groups.setdefault((figure["measure"], name, figure["protocol"]), {})
+        group.setdefault(tuple(figure["conditions"].items()), {})[figure["run"]] = text
+    figures = []
+    for (key, name, protocol), group in groups.items():
+        title, shared = MEASURES[key].heading.replace(NBSP, " "), set.intersection(*map(set, group))
+        for conditions, cells in group.items():
+            differing = [" ".join(condition) for condition in conditions if condition not in shared]
+            own = [cells.get(run.name) or "–" for run in runs]
+            figures.append([title, name, ", ".join([protocol, *differing]), *own])
     keys = [
         [key, *("–" if values[run.name] is None else values[run.name] for run in runs)]
         for key, values in differing_keys({run.name: to_dict(run.preset) for run in runs}).items()
@@ -67,10 +62,6 @@ def side_by_side(runs: Sequence[Run]) -> str:
     return "\n\n".join([shown, FOOT, columns(keys, ["Key", *names]) if keys else "The presets are the same."])
 
 
-def _differs(key: str, text: str, group: Mapping[tuple, Any]) -> bool:
-    return any(dict(conditions).get(key) != text for conditions in group)
-
-
 def as_json(runs: Sequence[Run]) -> dict[str, Any]:
     """{"runs", "figures": [{"run", "measure", "model", "protocol", "conditions", "value", "low", "high"}], "differing":
     {key: {run: value}}}: what `side_by_side` shows, under the same rules. Raises what `side_by_side` raises."""
@@ -78,12 +69,12 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
         key: {run: text and json.loads(text) for run, text in values.items()}
         for key, values in differing_keys({run.name: to_dict(run.preset) for run in runs}).items()
     }
-    figures = [figure for *_, figure in _figures(runs)]
+    figures = [figure for figure, *_ in _figures(runs)]
     return {"runs": [run.name for run in runs], "figures": figures, "differing": differing}
 
 
-def _figures(runs: Sequence[Run]) -> Iterator[tuple[Measure, str, str, Any, dict[str, Any]]]:
-    """(measure, the model's name, protocol, row of the long table, all of it as JSON) of the headline figures.
+def _figures(runs: Sequence[Run]) -> Iterator[tuple[dict[str, Any], str, str | None]]:
+    """(the figure as JSON, the model's name, its value with its interval as text) of the headline figures.
 
     Conditions are what was measured on what, as in {"n": "872", "data": "fc8ff935"}.
     """
@@ -91,21 +82,19 @@ def _figures(runs: Sequence[Run]) -> Iterator[tuple[Measure, str, str, Any, dict
     headlines = {run: tables.headline(comparison).values for run, comparison in comparisons.items()}
     models = ordered(model for comparison in comparisons.values() for model in comparison.models)
     for key, model, run in itertools.product(HEADLINE, models, comparisons):
-        measure = MEASURES[key]
-        protocol = headlines[run]["protocols"].get(measure.key)
-        entry = headlines[run]["models"].get(model, {}).get(measure.key)
+        comparison, headline = comparisons[run], headlines[run]
+        protocol, entry = headline["protocols"].get(key), headline["models"].get(model, {}).get(key)
         if protocol is None or entry is None:
             continue
-        settings = comparisons[run].evaluations(model)[protocol].get("settings", {})
+        settings = comparison.settings(model, protocol)
         data = settings.get("data") or {}
         source = str(data.get("fingerprint") or data.get("source"))[:8]
         conditions = {"version": str(settings.get("version")), "data": source, "n": str(entry["n"])}
-        if measure.key == "perplexity":  # without a tokenizer's hash nothing is known to be the same
+        if key == "perplexity":  # without a tokenizer's hash nothing is known to be the same
             conditions["tokenizer"] = (settings.get("tokenizer_sha256") or f"of run {run}")[:8]
-        figure = {"run": run, "measure": measure.key, "model": model, "protocol": protocol, "conditions": conditions}
-        figure |= {key: entry[key] for key in ("value", "low", "high")}
-        row = comparisons[run].value(measure.key, model)
-        yield measure, comparisons[run].name(model), protocol, row, figure
+        figure = {"run": run, "measure": key, "model": model, "protocol": protocol, "conditions": conditions}
+        figure |= {name: entry[name] for name in ("value", "low", "high")}
+        yield figure, comparison.name(model), value_text(comparison.value(key, model))
 
 
 def differing_keys(presets: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str | None]]:

@@ -2,9 +2,10 @@
 `threefold wandb` offline runs of Weights & Biases, of which nothing leaves the machine before `wandb sync`."""
 
 import argparse
+import contextlib
 import importlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ from papertrail.run import Run, read_run_file
 from study.cli.common import from_here, open_intact
 from study.preset import to_dict
 
-Point = tuple[str, float, int, float]  # tag, value, step, seconds since 1970
+Point = tuple[int, float, dict[str, float]]  # step, seconds since 1970, values by tag (train/loss, heldout/loss, ...)
 
 
 def tensorboard(options: argparse.Namespace) -> int:
@@ -41,7 +42,7 @@ def _package(module: str, title: str, extra: str) -> ModuleType:
 
 
 def series(run: Run) -> dict[str, list[Point]]:
-    """{stage: its metrics as points}, stages that are still training included. Tags: train/loss, heldout/loss, ...
+    """{stage: its metrics as points}, stages that are still training included.
 
     Raises MissingInput (nothing trained yet), TrainingError (a damaged line).
     """
@@ -53,22 +54,21 @@ def series(run: Run) -> dict[str, list[Point]]:
             if (folder / "metrics.jsonl").is_file():
                 begun = (read_run_file(folder) or {}).get("started")
                 start = datetime.fromisoformat(begun).timestamp() if begun else 0.0
-                points[stage] = _points(read_metrics(folder), start)  # of a new attempt rather than the finished one
+                points[stage] = list(_points(read_metrics(folder), start))  # a new attempt's, not the finished one's
     if not points:
         raise MissingInput(f"run {run.name} has trained no stage yet: `threefold run --run {run.name}`")
     return points
 
 
-def _points(lines: list[dict[str, Any]], start: float) -> list[Point]:
-    points, seconds = [], 0.0
+def _points(lines: list[dict[str, Any]], start: float) -> Iterator[Point]:
+    seconds = 0.0
     for line in lines:
         seconds = line.get("seconds", seconds)  # an evaluation's line has none: it comes after its step's
-        for name, value in line.items():
-            if name not in ("step", "seconds") and not (name == "tokens" and "heldout_loss" in line):
-                heldout = name.startswith("heldout_")
-                tag = f"heldout/{name.removeprefix('heldout_')}" if heldout else f"train/{name}"
-                points.append((tag, value, line["step"], start + seconds))
-    return points
+        if "heldout_loss" in line:
+            values = {key.replace("_", "/", 1): line[key] for key in line if key.startswith("heldout_")}
+        else:
+            values = {f"train/{key}": line[key] for key in line if key not in ("step", "seconds")}
+        yield line["step"], start + seconds, values
 
 
 def to_tensorboard(run: Run, writer: Callable[[str], Any]) -> Path:
@@ -80,12 +80,10 @@ def to_tensorboard(run: Run, writer: Callable[[str], Any]) -> Path:
     stage_points = series(run)
     with files.atomic_folder(run.path / "tensorboard") as out:
         for stage, points in stage_points.items():
-            board = writer(str(out / stage))
-            try:
-                for tag, value, step, time in points:
-                    board.add_scalar(tag, value, global_step=step, walltime=time)
-            finally:
-                board.close()
+            with contextlib.closing(writer(str(out / stage))) as board:
+                for step, time, values in points:
+                    for tag, value in values.items():
+                        board.add_scalar(tag, value, global_step=step, walltime=time)
     return run.path / "tensorboard"
 
 
@@ -103,8 +101,8 @@ def to_wandb(run: Run, wandb: ModuleType) -> Path:
     with files.atomic_folder(run.path / "wandb") as out:
         for stage, points in stage_points.items():
             steps: dict[int, dict[str, float]] = {}
-            for tag, value, step, time in points:
-                steps.setdefault(step, {"_timestamp": time})[tag] = value
+            for step, time, values in points:
+                steps.setdefault(step, {"_timestamp": time}).update(values)
             with wandb.init(
                 project="threefold", name=f"{run.name}/{stage}", group=run.name, job_type=stage,
                 config=to_dict(run.preset), dir=str(out), mode="offline", settings=settings,

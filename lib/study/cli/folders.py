@@ -19,7 +19,6 @@ from papertrail.run import Run
 from papertrail.stage import at_work
 from papertrail.staleness import Kind, State, survey
 from study.cli.common import columns, from_here, open_existing, run_folder, say, say_json
-from study.preset import parse_overrides
 from study.run import run_names
 
 REMADE = ("report", "tensorboard", "wandb", ".executing")  # by the commands of those names, and by `threefold run`
@@ -29,7 +28,7 @@ def status(options: argparse.Namespace) -> int:
     if options.set and not options.run:
         raise ConfigError("status: --set goes with --run")
     if options.run:
-        values = of_run(open_existing(options.run, options.data_dir, parse_overrides(options.set)))
+        values = of_run(open_existing(options.run, options.data_dir, options.set))
         rows = [
             [
                 row["stage"],
@@ -43,7 +42,11 @@ def status(options: argparse.Namespace) -> int:
         right = 2
     else:
         values = of_all(options.data_dir)
-        rows = [[row["run"], size_text(row["bytes"]), _counts(row)] for row in values["runs"]]
+        rows = []
+        for row in values["runs"]:
+            counts = ", ".join(f"{count} {kind}" for kind, count in row["stages"].items() if count)
+            states = f"{row['error'] or counts}{'  (at work)' if row['at_work'] else ''}"
+            rows.append([row["run"], size_text(row["bytes"]), states])
         if values["cache_bytes"]:
             rows.append([".cache", size_text(values["cache_bytes"]), "tokens and hashes, made again when needed"])
         right = 1
@@ -52,11 +55,6 @@ def status(options: argparse.Namespace) -> int:
     else:
         say(columns(rows, right=right) if rows else "no runs yet: `threefold run --preset smoke` makes one")
     return 0
-
-
-def _counts(row: dict[str, Any]) -> str:
-    counts = ", ".join(f"{count} {kind}" for kind, count in row["stages"].items() if count)
-    return f"{row['error'] or counts}{'  (at work)' if row['at_work'] else ''}"
 
 
 def of_run(run: Run) -> dict[str, Any]:
@@ -134,19 +132,15 @@ def clean(options: argparse.Namespace) -> int:
         raise ConfigError("--keep-results is about a run; the cache holds no results")
     run = None if options.cache else removable(options.run)
     with scheduler.lock(run) if run else contextlib.nullcontext():
-        listed = leftovers if options.keep_results else contents
-        entries = listed(run) if run else cache()
+        entries = cache() if run is None else leftovers(run) if options.keep_results else contents(run)
         if not entries:
             say("nothing to remove")
             return 0
         sizes = [size(path) for path in entries]
         rows = [(size_text(count), str(from_here(path))) for count, path in zip(sizes, entries, strict=True)]
         say(f"{columns(rows, right=0)}\n{size_text(sum(sizes))} to free")
-        if not options.yes:
-            if not sys.stdin.isatty():
-                raise ConfigError("nothing was removed: --yes removes it without asking")
-            if not _agreed():
-                return 0
+        if not options.yes and not _agreed():
+            return 0
         remove(entries)
     if run and not options.keep_results:
         run.rmdir()
@@ -154,6 +148,9 @@ def clean(options: argparse.Namespace) -> int:
 
 
 def _agreed() -> bool:
+    """What the person at the terminal answers. Raises ConfigError where there is none."""
+    if not sys.stdin.isatty():
+        raise ConfigError("nothing was removed: --yes removes it without asking")
     try:
         return input("Remove? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:  # Ctrl-D

@@ -1,4 +1,5 @@
-"""`threefold run` executes the stages of a run that are not fresh; `threefold new` writes a preset for own data."""
+"""`threefold run` executes the stages of a run that are not fresh, `threefold doctor` checks this machine for them;
+`threefold new` writes a preset for own data."""
 
 import argparse
 import json
@@ -13,16 +14,17 @@ from basics.processes import handling
 from papertrail import scheduler
 from papertrail.plan import dependents
 from papertrail.run import intact_run_file
-from study import doctor, stages
+from study import doctor as checkup
 from study import new as studies
+from study import stages
 from study.cli.common import fail, say
 from study.preset import TRAINED, kind_and_model, load_preset, parse_overrides
 from study.run import Run, data_dir_of, open_run
 
 
 def new(options: argparse.Namespace) -> int:
-    for line in studies.create(options.study, options.text, options.instructions, options.preferences, options.model):
-        say(line)
+    own = (options.text, options.instructions, options.preferences, options.model)
+    say("\n".join(studies.create(options.study, *own)))
     return 0
 
 
@@ -47,9 +49,18 @@ def opened_for(options: argparse.Namespace) -> tuple[Run, set[str] | None]:
     return opened, selected
 
 
+def doctor(options: argparse.Namespace) -> int:
+    """Writes nothing; exit status 1 if something would stop the run."""
+    marks = set()
+    for mark, check, found in checkup.rows(*opened_for(options)):
+        say(f"{mark:<5}{check:<10}{found}")
+        marks.add(mark)
+    return int("stop" in marks)
+
+
 def run(options: argparse.Namespace) -> int:
     opened, selected = opened_for(options)
-    doctor.check(opened, selected, say)  # before anything is written
+    checkup.check(opened, selected, say)  # before anything is written
     scheduler.check(opened, selected)
     opened.create()
     if opened.data_dir:
