@@ -111,7 +111,7 @@ def sizes(machine: Machine, text_bytes: int, words: int, example_bytes: Sequence
 
 def passages(text: str) -> list[str]:
     """A text in passages of at most PASSAGE characters, cut at blank lines where there are some."""
-    cut = ("".join(filter(None, groups)).strip() for groups in _PASSAGES.findall(text))
+    cut = (match[match.lastindex].strip() for match in _PASSAGES.finditer(text))
     return [passage for passage in cut if passage]
 
 
@@ -208,8 +208,9 @@ def create(
         inputs = {kind: Input.read(kind, file) for kind, file in given.items() if file}
         for read in inputs.values():
             read.write(written)
-        values = _values(name, folder, inputs, machine or Machine.this()) | {"model": location}
-        (written / "preset.toml").write_text(_preset(inputs, values), encoding="utf-8")
+        values = _values(name, folder, inputs, location, machine or Machine.this())
+        parts = [*inputs, "model"] if model else [*inputs]
+        (written / "preset.toml").write_text(_preset(parts, values), encoding="utf-8")
         checks.check(load_preset(written / "preset.toml"))
     shape = "{n_layer} layers of width {d_model}, context {context}, vocabulary {vocab_size:,}, {parameters} parameters"
     return [
@@ -231,7 +232,7 @@ def _location(model: str) -> str:
     return model
 
 
-def _values(name: str, folder: Path, inputs: dict[str, Input], machine: Machine) -> dict[str, Any]:
+def _values(name: str, folder: Path, inputs: dict[str, Input], model: str, machine: Machine) -> dict[str, Any]:
     """What new.toml has a place for."""
     examples = {kind: [as_document(kind, item) for item in read.parts["train"]] for kind, read in inputs.items()}
     texts = examples.pop("text", None)
@@ -254,50 +255,41 @@ def _values(name: str, folder: Path, inputs: dict[str, Input], machine: Machine)
         tokens = sum(lengths.get(kind, [])) / BYTES_PER_TOKEN
         return float(f"{min(most, share * chosen['tokens'] / max(1, tokens)):.2g}")
 
-    counts = {
-        f"{kind}_{name}": f"{len(items):,}" for kind, read in inputs.items() for name, items in read.parts.items()
+    counts = {f"{kind}_{part}": f"{len(own):,}" for kind, read in inputs.items() for part, own in read.parts.items()}
+    last = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2])[:60].strip("._-") or "model"
+    return {
+        **chosen,
+        **counts,
+        "name": name,
+        "shown": folder / "preset.toml",
+        "machine": machine,
+        "seconds": SECONDS,
+        "rate": f"{machine.flops / 1e9:,.0f}",
+        "parameters": f"{chosen['parameters']:,}",
+        "passage": PASSAGE,
+        "half_tokens": chosen["tokens"] // 2,
+        "half_context": chosen["context"] // 2,
+        "new_tokens": chosen["context"] // 4,
+        "batch_size": 32 if machine.gpu else 8,
+        "compile": "auto" if machine.gpu else "off",
+        "sft": sft,
+        "sft_what": "your instructions" if sft == "instructions" else "the chosen answers of your preferences",
+        "sft_epochs": epochs(sft, 0.5, 10),
+        "dpo_epochs": epochs("preferences", 0.25, 3),
+        "model": json.dumps(model, ensure_ascii=False),
+        "model_name": f"{last}-given" if last in OWN_MODELS else last,
     }
-    return (
-        chosen
-        | counts
-        | {
-            "name": name,
-            "shown": folder / "preset.toml",
-            "machine": machine,
-            "seconds": SECONDS,
-            "rate": f"{machine.flops / 1e9:,.0f}",
-            "parameters": f"{chosen['parameters']:,}",
-            "passage": PASSAGE,
-            "half_tokens": chosen["tokens"] // 2,
-            "half_context": chosen["context"] // 2,
-            "new_tokens": chosen["context"] // 4,
-            "batch_size": 32 if machine.gpu else 8,
-            "compile": "auto" if machine.gpu else "off",
-            "sft": sft,
-            "sft_what": "your instructions" if sft == "instructions" else "the chosen answers of your preferences",
-            "sft_epochs": epochs(sft, 0.5, 10),
-            "dpo_epochs": epochs("preferences", 0.25, 3),
-        }
-    )
 
 
-def _preset(inputs: dict[str, Input], values: dict[str, Any]) -> str:
-    """The parts of new.toml that these inputs ask for, filled in."""
-    parts = {"head", "text" if "text" in inputs else "sample", "training", "evaluation", "end", *inputs}
-    if {"instructions", "preferences"} & inputs.keys():
-        parts.add("sft")
-    if values["model"]:
-        parts.add("model")
+def _preset(given: Sequence[str], values: dict[str, Any]) -> str:
+    """The parts of new.toml that what was given (text, instructions, preferences, model) asks for, filled in."""
+    examples = [kind for kind in given if kind in ("instructions", "preferences")]
+    parts = {"head", "training", "evaluation", "end", *given, *(["sft"] if examples else [])}
     template = Path(__file__).with_name("new.toml").read_text(encoding="utf-8")
     kept = []
     for part, lines in re.findall(r"^#: (\w+)\n(.*?)(?=^#: |\Z)", template, re.S | re.M):
-        if part == "also":
-            kept += [lines.replace("$part", kind) for kind in inputs if "text" not in inputs]
-        elif part in parts:
+        if part in parts or (part == "sample" and "text" not in given):
             kept.append(lines)
-    last = re.sub(r"[^A-Za-z0-9._-]+", "-", values["model"].rstrip("/").rpartition("/")[2])[:60].strip("._-") or "model"
-    quoted = {
-        "model": json.dumps(values["model"], ensure_ascii=False),
-        "model_name": f"{last}-given" if last in OWN_MODELS else last,
-    }
-    return Template("".join(kept)).substitute(values | quoted)
+        elif part == "also" and "text" not in given:
+            kept += [lines.replace("$part", kind) for kind in examples]
+    return Template("".join(kept)).substitute(values)

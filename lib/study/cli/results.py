@@ -30,11 +30,11 @@ def verify(options: argparse.Namespace) -> int:
     if options.json:
         entries = [dict(zip(("path", "problem"), line.split(": ", 1), strict=True)) for line in problems]
         say_json({"run": run.name, "files": count, "problems": entries})
-    elif not problems:
-        say(f"run {run.name}: {kept}")
     else:
         for problem in problems:
             fail(f"{run.name}/{problem}", 1)
+        if not problems:
+            say(f"run {run.name}: {kept}")
     return 1 if problems else 0
 
 

@@ -6,7 +6,6 @@ Styles are set on the elements, because JupyterLab removes style sheets from a n
 import base64
 import functools
 import html
-import inspect
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,17 +49,17 @@ class Shown:
 def panel(**controls: list | tuple) -> Callable[[Callable[..., Shown]], Callable[..., Shown]]:
     """Decorator of a view. What is missing or unreadable becomes a note in its place; a ConfigError stays an error.
 
-    controls: for parameters of the view, as ipywidgets abbreviates controls: a list of the allowed values (others raise
-    ConfigError), or a tuple with the ends of a slider, and its step.
+    controls: for keyword parameters of the view, as ipywidgets abbreviates controls: a list of the allowed values
+    (others raise ConfigError), or a tuple with the ends of a slider, and its step.
     """
 
     def decorate(function: Callable[..., Shown]) -> Callable[..., Shown]:
         @functools.wraps(function)
         def view(*arguments: Any, **settings: Any) -> Shown:
-            given = inspect.signature(function).bind(*arguments, **settings).arguments
-            for name, allowed in controls.items():
-                if isinstance(allowed, list) and name in given and given[name] not in allowed:
-                    raise ConfigError(f"{name} = {given[name]!r}: allowed are {', '.join(map(str, allowed))}")
+            for name, value in settings.items():
+                allowed = controls.get(name)
+                if isinstance(allowed, list) and value not in allowed:
+                    raise ConfigError(f"{name} = {value!r}: allowed are {', '.join(allowed)}")
             try:
                 return function(*arguments, **settings)
             except ConfigError:

@@ -10,11 +10,11 @@ import pandas as pd
 
 from basics import files
 from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
-from basics.names import check_name, did_you_mean, replicate_of
+from basics.names import did_you_mean, replicate_of
 from papertrail import records
-from study import run as study_run
-from study.preset import LINEAGE, TRAINED
-from study.run import Run, data_dir_of, run_names
+from study.cli.common import open_existing
+from study.preset import LINEAGE, TRAINED, evaluation_sources
+from study.run import Run, text_parameter
 from threefold.config import SourceConfig
 from threefold.data import sources
 from threefold.data.tokenizer import load_tokenizer
@@ -32,14 +32,7 @@ def open_run(name: str = "smoke", data_dir: str = "") -> Run:
     data_dir: the folder of the evaluation items' texts; default $THREEFOLD_DATA, then the one the run was made with.
     Raises MissingInput, which lists the runs and names the command that makes one.
     """
-    name = check_name(study_run.text_parameter("run", name), "run")
-    names = run_names()
-    if name not in names:
-        raise MissingInput(
-            f"no run {name!r}{did_you_mean(name, names)}; runs: {', '.join(names) or 'none yet'}; "
-            "`threefold run --preset smoke` makes one"
-        )
-    return study_run.open_run("", name, data_dir=data_dir_of(name, data_dir), create=False)
+    return open_existing(text_parameter("run", name), data_dir)
 
 
 def split(names: Names) -> list[str]:
@@ -190,25 +183,19 @@ def texts(run: Run, model: str, protocol: str) -> dict[int, dict[str, str]]:
     Raises RecordError where no key of the preset's `evaluation` reads those data now.
     """
     data = evaluations(run, model)[protocol]["settings"].get("data") or {}
-    fields = {key: value for key, value in vars(run.preset.evaluation).items() if isinstance(value, SourceConfig)}
-    named = {key: source for key, source in fields.items() if source.source or source.path}
-    rows, messages = each(
-        named, lambda key: _rows(named[key], run.data_dir, data.get("fingerprint"), data.get("examples"))
-    )
-    measured = [(named[key], of_key) for key, of_key in rows.items() if of_key is not None]
-    if not measured:
+    measured = data.get("fingerprint"), data.get("examples")
+    named = evaluation_sources(run.preset).values()
+    read_rows, messages = each(named, lambda source: _rows(source, run.data_dir, *measured))
+    source = next((source for source, rows in read_rows.items() if rows is not None), None)
+    if source is None:
         reasons = "; ".join(messages) or "its files or its keys have changed"
         raise RecordError(f"[evaluation] now reads other data than {protocol} was measured on: {reasons}")
-    source, items_of = measured[0]
+    rows = read_rows[source]
     if "/lines-" in protocol:
         wikitext = sources.resolve(source, run.data_dir).reader.startswith("wikitext")
-        items_of = perplexity.first_lines(items_of, wikitext)
-    return {
-        index: {name: str(text) for name, text in row.items() if name != "label"}
-        if isinstance(row, dict)
-        else {"text": row}
-        for index, row in enumerate(items_of)
-    }
+        rows = perplexity.first_lines(rows, wikitext)
+    fields = [row if isinstance(row, dict) else {"text": row} for row in rows]
+    return {item: {name: str(text) for name, text in row.items() if name != "label"} for item, row in enumerate(fields)}
 
 
 @lru_cache(maxsize=8)

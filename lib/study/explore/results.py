@@ -59,14 +59,13 @@ def opening(run: Run, first: str, second: str, protocol: str, which: str = WINS)
     Right-or-wrong tasks come before texts, and the last stages of the run's model before other pairs.
     """
     evaluated, _ = read.evaluated(run)
-    lineage = [name for name in reversed(LINEAGE) if name in evaluated]
-    models = [*lineage, *(name for name in evaluated if name not in lineage)]
+    models = sorted(evaluated, key=lambda name: -LINEAGE.index(name) if name in LINEAGE else 1)
     pairs = [(first or a, second or b) for b, a in itertools.combinations(models, 2)]
     choices = [(*pair, name) for pair in pairs for name in ([protocol] if protocol else read.protocols(run))]
     choices.sort(key=lambda choice: not choice[2].endswith(("-shot", "/responses")))  # right-or-wrong tasks first
     for choice in choices if not (first and second and protocol) else ():
-        shared, _ = read.each(["items"], lambda _: _gain(_pairs(run, *choice), which))  # noqa: B023
-        if len(shared.get("items", ())):
+        gains, _ = read.each([choice], lambda choice: _gain(_pairs(run, *choice), which))
+        if len(gains.get(choice, ())):
             return choice
     return choices[0]
 
