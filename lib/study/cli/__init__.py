@@ -26,6 +26,8 @@ from basics.processes import terminable
 # Errors of the operating system that the environment causes, not the program.
 ENVIRONMENT = (*DISK_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
+STAGES = "data, tune-MODEL, pretrain, gpt2, gpt2-adamw, distilgpt2, sft, dpo, evaluate-MODEL, ablations, speed, compare"
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line that ends with where to look."""
@@ -76,16 +78,8 @@ def _epilog(table: Mapping[str, Any]) -> str:
         except ValueError:  # said by the command that reads it
             described = "(cannot be read)"
         presets.append(f"  {path.stem:<11}{textwrap.shorten(str(described), 100, placeholder=' ...')}")
-    return "\n".join(
-        [
-            "examples:",
-            *(f"  {entry['example']}" for entry in table.values()),
-            "\npresets:",
-            *presets,
-            "\nstages: data, tune-MODEL, pretrain, gpt2, gpt2-adamw, distilgpt2, sft, dpo, evaluate-MODEL, "
-            "ablations, speed, compare",
-        ]
-    )
+    examples = [f"  {entry['example']}" for entry in table.values()]
+    return "\n".join(["examples:", *examples, "\npresets:", *presets, f"\nstages: {STAGES}"])
 
 
 def whole_number(least: int) -> Callable[[str], int]:

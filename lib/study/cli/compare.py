@@ -53,7 +53,7 @@ def side_by_side(runs: Sequence[Run]) -> str:
             own = [cells.get(run.name) or "–" for run in runs]
             figures.append([title, name, ", ".join([protocol, *differing]), *own])
     keys = [
-        [key, *("–" if values[run.name] is None else values[run.name] for run in runs)]
+        [key, *(values[run.name] or "–" for run in runs)]
         for key, values in differing_keys({run.name: to_dict(run.preset) for run in runs}).items()
     ]
     names = [f"run {run.name}" for run in runs]

@@ -3,10 +3,8 @@
 Styles are set on the elements, because JupyterLab removes style sheets from a notebook that it does not trust.
 """
 
-import base64
 import functools
 import html
-import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any
 
 import matplotlib
 import pandas as pd
+from IPython.core.pylabtools import print_figure
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -136,9 +135,7 @@ def finish(axes: Axes) -> None:
 
 def image(figure: Figure, description: str) -> Shown:
     """A figure with its description, which is also its alternative text."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = print_figure(figure, base64=True, dpi=110, metadata={"Software": None})
     picture = f'<img src="data:image/png;base64,{data}" alt="{attribute(description)}" style="max-width:100%">'
     return Shown(picture) + block(description)
 

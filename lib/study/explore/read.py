@@ -130,14 +130,10 @@ def evaluations(run: Run, model: str) -> dict[str, dict[str, Any]]:
             f"run {run.name} has not evaluated {model!r}{did_you_mean(model, known)}; evaluated are {', '.join(known)}"
         )
     with _made_by(run, stage):
-        run.require(stage)
+        facts, prefix = run.require(stage), f"evaluation/{model}/"
         run.check_notebook(stage)
-        notebook = run.notebook(run.spec(stage).executed)
-        values = {
-            name.split("/", 2)[2]: record.values
-            for name, record in _records(notebook, notebook.stat().st_mtime_ns).items()
-            if name.startswith(f"evaluation/{model}/")
-        }
+        found = _records(run.notebook(run.spec(stage).executed), facts.get("finished", ""))
+        values = {name.removeprefix(prefix): found[name].values for name in found if name.startswith(prefix)}
         made = run.require(model)["weights_sha256"] if model in run.plan else None
         used = {record["weights_sha256"] for record in values.values()}
         if made and used - {made}:
@@ -149,7 +145,7 @@ def evaluations(run: Run, model: str) -> dict[str, dict[str, Any]]:
 
 
 @lru_cache(maxsize=50)
-def _records(notebook: Path, _changed: int) -> dict[str, records.Record]:
+def _records(notebook: Path, _executed: str) -> dict[str, records.Record]:
     return records.read(notebook)
 
 
