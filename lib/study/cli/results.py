@@ -46,9 +46,9 @@ def report(options: argparse.Namespace) -> int:
         return 0
     run = open_intact(options.run, options.data_dir)
     if run.finished("compare") is None:
-        again = f"`threefold run --run {run.name}`"
         raise MissingInput(
-            f"run {run.name} has no comparison yet: {again} makes it, with --only compare of the finished stages alone"
+            f"run {run.name} has no comparison yet: `threefold run --run {run.name}` makes it, with --only compare of "
+            "the finished stages alone"
         )
     warn_if_behind(run, "the report shows")
     say(preregistration.require(preregistration.of_notebooks(run.project, run.path / "notebooks")))

@@ -62,13 +62,10 @@ class Show:
 
 def controls(run: Run, of: Callable[..., Shown], **settings: Any) -> dict[str, Any]:
     """A widget for each parameter of a view, at its value; a list means a choice, a tuple the ends of a slider."""
-    trained, (evaluated, _) = read.trainings(run), read.evaluated(run)
+    evaluated, _ = read.evaluated(run)
     choices = of.controls | {
-        "stage": trained,
-        "stages": trained,
-        "first": evaluated,
-        "second": evaluated,
-        "models": evaluated,
+        **dict.fromkeys(("stage", "stages"), read.trainings(run)),
+        **dict.fromkeys(("first", "second", "models"), evaluated),
         "overlay": [name for name in run_names() if name != run.name],
         "protocol": read.protocols(run),
         "layer": (0, run.preset.model.n_layer),

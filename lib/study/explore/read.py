@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 
@@ -22,7 +22,6 @@ from threefold.evaluation import perplexity
 from threefold.model import load_checkpoint
 from threefold.training.state import METRICS, curve
 
-Name = TypeVar("Name")
 Names = str | Sequence[str]  # "sft, dpo" (a papermill parameter) or ["sft", "dpo"]
 
 
@@ -41,7 +40,7 @@ def split(names: Names) -> list[str]:
     return [name.strip() for name in listed if name.strip()]
 
 
-def each(names: Iterable[Name], read: Callable[[Name], Any]) -> tuple[dict[Name, Any], list[str]]:
+def each(names: Iterable[Any], read: Callable[[Any], Any]) -> tuple[dict[Any, Any], list[str]]:
     """({name: what `read` returns for it}, the messages of the names for which it failed)."""
     values, messages = {}, []
     for name in names:
@@ -126,9 +125,8 @@ def evaluations(run: Run, model: str) -> dict[str, dict[str, Any]]:
     stage = f"evaluate-{model}"
     if stage not in run.plan:
         known, _ = evaluated(run)
-        raise MissingInput(
-            f"run {run.name} has not evaluated {model!r}{did_you_mean(model, known)}; evaluated are {', '.join(known)}"
-        )
+        hint = did_you_mean(model, known)
+        raise MissingInput(f"run {run.name} has not evaluated {model!r}{hint}; evaluated are {', '.join(known)}")
     with _made_by(run, stage):
         facts, prefix = run.require(stage), f"evaluation/{model}/"
         run.check_notebook(stage)
