@@ -186,6 +186,18 @@ def test_a_damaged_stage_costs_its_own_panel_only(run):
         flip(metrics, -4)
 
 
+def test_an_evaluation_whose_notebook_is_gone_is_named(run):
+    notebook = run.path / "notebooks" / "04_evaluate-sft.ipynb"
+    view.overview(run)  # its records have been read before
+    content = notebook.read_bytes()
+    notebook.unlink()
+    try:
+        for part in (view.items, view.preferences, view.overview):
+            assert "04_evaluate-sft.ipynb of run little is not there: `papermill" in part(run).text
+    finally:
+        notebook.write_bytes(content)
+
+
 def test_an_evaluation_of_other_weights_costs_its_own_panel_only(run):
     file = run.stage_folder("sft") / "run.json"
     before, facts = file.read_bytes(), run.require("sft")

@@ -130,7 +130,10 @@ def evaluations(run: Run, model: str) -> dict[str, dict[str, Any]]:
     with _made_by(run, stage):
         facts, prefix = run.require(stage), f"evaluation/{model}/"
         run.check_notebook(stage)
-        found = _records(run.notebook(run.spec(stage).executed), facts.get("finished", ""))
+        notebook = run.notebook(run.spec(stage).executed)
+        if not notebook.is_file():
+            raise MissingInput(f"notebooks/{notebook.name} of run {run.name} is not there")
+        found = _records(notebook, facts.get("finished", ""))
         values = {name.removeprefix(prefix): found[name].values for name in found if name.startswith(prefix)}
         made = run.require(model)["weights_sha256"] if model in run.plan else None
         used = {record["weights_sha256"] for record in values.values()}
