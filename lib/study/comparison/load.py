@@ -2,6 +2,7 @@
 other weights than the stage's."""
 
 import re
+from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +25,6 @@ from study.stages import replicate_folder
 
 OWN_NOTEBOOK = "06_compare"
 MEASURED = ("evaluation/", "speed/")  # records with metrics of a model
-FACTS = ("parameters", "precision", "backend", "context", "vocabulary", "tokenizer_sha256", "revision", "location")
 COLUMNS = (
     "replicate", "model", "protocol", "form", "size", "metric", "measure", "value", "low", "high", "n", "unit", "record"
 )  # fmt: skip
@@ -42,7 +42,7 @@ class Comparison:
     # "sft-seed2"), so that whatever reads a figure of the first reads it of these, and no table shows them unasked.
     replicates: dict[int, "Comparison"] = field(default_factory=dict)
     differences: dict[tuple[str, str, str], Any] = field(default_factory=dict, repr=False)  # computed
-    _items: dict[tuple[str, str], pd.DataFrame | None] = field(default_factory=dict, repr=False)
+    _items: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict, repr=False)
 
     # Reading --------------------------------------------------------------------------------------------------------
 
@@ -73,18 +73,19 @@ class Comparison:
         collected: dict[int, dict[str, Record]] = {1: {}}
         for path in paths:
             for full, record in records.read(path).items():
-                kind, *rest = full.split("/")  # "stage/sft-seed2" is "stage/sft" of replicate 2
-                subject, replicate = names.replicate_of(rest[0]) if rest else ("", 1)
-                name = "/".join([kind, subject, *rest[1:]]) if rest else kind
+                parts = full.split("/")  # "stage/sft-seed2" is "stage/sft" of replicate 2
+                subject, replicate = names.replicate_of("/".join(parts[:2]))
+                name = "/".join([subject, *parts[2:]])
                 known = collected.setdefault(replicate, {})
                 if name in known:
                     raise RecordError(f"record {full} stands in {known[name].notebook} and in {record.notebook}")
                 known[name] = record
-        first, *others = (
-            cls(collected[place], folder and replicate_folder(folder, place), resamples, absent)
-            for place in sorted(collected)
-        )
-        first.replicates.update(zip(sorted(collected)[1:], others, strict=True))
+        trainings = {
+            place: cls(found, folder and replicate_folder(folder, place), resamples, absent)
+            for place, found in sorted(collected.items())
+        }
+        first = trainings.pop(1)
+        first.replicates.update(trainings)
         first.verify()
         return first
 
@@ -199,24 +200,14 @@ class Comparison:
         timed = self.values(f"speed/{model}")  # of all models, interleaved, in a notebook of its own
         return found | ({"speed": timed} if timed else {})
 
-    def record(self, model: str, protocol: str | None) -> str:
-        """Name of the record of an evaluation."""
-        timed = protocol == "speed" and f"speed/{model}" in self.records
-        return f"speed/{model}" if timed else f"evaluation/{model}/{protocol}"
-
     def settings(self, model: str, protocol: str | None) -> dict[str, Any]:
         """The settings of an evaluation; none where there is no such evaluation."""
         return self.evaluations(model).get(protocol or "", {}).get("settings", {})
 
-    def facts(self, model: str) -> dict[str, Any]:
-        """What its evaluations say of the model itself: parameters, precision, context, vocabulary, tokenizer hash."""
-        found: dict[str, Any] = {}
-        for values in self.evaluations(model).values():
-            settings = values.get("settings", {})
-            for part in (settings, settings.get("model")):
-                if isinstance(part, dict):
-                    found |= {key: part[key] for key in FACTS if key in part and key not in found}
-        return found
+    def facts(self, model: str) -> ChainMap[str, Any]:
+        """The settings of all its evaluations, of which the first that has a key counts: for what they say of the model
+        itself, its parameters, context, vocabulary, tokenizer's hash and revision."""
+        return ChainMap(*(values.get("settings", {}) for values in self.evaluations(model).values()))
 
     def share_tokenizer(self, a: str, b: str) -> bool:
         """Whether both models cut text into the same tokens, so that their perplexities per token compare."""
@@ -251,7 +242,7 @@ class Comparison:
         """
         rows = [
             (replicate, model, protocol, *_form(protocol), metric, "", *map(entry.get, ("value", "low", "high", "n")),
-             unit_of(entry.get("unit")), comparison.record(model, protocol))
+             unit_of(entry.get("unit")), f"speed/{model}" if protocol == "speed" else f"evaluation/{model}/{protocol}")
             for replicate, comparison in self.trainings.items()
             for model in comparison._subjects(*MEASURED)
             for protocol, values in comparison.evaluations(model).items()
@@ -303,13 +294,8 @@ class Comparison:
     def items(self, model: str, protocol: str) -> pd.DataFrame | None:
         """Per-item results, None when they are missing. Raises RecordError when they are not those of the
         record."""
-        if (model, protocol) not in self._items:
-            self._items[model, protocol] = self._read_items(model, protocol)
-        return self._items[model, protocol]
-
-    def _read_items(self, model: str, protocol: str) -> pd.DataFrame | None:
-        if self.folder is None:
-            return None
+        if (model, protocol) in self._items or self.folder is None:
+            return self._items.get((model, protocol))
         folder = f"speed/items/{model}" if protocol == "speed" else f"evaluation/{model}/items"
         path = self.folder / folder / f"{protocol.replace('/', '_')}.parquet"
         if not path.is_file():
@@ -320,7 +306,7 @@ class Comparison:
                 f"{path.name} of {model} has hash {actual}, but the record says {recorded}: "
                 f"{self._made_again('speed' if protocol == 'speed' else f'evaluate-{model}')}"
             )
-        return pd.read_parquet(path)
+        return self._items.setdefault((model, protocol), pd.read_parquet(path))
 
 
 def _finished(run: Run) -> dict[str, Path]:
