@@ -113,8 +113,7 @@ class Claim:
         return Verdict(self, verdict, replace(finding, text=f"{finding.text} ({why})") if why else finding)
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     claim: Claim
     verdict: str
     finding: Finding
@@ -154,11 +153,10 @@ def _of_ablations(comparison: Comparison, basis: str) -> Scope:
 
 def _of_lineage(comparison: Comparison, model: str, data: str | None, n: int | None = None) -> Scope:
     """The scope of a figure of one of our stages."""
-    found = {one.stage: one for one in training.trainings(comparison)}
-    budget, last = sum(recipes.tokens(comparison, model)), found.get(model)
-    basis = ", ".join([*([number_of(n)] if n else []), seeds.basis(comparison)])
-    size = training.total_parameters(comparison, model)
-    return Scope(size, budget or None, last.device if last else "", data or "", basis)
+    budget = sum(recipes.tokens(comparison, model)) or None
+    device = next((one.device for one in training.trainings(comparison, model)), "")
+    basis = f"{number_of(n)}, {seeds.basis(comparison)}" if n else seeds.basis(comparison)
+    return Scope(training.total_parameters(comparison, model), budget, device, data or "", basis)
 
 
 def _length(comparison: Comparison, effect: str) -> Finding | None:
@@ -209,22 +207,19 @@ def _speed(comparison: Comparison, a: str, b: str) -> Finding | None:
         value, items = comparison.metric(model, "speed", "decode_b1"), comparison.items(model, "speed")
         if value is None:
             return None
-        rates = np.array([value.value])
+        rates = [value.value]
         if items is not None:
-            single = items[(items["phase"] == "decode") & (items["batch"] == 1)]
-            rates = single.sort_values("repeat")["tokens_per_second"].to_numpy(float)
-        series.append(np.log(rates))
+            rates = items.query("phase == 'decode' and batch == 1").sort_values("repeat")["tokens_per_second"]
+        series.append(np.log(np.asarray(rates, float)))
     n = min(map(len, series))
     logs = series[1][:n] - series[0][:n]
     ratio = math.exp(float(logs.mean()))
-    if not comparison.timed_together:
-        return Finding(f"{ratio:.2f}×", unresolved="timed in separate processes")
-    if n < 3:
-        return Finding(f"{ratio:.2f}×", unresolved=f"{n} repeats")
+    if n < 3 or not comparison.timed_together:
+        why = f"{n} repeats" if comparison.timed_together else "timed in separate processes"
+        return Finding(f"{ratio:.2f}×", unresolved=why)
     half = student_half_width(float(logs.std(ddof=1) / math.sqrt(n)), n - 1)
     low, high = ratio * math.exp(-half), ratio * math.exp(half)
-    device = training.device(comparison.stage("speed"))
-    size = training.total_parameters(comparison, b)
+    size, device = training.total_parameters(comparison, b), training.device(comparison.stage("speed"))
     scope = Scope(size, None, device, "decoding at batch 1", f"{n} repeats")
     text, published = estimate(ratio, low, high, decimals=2, unit="×"), not any(map(comparison.trained_here, (a, b)))
     return Finding(text, low, high, scope=scope, timed=True, met=published)
@@ -232,13 +227,12 @@ def _speed(comparison: Comparison, a: str, b: str) -> Finding | None:
 
 def _tokens_per_hour(comparison: Comparison) -> Finding | None:
     """Millions of tokens an hour of pretraining."""
-    for stage in training.trainings(comparison, "pretrain"):
-        rate = stage.tokens_per_hour / 1e6
-        scope = Scope(stage.parameters, None, stage.device, basis="one training")
-        return Finding(
-            f"{compact(stage.tokens_per_hour)} tokens/hour", rate, rate, instead=scope.unmet(True), scope=scope
-        )
-    return None
+    found = training.trainings(comparison, "pretrain")
+    if not found:
+        return None
+    rate, scope = found[0].tokens_per_hour, Scope(found[0].parameters, None, found[0].device, basis="one training")
+    text, millions = f"{compact(rate)} tokens/hour", rate / 1e6
+    return Finding(text, millions, millions, instead=scope.unmet(True), scope=scope)
 
 
 def _hours(comparison: Comparison) -> Finding | None:
@@ -297,21 +291,18 @@ def _attribution(comparison: Comparison, group: str) -> Finding | None:
 
 
 _FUNCTIONS = (
-    *(_ablation, _attribution, _change, _hours, _length, _problems, _speed, _tokens_per_hour, _unsteady_curves),
-    _variances,
-)
+    _ablation, _attribution, _change, _hours, _length, _problems, _speed, _tokens_per_hour, _unsteady_curves, _variances
+)  # fmt: skip
 TESTS: dict[str, Callable[..., Finding | None]] = {test.__name__.removeprefix("_"): test for test in _FUNCTIONS}
 
 
-def _claim(*, band: list[float], test: str, **row: str) -> Claim:
-    """A claim of plan.toml; what is no field of a claim is an argument of its test."""
-    own = {name: row.pop(name) for name in ("key", "source", "claimed", "reading")}
-    where = ORIGINAL["where"].get(own["key"], "")
-    return Claim(**own, where=where, band=tuple(band), test=partial(TESTS[test], **row))
+def _claim(*, key: str, source: str, claimed: str, reading: str, band: list[float], test: str, **given: str) -> Claim:
+    """A claim of plan.toml. given: the arguments of its test."""
+    where = ORIGINAL["where"].get(key, "")
+    return Claim(key, source, claimed, reading, tuple(band), partial(TESTS[test], **given), where)
 
 
 CLAIMS = [_claim(**row) for row in PLAN["claim"]]
-BY_KEY = {claim.key: claim for claim in CLAIMS}
 
 
 def judge(comparison: Comparison, *keys: str) -> dict[str, Verdict]:
@@ -319,7 +310,8 @@ def judge(comparison: Comparison, *keys: str) -> dict[str, Verdict]:
 
     Raises KeyError for a key that the ledger has not.
     """
-    return {key: BY_KEY[key].judge(comparison) for key in keys or BY_KEY}
+    every = {claim.key: claim for claim in CLAIMS}
+    return {key: every[key].judge(comparison) for key in keys or every}
 
 
 def ledger(comparison: Comparison) -> Result:
@@ -331,12 +323,8 @@ def ledger(comparison: Comparison) -> Result:
         | {"scope": one.finding.scope._asdict()}
         for key, one in verdicts.items()
     }
-    rows = (
-        {"claim": one.claim, "measured": one.measured, "verdict": one.verdict, "scope": one.scope}
-        for one in verdicts.values()
-    )
     empty = all(one.verdict == NOT_MEASURED for one in verdicts.values())
-    return replace(table("claims", rows), values={"claims": values}, empty=empty)
+    return replace(table("claims", verdicts.values()), values={"claims": values}, empty=empty)
 
 
 def counts(verdicts: Iterable[Verdict]) -> dict[str, int]:

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Iterable
+from itertools import groupby
 from typing import NamedTuple
 
 from papertrail.records import escape
@@ -95,14 +96,9 @@ def marks(comparison: Comparison, found: Iterable[Difference], numbers: Numbers)
     touched = sorted(
         {numbers[caveat.key][0] for one in found for caveat in of(comparison, one) if caveat.key in numbers}
     )
-    spans: list[list[int]] = []
-    for number in touched:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    pairs = {0: "C{0}", 1: "C{0}, C{1}"}
-    return ", ".join(pairs.get(last - first, "C{0}–C{1}").format(first, last) for first, last in spans)
+    runs = groupby(touched, lambda number: number - touched.index(number))  # consecutive numbers: the same difference
+    spans = [[f"C{number}" for number in run] for _, run in runs]
+    return ", ".join(f"{span[0]}–{span[-1]}" if len(span) > 2 else ", ".join(span) for span in spans)
 
 
 def listing(comparison: Comparison) -> Result:

@@ -29,7 +29,7 @@ from threefold.evaluation import statistics
 
 ALPHA = 0.05
 POWER = 0.8
-BETTER, WORSE, EQUIVALENT, UNRESOLVED = VERDICTS = ("better", "worse", "equivalent", "no detectable difference")
+BETTER, WORSE, EQUIVALENT, UNRESOLVED = "better", "worse", "equivalent", "no detectable difference"
 STAGES, SINCE = "stages", "since-pretraining"  # families beside those of the baselines
 
 
@@ -69,17 +69,14 @@ class Difference:
         return self.leaves_out_zero and (self.p if self.adjusted is None else self.adjusted) < ALPHA
 
     @property
-    def within_margin(self) -> bool:
-        """Whether the whole interval lies within the measure's margin of equivalence."""
-        bounded = self.low is not None and self.high is not None
-        return bounded and max(abs(self.low), abs(self.high)) <= self.measure.margin
-
-    @property
     def verdict(self) -> str:
-        """What b is against a: better, worse, equivalent (within the margin) or no detectable difference."""
+        """What b is against a: better, worse, equivalent (the whole interval lies within the measure's margin) or no
+        detectable difference."""
         if self.detected:
             return BETTER if (self.change > 0) == (self.measure.better == "higher") else WORSE
-        return EQUIVALENT if self.within_margin and not self.identical else UNRESOLVED
+        if self.low is None or self.high is None or self.identical:
+            return UNRESOLVED
+        return EQUIVALENT if max(abs(self.low), abs(self.high)) <= self.measure.margin else UNRESOLVED
 
     @property
     def text(self) -> str:
@@ -179,22 +176,6 @@ class Pair(NamedTuple):
     clusters: np.ndarray | None  # the unit of each row, where units have several
     unit: str
 
-    @property
-    def identical(self) -> bool:
-        """Whether the two models have the same result on every row."""
-        same = self.weights_a is None or np.array_equal(self.weights_a, self.weights_b)
-        return bool(same and np.array_equal(self.a, self.b))
-
-    @property
-    def single(self) -> bool:
-        """Whether each unit is one row."""
-        return self.clusters is None and self.weights_a is None
-
-    @property
-    def proportions(self) -> bool:
-        """Whether each unit is one answer, right or wrong."""
-        return self.single and bool(np.isin(self.a, (0, 1)).all() and np.isin(self.b, (0, 1)).all())
-
 
 def paired(comparison: Comparison, measure: Measure, a: str, b: str) -> Pair | None:
     """Per-item results of both models on the items they share; None without items.
@@ -207,8 +188,6 @@ def paired(comparison: Comparison, measure: Measure, a: str, b: str) -> Pair | N
         return None
     frames = [f[f["template"] == f["template"].iloc[0]] if "template" in f and len(f) else f for f in frames]
     keys = [key for key in KEYS if key in frames[0].columns and key in frames[1].columns]
-    if not keys:
-        return None
     both = pd.merge(*frames, on=keys, suffixes=("_a", "_b"), validate="one_to_one")
     both = both.dropna(subset=[f"{column}_{side}" for column in measure.items for side in "ab"])  # not generated
     if both.empty:
@@ -218,7 +197,7 @@ def paired(comparison: Comparison, measure: Measure, a: str, b: str) -> Pair | N
     if measure.clusters:
         return Pair(*scores, *weights, both[f"{measure.clusters}_a"].to_numpy(), f"{measure.clusters} clusters")
     clusters = both[keys[0]].to_numpy() if both[keys[0]].duplicated().any() else None
-    return Pair(*scores, *weights, clusters, f"{keys[0]}s" if keys[0] in ("item", "document", "pair") else "items")
+    return Pair(*scores, *weights, clusters, f"{keys[0]}s")
 
 
 def comparable(comparison: Comparison, measure: str, a: str, b: str) -> bool:
@@ -243,18 +222,21 @@ def described(comparison: Comparison, measure: str, a: str, b: str) -> dict[str,
 
 
 def _difference(pair: Pair, measure: Measure, a: str, b: str, resamples: int) -> Difference:
-    if measure.unit == "share" and pair.proportions:
+    answers = measure.unit == "share" and pair.clusters is None and pair.weights_a is None  # a row a unit
+    same_weights = pair.weights_a is None or np.array_equal(pair.weights_a, pair.weights_b)
+    identical = same_weights and np.array_equal(pair.a, pair.b)
+    if answers and np.isin([pair.a, pair.b], (0, 1)).all():  # right or wrong, without ties
         n, _, only_a, only_b, _, *estimate, p = statistics.paired_proportions(pair.a, pair.b)
         discordant = (only_a + only_b) / n
-        return Difference(measure, a, b, *estimate, p, n, "McNemar, exact", discordant, identical=pair.identical)
-    if pair.identical:
+        return Difference(measure, a, b, *estimate, p, n, "McNemar, exact", discordant, identical=identical)
+    if identical:
         return _identical(pair, measure, a, b)
     found = statistics.paired_bootstrap(*pair[:4], clusters=pair.clusters, resamples=resamples)
     change, method = measure.change(found.difference), f"bootstrap over {pair.unit}"
     if found.low is None or found.high is None:  # one unit: nothing to judge by
         return Difference(measure, a, b, change, None, None, 1.0, found.n, method)
     error, p = clustered_t(pair)
-    if measure.unit == "share" and pair.single:  # with ties, which count half: more items right than wrong?
+    if answers:  # with ties, which count half: more items right than wrong?
         p, method = statistics.paired_proportions(pair.a > pair.b, pair.b > pair.a).p, f"sign test, {method}"
     half = statistics.student_half_width(error, found.n - 1)
     low = measure.change(min(found.low, found.difference - half))
@@ -282,17 +264,16 @@ def clustered_t(pair: Pair) -> tuple[float, float]:
     percentile bootstrap is far too small over a handful of documents.
     """
 
-    def influence(values: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-        weights_N = np.ones_like(values) if weights is None else weights
-        return (values - values.sum() / weights_N.sum() * weights_N) / weights_N.sum()
+    def ratio(values_N: np.ndarray, weights_N: np.ndarray | None) -> tuple[float, np.ndarray]:
+        """The ratio of the sums, and each row's influence on it."""
+        weights_N = np.ones_like(values_N) if weights_N is None else weights_N
+        value = float(values_N.sum() / weights_N.sum())
+        return value, (values_N - value * weights_N) / weights_N.sum()
 
-    def ratio(values: np.ndarray, weights: np.ndarray | None) -> float:
-        return float(values.sum() / (len(values) if weights is None else weights.sum()))
-
-    influence_N = influence(pair.b, pair.weights_b) - influence(pair.a, pair.weights_a)
+    (a, a_N), (b, b_N) = ratio(pair.a, pair.weights_a), ratio(pair.b, pair.weights_b)
+    influence_N = b_N - a_N
     if pair.clusters is not None:
         influence_N = np.bincount(np.unique(pair.clusters, return_inverse=True)[1], weights=influence_N)
     n = len(influence_N)
-    change = ratio(pair.b, pair.weights_b) - ratio(pair.a, pair.weights_a)
-    p = statistics.mean_p(influence_N + change / n)
+    p = statistics.mean_p(influence_N + (b - a) / n)
     return math.sqrt(n / (n - 1) * float((influence_N**2).sum())), p
