@@ -208,6 +208,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "compact": compact,
     "difference": lambda found: estimate(found["difference"], found["low"], found["high"], decimals=4, sign=True),
     "duration": duration,
+    "hash": lambda text: text[:12],
     "measured": value_text,
     "p": probability,
     "percent": percent,

@@ -17,6 +17,7 @@ from study.preset import LINEAGE
 from study.run import project
 
 Columns = Mapping[str, tuple[str | None, str]]  # title -> (protocol, metric)
+PHASES = {"prefill": "prompt", "decode": "decoding"}
 
 # What was compared ---------------------------------------------------------------------------------------------------
 
@@ -26,39 +27,30 @@ def model_configurations(comparison: Comparison) -> Result:
 
     def fields(model: str) -> dict[str, Any]:
         config, facts = comparison.model(model).get("config") or {}, comparison.facts(model)
+        published = f"published, revision {facts['revision'][:8]}" if facts.get("revision") else "published"
+        origin = "trained here" if comparison.trained_here(model) else published
         return {
             "name": comparison.name(model),
             "total": training.total_parameters(comparison, model) or None,
             "recipe": recipes.recipe(comparison, model),
             "context": config.get("context") or facts.get("context"),
             "vocabulary": config.get("vocab_size") or facts.get("vocabulary"),
-            "origin": _origin(comparison, model),
+            "origin": "random initialisation" if model == "random" else origin,
         }
 
     return table("models", map(fields, comparison.models))
 
 
-def _origin(comparison: Comparison, model: str) -> str:
-    if model == "random":
-        return "random initialisation"
-    if not comparison.trained_here(model):
-        revision = comparison.facts(model).get("revision")
-        return f"published, revision {revision[:8]}" if revision else "published"
-    return "trained here"
-
-
 def training_recipes(comparison: Comparison) -> Result:
     """How every model was trained, the stages that it continues included."""
-    shown = [model for model in comparison.models if model != "random"]
-    return table(
-        "recipes", ({"name": comparison.name(one), "recipe": recipes.recipe(comparison, one)} for one in shown)
-    )
+    found = {comparison.name(one): recipes.recipe(comparison, one) for one in comparison.models if one != "random"}
+    return table("recipes", ({"name": name, "recipe": recipe} for name, recipe in found.items()))
 
 
 def parameters(comparison: Comparison) -> Result:
     """Parameters by component of the models trained here."""
-    every = {model: comparison.values(f"model/{model}").get("parameters") for model in comparison.trained}
-    counted = {comparison.name(model): counts for model, counts in every.items() if isinstance(counts, dict)}
+    every = {comparison.name(model): comparison.values(f"model/{model}") for model in comparison.trained}
+    counted = {name: values["parameters"] for name, values in every.items() if values}
     parts = dict.fromkeys(part for counts in counted.values() for part in counts if part != "total")
     rows = [
         {"Component": part.replace("_", " ")} | {name: counts.get(part, 0) for name, counts in counted.items()}
@@ -115,29 +107,23 @@ def headline(comparison: Comparison) -> Result:
     reference = "pretrain" if "pretrain" in comparison.models else (comparison.models or [""])[0]
     protocols = {key: comparison.protocol(key) for key in HEADLINE if comparison.protocol(key)}
     rows, values = [], {}
-    for model in comparison.models:
-        measured = {key: comparison.value(key, model) for key in protocols}
-        if not comparison.share_tokenizer(model, reference):
-            measured = measured | {"perplexity": None} if "perplexity" in measured else measured
-        texts = {MEASURES[key].heading: value_text(row) for key, row in measured.items()}
+    for model in comparison.models if protocols else ():
+        comparable = comparison.share_tokenizer(model, reference)
+        found = {key: comparison.value(key, model) if comparable or key != "perplexity" else None for key in protocols}
+        texts = {MEASURES[key].heading: value_text(row) for key, row in found.items()}
         rows.append({"Model": comparison.name(model)} | texts)
-        values[model] = {
-            key: {name: getattr(row, name) for name in ("value", "low", "high", "n")}
-            for key, row in measured.items()
-            if row is not None
-        }
-    return table(
-        "headline", rows if protocols else [], models=values, protocols=protocols, majority=comparison.majority
-    )
+        measured = {key: row._asdict() for key, row in found.items() if row is not None}
+        values[model] = {key: {one: row[one] for one in ("value", "low", "high", "n")} for key, row in measured.items()}
+    return table("headline", rows, models=values, protocols=protocols, majority=comparison.majority)
 
 
 def sentiment(comparison: Comparison) -> Result:
     """Sentiment under every setting: shots, calibration, the spread over prompts, and the precedent's one prompt."""
-    accuracies = (
-        comparison.table.query("metric == 'accuracy'").drop_duplicates("protocol").sort_values("size", kind="stable")
+    accuracies = comparison.table.query("metric == 'accuracy'").sort_values("size", kind="stable")
+    single, precedent = (
+        {name.rpartition("/")[2]: (name, "accuracy") for name in accuracies.query("form == @form")["protocol"]}
+        for form in ("#-shot", "precedent-#-shot")
     )
-    settings = {form: accuracies.query("form == @form")["protocol"] for form in ("#-shot", "precedent-#-shot")}
-    single, precedent = ({p.rpartition("/")[2]: (p, "accuracy") for p in found} for found in settings.values())
     main = comparison.protocol("sentiment")
     spread = fuller(comparison, main)
     asked = max((comparison.settings(model, spread).get("items", 0) for model in comparison.models), default=0)
@@ -185,12 +171,9 @@ def protocols(comparison: Comparison) -> Result:
 def speed(comparison: Comparison) -> Result:
     """Generation speed of every model, from the speed protocol: "decode_b8" is decoding at batch 8."""
     columns = {}
-    for protocol, metric in (
-        comparison.table[["protocol", "metric"]].query("protocol == 'speed'").drop_duplicates().values
-    ):
+    for metric in comparison.table.query("protocol == 'speed'")["metric"].unique():
         phase, _, batch = metric.partition("_b")
-        title = f"{ {'prefill': 'prompt', 'decode': 'decoding'}.get(phase, phase) }, batch {batch}"
-        columns[title if batch else metric] = (protocol, metric)
+        columns[f"{PHASES[phase]}, batch {batch}"] = ("speed", metric)
     rows = [row for row in _by_model(comparison, columns) if any(row[title] for title in columns)]
     return table("speed", rows, by_turns=comparison.timed_together)
 
@@ -248,14 +231,15 @@ def families(comparison: Comparison) -> Result:
 
 def continuations(comparison: Comparison) -> Result:
     """How every stage continues the same prompts."""
-    found = {stage: comparison.values(f"continuations/{stage}") for stage in comparison.lineage}
-    found = {stage: values for stage, values in found.items() if values}
+    found = {comparison.name(stage): comparison.values(f"continuations/{stage}") for stage in comparison.lineage}
+    found = {model: values for model, values in found.items() if values}
+    prompts = next(iter(found.values()))["prompts"] if found else ()
     rows = [
-        {"Prompt": prompt, "Model": comparison.name(stage), "Continuation": " ".join(values["texts"][place].split())}
-        for place, prompt in enumerate(next(iter(found.values()))["prompts"] if found else ())
-        for stage, values in found.items()
+        {"Prompt": prompt, "Model": model, "Continuation": " ".join(values["texts"][place].split()) or None}
+        for place, prompt in enumerate(prompts)
+        for model, values in found.items()
     ]
-    return table("continuations", [row | {"Continuation": row["Continuation"] or None} for row in rows])
+    return table("continuations", rows)
 
 
 ONE_SEED = "*Training was run once (seeds = 1): how far a figure moves with the seed of training was not measured.*"
@@ -335,12 +319,11 @@ def plan(comparison: Comparison) -> Result:
     published = [record for one in comparison.trainings.values() for record in one.records.values()]
     found = preregistration.finding(project(), published)
     order = f"not checked: {found.unchecked}" if found.unchecked else "run" if found.problems else "plan"
-    rows = [("plan", found.plan_commit, found.plan_date, order)]
-    rows += [("run", commit, found.run_started, None) for commit in found.run_commits or ("",)]
+    rows = [("plan", found.plan_commit or None, found.plan_date, order)]
+    rows += [("run", commit, found.run_started, None) for commit in found.run_commits or (None,)]
     for one in models.EXPLORATORY:
-        rows.append((f"changed after results: {one['what']} ({one['why']})", "", one["day"], None))
-    named = [{"what": what, "commit": (commit or "")[:12] or None, "date": date, "order": first}
-             for what, commit, date, first in rows]  # fmt: skip
+        rows.append((f"changed after results: {one['what']} ({one['why']})", None, one["day"], None))
+    named = (dict(zip(("what", "commit", "date", "order"), row, strict=True)) for row in rows)
     return table("plan", named, finding=asdict(found), exploratory=models.EXPLORATORY)
 
 
@@ -351,21 +334,17 @@ def provenance(comparison: Comparison) -> Result:
     for record in [record for one in comparison.trainings.values() for record in one.records.values()]:
         if not record.name.startswith("stage/"):
             continue
-        facts = record.values
-        git, hardware, determinism = (facts.get(key) or {} for key in ("git", "hardware", "determinism"))
+        git, hardware, determinism = (record.values.get(key) or {} for key in ("git", "hardware", "determinism"))
         machine = ", ".join(part for part in (*(hardware.get("gpu") or []), hardware.get("cpu")) if part)
         cores = f" ({hardware['cores']} cores)" if machine and hardware.get("cores") else ""
         commit = git.get("commit")
         found.append(
             {
                 "stage": record.name.partition("/")[2],
-                "notebook": record.notebook,
-                "fingerprint": (facts.get("fingerprint") or {}).get("digest", "")[:12] or None,
-                "weights": (facts.get("weights_sha256") or "")[:12] or None,
+                "record": record,
                 "commit": f"{commit[:10]}{' + changes' if git.get('dirty') else ''}" if commit else None,
                 "machine": f"{machine}{cores}" or None,
                 "repeatable": _repeatable(determinism) if determinism else None,
-                "wall": facts.get("wall_seconds"),
             }
         )
     return table("provenance", found)
