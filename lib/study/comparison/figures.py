@@ -44,6 +44,17 @@ def _figure(name: str, figure: Figure | None, text: str, **values: Any) -> Resul
     return Result(f"comparison/{name}", values, figure=figure, text=text, empty=empty)
 
 
+def _panels(
+    height: float, rows: int = 1, columns: int = 1, used: int | None = None, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a grid of axes, of which the first `used` (by default all) are visible, and those."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    for axes in grid[len(grid) if used is None else used :]:
+        axes.set_visible(False)
+    return figure, grid[:used]
+
+
 def _tokens(axes: Axes, largest: float) -> float:
     """Label an axis of tokens; what they are divided by."""
     scale, unit = (1e6, "millions") if largest >= 2e6 else (1e3, "thousands") if largest >= 2e3 else (1.0, "")
@@ -56,28 +67,25 @@ def _tokens(axes: Axes, largest: float) -> float:
 
 def loss_curves(comparison: Comparison) -> Result:
     """Training loss against tokens, one panel a stage family, held-out points on top."""
-    panels = {"Pretraining and baselines": [one for one in comparison.trained if one not in LINEAGE[1:]]}
-    panels |= {stage.upper(): [stage] for stage in LINEAGE[1:]}
-    curves = {stage: comparison.values(f"curve/{stage}") for stages in panels.values() for stage in stages}
+    first = [stage for stage in comparison.trained if stage not in LINEAGE[1:]]
+    curves = {stage: comparison.values(f"curve/{stage}") for stage in (*first, *LINEAGE[1:])}
     curves = {stage: curve for stage, curve in curves.items() if curve.get("loss")}
-    panels = {title: [stage for stage in stages if stage in curves] for title, stages in panels.items()}
-    panels = {title: stages for title, stages in panels.items() if stages}
+    panels: dict[str, list[str]] = {}
+    for stage in curves:
+        panels.setdefault(stage.upper() if stage in LINEAGE[1:] else "Pretraining and baselines", []).append(stage)
     if not panels:
         return _figure("loss-curves", None, "No loss curve was recorded.")
-    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     ratios = [1.7 if len(stages) > 1 else 1.0 for stages in panels.values()]
-    grid = figure.subplots(1, len(panels), squeeze=False, width_ratios=ratios)[0]
+    figure, grid = _panels(3.0, columns=len(panels), width_ratios=ratios)
     for axes, (title, stages) in zip(grid, panels.items(), strict=True):
         _style(axes, title)
-        places = {stage: curves[stage].get("tokens") or curves[stage].get("step") for stage in stages}
-        places = {stage: np.asarray(x or range(len(curves[stage]["loss"])), float) for stage, x in places.items()}
-        scale = _tokens(axes, max(x[-1] for x in places.values()))
+        scale = _tokens(axes, max(curves[stage]["tokens"][-1] for stage in stages))
         for stage in stages:
-            curve, x, colour = curves[stage], places[stage] / scale, models.colour(stage)
-            loss, heldout = np.asarray(curve["loss"], float), curve.get("heldout") or {}
+            curve, colour = curves[stage], models.colour(stage)
+            x, loss, heldout = np.asarray(curve["tokens"]) / scale, np.asarray(curve["loss"], float), curve["heldout"]
             axes.plot(x, loss, color=colour, alpha=0.22, linewidth=0.7)
             axes.plot(x, smooth(loss), color=colour, linewidth=1.7, label=comparison.name(stage))
-            if heldout.get("loss"):
+            if heldout:
                 at = np.interp(heldout["step"], curve["step"], x)
                 axes.plot(at, heldout["loss"], "o", color=colour, markeredgecolor="white", markersize=5.5)
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -98,8 +106,8 @@ def ablation_curves(variants: ablations.Variants) -> Result:
     """Held-out loss against tokens of the base and each variant, means over seeds."""
     if not variants:
         return _figure("ablation-curves", None, "No ablation was trained.")
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-    axes = _style(figure.subplots(), y="held-out loss (nats per token)")
+    figure, (axes,) = _panels(3.6)
+    _style(axes, y="held-out loss (nats per token)")
     scale = _tokens(axes, max(curve["tokens"][-1] for values in variants.values() for curve in values["curves"]))
     colours = itertools.cycle(_LINES)
     for name, values in variants.items():
@@ -128,16 +136,13 @@ def forest(name: str, comparison: Comparison, found: Sequence[Difference], colum
     heights = [0.25 * len(part) + 0.85 for part in panels.values()]
     columns = min(columns, len(panels))
     rows = [max(heights[place : place + columns]) for place in range(0, len(heights), columns)]
-    figure = Figure(figsize=(WIDTH, sum(rows)), layout="constrained")
-    grid = list(figure.subplots(len(rows), columns, squeeze=False, height_ratios=rows).flat)
+    figure, grid = _panels(sum(rows), len(rows), columns, used=len(panels), height_ratios=rows)
     pairs = [[(one.a, one.b) for one in part] for part in panels.values()]
     shared = columns > 1 and all(part == pairs[0] for part in pairs)
-    for place, (axes, (measure, part)) in enumerate(zip(grid, panels.items(), strict=False)):
+    for place, (axes, (measure, part)) in enumerate(zip(grid, panels.items(), strict=True)):
         _forest_panel(_style(axes, measure.title, grid="x", size=8.5), measure, part, comparison, columns == 1)
         if shared and place % columns:
             axes.tick_params(labelleft=False)
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
     said = "; ".join(f"{one.measure.title}, {one.names[1]} against {one.names[0]}: {one.text}" for one in found)
     text = f"Differences with 95% intervals. {said.replace(NBSP, ' ')}."
     return _figure(f"forest-{name}", figure, text, differences=[one.values() for one in found])
@@ -175,12 +180,9 @@ def length_curves(curves: length.Curves) -> Result:
         return _figure("length", None, "Loss past the training length was not measured.")
     columns = min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
-    figure = Figure(figsize=(WIDTH, 2.35 * rows + 0.35), layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
-    for axes in grid[len(curves) :]:
-        axes.set_visible(False)
+    figure, grid = _panels(2.35 * rows + 0.35, rows, columns, used=len(curves), sharex=True, sharey=True)
     handles: dict[str, Any] = {}
-    for place, (axes, values) in enumerate(zip(grid, curves.values(), strict=False)):
+    for place, (axes, values) in enumerate(zip(grid, curves.values(), strict=True)):
         lowest = place >= len(curves) - columns
         x, y = "position, in training contexts" if lowest else "", "" if place % columns else "loss (nats per token)"
         handles |= _length_panel(_style(axes, length.title(values), x, y, size=8.5), values)
@@ -223,12 +225,12 @@ def attention_sinks(variants: Mapping[str, Mapping[str, Any]]) -> Result:
     """A heat map a variant, layers down and heads across: `share` [L, H] of the first seed."""
     if not variants:
         return _figure("attention-sinks", None, "The sinks' share of attention was not measured.")
-    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
-    grid = figure.subplots(1, len(variants), squeeze=False)[0]
+    figure, grid = _panels(2.9, columns=len(variants))
     means = []
     for axes, values in zip(grid, variants.values(), strict=True):
         share_LH = np.asarray(values["share"], float)
-        title, mean = length.sinks_title(values), percent(share_LH.mean(), 0)
+        title = count(values["sinks"], "sink") if values["sinks"] else "no sink: first token"
+        mean = percent(share_LH.mean(), 0)
         means.append(f"{title} {mean}")
         image = axes.imshow(share_LH, vmin=0, vmax=1, cmap="cividis_r", aspect="auto")
         axes.set_title(f"{title} ({mean})", fontsize=9.5, color=INK, loc="left")
@@ -242,7 +244,7 @@ def attention_sinks(variants: Mapping[str, Mapping[str, Any]]) -> Result:
             colour = "white" if value > _INKED else INK
             axes.text(head, layer, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
     grid[0].set_ylabel("layer", fontsize=8.5)
-    bar = figure.colorbar(image, ax=list(grid), shrink=0.9, format=PercentFormatter(1.0))
+    bar = figure.colorbar(image, ax=grid, shrink=0.9, format=PercentFormatter(1.0))
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=INK)
     bar.set_label("attention on the sinks", fontsize=8.5)
@@ -258,8 +260,8 @@ def attribution_waterfall(links: Sequence[Mapping[str, Any]]) -> Result:
     steps = attribution.single(links)
     if not steps:
         return _figure("attribution-waterfall", None, "No attribution was made in this run.")
-    figure = Figure(figsize=(WIDTH, 0.42 * (len(steps) + 2) + 0.9), layout="constrained")
-    axes = _style(figure.subplots(), x="held-out loss (nats per token)", grid="x")
+    figure, (axes,) = _panels(0.42 * (len(steps) + 2) + 0.9)
+    _style(axes, x="held-out loss (nats per token)", grid="x")
     start, end = (float(np.mean(one[key])) for one, key in ((steps[0], "loss_before"), (steps[-1], "loss_after")))
     names = ["GPT-2’s recipe", *(attribution.title(one["link"]) for one in steps), "All replaced"]
     for place, one in enumerate(steps, start=1):

@@ -140,11 +140,6 @@ def attention(comparison: Comparison) -> dict[str, dict[str, Any]]:
     return comparison.values("attention/sinks").get("variants", {})
 
 
-def sinks_title(values: Mapping[str, Any]) -> str:
-    """ "4 sinks", "1 sink", "no sink: first token"."""
-    return count(values["sinks"], "sink") if values["sinks"] else "no sink: first token"
-
-
 def variables(comparison: Comparison) -> dict[str, str | None]:
     """What the report's sentences on length quote; None for what was not measured."""
     base, effect = found(comparison).get(BASE, {"nats": {}}), sinks(found(comparison))
