@@ -116,11 +116,12 @@ def contrasts(variants: Variants) -> list[dict[str, Any]]:
     loss: nats a token, over seeds. log_tokens: ratio of tokens to equal loss, over seeds; None where they are not
     known. log_step_seconds: by size, ratio of step times, over rounds.
     """
-    base, others = variants.get(BASE), {name: values for name, values in variants.items() if name != BASE}
-    if base is None:
+    if BASE not in variants:
         return []
-    found = []
-    for name, values in others.items():
+    base, found = variants[BASE], []
+    for name, values in variants.items():
+        if name == BASE:
+            continue
         needed = [equal_loss(*pair) for pair in zip(base["curves"], values["curves"], strict=True)]
         times = {size: (taken, values["step_seconds"][size]) for size, taken in base["step_seconds"].items()}
         found.append(
@@ -131,12 +132,9 @@ def contrasts(variants: Variants) -> list[dict[str, Any]]:
                 "log_step_seconds": {size: paired_median(*np.log(pair))._asdict() for size, pair in times.items()},
             }
         )
-    tests = [
-        [one["loss"] for one in found],
-        *([one["log_step_seconds"][size] for one in found] for size in base["step_seconds"]),
-    ]
-    for family in tests:
-        adjust(family)
+    adjust([one["loss"] for one in found])
+    for size in base["step_seconds"]:
+        adjust([one["log_step_seconds"][size] for one in found])
     return found
 
 

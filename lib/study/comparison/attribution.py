@@ -52,12 +52,13 @@ def links(variants: Variants, chain: Mapping[str, str]) -> list[Link]:
         group = link if link == "scale" else "pipeline" if link in _PIPELINE else "architecture"
         ends = {"before": chain[before], "after": chain[link], "parameters": variants[chain[link]]["parameters"]}
         found.append({"kind": "link", "link": link, "group": group} | ends | _effect(loss[before], loss[link], whole))
-    groups = [
-        {"kind": "group", "link": group, "group": group, "before": None, "after": None, "parameters": None}
-        | _effect(*sums, whole)
-        for group in GROUPS
-        if (sums := _sums(found, group))
-    ]
+    groups = []
+    for group in GROUPS:
+        changes = [np.subtract(one["loss_after"], one["loss_before"]) for one in found if one["group"] == group]
+        if changes:  # all of them as one link, from zero
+            ends = dict.fromkeys(("before", "after", "parameters"))
+            effect = _effect(np.zeros_like(whole), np.sum(changes, axis=0), whole)
+            groups.append({"kind": "group", "link": group, "group": group} | ends | effect)
     for family in (found, groups):
         adjust(family)
     total = {**found[-1], "kind": TOTAL, "link": TOTAL, "group": TOTAL, "before": chain[names[0]]}
@@ -65,13 +66,6 @@ def links(variants: Variants, chain: Mapping[str, str]) -> list[Link]:
     total["p_adjusted"] = total["p"]
     shared = {key: variants[chain[names[0]]][key] for key in ("seeds", "tokens")}
     return [one | shared | {"order": order} for order, one in enumerate([*found, *groups, total])]
-
-
-def _sums(found: Sequence[Link], group: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """A group's links as one, as `_effect` takes it: zeros before, the sum of their differences after. None for a
-    group without links."""
-    own = [np.subtract(one["loss_after"], one["loss_before"]) for one in found if one["group"] == group]
-    return (np.zeros_like(own[0]), np.sum(own, axis=0)) if own else None
 
 
 def _effect(before: np.ndarray, after: np.ndarray, whole: np.ndarray) -> Link:

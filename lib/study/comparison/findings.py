@@ -69,11 +69,8 @@ def against_baselines(comparison: Comparison) -> list[Statement]:
     """Our pretrained model against the first baseline by the primary measure; and the second, where no attribution says
     what a difference is due to."""
     most = 1 if reasons(comparison) else 2
-    found = [
-        one
-        for one in compared(comparison, *comparison.baselines)
-        if (one.b, one.measure.key) == ("pretrain", PRIMARY["baseline"][0])
-    ]
+    every, wanted = compared(comparison, *comparison.baselines), ("pretrain", PRIMARY["baseline"][0])
+    found = [one for one in every if (one.b, one.measure.key) == wanted]
     return [_of_difference(comparison, f"against-{one.a}", one, "fig-baselines") for one in found[:most]]
 
 
@@ -81,13 +78,11 @@ def reasons(comparison: Comparison) -> list[Statement]:
     """How much of the difference from GPT-2's recipe each group of its parts accounts for."""
     links = attribution.found(comparison)
     total = attribution.of(links, attribution.TOTAL)
-    groups = {
-        key: one for key in attribution.GROUPS if (one := attribution.of(links, key)) and one["share"] is not None
-    }
-    if total is None or not groups:
+    groups = [one for one in links if one["kind"] == "group" and one["share"] is not None]
+    if not groups:
         return []
-    parts = listed([f"{attribution.GROUPS[key]} {attribution.share_text(one)}" for key, one in groups.items()])
-    evidence = tuple(attribution.record_name(one) for one in (total, *groups.values()))
+    parts = listed([f"{attribution.GROUPS[one['group']]} {attribution.share_text(one)}" for one in groups])
+    evidence = tuple(map(attribution.record_name, (total, *groups)))
     return [Statement("reasons", _say("reasons", parts=parts, total=total), "fig-attribution", evidence, True)]
 
 
@@ -162,19 +157,18 @@ def control(comparison: Comparison) -> list[Statement]:
 
 def trust(comparison: Comparison) -> list[Statement]:
     """How far the figures move with the seed of training, as far as that was measured."""
-    count, key = len(comparison.trainings), PRIMARY["baseline"][0]
-    of_pretraining = (one for one in seeds.spreads(comparison) if one.stage == "pretrain")
-    spread = next((one for one in of_pretraining if one.measure.key == key), None)
+    spreads = {(one.stage, one.measure.key): one for one in seeds.spreads(comparison)}
+    spread = spreads.get(("pretrain", PRIMARY["baseline"][0]))
     if spread is None:
         return [] if comparison.replicates else [Statement("seeds", _say("once"), "sec-limitations", ())]
-    size = spread.measure.spread_text
-    error = spread.error_over_items
-    fields = {
-        "measure": spread.measure.title.lower(),
-        "sd": size(*spread.deviation[:3]),
-        "error": size(error) if error else "not known",
-    }
-    sentence = _say("seeds", count=count, **fields)
+    size, error = spread.measure.spread_text, spread.error_over_items
+    sentence = _say(
+        "seeds",
+        count=len(comparison.trainings),
+        measure=spread.measure.title.lower(),
+        sd=size(*spread.deviation[:3]),
+        error=size(error) if error else "not known",
+    )
     return [Statement("seeds", sentence, "tbl-seeds", (spread.first.record,), values=(spread.as_record(),))]
 
 

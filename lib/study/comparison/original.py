@@ -16,7 +16,7 @@ from study.comparison.differences import SINCE, STAGES, Difference, compared, di
 from study.comparison.load import Comparison
 from study.comparison.measures import MEASURES
 from study.comparison.models import MODELS
-from study.comparison.recipes import FACETS, recipe
+from study.comparison.recipes import recipe
 from study.comparison.results import UNITS, Result, estimate, number_of, percent, say, table, value_text
 from study.comparison.training import total_parameters
 from study.preset import LINEAGE
@@ -49,7 +49,7 @@ def by_model(comparison: Comparison, name: str) -> Result:
                 "name": MODELS[model]["name"],
                 "there": there | _changes(there, previous),
                 "parameters": total_parameters(comparison, model) if model in comparison.models else None,
-                "recipe": recipe(comparison, model) if model in comparison.models else dict.fromkeys(FACETS),
+                "recipe": recipe(comparison, model) if model in comparison.models else None,
                 "here": {key: comparison.value(key, model) for key in VALUES},
                 "against": None if model == "gpt2" else difference(comparison, "perplexity", "gpt2", model),
                 "change": {key: stages.get((STAGES, key, model)) for key in VALUES},
@@ -104,13 +104,10 @@ def distilgpt2(comparison: Comparison) -> Result:
     there, pair = ORIGINAL["distilgpt2"], ("gpt2", "distilgpt2")
     sizes = [total_parameters(comparison, model) for model in pair]
     change = difference(comparison, "perplexity", *pair) if set(pair) <= set(comparison.models) else None
+    share = percent(sizes[1] / sizes[0]) if all(sizes) else None
     rows = [
         ("Goal", there["goal"], "the same goal" if change else None),
-        (
-            "Parameters, share of GPT-2’s",
-            percent(there["parameters"]),
-            percent(sizes[1] / sizes[0]) if all(sizes) else None,
-        ),
+        ("Parameters, share of GPT-2’s", percent(there["parameters"]), share),
         ("Decoding speed", there["speed"], _speed(comparison, *pair)),
         ("Perplexity", there["perplexity"], change and change.text),
     ]
@@ -140,46 +137,40 @@ def efficiency(comparison: Comparison) -> Result:
     ours = {one.stage: one for one in training.trainings(comparison, *LINEAGE)}
     if len(ours) > 1:
         ours["total"] = training.total(list(ours.values()))
-    rows = [
-        {"name": MODELS.get(row["name"], {"name": "Total"})["name"], "there": row,
-         "one": ours.get(row["name"])}
-        for row in ORIGINAL["efficiency"]
-    ]  # fmt: skip
+    names = {key: model["name"] for key, model in MODELS.items()} | {"total": "Total"}
+    rows = [{"name": names[row["name"]], "there": row, "one": ours.get(row["name"])} for row in ORIGINAL["efficiency"]]
     return _table("original-efficiency", rows)
 
 
 def rerun(comparison: Comparison) -> Result:
     """Its figures as claimed, by its protocols rerun here, and by this report's."""
-    found: list[dict[str, Any]] = []
-    values: dict[str, Any] = {}
-
-    def add(key: str, title: str, claimed: str, *figures: dict | None) -> None:
-        values[key] = {"claimed": claimed, "rerun": figures[0], "sound": figures[1]}
-        texts = (figure["text"] if figure else "not measured" for figure in figures)
-        found.append(dict(zip(("title", "claimed", "rerun", "sound"), (title, claimed, *texts), strict=True)))
-
+    found = []  # key, measure, what it is of, claimed, by its protocol, by ours
     for row in ORIGINAL["figure"]:
         a, b, sound = row["a"], row["b"], row["sound"]
-        title = f"{MEASURES[sound].title}, {comparison.name(b)} against {comparison.name(a)}"
         changes = (difference(comparison, measure, a, b) for measure in (row["rerun"], sound))
-        add(f"{sound}-{b}", title, row["claimed"], *(one and _figure(one) for one in changes))
+        of = f"{comparison.name(b)} against {comparison.name(a)}"
+        found.append((f"{sound}-{b}", sound, of, row["claimed"], *map(_figure, changes)))
     if comparison.lineage:
         last = comparison.lineage[-1]
-        title = f"{MEASURES['problems'].title}, {comparison.name(last)}"
-        value = comparison.value("problems", last)
-        add("problems", title, percent(0), first_problems(comparison, last), value and _figure(value))
+        figures = first_problems(comparison, last), _figure(comparison.value("problems", last))
+        found.append(("problems", "problems", comparison.name(last), percent(0), *figures))
     if "random" in comparison.models:
-        title = f"{MEASURES['sentiment'].title}, {comparison.name('random')}"
-        rows = (comparison.value(key, "random") for key in ("sentiment_prompt", "sentiment"))
-        add("control", title, "–", *(row and _figure(row) for row in rows))
-    return _table("original-rerun", found, figures=values)
+        figures = (_figure(comparison.value(key, "random")) for key in ("sentiment_prompt", "sentiment"))
+        found.append(("control", "sentiment", comparison.name("random"), "–", *figures))
+    values, rows = {}, []
+    for key, measure, of, claimed, *figures in found:
+        values[key] = {"claimed": claimed, "rerun": figures[0], "sound": figures[1]}
+        texts = [figure["text"] if figure else "not measured" for figure in figures]
+        title = f"{MEASURES[measure].title}, {of}"
+        rows.append({"title": title, "claimed": claimed, "rerun": texts[0], "sound": texts[1]})
+    return _table("original-rerun", rows, figures=values)
 
 
-def _figure(one: Any) -> dict[str, Any]:
-    """A difference, or a row of the long table, as JSON with its text."""
-    is_change = isinstance(one, Difference)
-    text = one.text if is_change else value_text(one)
-    value = one.change if is_change else one.value
+def _figure(one: Any) -> dict[str, Any] | None:
+    """A difference, or a row of the long table, as JSON with its text; None for what was not measured."""
+    if one is None:
+        return None
+    value, text = (one.change, one.text) if isinstance(one, Difference) else (one.value, value_text(one))
     return {"value": value, "low": one.low, "high": one.high, "n": one.n, "text": f"{text}, {number_of(one.n)}"}
 
 

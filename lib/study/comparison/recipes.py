@@ -35,11 +35,6 @@ def config(comparison: Comparison, stage: str) -> Mapping[str, Any]:
     return (comparison.stage(stage).get("fingerprint") or {}).get("config") or {}
 
 
-def section(comparison: Comparison, stage: str) -> Mapping[str, Any]:
-    """The training section of a stage's configuration: that of "gpt2-adamw" is "gpt2_adamw"."""
-    return config(comparison, stage).get(stage.replace("-", "_")) or {}
-
-
 def sources(comparison: Comparison, *stages: str) -> set[str]:
     """Names of the sources that stages trained on; of own data that of the file or folder."""
     parts = [item for stage in stages for item in (config(comparison, stage).get("data") or {}).items()]
@@ -56,7 +51,8 @@ def recipe(comparison: Comparison, model: str) -> dict[str, str | None]:
     """A model's facets."""
     stages = ancestry(comparison, model)
     facts = [comparison.stage(stage) for stage in stages]
-    settings = [one.get("recipe") or section(comparison, stage) for stage, one in zip(stages, facts, strict=True)]
+    sections = [config(comparison, stage).get(stage.replace("-", "_")) for stage in stages]  # as the preset has them
+    settings = [one.get("recipe") or section or {} for one, section in zip(facts, sections, strict=True)]
     budget = tokens(comparison, model)
     inherited = f" ({compact(sum(budget[:-1]))} inherited)" if budget[1:] else ""
     found = {

@@ -76,8 +76,7 @@ def spreads(comparison: Comparison) -> list[Spread]:
             if len(values) < 2:
                 continue
             first, deviation = comparison.value(measure.key, stage), statistics.deviation(values)
-            bounded = first.low is not None and first.high is not None
-            error = statistics.standard_error(first.low, first.high) if bounded else None
+            error = None if first.low is None else statistics.standard_error(first.low, first.high)
             known = error and deviation.low is not None
             p = statistics.deviation_p(deviation.value, len(values), error) if known else 1.0
             mean = sum(values) / len(values)

@@ -68,10 +68,8 @@ def device(facts: Mapping[str, Any]) -> str:
 
 def total_parameters(comparison: Comparison, model: str) -> int | None:
     """Parameters of a model, from its own record or what its evaluations say."""
-    if not (record := comparison.model(model)):
-        return comparison.facts(model).get("parameters")
-    counts = record.get("parameters")
-    return counts.get("total") if isinstance(counts, dict) else counts
+    counts = comparison.model(model).get("parameters") or {}
+    return counts.get("total", comparison.facts(model).get("parameters"))
 
 
 def trainings(comparison: Comparison, *stages: str) -> list[Training]:

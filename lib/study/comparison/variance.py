@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -32,9 +31,8 @@ def scores(comparison: Comparison, protocol: str) -> tuple[np.ndarray, dict[str,
             wide[model] = frame.pivot(index="item", columns=["template", "draw"], values="correct")
     if len(wide) < 2:
         return None
-    first = next(iter(wide.values()))
-    templates = list(dict.fromkeys(first.columns.get_level_values("template")))
-    draws = sorted(set(first.columns.get_level_values("draw")))
+    columns = next(iter(wide.values())).columns
+    templates, draws = list(columns.unique("template")), sorted(columns.unique("draw"))
     cells = [(template, draw) for template in templates for draw in draws]
     if any(set(answers.columns) != set(cells) for answers in wide.values()):
         return None
@@ -52,8 +50,7 @@ def components(comparison: Comparison) -> Result:
     A factor with one level has no variance to estimate: its cell says so, and what it contributes lies in the others.
     The last column is what the templates, draws and items at hand leave uncertain in one model's accuracy.
     """
-    found: list[dict[str, Any]] = []
-    values: dict[str, Any] = {}
+    found, values = [], {}
     for protocol in comparison.protocols:
         prompts = protocol.endswith(("-shot", "-grid")) and "/precedent" not in protocol
         crossed = scores(comparison, protocol) if prompts and fuller(comparison, protocol) == protocol else None
