@@ -84,8 +84,7 @@ def record_name(one: Link) -> str:
 
 def found(comparison: Comparison) -> list[Link]:
     """The links in a run's records, in their order."""
-    own = [record.values for name, record in comparison.records.items() if name.startswith("attribution/")]
-    return sorted(own, key=lambda one: one["order"])
+    return sorted(comparison.under("attribution/").values(), key=lambda one: one["order"])
 
 
 def single(every: Sequence[Link]) -> list[Link]:

@@ -1,6 +1,5 @@
 """The report's figures: one colour a model, units on the axes, intervals where there are any."""
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -109,12 +108,11 @@ def ablation_curves(variants: ablations.Variants) -> Result:
     figure, (axes,) = _panels(3.6)
     _style(axes, y="held-out loss (nats per token)")
     scale = _tokens(axes, max(curve["tokens"][-1] for values in variants.values() for curve in values["curves"]))
-    colours = itertools.cycle(_LINES)
+    axes.set_prop_cycle(color=_LINES)
     for name, values in variants.items():
         tokens, loss = (np.mean([curve[key][1:] for curve in values["curves"]], axis=0) for key in ("tokens", "loss"))
-        style = {"color": INK, "linewidth": 2.2, "zorder": 3} if name == ablations.BASE else {"color": next(colours)}
-        label = ablations.title(name)
-        axes.plot(tokens / scale, loss, marker="o", markersize=3, label=label, **{"linewidth": 1.2} | style)
+        style = {"color": INK, "linewidth": 2.2, "zorder": 3} if name == ablations.BASE else {"linewidth": 1.2}
+        axes.plot(tokens / scale, loss, marker="o", markersize=3, label=ablations.title(name), **style)
     axes.legend(frameon=False, fontsize=8, ncols=2)
     over = count(len(next(iter(variants.values()))["curves"]), "seed")
     ends = (f"{ablations.title(name)} {np.mean(one['heldout_loss']):.3f}" for name, one in variants.items())

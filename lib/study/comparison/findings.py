@@ -18,7 +18,7 @@ from study.comparison.load import Comparison
 from study.comparison.measures import HEADLINE, MEASURES, PRIMARY, STAGED
 from study.comparison.original import ORIGINAL
 from study.comparison.recipes import FACETS, apart, sources
-from study.comparison.results import WORDS, Result, compact, fill, listed, percent, value_text
+from study.comparison.results import WORDS, Result, compact, listed, percent, say, value_text
 from study.preset import LINEAGE
 from threefold.evaluation.statistics import holm, standard_error
 
@@ -39,22 +39,18 @@ class Statement:
     difference: Difference | None = None  # that the opening figure shows
 
 
-def _say(key: str, **fields: Any) -> str:
-    return fill(WORDS["findings"][key], {"b": "", "a": ""} | fields)
-
-
 def _of_difference(comparison: Comparison, key: str, one: Difference, link: str, *extra: str) -> Statement:
     """A finding on two models. extra: clauses that are added as long as the sentence stays short enough."""
     a, b = map(escape, one.names)
     margin = f"±{one.measure.size_text(one.measure.margin)}"
-    sentence = _say(one.verdict, a=a, b=b, measure=one.measure.title.lower(), change=one.text, margin=margin)
+    sentence = say(one.verdict, a=a, b=b, measure=one.measure.title.lower(), change=one.text, margin=margin)
     facets = [FACETS[key] for key in apart(comparison, one.a, one.b)]
     able = one.detectable_text if one.verdict == UNRESOLVED else None
     numbers = confounds.marks(comparison, [one], confounds.numbered(comparison))
-    marks = _say("marks", marks=f"[{numbers}]({confounds.ANCHOR})") if numbers else ""
+    marks = say("marks", marks=f"[{numbers}]({confounds.ANCHOR})") if numbers else ""
     clauses = [marks, *extra]
-    clauses += [_say("apart", apart=listed(facets))] if facets else []
-    clauses += [_say("able", able=able)] if able else []
+    clauses += [say("apart", apart=listed(facets))] if facets else []
+    clauses += [say("able", able=able)] if able else []
     kept: list[str] = []
     for clause in clauses:
         if len(f"{sentence}{''.join(kept)}{clause}".split()) <= LONGEST:
@@ -83,7 +79,7 @@ def reasons(comparison: Comparison) -> list[Statement]:
         return []
     parts = listed([f"{attribution.GROUPS[one['group']]} {attribution.share_text(one)}" for one in groups])
     evidence = tuple(map(attribution.record_name, (total, *groups)))
-    return [Statement("reasons", _say("reasons", parts=parts, total=total), "fig-attribution", evidence, True)]
+    return [Statement("reasons", say("reasons", parts=parts, total=total), "fig-attribution", evidence, True)]
 
 
 def stages(comparison: Comparison) -> list[Statement]:
@@ -94,7 +90,7 @@ def stages(comparison: Comparison) -> list[Statement]:
         if one.measure.key != PRIMARY[one.b][0]:
             continue
         again = repeated.get((one.a, one.b, one.measure.key))
-        extra = [_say("over-seeds", n=again.n, change=again.text)] if again else []
+        extra = [say("over-seeds", n=again.n, change=again.text)] if again else []
         extra += [_learned(comparison, one.b)] if one.verdict not in (BETTER, WORSE) else []
         found.append(_of_difference(comparison, one.b, one, "fig-stages", *extra))
     return found
@@ -124,7 +120,7 @@ def sentiment(comparison: Comparison) -> list[Statement]:
     row = max(above, key=lambda row: row.value, default=rows[-1])
     side = "above" if above else "below" if adjusted[-1] < ALPHA and row.high < majority else "level"
     fields = {"value": value_text(row), "majority": percent(majority), "side": WORDS["findings"]["sides"][side]}
-    sentence = _say("sentiment", b=comparison.name(row.model), **fields)
+    sentence = say("sentiment", b=comparison.name(row.model), **fields)
     return [Statement("sentiment", sentence, "tbl-sentiment", (row.record,), values=({"side": side},))]
 
 
@@ -139,7 +135,7 @@ def problems(comparison: Comparison) -> list[Statement]:
     row = comparison.last("problems")
     if row is None:
         return []
-    sentence = _say("problems", b=comparison.name(row.model), value=value_text(row), n=row.n)
+    sentence = say("problems", b=comparison.name(row.model), value=value_text(row), n=row.n)
     return [Statement("problems", sentence, "tbl-tasks", (row.record,))]
 
 
@@ -152,7 +148,7 @@ def control(comparison: Comparison) -> list[Statement]:
     p = _p_against(value, min(max(value.value, least), most))
     if p >= ALPHA / (1 + len(compared(comparison))):  # one test more, at its share of their 5%
         return []
-    return [Statement("control", _say("control", value=value_text(value)), "tbl-sentiment", (value.record,), True)]
+    return [Statement("control", say("control", value=value_text(value)), "tbl-sentiment", (value.record,), True)]
 
 
 def trust(comparison: Comparison) -> list[Statement]:
@@ -160,9 +156,9 @@ def trust(comparison: Comparison) -> list[Statement]:
     spreads = {(one.stage, one.measure.key): one for one in seeds.spreads(comparison)}
     spread = spreads.get(("pretrain", PRIMARY["baseline"][0]))
     if spread is None:
-        return [] if comparison.replicates else [Statement("seeds", _say("once"), "sec-limitations", ())]
+        return [] if comparison.replicates else [Statement("seeds", say("once"), "sec-limitations", ())]
     size, error = spread.measure.spread_text, spread.error_over_items
-    sentence = _say(
+    sentence = say(
         "seeds",
         count=len(comparison.trainings),
         measure=spread.measure.title.lower(),
@@ -178,7 +174,7 @@ def ledger(comparison: Comparison) -> list[Statement]:
     if counted[claims.NOT_MEASURED] == sum(counted.values()):
         return []
     fields = {verdict.split(" here")[0].replace(" ", "_"): number for verdict, number in counted.items()}
-    return [Statement("ledger", _say("ledger", total=sum(counted.values()), **fields), "tbl-claims", ())]
+    return [Statement("ledger", say("ledger", total=sum(counted.values()), **fields), "tbl-claims", ())]
 
 
 def findings(comparison: Comparison) -> list[Statement]:
@@ -190,10 +186,10 @@ def findings(comparison: Comparison) -> list[Statement]:
 def notice(comparison: Comparison, preset: Any) -> Result:
     """What the run is, in the preset's words, and whether it is whole: the line that opens the page."""
     lines = [f"**{escape(preset.notice)}**" if preset.notice else escape(preset.description)]
-    lines += [_say("part", stages=listed([*comparison.absent]))] if comparison.absent else []
+    lines += [say("part", stages=listed([*comparison.absent]))] if comparison.absent else []
     timed = (comparison.settings(model, "speed") for model in comparison.models)
     used = next((one["other_processes_cores"] for one in timed if one.get("machine_busy")), None)
-    lines += [] if used is None else [_say("busy", used=used)]
+    lines += [] if used is None else [say("busy", used=used)]
     text = "\n\n".join(filter(None, lines))
     return Result("comparison/notice", {"text": text}, markdown=text or "No description.", empty=not text)
 

@@ -144,11 +144,14 @@ class Comparison:
         """The values of a record; empty when there is none of that name."""
         return self.records[name].values if name in self.records else {}
 
+    def under(self, prefix: str) -> dict[str, dict[str, Any]]:
+        """The values of all records whose names begin with a prefix, by the rest of the name."""
+        return {name.removeprefix(prefix): r.values for name, r in self.records.items() if name.startswith(prefix)}
+
     def by_variant(self, kind: str) -> dict[str, dict[str, Any]]:
         """Variant -> values of the records "ablation/..." or "length/...". The variant is the override that it stands
         for ("norm=layer") or "base"."""
-        found = {name: record.values for name, record in self.records.items() if name.startswith(f"{kind}/")}
-        return {str(values.get("variant", name.partition("/")[2])): values for name, values in found.items()}
+        return {str(values.get("variant", name)): values for name, values in self.under(f"{kind}/").items()}
 
     def stage(self, name: str) -> dict[str, Any]:
         """run.json of a stage as its notebook published it; empty where this run has no such stage."""
@@ -195,10 +198,8 @@ class Comparison:
 
     def evaluations(self, model: str) -> dict[str, dict[str, Any]]:
         """Protocol -> values of the model's evaluation record."""
-        prefix = f"evaluation/{model}/"
-        found = {name.removeprefix(prefix): r.values for name, r in self.records.items() if name.startswith(prefix)}
         timed = self.values(f"speed/{model}")  # of all models, interleaved, in a notebook of its own
-        return found | ({"speed": timed} if timed else {})
+        return self.under(f"evaluation/{model}/") | ({"speed": timed} if timed else {})
 
     def settings(self, model: str, protocol: str | None) -> dict[str, Any]:
         """The settings of an evaluation; none where there is no such evaluation."""

@@ -63,8 +63,8 @@ def fill(template: str, fields: Any) -> str:
 
 
 def say(key: str, **fields: Any) -> str:
-    """A sentence of words.toml."""
-    return fill(WORDS["sentences"][key], fields)
+    """A sentence of words.toml, one of the findings or another."""
+    return fill((WORDS["findings"] | WORDS["sentences"])[key], fields)
 
 
 def _cell(template: str, fields: Any) -> Any:
@@ -94,17 +94,13 @@ def table(name: str, found: Iterable[Mapping[str, Any]], *, none: str = NOTHING,
     for row, above in zip(shown[1:], rows, strict=False):
         first = next(iter(row))
         row[first] = "" if row[first] == above[first] else row[first]
-    markdown = markdown_table(shown) if rows else none
+    markdown = records.table(shown, formats=dict.fromkeys(shown[0], _unbroken)) if rows else none
     return Result(f"comparison/{name}", {"rows": rows, **values}, markdown, empty=not rows)
 
 
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """`records.table` that keeps no-break spaces, so that no interval is broken over two lines."""
-
-    def kept(cell: Any) -> Any:
-        return records.Markdown(NBSP.join(map(records.escape, cell.split(NBSP)))) if isinstance(cell, str) else cell
-
-    return records.table(rows, formats=dict.fromkeys(rows[0], kept))
+def _unbroken(cell: Any) -> Any:
+    """A cell that keeps its no-break spaces, so that no interval is broken over two lines."""
+    return records.Markdown(NBSP.join(map(records.escape, cell.split(NBSP)))) if isinstance(cell, str) else cell
 
 
 # Numbers for prose and cells -----------------------------------------------------------------------------------------
