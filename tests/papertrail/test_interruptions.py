@@ -70,7 +70,7 @@ def test_no_memory_names_the_setting(found):
 
 def test_divergence_names_step_rows_norm_and_the_last_good_state(found):
     assert re.match(
-        r"TrainingError: pretrain: the (loss|gradient norm) is (nan|inf) in step (\d+) \(rows \d+, \d+, \d+, \d+\), "
+        r"DivergedError: pretrain: the (loss|gradient norm) is (nan|inf) in step (\d+) \(rows \d+, \d+, \d+, \d+\), "
         r"(gradient norm|loss) \S+; the last good state is that of step \d+, in .*/resume\.safetensors",
         found["diverging"],
     )
