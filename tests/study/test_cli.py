@@ -19,7 +19,7 @@ from papertrail import notebooks, records
 from papertrail.plan import dependents
 from study import cli
 from study.cli import results
-from study.cli.common import open_existing
+from study.existing import open_existing
 from study.preset import TRAINED, load_preset, preset_names
 from study.run import Run, open_run, open_stage
 

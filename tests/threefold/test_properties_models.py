@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 from basics.errors import CheckpointError
-from study import cli
+from study import cli, existing
 from study.cli import common
 from threefold.config import ModelConfig
 from threefold.data.tokenizer import load_tokenizer
@@ -288,7 +288,7 @@ def test_the_command_line_with_prompts_and_numbers_of_any_kind(whole, prompt, st
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(common, "checkpoint", lambda options: whole["llama"])
-        patch.setattr(common, "run_folder", lambda name: whole["llama"])
+        patch.setattr(existing, "run_folder", lambda name: whole["llama"])
         try:
             status = cli.main(words)
         except SystemExit as left:
@@ -298,7 +298,7 @@ def test_the_command_line_with_prompts_and_numbers_of_any_kind(whole, prompt, st
 
 def test_more_tokens_than_any_context_take_no_memory(whole, capsys, monkeypatch):
     monkeypatch.setattr(common, "checkpoint", lambda options: whole["llama"])
-    monkeypatch.setattr(common, "run_folder", lambda name: whole["llama"])
+    monkeypatch.setattr(existing, "run_folder", lambda name: whole["llama"])
     assert cli.main(["generate", "--max-new-tokens", "9" * 12, "a"]) == 0
     (most,) = [capsys.readouterr().out]
     assert cli.main(["generate", "--max-new-tokens", "16", "a"]) == 0 and capsys.readouterr().out == most

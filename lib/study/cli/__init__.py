@@ -106,11 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         top.print_help()
         return 0
     try:
-        from study.cli import common
+        from study import existing
 
         if options.command not in ("run", "doctor") and not getattr(options, "check", False):
             for name in filter(None, [*getattr(options, "runs", []), getattr(options, "run", "")]):
-                common.run_folder(name)  # before the command's module, whose imports can take seconds
+                existing.run_folder(name)  # before the command's module, whose imports can take seconds
         module = importlib.import_module(f"study.cli.{options.module}")
         # `run` and `train` handle signals themselves
         with contextlib.nullcontext() if options.command in ("run", "train") else terminable():

@@ -10,6 +10,7 @@ from typing import Any
 
 from basics import files
 from basics.errors import ConfigError, DataError, MissingInput
+from study import existing
 from study.chat import Speaker, forms
 from study.cli import common
 from study.preset import lineage
@@ -60,7 +61,7 @@ def generate(options: argparse.Namespace) -> int:
 def chat(options: argparse.Namespace) -> int:
     """The checkpoints of a run answer what is typed, or the lines of stdin."""
     sampling = _sampling(options)
-    run = common.open_existing(options.run)
+    run = existing.open_existing(options.run)
     stages = [options.stage] if options.stage else [name for name in lineage(run.preset) if run.finished(name)]
     if not stages:
         raise MissingInput(f"run {run.name} has no finished stage to talk to: `threefold run --run {run.name}`")

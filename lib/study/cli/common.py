@@ -1,18 +1,18 @@
-"""What several commands do, and `study.explore`: open a run that exists; check its files, and print."""
+"""What several commands do: check a run's files, find a stage's checkpoint, and print."""
 
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tabulate import tabulate
 
-from basics import names, paths
 from basics.errors import ConfigError, MissingInput
 from papertrail.staleness import survey
+from study.existing import open_existing
 from study.preset import lineage
-from study.run import Run, data_dir_of, open_run, run_names
+from study.run import Run
 
 
 def say(line: str) -> None:
@@ -39,26 +39,9 @@ def from_here(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def run_folder(name: str) -> Path:
-    """The folder of a run, whether or not its config.toml can still be read. Raises ConfigError (no valid name) or
-    MissingInput, which lists the runs and names the command that makes one."""
-    names.check_name(name, "run")
-    path = paths.RUNS / name
-    if not (path / "config.toml").is_file():
-        known, hint = ", ".join(run_names()) or "none yet", names.did_you_mean(name, run_names())
-        raise MissingInput(f"no run {name!r}{hint}; runs: {known}; `threefold run --run {name}` makes it")
-    return path
-
-
-def open_existing(name: str, data_dir: str = "", overrides: Iterable[str] = ()) -> Run:
-    """A run that exists, as it was last configured, or as it would be with these overrides; for reading only."""
-    run_folder(name)
-    return open_run("", name, overrides, data_dir_of(name, data_dir), create=False)
-
-
 def open_intact(name: str, data_dir: str = "") -> Run:
-    """The same, after reading every byte of its finished stages. CheckpointError or RecordError names the first file
-    that changed since its stage wrote it; a missing file is reported by the command that needs it."""
+    """As `open_existing`, after reading every byte of its finished stages. CheckpointError or RecordError names the
+    first file that changed since its stage wrote it; a missing file is reported by the command that needs it."""
     run = open_existing(name, data_dir)
     for stage in run.plan:
         if run.finished(stage) is not None:

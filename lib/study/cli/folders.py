@@ -18,7 +18,8 @@ from papertrail import records, scheduler
 from papertrail.run import Run
 from papertrail.stage import at_work
 from papertrail.staleness import Kind, State, survey
-from study.cli.common import columns, from_here, open_existing, run_folder, say, say_json
+from study.cli.common import columns, from_here, say, say_json
+from study.existing import open_existing, run_folder
 from study.run import run_names
 
 REMADE = ("report", "tensorboard", "wandb", ".executing")  # by the commands of those names, and by `threefold run`

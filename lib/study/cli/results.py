@@ -8,7 +8,8 @@ from papertrail import preregistration, scheduler
 from papertrail import report as papertrail_report
 from papertrail import verify as verification
 from study.cli import folders
-from study.cli.common import fail, from_here, open_existing, open_intact, say, say_json, warn_if_behind
+from study.cli.common import fail, from_here, open_intact, say, say_json, warn_if_behind
+from study.existing import open_existing
 from study.run import project
 
 

@@ -12,7 +12,8 @@ import traceback
 
 from basics import names
 from basics.errors import ConfigError, ThreefoldError
-from study.cli.common import open_existing, say
+from study.cli.common import say
+from study.existing import open_existing
 from study.preset import TRAINED
 from study.run import Run, open_stage
 

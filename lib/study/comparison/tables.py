@@ -129,7 +129,7 @@ def sentiment(comparison: Comparison) -> Result:
     asked = max((comparison.settings(model, spread).get("items", 0) for model in comparison.models), default=0)
     prompts = "all templates" if spread == main else f"all prompts, first {asked:,} items"
     columns = single | {
-        f"{main.rpartition('/')[2]}, calibrated" if main else "calibrated": (main, "accuracy_calibrated"),
+        f"{(main or '').rpartition('/')[2]}, calibrated": (main, "accuracy_calibrated"),
         prompts: (spread, "accuracy_mean"),
         "worst template": (spread, "template_lowest"),
         "best template": (spread, "template_highest"),

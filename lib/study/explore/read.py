@@ -12,7 +12,7 @@ from basics import files
 from basics.errors import CheckpointError, ConfigError, MissingInput, RecordError, ThreefoldError
 from basics.names import did_you_mean, replicate_of
 from papertrail import records
-from study.cli.common import open_existing
+from study.existing import open_existing
 from study.preset import LINEAGE, TRAINED, evaluation_sources
 from study.run import Run, text_parameter
 from threefold.config import SourceConfig

@@ -158,13 +158,13 @@ def with_demonstrations(
 ) -> Evaluation:
     """Every item under every template after each of these draws of demonstrations: what all protocols here run."""
     labels = np.array([item["label"] for item in items])
+    free = [{"sentence": text} for text in CONTENT_FREE]
     frames = []
     n_long = 0
     for template in templates:
         for index, demonstrations in enumerate(draws):
             logp_N2, long_N = _label_logprobs(model, items, template, demonstrations, name, scoring)
             n_long += int(long_N.sum())
-            free = [{"sentence": text} for text in CONTENT_FREE]
             free_F2, _ = _label_logprobs(model, free, template, demonstrations, f"{name}, no content", scoring)
             prediction = logp_N2.argmax(axis=1)  # a tie goes to the first label, as in lm-eval
             calibrated = (logp_N2 - content_free_logprobs(free_F2)).argmax(axis=1)
